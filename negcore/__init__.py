@@ -1,0 +1,1 @@
+"""Neuron empirical gradients: the science, as a plain library."""
