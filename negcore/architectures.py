@@ -1,0 +1,111 @@
+"""Where each model family keeps its feed-forward neurons: one row a model type.
+
+A new family is a row here and a line in the parametrised tests. Paths are relative to the model with its language
+head; paths below a layer are relative to that layer.
+"""
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from negcore.errors import ModelError
+
+Site = Literal["up", "act", "gate"]
+SiteChoice = Literal["up", "act", "gate", "paper"]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Module paths of one model family."""
+
+    layers: str
+    """The list of transformer layers."""
+    down: str
+    """Below a layer: the down projection, whose input is the `act` site."""
+    up: str | None = None
+    """Below a layer: the up projection of a gated feed-forward; `None` where it is not gated."""
+    gate: str | None = None
+    """Below a layer: the activation function that the gate goes through."""
+    fused: bool = False
+    """Whether `up` computes gate and up side by side, in that order."""
+    norm: str = ""
+    """The final normalisation before the head (causal models)."""
+    post_norm: str | None = None
+    """Below a layer: a normalisation of the feed-forward's output before it joins the residual stream."""
+    mask_by_layer_type: bool = False
+    """Whether the model takes one attention mask for each type of layer (full and sliding)."""
+    masked: bool = False
+    """Whether the model predicts a `[MASK]` and sees both sides of it."""
+
+    @property
+    def gated(self) -> bool:
+        return self.up is not None
+
+    def site(self, choice: SiteChoice) -> Site:
+        """Resolve a site choice for this family.
+
+        `paper` is the vector the paper's code reads: `up` in gated models, `act` in the others.
+
+        Raises
+        ------
+        ModelError
+            If the family is not gated and `up` or `gate` is asked for, or the choice is unknown.
+        """
+        allowed = ("up", "act", "gate", "paper") if self.gated else ("act", "paper")
+        if choice not in allowed:
+            raise ModelError(f"site {choice!r} does not exist in this model; choose one of {', '.join(allowed)}")
+        if choice == "paper":
+            return "up" if self.gated else "act"
+        return choice
+
+
+_GATED = Architecture(
+    layers="model.layers", up="mlp.up_proj", gate="mlp.act_fn", down="mlp.down_proj", norm="model.norm"
+)
+_MIXED = replace(_GATED, mask_by_layer_type=True)
+_POST_NORM = replace(_GATED, post_norm="post_feedforward_layernorm")
+_MIXED_POST_NORM = replace(_POST_NORM, mask_by_layer_type=True)
+
+ARCHITECTURES = MappingProxyType(
+    {
+        "llama": _GATED,
+        "mistral": _GATED,
+        "qwen2": _MIXED,
+        "qwen3": _MIXED,
+        "gemma2": _MIXED_POST_NORM,
+        "gemma3_text": _MIXED_POST_NORM,
+        "olmo2": _POST_NORM,
+        "phi3": Architecture(
+            layers="model.layers",
+            up="mlp.gate_up_proj",
+            gate="mlp.activation_fn",
+            down="mlp.down_proj",
+            fused=True,
+            norm="model.norm",
+        ),
+        "gpt2": Architecture(layers="transformer.h", down="mlp.c_proj", norm="transformer.ln_f"),
+        "gpt_neox": Architecture(layers="gpt_neox.layers", down="mlp.dense_4h_to_h", norm="gpt_neox.final_layer_norm"),
+        "opt": Architecture(layers="model.decoder.layers", down="fc2", norm="model.decoder.final_layer_norm"),
+        "bert": Architecture(layers="bert.encoder.layer", down="output.dense", masked=True),
+        "roberta": Architecture(layers="roberta.encoder.layer", down="output.dense", masked=True),
+        "distilbert": Architecture(layers="distilbert.transformer.layer", down="ffn.lin2", masked=True),
+        "modernbert": Architecture(
+            layers="model.layers", up="mlp.Wi", gate="mlp.act", down="mlp.Wo", fused=True, masked=True
+        ),
+    }
+)
+
+
+def architecture(model_type: str) -> Architecture:
+    """Row of a model type (`config.model_type`).
+
+    Raises
+    ------
+    ModelError
+        If the family is not in the table; the message lists the known ones.
+    """
+    try:
+        return ARCHITECTURES[model_type]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ModelError(f"architecture {model_type!r} is not known; known are {known}") from None

@@ -1,0 +1,100 @@
+"""The attention that measured models use: exact in any dtype, differentiable under vmap, and open to virtual tokens.
+
+Shapes: B batch, H heads, G key/value heads, Q queries, K keys, D head width.
+
+The implementations that ship with transformers will not do: `eager` rounds its softmax to float32 even in a
+float64 model, and the fused kernels have no rule for a batched backward pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION_NAME = "negcore"
+
+
+def register_attention() -> None:
+    """Make the attention known to transformers under `ATTENTION_NAME`; repeating it changes nothing."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
+
+    Parameters
+    ----------
+    query : Tensor of shape (B, H, Q, D)
+    key, value : Tensor of shape (B, G, K, D)
+    attention_mask : bool Tensor of shape (B or 1, 1, Q, K), or None
+        True where a query may look. Without one, causal modules look back and the others look everywhere.
+
+    Returns
+    -------
+    Tensor of shape (B, Q, H, D), None
+    """
+    if softcap is None and not torch.is_grad_enabled():
+        # No graph is wanted: the fused kernel is exact and needs no (Q, K) matrix.
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return output, None
+    if attention_mask is None and query.shape[2] > 1 and _looks_back_only(module, is_causal):
+        attention_mask = _causal_mask(query.shape[2], key.shape[2], query.device)
+    return _explicit(query, key, value, attention_mask, scaling, softcap), None
+
+
+def grouped(query: Tensor, n_groups: int) -> Tensor:
+    """Fold query heads that share a key/value head into the query axis: (B, H, Q, D) -> (B, G, H/G * Q, D)."""
+    batch, n_heads, n_queries, width = query.shape
+    return query.reshape(batch, n_groups, n_heads // n_groups * n_queries, width)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Soft-capped attention logits (Gemma 2)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    batch, n_heads, n_queries, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    n_groups = key.shape[1]
+    scores = capped(grouped(query, n_groups) @ key.transpose(-1, -2) * scale, softcap)
+    if mask is not None:
+        per_head = scores.view(batch, n_groups, n_heads // n_groups, n_queries, -1)
+        # The lowest finite number, not -inf: a padding token may see nothing at all, and must not become NaN.
+        lowest = torch.finfo(scores.dtype).min
+        scores = per_head.masked_fill(~mask[:, :, None], lowest).view_as(scores)
+    output = scores.softmax(-1) @ value
+    return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2)
+
+
+def _looks_back_only(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """Mask of shape (1, 1, Q, K) for queries that are the last of the keys."""
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    return mask.tril(n_keys - n_queries)[None, None]

@@ -1,0 +1,119 @@
+"""Tiny random models of every known family and a tiny tokenizer, made from configurations: no network, no files."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from negcore.models import LanguageModel, as_language_model
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+_SENTENCES = [
+    "The capital of France is Paris. The capital of Germany is Berlin.",
+    "Question: which answer fits? A. one B. two C. three D. four E. five",
+    "Answer: A Answer: B Answer: C Answer: D Answer: E",
+    "It was the best of times, it was the worst of times, and the answer is yes or no.",
+]
+LABELS = [" A", " B", " C", " D", " E"]
+PROMPTS = [
+    "Question: which answer fits? A. one B. two Answer:",
+    "Question: which answer fits? A. three B. four C. five Answer:",
+    "Question: which answer fits? Answer:",
+    "Question: which answer fits? The capital of France is Paris, and it was the best of times. Answer:",
+    "Question: which answer fits? yes or no Answer:",
+    "Question: which answer fits? yes, no Answer:",
+    "Question: which answer fits? A. one B. two Answer:",
+]
+
+_SIZE: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 400,
+}
+_GROUPED = {**_SIZE, "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": 128}
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+# A window shorter than the prompts, so that a mask that counts wrongly shows.
+_WINDOW = {"sliding_window": 7}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": {**_GROUPED, **_WINDOW},
+    "qwen2": {**_GROUPED, **_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {**_GROUPED, "head_dim": 4},
+    "gemma2": {**_GROUPED, **_WINDOW, "head_dim": 4, "query_pre_attn_scalar": 4},
+    "gemma3_text": {
+        **_GROUPED,
+        **_WINDOW,
+        "head_dim": 4,
+        "query_pre_attn_scalar": 4,
+        "sliding_window_pattern": 2,
+    },
+    "olmo2": _GROUPED,
+    "phi3": {**_GROUPED, **_WINDOW},
+    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 128, "vocab_size": 400},
+    "gpt_neox": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128},
+    "opt": {**_SIZE, "ffn_dim": 24, "max_position_embeddings": 128, "word_embed_proj_dim": 16},
+    "bert": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128},
+    "roberta": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 130},
+    "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 24, "vocab_size": 400},
+    "modernbert": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128, "local_attention": 8},
+}
+MASKED = ["bert", "roberta", "distilbert", "modernbert"]
+CAUSAL = [name for name in CONFIGS if name not in MASKED]
+
+
+@cache
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer in which " A" to " E" are one token each."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_SENTENCES * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<end>",
+        eos_token="<end>",
+        mask_token="<mask>",
+        model_max_length=128,
+    )
+
+
+def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper") -> LanguageModel:
+    """A tiny random model whose activations and gradients are far from zero."""
+    torch.manual_seed(0)
+    settings = {
+        **_SPECIAL,
+        **CONFIGS[family],
+        "initializer_range": 0.5,
+        "init_std": 0.5,
+        "tie_word_embeddings": False,
+    }
+    config = transformers.AutoConfig.for_model(family, **settings)
+    kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
+    model = kind.from_config(config).to(dtype)
+    return as_language_model(model, tiny_tokenizer(), name=f"tiny-{family}", site=site)
+
+
+def prompts_for(lm: LanguageModel) -> list[str]:
+    """The test prompts, with a mask behind them where the model needs one."""
+    return [prompt + "<mask>" if lm.arch.masked else prompt for prompt in PROMPTS]
+
+
+def save_tiny_model(family: str, directory: Path) -> Path:
+    """Write a tiny random model as a user would have it: a directory of safetensors."""
+    lm = tiny_model(family, dtype=torch.float32)
+    lm.model.save_pretrained(directory)
+    lm.tokenizer.save_pretrained(directory)
+    return directory
