@@ -52,7 +52,7 @@ _BLOCK_BYTES = 2**20
 _WHOLE_FILE_BYTES = 2**30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelCard:
     """What is known of a model before its weights are loaded."""
 
@@ -75,6 +75,13 @@ class ModelCard:
     @property
     def n_layers(self) -> int:
         return int(self.text_config.num_hidden_layers)
+
+    @cached_property
+    def n_neurons(self) -> int:
+        """Neurons a layer, read off a model without weights."""
+        with torch.device("meta"):
+            model = _auto_class(self.arch).from_config(self.config)
+        return int(_down_rows(model.get_submodule(f"{self.arch.layers}.0.{self.arch.down}")).shape[0])
 
     @cached_property
     def context_tokens(self) -> int:
@@ -130,8 +137,7 @@ class LanguageModel:
     @cached_property
     def n_neurons(self) -> int:
         """Neurons a layer: the width of the down projection's input."""
-        weight = self.down(0).weight
-        return int(weight.shape[0] if self._transposed else weight.shape[1])
+        return int(self.down_rows(0).shape[0])
 
     @property
     def device(self) -> torch.device:
@@ -153,8 +159,7 @@ class LanguageModel:
 
     def down_rows(self, layer: int) -> Tensor:
         """What one unit of each neuron's `act` writes: shape (N, hidden)."""
-        weight: Tensor = self.down(layer).weight
-        return weight if self._transposed else weight.T
+        return _down_rows(self.down(layer))
 
     def site_module(self, layer: int) -> nn.Module:
         """The module whose output (for `act`: input) is the site."""
@@ -162,9 +167,14 @@ class LanguageModel:
         assert path is not None
         return self.layers[layer].get_submodule(path)
 
-    @property
-    def _transposed(self) -> bool:
-        return isinstance(self.down(0), transformers.pytorch_utils.Conv1D)  # GPT-2 stores (in, out)
+
+def _auto_class(arch: Architecture) -> Any:
+    return transformers.AutoModelForMaskedLM if arch.masked else transformers.AutoModelForCausalLM
+
+
+def _down_rows(down: Any) -> Tensor:
+    weight: Tensor = down.weight
+    return weight if isinstance(down, transformers.pytorch_utils.Conv1D) else weight.T  # GPT-2 stores (in, out)
 
 
 def describe_model(ref: str) -> ModelCard:
@@ -188,7 +198,7 @@ def describe_model(ref: str) -> ModelCard:
         if not path.is_file():
             raise ModelError(f"model {ref!r}: no such GGUF file")
         return _describe(ref, _convert_gguf(path))
-    if path.is_dir():
+    if ref and path.is_dir():
         return _describe(ref, path)
     name, _, revision = ref.partition("@")
     looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
@@ -224,17 +234,20 @@ def load_model(
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     register_attention()
-    auto = transformers.AutoModelForMaskedLM if card.arch.masked else transformers.AutoModelForCausalLM
     try:
-        model = auto.from_pretrained(
-            card.source,
-            config=card.config,
-            dtype=DTYPES[dtype],
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            revision=_hub_revision(card),
-        ).to(target)
+        model = (
+            _auto_class(card.arch)
+            .from_pretrained(
+                card.source,
+                config=card.config,
+                dtype=DTYPES[dtype],
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                revision=_hub_revision(card),
+            )
+            .to(target)
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
     return as_language_model(model, card.tokenizer, name=card.name, revision=card.revision, site=resolved)
