@@ -12,6 +12,7 @@ from negcore.errors import ModelError
 
 Site = Literal["up", "act", "gate"]
 SiteChoice = Literal["up", "act", "gate", "paper"]
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True, slots=True)

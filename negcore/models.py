@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -22,11 +22,10 @@ from filelock import FileLock
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from negcore.architectures import Architecture, Site, SiteChoice, architecture
+from negcore.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.attention import ATTENTION_NAME, register_attention
 from negcore.errors import ModelError
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {
         "float32": torch.float32,

@@ -7,7 +7,7 @@ from torch import nn
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import LabelError, PromptError
 from negcore.forward import common_prefix_length, probed_batches
-from negcore.neurgrad import neurgrad
+from negcore.gradients import neurgrad
 
 OPTIONS = LABELS[:3]
 

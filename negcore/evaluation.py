@@ -1,0 +1,173 @@
+"""How good a prediction is: accuracy with its interval, and the floors every probe must beat.
+
+Shapes: P prompts, O options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from negcore.errors import NegError
+
+
+class Interval(NamedTuple):
+    """A confidence interval of an accuracy, both ends in 0..1."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How many of how many prompts were answered right.
+
+    Accuracies of disjoint sets of prompts add up: ``a + b`` is the accuracy on both.
+
+    Parameters
+    ----------
+    n_correct : int
+        Prompts answered right.
+    n : int
+        Prompts asked, at least one.
+
+    Raises
+    ------
+    NegError
+        If there are no prompts or the counts contradict each other.
+    """
+
+    n_correct: int
+    n: int
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 0 <= self.n_correct <= self.n:
+            raise NegError(
+                f"{self.n_correct} right of {self.n} prompts is no accuracy: give at least one prompt "
+                "and between none and all of them right"
+            )
+
+    def __add__(self, other: Accuracy) -> Accuracy:
+        return Accuracy(self.n_correct + other.n_correct, self.n + other.n)
+
+    @property
+    def value(self) -> float:
+        """Share of prompts answered right."""
+        return self.n_correct / self.n
+
+    @property
+    def interval(self) -> Interval:
+        """95 % Wilson score interval (Wilson 1927), which stays inside 0..1 and works at 0 and n right."""
+        ends = binomtest(self.n_correct, self.n).proportion_ci(0.95, method="wilson")
+        return Interval(float(ends.low), float(ends.high))
+
+
+def check_gold(gold_P: ArrayLike, n_options: int) -> NDArray[np.int64]:
+    """Gold options as int64, refused unless every one is the index of an option.
+
+    Parameters
+    ----------
+    gold_P : array of int, shape (P,)
+        Index of the gold option of each prompt.
+    n_options : int
+        Options of every prompt.
+
+    Raises
+    ------
+    NegError
+        If ``gold_P`` is not a vector of integers in 0..n_options-1.
+    """
+    gold = np.asarray(gold_P)
+    if gold.ndim != 1 or gold.dtype.kind not in "iu":
+        raise NegError(
+            f"gold options have shape {gold.shape} and type {gold.dtype}: give one integer a prompt, "
+            f"its gold option's index in 0..{n_options - 1}"
+        )
+    wrong = np.flatnonzero((gold < 0) | (gold >= n_options))
+    if wrong.size:
+        raise NegError(
+            f"row {wrong[0]}: gold option {gold[wrong[0]]} is not one of the {n_options} options: "
+            f"give an index in 0..{n_options - 1}"
+        )
+    return gold.astype(np.int64)
+
+
+def accuracy(gold_P: NDArray[Any], predicted_P: NDArray[Any]) -> Accuracy:
+    """Share of prompts whose predicted option is the gold one.
+
+    Parameters
+    ----------
+    gold_P, predicted_P : array, shape (P,)
+        Gold and predicted options, in the same labels.
+
+    Raises
+    ------
+    NegError
+        If the two differ in shape or are empty.
+    """
+    if gold_P.shape != predicted_P.shape:
+        raise NegError(f"{predicted_P.shape} predictions for {gold_P.shape} gold options: give one prediction a prompt")
+    return Accuracy(int(np.count_nonzero(gold_P == predicted_P)), gold_P.size)
+
+
+def majority_floor(gold_train: ArrayLike, gold_test: ArrayLike) -> Accuracy:
+    """Accuracy on test of always answering the commonest training option (ties: the lowest index).
+
+    Parameters
+    ----------
+    gold_train, gold_test : array of int, shape (P,)
+        Gold option of each training and each test prompt.
+
+    Raises
+    ------
+    NegError
+        If either is empty or not a vector of indices.
+    """
+    n_options = int(max(np.max(gold_train, initial=0), np.max(gold_test, initial=0))) + 1
+    train, test = check_gold(gold_train, n_options), check_gold(gold_test, n_options)
+    if not train.size:
+        raise NegError("no training rows: the commonest option needs at least one")
+    return accuracy(test, np.full_like(test, np.bincount(train).argmax()))
+
+
+def random_floor(gold_P: ArrayLike, n_options: int) -> float:
+    """Expected accuracy of answering at random: 1/O, whatever the gold options, as every prompt has O.
+
+    Parameters
+    ----------
+    gold_P : array of int, shape (P,)
+        Gold option of each prompt; only checked to be among the options.
+    n_options : int
+        Options of every prompt.
+
+    Raises
+    ------
+    NegError
+        If a gold option is not one of the ``n_options``.
+    """
+    check_gold(gold_P, n_options)
+    return 1 / n_options
+
+
+def choose_n_neurons(accuracy_by_k: Mapping[int, Accuracy]) -> int:
+    """The number of neurons with the largest validation accuracy; ties go to the smallest number.
+
+    Parameters
+    ----------
+    accuracy_by_k : mapping of int to Accuracy
+        Accuracy on *validation* prompts for each number of kept neurons. Never on test prompts: the
+        largest of many test accuracies is not an estimate of accuracy.
+
+    Raises
+    ------
+    NegError
+        If there is nothing to choose from.
+    """
+    if not accuracy_by_k:
+        raise NegError("no accuracies to choose a number of neurons from: give at least one")
+    return max(sorted(accuracy_by_k), key=lambda k: accuracy_by_k[k].value)

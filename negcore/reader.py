@@ -1,0 +1,320 @@
+"""Read the NEGs of a run directory back, memory-mapped: one layer or a few neurons without reading the rest.
+
+Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer,
+K chosen neurons.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negcore.columns import shard_schema
+from negcore.errors import ShardError
+from negcore.identity import RunIdentity
+from negcore.shards import Partition, Receipt, is_whole, receipts, shard_path
+
+FloatArray = npt.NDArray[np.float32]
+Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
+"""Neurons: flat layer-major indices (layer * N + neuron), or (layer, neuron) pairs."""
+
+
+def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
+    """Open the Arrow shards of a run.
+
+    Parameters
+    ----------
+    path : path
+        A run directory, its ``negs`` directory, or the directory of one partition.
+    verify : bool
+        Compare every file's checksum before anything in it is parsed.
+
+    Raises
+    ------
+    ShardError
+        If no partition is there.
+    """
+    here = Path(path).absolute()
+    hive = "model=*/dataset=*/split=*"
+    folders = [here] if here.match(hive) else [*here.glob(hive), *here.glob(f"negs/{hive}")]
+    found = {Partition.of_path(folder): folder for folder in sorted(folders) if folder.is_dir()}
+    if not found:
+        raise ShardError(f"{str(here)!r} holds no NEGs: give a run directory, its 'negs' or one of its partitions")
+    return Negs(here, found, verify)
+
+
+class Negs:
+    """All partitions below one directory: iterate over their `NegSplit`s, or `select` one."""
+
+    def __init__(self, path: Path, folders: dict[Partition, Path], verify: bool) -> None:
+        self._path = path
+        self._folders = folders
+        self._verify = verify
+
+    @property
+    def partitions(self) -> list[Partition]:
+        """Every (model, dataset, split) that was begun, finished or not."""
+        return list(self._folders)
+
+    def select(self, model: str | None = None, dataset: str | None = None, split: str | None = None) -> "NegSplit":
+        """The one partition with these names; a name left out may be any.
+
+        Raises
+        ------
+        ShardError
+            If none or several partitions match, or the one that does is incomplete or damaged.
+        """
+        wanted = (model, dataset, split)
+        matching = [
+            partition
+            for partition in self._folders
+            if all(name in (None, own) for name, own in zip(wanted, partition, strict=True))
+        ]
+        if len(matching) != 1:
+            raise ShardError(
+                f"{len(matching)} partitions match model={model!r}, dataset={dataset!r}, split={split!r}: "
+                f"name one of {_listed(matching or self.partitions)}"
+            )
+        return self._open(matching[0])
+
+    def __iter__(self) -> Iterator["NegSplit"]:
+        return map(self._open, self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
+
+    def __repr__(self) -> str:
+        return f"Negs({str(self._path)!r}: {_listed(self.partitions)})"
+
+    def _open(self, partition: Partition) -> "NegSplit":
+        return NegSplit(self._folders[partition], verify=self._verify)
+
+
+class NegSplit:
+    """The NEGs of one finished (model, dataset, split), read on demand.
+
+    Attributes
+    ----------
+    partition : Partition
+    identity : RunIdentity
+        What the numbers may be compared with.
+    ids, groups, text_hashes : list of P str
+    gold_P : int16 array (P,)
+        Index of the gold option.
+    label_ids_PO : int32 array (P, O)
+    probs_PO : float32 array (P, O)
+    n_rows, n_options, n_layers, n_neurons : int
+        P, O, L and N.
+    """
+
+    def __init__(self, folder: Path, *, verify: bool) -> None:
+        self._folder = folder
+        self._receipts = _complete_receipts(folder, verify=verify)
+        self.partition = Partition.of_path(folder)
+        self.identity = _identity(folder, self._receipts[0])
+        self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
+        self.n_options = _n_options(folder, self._receipts[0])
+        self.n_rows = sum(receipt.n_rows for receipt in self._receipts)
+
+        self.ids: list[str] = []
+        self.groups: list[str] = []
+        self.text_hashes: list[str] = []
+        self.gold_P = np.empty(self.n_rows, dtype=np.int16)
+        self.label_ids_PO = np.empty((self.n_rows, self.n_options), dtype=np.int32)
+        self.probs_PO: FloatArray = np.empty((self.n_rows, self.n_options), dtype=np.float32)
+        for rows, shard in self._placed_shards():
+            self.ids += shard.strings("id")
+            self.groups += shard.strings("group")
+            self.text_hashes += shard.strings("text_hash")
+            self.gold_P[rows] = shard.numbers("gold")
+            self.label_ids_PO[rows] = shard.numbers("label_ids")
+            self.probs_PO[rows] = shard.numbers("probs")
+
+    def shards(self) -> Iterator["Shard"]:
+        """The shards in order, each mapped when its turn comes: the way to read everything once."""
+        for receipt in self._receipts:
+            yield _open_shard(self._folder, receipt, self.n_options, self.identity)
+
+    def layer(self, layer: int) -> FloatArray:
+        """NEGs of one layer: float32 (P, O, N), probability per unit of activation.
+
+        With one shard a read-only view of the mapped file, else a new array.
+
+        Raises
+        ------
+        ShardError
+            If the model has no such layer.
+        """
+        self._locate([(layer, 0)])
+        if len(self._receipts) == 1:
+            return next(self.shards()).negs_PON(layer)
+        negs_PON = np.empty((self.n_rows, self.n_options, self.n_neurons), dtype=np.float32)
+        for rows, shard in self._placed_shards():
+            negs_PON[rows] = shard.negs_PON(layer)
+        return negs_PON
+
+    def neurons(self, selection: Selection) -> FloatArray:
+        """NEGs of K chosen neurons, in the order asked for: float32 (P, O, K); only their pages are read.
+
+        Parameters
+        ----------
+        selection : K flat layer-major indices (layer * N + neuron), or K pairs (layer, neuron)
+
+        Raises
+        ------
+        ShardError
+            If a neuron does not exist.
+        """
+        places = self._locate(selection)
+        negs_POK = np.empty((self.n_rows, self.n_options, len(places.layers_K)), dtype=np.float32)
+        for rows, shard in self._placed_shards():
+            _pick(shard.negs_PON, places, negs_POK[rows])
+        return negs_POK
+
+    def activations(self, selection: Selection) -> FloatArray:
+        """Activations of K chosen neurons: float32 (P, K). `selection` as in `neurons`."""
+        places = self._locate(selection)
+        activations_PK = np.empty((self.n_rows, len(places.layers_K)), dtype=np.float32)
+        for rows, shard in self._placed_shards():
+            _pick(shard.activations_PN, places, activations_PK[rows])
+        return activations_PK
+
+    def __repr__(self) -> str:
+        size = f"{self.n_rows} rows x {self.n_options} options x {self.n_layers} layers x {self.n_neurons} neurons"
+        name = f"{_listed([self.partition])}, site={self.identity.site!r}"
+        return f"NegSplit({name}: {size} in {len(self._receipts)} shards)"
+
+    def _placed_shards(self) -> Iterator[tuple[slice, "Shard"]]:
+        begin = 0
+        for shard in self.shards():
+            yield slice(begin, begin + shard.n_rows), shard
+            begin += shard.n_rows
+
+    def _locate(self, selection: Selection) -> "_Places":
+        chosen = np.asarray(selection)
+        if chosen.size == 0:
+            return _Places(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+        if chosen.dtype.kind not in "iu" or not (chosen.ndim == 1 or (chosen.ndim == 2 and chosen.shape[1] == 2)):
+            raise ShardError(
+                f"neurons are chosen by flat indices (K,) or pairs (K, 2) of whole numbers, "
+                f"not by {chosen.dtype} of shape {chosen.shape}"
+            )
+        layers_K, neurons_K = np.divmod(chosen, self.n_neurons) if chosen.ndim == 1 else chosen.T
+        missing = (layers_K < 0) | (layers_K >= self.n_layers) | (neurons_K < 0) | (neurons_K >= self.n_neurons)
+        if missing.any():
+            raise ShardError(
+                f"{chosen[missing][0].tolist()} is no neuron of {self.identity.model!r}: it has "
+                f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}, "
+                f"in flat indices 0..{self.n_layers * self.n_neurons - 1}"
+            )
+        return _Places(layers_K, neurons_K)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One mapped file; every array is a read-only view of it."""
+
+    batch: pa.RecordBatch
+    n_options: int
+
+    @property
+    def n_rows(self) -> int:
+        """P of this shard."""
+        rows: int = self.batch.num_rows
+        return rows
+
+    def negs_PON(self, layer: int) -> FloatArray:
+        """NEGs of one layer: float32 (P, O, N), probability per unit of activation."""
+        return self.numbers(f"neg_{layer:02d}").reshape(self.n_rows, self.n_options, -1)
+
+    def activations_PN(self, layer: int) -> FloatArray:
+        """Activations of one layer: float32 (P, N)."""
+        return self.numbers(f"act_{layer:02d}")
+
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers: (P,), or (P, width of its lists)."""
+        column = self.batch.column(name)
+        if not pa.types.is_fixed_size_list(column.type):
+            flat: npt.NDArray[Any] = column.to_numpy(zero_copy_only=True)
+            return flat
+        values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
+        return values.reshape(self.n_rows, column.type.list_size)
+
+    def strings(self, name: str) -> list[str]:
+        """A column of strings."""
+        values: list[str] = self.batch.column(name).to_pylist()
+        return values
+
+
+class _Places(NamedTuple):
+    layers_K: npt.NDArray[np.integer]
+    neurons_K: npt.NDArray[np.integer]
+
+
+def _pick(values_of: Callable[[int], FloatArray], places: _Places, out: FloatArray) -> None:
+    """Fill `out` (..., K) with the chosen neurons of `values_of(layer)` (..., N)."""
+    for layer in np.unique(places.layers_K):
+        at = np.flatnonzero(places.layers_K == layer)
+        out[..., at] = values_of(int(layer))[..., places.neurons_K[at]]
+
+
+# Files: all that touches the disk on the reading side
+
+
+def _complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
+    """Receipts of every shard, in order, or the reason why the partition cannot be read."""
+    known = receipts(folder)
+    if len({(receipt.digest, receipt.n_shards) for receipt in known}) > 1:
+        raise ShardError(f"{str(folder)!r} holds shards of several runs: delete it and run one of them again")
+    whole = [receipt for receipt in known if is_whole(folder, receipt, verify=verify)]
+    if not whole or len(whole) < whole[0].n_shards:
+        progress = f"{len(whole)} of {known[0].n_shards} shards" if known else "no finished shards"
+        raise ShardError(f"{str(folder)!r} is incomplete, {progress}: run the same command again")
+    return whole
+
+
+def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
+    try:
+        return RunIdentity(**receipt.identity, versions=receipt.versions)
+    except TypeError as error:
+        raise ShardError(f"{str(folder)!r} was written by another version of this software ({error})") from error
+
+
+def _mapped_batch(path: Path) -> pa.RecordBatch:
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch.validate()
+    except pa.ArrowException as error:
+        raise _damaged(path, str(error).splitlines()[0]) from error
+    return batch
+
+
+def _n_options(folder: Path, receipt: Receipt) -> int:
+    path = shard_path(folder, receipt.index)
+    schema = _mapped_batch(path).schema
+    if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
+        raise _damaged(path, "no column 'probs'")
+    n_options: int = schema.field("probs").type.list_size
+    return n_options
+
+
+def _open_shard(folder: Path, receipt: Receipt, n_options: int, identity: RunIdentity) -> Shard:
+    path = shard_path(folder, receipt.index)
+    batch = _mapped_batch(path)
+    if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)):
+        raise _damaged(path, "its columns are not those of its receipt and of the first shard")
+    if batch.num_rows != receipt.n_rows:
+        raise _damaged(path, f"{batch.num_rows} rows, {receipt.n_rows} in its receipt")
+    return Shard(batch, n_options)
+
+
+def _damaged(path: Path, reason: str) -> ShardError:
+    return ShardError(f"{str(path)!r} is damaged ({reason}): delete it and run the same command again")
+
+
+def _listed(partitions: list[Partition]) -> str:
+    return "; ".join(f"model={p.model!r}, dataset={p.dataset!r}, split={p.split!r}" for p in partitions)
