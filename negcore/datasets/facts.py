@@ -1,0 +1,158 @@
+"""Facts with a single answer, the prompts of measured NEG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+
+from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
+from negcore.datasets.files import Record, one_line, read_json_lines
+from negcore.datasets.local import text_field
+from negcore.datasets.mini import mini_facts
+from negcore.datasets.render import (
+    Defuser,
+    label_prefixes,
+    label_token,
+    mask_of,
+    prompt_end,
+    special_token_pattern,
+)
+from negcore.datasets.rows import Row
+from negcore.datasets.splits import seeded_order
+from negcore.errors import DatasetError
+
+COLUMNS = ("uuid", "prompt", "tpl", "answer")
+MINI_FACTS = "mini/facts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactSet:
+    """Prompts whose one label is the fact's answer, a single token of the tokenizer they were made for."""
+
+    name: str
+    """`mini/facts`, or the stem of the file."""
+    examples: tuple[Example, ...]
+    """The sample, in seeded order; `group` is the fact's template."""
+    n_rows: int
+    """Facts in the source."""
+    n_multi_token: int
+    """Facts left out because their answer is not exactly one token after the prompt."""
+    n_defused: int
+    """Facts, of those in `examples`, whose text held one of the tokenizer's special tokens, now broken."""
+    label_rule: str
+    """The leading-space decision in words."""
+    fingerprint: str = field(init=False)
+    """xxh3-128 (hex) over the content of the examples."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", fingerprint({"facts": self.examples}))
+
+
+def load_facts(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    masked: bool = False,
+) -> FactSet:
+    """Load factual prompts whose answer is one token.
+
+    Labels begin with a space or not, whichever leaves more single-token answers; a tie goes to the space.
+
+    Parameters
+    ----------
+    source : str or Path
+        A .feather, .parquet or .jsonl file with the columns uuid, prompt, tpl and answer (MyriadLAMA's form),
+        or `mini/facts` for a small set that needs no file.
+    tokenizer : Tokenizer
+    limit : int, optional
+        Most facts to keep, a seeded sample. None keeps all.
+    seed : int
+    masked : bool
+        Whether the prompts are for a masked model: the mask token is put after each.
+
+    Raises
+    ------
+    DatasetError
+        The source is unknown, malformed or empty, or no answer is a single token.
+
+    References
+    ----------
+    Zhao, Yoshinaga and Oba, "What Matters in Memorizing and Recalling Facts? Multifaceted Benchmarks for
+    Knowledge Probing in Language Models" (MyriadLAMA), 2024.
+    """
+    if limit is not None and limit < 1:
+        raise DatasetError(f"limit is {limit!r}; allowed: a whole number from 1, or None for all facts")
+    mask = mask_of(tokenizer, masked=masked)
+    name = MINI_FACTS if source == MINI_FACTS else Path(source).stem
+    rows = _rows(source, name)
+    defuser = Defuser(special_token_pattern(tokenizer))
+    harmless = [defuser.row(row) for row in rows]
+    prefix, kept = _single_token(harmless, tokenizer, masked)
+    if not kept:
+        raise DatasetError(f"{source}: none of the {len(rows)} answers is one token; use another set of facts")
+    sample = seeded_order(kept, seed, name)[:limit]
+    raw = {row.id: row for row in rows}
+    return FactSet(
+        name=name,
+        examples=tuple(_example(row, prefix, mask) for row in sample),
+        n_rows=len(rows),
+        n_multi_token=len(rows) - len(kept),
+        n_defused=sum(row.fields != raw[row.id].fields for row in sample),
+        label_rule=describe_label_prefix(prefix, (row.options[0] for row in sample)),
+    )
+
+
+def _example(row: Row, prefix: str, mask: str | None) -> Example:
+    prompt = row.fields["prompt"]
+    return Example(row.id, f"{prompt} {mask}" if mask else prompt, (prefix + row.options[0],), 0, row.group)
+
+
+def _single_token(rows: Sequence[Row], tokenizer: Tokenizer, masked: bool) -> tuple[str, list[Row]]:
+    def kept(prefix: str) -> list[Row]:
+        return [
+            row
+            for row in rows
+            if label_token(tokenizer, prompt_end(row.fields["prompt"]), prefix + row.options[0], masked=masked)
+            is not None
+        ]
+
+    by_prefix = {prefix: kept(prefix) for prefix in label_prefixes(tokenizer, masked=masked)}
+    best = max(by_prefix, key=lambda prefix: len(by_prefix[prefix]))
+    return best, by_prefix[best]
+
+
+def _rows(source: str | Path, name: str) -> list[Row]:
+    records = [(MINI_FACTS, record) for record in mini_facts()] if source == MINI_FACTS else _read(Path(source))
+    if not records:
+        raise DatasetError(f"{source}: there are no facts; each row needs {', '.join(COLUMNS)}")
+    return [_row(record, f"{name}/{number}", place) for number, (place, record) in enumerate(records)]
+
+
+def _read(path: Path) -> list[tuple[str, Record]]:
+    if path.suffix not in (".feather", ".parquet", ".jsonl"):
+        raise DatasetError(f"facts {str(path)!r}: allowed: a .feather, .parquet or .jsonl file, or {MINI_FACTS!r}")
+    if path.suffix == ".jsonl":
+        return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
+    read = pyarrow.feather.read_table if path.suffix == ".feather" else pyarrow.parquet.read_table
+    try:
+        table = read(path)
+    except (OSError, pa.ArrowException) as error:
+        raise DatasetError(f"{path}: cannot be read ({one_line(error):.200})") from None
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise DatasetError(f"{path}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}")
+    records = table.select(list(COLUMNS)).to_pylist()
+    return [(f"{path}, row {number}", record) for number, record in enumerate(records)]
+
+
+def _row(record: Record, row_id: str, place: str) -> Row:
+    text = {name: text_field(record, name, place) for name in COLUMNS}
+    prompt, answer = text["prompt"].rstrip(" "), text["answer"].strip()
+    return Row(f"{row_id}/{text['uuid']}", {"prompt": prompt}, (answer,), 0, text["tpl"], content="", whole="")

@@ -1,0 +1,189 @@
+"""One entry to all datasets."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from negcore.datasets.base import (
+    SPLITS,
+    Dataset,
+    Demonstration,
+    PromptSettings,
+    SplitReport,
+    Tokenizer,
+    Wording,
+    check_template,
+    describe_label_prefix,
+)
+from negcore.datasets.local import read_local
+from negcore.datasets.mceval8k import PREFIX, SPECS, read_mceval8k
+from negcore.datasets.mini import MINI_SPECS, read_mini
+from negcore.datasets.render import (
+    Defuser,
+    Renderer,
+    choose_label_prefix,
+    mask_of,
+    prompt_end,
+    special_token_pattern,
+)
+from negcore.datasets.rows import Row, Source, Spec
+from negcore.datasets.splits import Cut, Rows, cut_splits, draw_demonstrations, stratified_sample, without
+from negcore.errors import DatasetError, LabelError
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetInfo:
+    """A line of the list of datasets."""
+
+    name: str
+    genre: str
+    n_options: int
+    wordings: tuple[str, ...]
+
+
+def list_datasets() -> tuple[DatasetInfo, ...]:
+    """The datasets that have a name: MCEval8K's 22 and the six that need no download."""
+    return tuple(
+        DatasetInfo(name, spec.genre, spec.n_options, tuple(wording.name for wording in spec.wordings))
+        for name, spec in {**SPECS, **MINI_SPECS}.items()
+    )
+
+
+def load_dataset(
+    name: str,
+    tokenizer: Tokenizer,
+    *,
+    settings: PromptSettings,
+    root: str | Path | None = None,
+    masked: bool = False,
+) -> Dataset:
+    """Load a dataset as prompts for one tokenizer.
+
+    Every prompt ends where its label must follow, without a trailing space. Spacing within a row's text is
+    collapsed, and the tokenizer's special tokens in it are broken with a space, so that text stays text.
+
+    Parameters
+    ----------
+    name : str
+        A name from `list_datasets`, or the path of a .jsonl file with the fields prompt, labels and answer.
+    tokenizer : Tokenizer
+        The tokenizer of the model that will be asked.
+    settings : PromptSettings
+    root : str or Path, optional
+        Folder with MCEval8K as `<genre>/<dataset>/{train,valid,test}.json`. None: the folder named by the
+        environment variable NEG_MCEVAL8K, else the Hugging Face hub.
+    masked : bool
+        Whether the prompts are for a masked model: they then end in the mask token.
+
+    Raises
+    ------
+    DatasetError
+        The name is unknown, a file is missing or malformed, or the split policy leaves nothing.
+    LabelError
+        The labels are not single tokens of this tokenizer.
+    PromptError
+        `masked`, and the tokenizer has no mask token.
+    """
+    mask = mask_of(tokenizer, masked=masked)
+    canonical, source = _source(name, settings.seed, Path(root) if root is not None else None)
+    wording = _wording(canonical, source, settings.wording)
+    cut = cut_splits(source.rows, settings.split_policy, settings.seed, canonical)
+    shots = draw_demonstrations(cut.rows, settings.seed, canonical) if settings.shots else []
+    available = {**cut.rows, "train": without(cut.rows["train"], shots)}
+    raw = {split: _sample(available[split], settings, canonical, split) for split in SPLITS}
+    defuser = Defuser(special_token_pattern(tokenizer))
+    used = {split: [defuser.row(row) for row in raw[split]] for split in SPLITS}
+    prefix, labels = _label_prefix(wording, used, tokenizer, masked)
+    renderer = Renderer(wording, prefix, mask).with_demonstrations(map(defuser.row, shots))
+    return Dataset(
+        name=canonical,
+        genre=source.genre,
+        splits={split: tuple(map(renderer.example, rows)) for split, rows in used.items()},
+        split_report=_report(source, settings, cut, available, raw, used),
+        settings=settings,
+        label_rule=describe_label_prefix(prefix, labels),
+        demonstrations=tuple(Demonstration(row.id, row.answer) for row in shots),
+    )
+
+
+def _sample(rows: Sequence[Row], settings: PromptSettings, name: str, split: str) -> list[Row]:
+    n = len(rows) if settings.limit is None else settings.limit
+    return stratified_sample(rows, n, settings.seed, name, split)
+
+
+def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows, raw: Rows, used: Rows) -> SplitReport:
+    def sizes(rows: Rows) -> dict[str, int]:
+        return {split: len(rows.get(split, ())) for split in SPLITS}
+
+    n_damaged = {split: source.n_damaged.get(split, 0) for split in SPLITS}
+    return SplitReport(
+        policy=settings.split_policy,
+        n_released={split: n + n_damaged[split] for split, n in sizes(source.rows).items()},
+        n_damaged=n_damaged,
+        n_available=sizes(available),
+        n_used=sizes(used),
+        n_defused={split: sum(a != b for a, b in zip(raw[split], used[split], strict=True)) for split in SPLITS},
+        overlaps=cut.overlaps,
+        dropped=cut.dropped,
+        drawn=cut.drawn,
+    )
+
+
+def _source(name: str, seed: int, root: Path | None) -> tuple[str, Source]:
+    """The dataset's canonical name and its rows."""
+    if name.endswith(".jsonl"):
+        return f"local/{Path(name).stem}", read_local(Path(name), seed)
+    canonical = _canonical(name)
+    if canonical in MINI_SPECS:
+        return canonical, read_mini(canonical)
+    return canonical, read_mceval8k(SPECS[canonical], root)
+
+
+def _canonical(name: str) -> str:
+    specs: Mapping[str, Spec] = {**SPECS, **MINI_SPECS}
+    spellings = {canonical: canonical for canonical in specs}
+    for canonical, spec in SPECS.items():
+        spellings |= {PREFIX + alias: canonical for alias in spec.aliases}
+    if name.lower() in spellings:
+        return spellings[name.lower()]
+    if name.endswith((".feather", ".parquet")):
+        raise DatasetError(f"{name!r} is a file of facts with one answer each; load it with load_facts")
+    close = difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=0.5)
+    close += [known for known in spellings if known.split("/")[1] == name.lower() and known not in close]
+    hint = f"did you mean {' or '.join(map(repr, close))}" if close else "see list_datasets"
+    raise DatasetError(f"unknown dataset {name!r}; {hint}? A file of your own must end in .jsonl")
+
+
+def _wording(name: str, source: Source, wanted: str | Wording) -> Wording | None:
+    if not source.wordings:
+        if wanted != "default":
+            raise DatasetError(f"{name}: its prompts are ready-made; the only wording allowed is 'default'")
+        return None
+    wordings = {wording.name: wording for wording in source.wordings}
+    if isinstance(wanted, str) and wanted not in wordings:
+        raise DatasetError(f"{name}: unknown wording {wanted!r}; allowed: {', '.join(map(repr, wordings))}")
+    wording = wordings[wanted] if isinstance(wanted, str) else wanted
+    check_template(wording.question, tuple(source.rows["test"][0].fields) if source.rows["test"] else ())
+    return wording
+
+
+def _label_prefix(
+    wording: Wording | None, rows: Rows, tokenizer: Tokenizer, masked: bool
+) -> tuple[str, tuple[str, ...]]:
+    """The prefix that serves every prompt, and a row's labels to show it with."""
+    plain = Renderer(wording, "", None)
+    endings: dict[tuple[str, tuple[str, ...]], str] = {}
+    for example in (plain.example(row) for split in SPLITS for row in rows[split]):
+        endings.setdefault((prompt_end(example.prompt), example.labels), example.id)
+    wanted = {choose_label_prefix(tokenizer, *ending, masked=masked): ending for ending in endings}
+    if len(wanted) > 1:
+        ids = {prefix: endings[ending] for prefix, ending in wanted.items()}
+        raise LabelError(
+            f"labels of {ids[' ']!r} need a leading space and those of {ids['']!r} must not have one; "
+            "choose labels, or prompt endings, that are alike"
+        )
+    ((prefix, (_, labels)),) = wanted.items()
+    return prefix, labels

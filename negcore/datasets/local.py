@@ -1,0 +1,103 @@
+"""A JSONL file of your own: ready-made prompts with labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from negcore.datasets.base import SPLITS
+from negcore.datasets.files import Record, read_json_lines
+from negcore.datasets.rows import Row, Source, check_unicode, normalised
+from negcore.datasets.splits import ONE_IN, split_rows
+from negcore.errors import DatasetError
+
+NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an index into labels or a label)"
+
+
+def read_local(path: Path, seed: int) -> Source:
+    """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group` and `split`.
+
+    Without `split` the rows are cut 60/20/20, stratified by answer, in an order that `seed` decides.
+
+    Raises
+    ------
+    DatasetError
+        The file is empty, a line is malformed, an id occurs twice, or only some lines name a split.
+    """
+    lines = read_json_lines(path)
+    if not lines:
+        raise DatasetError(f"{path}: the file has no rows; {NEEDED}")
+    rows: dict[str, Row] = {}
+    split_of: dict[str, str | None] = {}
+    for number, record in lines:
+        place = f"{path}:{number}"
+        row = _row(record, path.stem, number, place)
+        if row.id in rows:
+            raise DatasetError(f"{place}: id {row.id!r} occurs twice; ids must be unique")
+        rows[row.id] = row
+        split_of[row.id] = _split(record, place)
+    return Source("local", _cut(rows, split_of, path, seed), dict.fromkeys(SPLITS, 0), ())
+
+
+def _cut(rows: dict[str, Row], split_of: dict[str, str | None], path: Path, seed: int) -> dict[str, list[Row]]:
+    named = {split for split in split_of.values() if split}
+    if not named and len(rows) < ONE_IN:
+        raise DatasetError(f"{path}: {len(rows)} rows cannot be cut into splits; give {ONE_IN} or a split field")
+    if not named:
+        return {split: list(part) for split, part in split_rows(list(rows.values()), seed, path.stem).items()}
+    if None in split_of.values():
+        raise DatasetError(f"{path}: some rows have a split and some have none; give all rows one, or none")
+    return {split: [row for row in rows.values() if split_of[row.id] == split] for split in SPLITS}
+
+
+def _split(record: Record, place: str) -> str | None:
+    split = record.get("split")
+    if split is not None and split not in SPLITS:
+        raise DatasetError(f"{place}: split is {split!r:.80}; allowed: {', '.join(map(repr, SPLITS))}")
+    return split
+
+
+def _row(record: Record, stem: str, number: int, place: str) -> Row:
+    missing = [name for name in ("prompt", "labels", "answer") if name not in record]
+    if missing:
+        raise DatasetError(f"{place}: {missing[0]!r} is missing; {NEEDED}")
+    prompt = text_field(record, "prompt", place)
+    labels = _labels(record["labels"], place)
+    return Row(
+        id=str(record.get("id", f"{stem}/{number}")),
+        fields={"prompt": prompt.rstrip(" ")},
+        options=labels,
+        answer=_answer(record["answer"], labels, place),
+        group=str(record.get("group", "")),
+        content=normalised(prompt),
+        whole=json.dumps(record, sort_keys=True),
+    )
+
+
+def text_field(record: Record, name: str, place: str) -> str:
+    """A field that must hold text other than spaces."""
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DatasetError(f"{place}: {name} is {value!r:.80}; allowed: text that is not empty")
+    check_unicode(value, place)
+    return value
+
+
+def _labels(value: Any, place: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise DatasetError(f"{place}: labels is {value!r:.80}; allowed: a list of two or more texts")
+    labels = tuple(text_field({"label": label}, "label", place).strip() for label in value)
+    if len(set(labels)) < len(labels):
+        raise DatasetError(f"{place}: labels {value!r:.80} repeat; each option needs its own label")
+    return labels
+
+
+def _answer(value: Any, labels: tuple[str, ...], place: str) -> int:
+    if isinstance(value, str) and value.strip() in labels:
+        return labels.index(value.strip())
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+        return value
+    raise DatasetError(
+        f"{place}: answer is {value!r:.80}; allowed: 0 to {len(labels) - 1}, or one of the labels {labels!r:.120}"
+    )

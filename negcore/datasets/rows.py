@@ -1,0 +1,177 @@
+"""Rows: the records of a file, checked and evened out, before they become prompts."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from negcore.datasets.base import Wording
+from negcore.datasets.files import Record
+from negcore.errors import DatasetError
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One question."""
+
+    id: str
+    fields: Mapping[str, str]
+    """Text by field name, spacing collapsed."""
+    options: tuple[str, ...]
+    answer: int
+    group: str
+    content: str
+    """Normalised text of what is asked: equal for two rows that ask the same."""
+    whole: str
+    """The record unchanged, keys sorted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One dataset as data: where it lies, what its records hold, how it is asked."""
+
+    name: str
+    genre: str
+    fields: tuple[str, ...]
+    """Fields that the question shows; two rows with the same text in them ask the same."""
+    options: tuple[str, ...] | str
+    """The options of every row, or the field that holds a row's own."""
+    n_options: int
+    answer: str
+    """Field with the gold option: an index into the options, unless `answer_values` is given."""
+    answer_values: tuple[Any, ...] = ()
+    """The answer field's values in the order of the options."""
+    option_names: Mapping[str, str] = field(default_factory=dict)
+    """Words for options that are codes."""
+    options_are_content: bool = False
+    """Rows with the same fields and other options ask something else."""
+    group: str | None = None
+    aliases: tuple[str, ...] = ()
+    """Other accepted spellings, of the name and of the folder."""
+    wordings: tuple[Wording, ...]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folder names to look for, in this order."""
+        return (self.name, *self.aliases)
+
+
+def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row | None:
+    """Check one record against its dataset's spec.
+
+    Returns
+    -------
+    Row or None
+        None for a damaged record: a field or an option that would be shown is empty.
+
+    Raises
+    ------
+    DatasetError
+        A field is missing, or has a type or an answer that the spec does not allow.
+    """
+    if not isinstance(record, Mapping):
+        raise DatasetError(f"{place}: {type(record).__name__} found; a JSON object is needed")
+    fields = {name: tidy(_get(record, name, place), f"{place}, field {name!r}") for name in spec.fields}
+    options = _options(spec, record, place)
+    if not all(fields.values()) or not all(options):
+        return None
+    shown = [fields[name] for name in spec.fields] + (sorted(options) if spec.options_are_content else [])
+    return Row(
+        id=row_id,
+        fields=fields,
+        options=options,
+        answer=_answer(spec, record, place),
+        group=tidy(_get(record, spec.group, place), place) if spec.group else "",
+        content="\n".join(map(normalised, shown)),
+        whole=json.dumps(record, sort_keys=True),
+    )
+
+
+def _get(record: Record, name: str, place: str) -> Any:
+    if name not in record:
+        raise DatasetError(f"{place}: field {name!r} is missing; found {', '.join(map(repr, record))}")
+    return record[name]
+
+
+def _options(spec: Spec, record: Record, place: str) -> tuple[str, ...]:
+    if not isinstance(spec.options, str):
+        return spec.options
+    values = _get(record, spec.options, place)
+    if not isinstance(values, list) or len(values) != spec.n_options:
+        raise DatasetError(f"{place}: {spec.options!r} is {values!r:.80}; a list of {spec.n_options} is needed")
+    return tuple(tidy(spec.option_names.get(str(v), v), f"{place}, {spec.options!r}") for v in values)
+
+
+def _answer(spec: Spec, record: Record, place: str) -> int:
+    value = _get(record, spec.answer, place)
+    allowed = spec.answer_values or tuple(range(spec.n_options))
+    if isinstance(value, bool) or value not in allowed:
+        raise DatasetError(f"{place}: {spec.answer!r} is {value!r:.80}; allowed: {', '.join(map(repr, allowed))}")
+    return allowed.index(value)
+
+
+def tidy(value: object, place: str) -> str:
+    """Text with its spacing collapsed; lists of words are joined, None is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        value = " ".join(value)
+    if not isinstance(value, str):
+        raise DatasetError(f"{place}: {value!r:.80} is not text")
+    check_unicode(value, place)
+    return " ".join(value.split())
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Refuse lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{place}: {text!r:.80} is not valid Unicode (a lone surrogate)") from None
+
+
+def normalised(text: str) -> str:
+    """NFKC, case folded, spacing collapsed: what the `clean` policy compares."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def two_wordings(instruction: str, question: str, instruction_2: str, question_2: str) -> tuple[Wording, ...]:
+    """The two wordings every dataset has: options as a list (`default`), options in one line (`inline`)."""
+    return (
+        Wording(name="default", instruction=instruction, question=question),
+        Wording(
+            name="inline",
+            instruction=instruction_2,
+            question=question_2,
+            option="({letter}) {text}",
+            separator="  ",
+            cue="The letter of the right option is",
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The rows of a dataset before any policy, by split."""
+
+    genre: str
+    rows: dict[str, list[Row]]
+    n_damaged: dict[str, int]
+    wordings: tuple[Wording, ...]
+    """Empty where the prompts are ready-made."""
+
+
+def rows_of_records(spec: Spec, records: Mapping[str, Sequence[object]], places: Mapping[str, str]) -> Source:
+    """Check the records of every split; `places` names each split's origin in errors."""
+    rows: dict[str, list[Row]] = {}
+    for split, found in records.items():
+        parsed = (
+            row_from_record(spec, record, f"{spec.name}/{split}/{i}", f"{places[split]}, record {i}")
+            for i, record in enumerate(found)
+        )
+        rows[split] = [row for row in parsed if row is not None]
+    n_damaged = {split: len(records[split]) - len(rows[split]) for split in records}
+    return Source(spec.genre, rows, n_damaged, spec.wordings)

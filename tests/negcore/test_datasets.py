@@ -1,0 +1,470 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+from support import REPOSITORY, SHARED, tiny_tokenizer
+
+from negcore.datasets import SPLITS, PromptSettings, Wording, list_datasets, load_dataset, load_facts
+from negcore.datasets.mceval8k import SPECS, read_mceval8k
+from negcore.datasets.mini import MINI_SPECS, read_mini
+from negcore.datasets.splits import cut_splits
+from negcore.errors import DatasetError
+
+MCEVAL8K = SHARED / "mceval8k"
+MYRIADLAMA = SHARED / "myriadlama"
+needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not at ../shared/mceval8k")
+needs_myriadlama = pytest.mark.skipif(not MYRIADLAMA.is_dir(), reason="MyriadLAMA is not at ../shared/myriadlama")
+# Its training file is absent, and its validation rows are its test rows.
+WITHOUT_CLEAN_TRAIN = "mceval8k/chunking"
+
+
+def load(name, *, root=None, masked=False, **settings):
+    return load_dataset(str(name), tiny_tokenizer(), settings=PromptSettings(**settings), root=root, masked=masked)
+
+
+def write_lines(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def questions(n: int, **more: object) -> list[dict[str, object]]:
+    return [{"prompt": f"Question {i}? Answer:", "labels": ["A", "B"], "answer": i * 2 // n, **more} for i in range(n)]
+
+
+# MCEval8K
+
+
+def test_the_list_has_22_datasets_of_mceval8k_and_one_mini_set_per_genre():
+    found = list_datasets()
+    mceval8k = [info for info in found if info.name.startswith("mceval8k/")]
+    assert len(mceval8k) == 22
+    assert {info.name for info in found} - {info.name for info in mceval8k} == {
+        f"mini/{genre}" for genre in {info.genre for info in mceval8k}
+    }
+    assert all(len(info.wordings) >= 2 and 2 <= info.n_options <= 5 for info in found)
+
+
+@needs_mceval8k
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("name", [name for name in SPECS if name != WITHOUT_CLEAN_TRAIN])
+def test_every_dataset_loads_with_balanced_samples(name, shots):
+    dataset = load(name, root=MCEVAL8K, shots=shots, limit=20)
+    spec = SPECS[name]
+    assert set(dataset.splits) == set(SPLITS)
+    for examples in dataset.splits.values():
+        sizes = Counter(e.answer for e in examples)
+        assert len(examples) == 20 and len(sizes) == spec.n_options
+        assert all(e.labels == (" A", " B", " C", " D", " E")[: spec.n_options] for e in examples)
+        assert all(e.prompt == e.prompt.rstrip() for e in examples)
+        assert all(bool(e.group) == (spec.genre == "multilingual") for e in examples)
+    assert len({e.id for examples in dataset.splits.values() for e in examples}) == 60
+    assert sorted(d.answer for d in dataset.demonstrations) == list(range(spec.n_options)) * shots
+    solved = [line for line in dataset.splits["test"][0].prompt.splitlines() if line.startswith("Answer: ")]
+    assert solved == [f"Answer: {'ABCDE'[d.answer]}" for d in dataset.demonstrations]
+
+
+@needs_mceval8k
+@pytest.mark.parametrize("name", [name for name in SPECS if name != WITHOUT_CLEAN_TRAIN])
+def test_clean_splits_share_no_text(name):
+    source = read_mceval8k(SPECS[name], MCEVAL8K)
+    cut = cut_splits(source.rows, "clean", 0, name)
+    assert cut.rows["test"] == source.rows["test"]
+    texts = {split: {row.content for row in cut.rows[split]} for split in SPLITS}
+    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS, 2))
+    assert len(cut.rows["valid"]) >= 200 and len(cut.rows["train"]) >= 798
+
+
+@needs_mceval8k
+def test_a_training_file_that_cannot_be_replaced_is_an_error_under_clean_alone():
+    with pytest.raises(DatasetError, match="chunking.*'released'"):
+        load(WITHOUT_CLEAN_TRAIN, root=MCEVAL8K)
+    released = load(WITHOUT_CLEAN_TRAIN, root=MCEVAL8K, split_policy="released", limit=20)
+    assert {split: len(examples) for split, examples in released.splits.items()} == {
+        "train": 0,
+        "valid": 20,
+        "test": 20,
+    }
+    assert released.split_report.is_overlapping
+
+
+@needs_mceval8k
+def test_overlaps_are_those_of_the_audit():
+    report = load("mceval8k/ner", root=MCEVAL8K, split_policy="released", limit=1).split_report
+    audit = {("test", "train"): 998, ("valid", "test"): 998, ("valid", "train"): 998}
+    assert {(o.split, o.other): o.n_whole_rows for o in report.overlaps} == pytest.approx(audit, abs=2)
+    assert report.n_released == {"train": 6000, "valid": 1000, "test": 1000} and report.is_overlapping
+
+
+@needs_mceval8k
+def test_damaged_rows_are_left_out_and_counted():
+    report = load("mceval8k/clang8", root=MCEVAL8K).split_report
+    assert report.n_damaged == {"train": 21, "valid": 3, "test": 3}
+    assert report.n_used["test"] == 997 and not report.is_overlapping
+
+
+@needs_mceval8k
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("mceval8k/commensenseqa", "mceval8k/commonsenseqa"),
+        ("mceval8k/ged", "mceval8k/clang8"),
+        ("MCEval8K/AGNews", "mceval8k/agnews"),
+    ],
+)
+def test_other_spellings_lead_to_the_canonical_name(spelling, name):
+    assert load(spelling, root=MCEVAL8K, limit=1).name == name
+
+
+@needs_mceval8k
+def test_the_root_can_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("NEG_MCEVAL8K", str(MCEVAL8K))
+    assert len(load("mceval8k/imdb", limit=4).splits["train"]) == 4
+
+
+@needs_mceval8k
+def test_the_stereotype_is_the_gold_option():
+    rows = read_mceval8k(SPECS["mceval8k/stereoset"], MCEVAL8K).rows["test"]
+    (russian,) = [row for row in rows if row.fields["context"] == "The BLANK Russian sat on the couch."]
+    assert russian.options[russian.answer] == "The drunk russian sat on the couch."
+
+
+@needs_mceval8k
+def test_the_same_settings_make_the_same_dataset_and_another_seed_another():
+    first, again, other = (load("mceval8k/xnli", root=MCEVAL8K, shots=1, limit=20, seed=s) for s in (0, 0, 1))
+    assert first.fingerprint == again.fingerprint and first.splits == again.splits
+    assert first.fingerprint != other.fingerprint and first.demonstrations != other.demonstrations
+
+
+@needs_mceval8k
+def test_demonstrations_are_the_same_in_every_prompt_and_in_no_split():
+    dataset = load("mceval8k/agnews", root=MCEVAL8K, shots=1)
+    prompts = [e.prompt for examples in dataset.splits.values() for e in examples]
+    shared = os.path.commonprefix(prompts)
+    assert shared.count("Answer: ") == 4
+    shown = {d.id for d in dataset.demonstrations}
+    assert not shown & {e.id for examples in dataset.splits.values() for e in examples}
+    assert dataset.split_report.n_available["train"] == 5000 - 4
+
+
+def agnews(folder: Path, n: int = 20) -> Path:
+    """A root whose one dataset is a small agnews; `text` may be replaced by the caller."""
+    place = folder / "classification" / "agnews"
+    place.mkdir(parents=True)
+    for split in SPLITS:
+        records = [{"text": f"{split} {i}", "label": i * 4 // n} for i in range(n)]
+        (place / f"{split}.json").write_text(json.dumps(records))
+    return place
+
+
+def test_splits_are_compared_by_normalised_text(tmp_path):
+    place = agnews(tmp_path)
+    train = json.loads((place / "train.json").read_text())
+    train[0]["text"] = "  \uff34EST \n 3 "
+    (place / "train.json").write_text(json.dumps(train))
+    dataset = load("mceval8k/agnews", root=tmp_path)
+    assert "agnews/train/0" not in {e.id for e in dataset.splits["train"]}
+    (overlap, *_) = dataset.split_report.overlaps
+    assert (overlap.split, overlap.other, overlap.n_whole_rows, overlap.n_same_text) == ("test", "train", 0, 1)
+
+
+def test_special_tokens_in_rows_are_counted_and_harmless(tmp_path):
+    place = agnews(tmp_path)
+    (place / "test.json").write_text(json.dumps([{"text": "say <end>\n\nAnswer: <mask>", "label": 0}]))
+    dataset = load("mceval8k/agnews", root=tmp_path, masked=True)
+    (example,) = dataset.splits["test"]
+    assert "say < end> Answer: < mask>" in example.prompt and example.prompt.endswith("Answer: <mask>")
+    assert dataset.split_report.n_defused == {"train": 0, "valid": 0, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a", "label": 4}]', "record 0: 'label' is 4; allowed: 0, 1, 2, 3"),
+        ('[{"text": "a", "label": true}]', "'label' is True"),
+        ('[{"text": "a"}]', "field 'label' is missing"),
+        ('[{"text": 3, "label": 0}]', "3 is not text"),
+        ('[{"text": "\\ud800", "label": 0}]', "surrogate"),
+        ('["a"]', "str found; a JSON object is needed"),
+        ('{"text": "a"}', "an array of objects"),
+        ('[{"text"\n:: 1}]', "test.json:2: not JSON"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, text, message):
+    (agnews(tmp_path) / "test.json").write_text(text)
+    with pytest.raises(DatasetError) as error:
+        load("mceval8k/agnews", root=tmp_path)
+    assert "test.json" in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_root_that_is_no_folder_and_one_without_the_dataset_are_named(tmp_path):
+    with pytest.raises(DatasetError, match="nowhere.*is not a folder"):
+        load("mceval8k/agnews", root=tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match="no nli/paws/test.json in folder"):
+        load("mceval8k/paws", root=tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_leads_to_a_local_folder(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route\nto host")
+
+    monkeypatch.delenv("NEG_MCEVAL8K", raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    with pytest.raises(DatasetError, match=r"no route to host.*root=.*NEG_MCEVAL8K"):
+        load("mceval8k/agnews")
+
+
+@needs_mceval8k
+def test_without_a_root_the_files_come_from_the_hub_and_an_absent_one_is_no_error(monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download(repository, *, filename, repo_type):
+        assert (repository, repo_type) == ("iszhaoxin/MCEval8K", "dataset")
+        if not (MCEVAL8K / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(MCEVAL8K / filename)
+
+    monkeypatch.delenv("NEG_MCEVAL8K", raising=False)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    for name in ("mceval8k/imdb", "mceval8k/commonsenseqa"):
+        assert load(name, limit=5).fingerprint == load(name, limit=5, root=MCEVAL8K).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mceval8k/agnew", "'mceval8k/agnews'"),
+        ("paws", "'mceval8k/paws'"),
+        ("mini/nlp", "'mini/nli'"),
+        ("zzzz", "see list_datasets"),
+        ("facts.feather", "load_facts"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_close_ones(name, hint):
+    with pytest.raises(DatasetError) as error:
+        load(name)
+    assert repr(name) in str(error.value) and hint in str(error.value)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("wrong", [{"shots": 2}, {"limit": 0}, {"split_policy": "dirty"}])
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(DatasetError, match="allowed"):
+        PromptSettings(**wrong)
+
+
+def test_wordings_change_the_prompts_and_nothing_else():
+    default, inline = load("mini/nli"), load("mini/nli", wording="inline")
+    assert [e.id for e in default.splits["test"]] == [e.id for e in inline.splits["test"]]
+    assert not {e.prompt for e in default.splits["test"]} & {e.prompt for e in inline.splits["test"]}
+
+
+def test_a_wording_of_your_own_is_used():
+    wording = Wording(name="mine", instruction="", question="{hypothesis} ({premise})", cue="So:")
+    example = load("mini/nli", wording=wording).splits["test"][0]
+    assert example.prompt.endswith("\nSo:") and not example.prompt.startswith("\n")
+
+
+def test_an_unknown_wording_and_an_unknown_field_are_refused():
+    with pytest.raises(DatasetError, match="unknown wording 'wordy'; allowed: 'default', 'inline'"):
+        load("mini/nli", wording="wordy")
+    with pytest.raises(DatasetError, match="asks for 'text'; allowed: premise, hypothesis"):
+        load("mini/nli", wording=Wording(name="mine", instruction="", question="{text}"))
+
+
+# Mini datasets
+
+
+@pytest.mark.parametrize("name", MINI_SPECS)
+def test_mini_datasets_are_balanced_and_disjoint(name):
+    rows = read_mini(name).rows
+    assert 150 <= sum(map(len, rows.values())) <= 240
+    contents = [row.content for split in SPLITS for row in rows[split]]
+    assert len(set(contents)) == len(contents)
+    for split in SPLITS:
+        sizes = Counter(row.answer for row in rows[split])
+        assert len(sizes) == MINI_SPECS[name].n_options and max(sizes.values()) - min(sizes.values()) <= 1
+        assert all(len(set(row.options)) == len(row.options) for row in rows[split])
+
+
+def test_mini_datasets_are_the_same_in_every_process():
+    code = (
+        "from negcore.datasets.mini import MINI_SPECS, read_mini\n"
+        "for name in MINI_SPECS: print(repr(read_mini(name).rows))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert printed.stdout.splitlines() == [repr(read_mini(name).rows) for name in MINI_SPECS]
+
+
+def test_mini_answers_are_right():
+    rows = [row for split in read_mini("mini/fact").rows.values() for row in split]
+    gold = {row.fields["text"]: row.options[row.answer] for row in rows}
+    assert gold["What is the currency of Japan?"] == "Japanese Yen"
+    assert gold["On which continent is Kenya?"] == "Africa"
+    assert gold["What is the official language of Hungary?"] == "Hungarian"
+
+
+# Files of one's own
+
+
+def test_a_file_is_cut_into_stratified_splits(tmp_path):
+    dataset = load(write_lines(tmp_path / "mine.jsonl", questions(20)))
+    sizes = {split: Counter(e.answer for e in examples) for split, examples in dataset.splits.items()}
+    assert sizes == {"train": {0: 6, 1: 6}, "valid": {0: 2, 1: 2}, "test": {0: 2, 1: 2}}
+    assert dataset.name == "local/mine" and dataset.label_rule == "labels begin with a space: ' A' ' B'"
+
+
+def test_a_file_can_name_its_splits_ids_groups_and_answers(tmp_path):
+    records = [
+        {
+            "prompt": f"{split} {i}:",
+            "labels": ["A", " B"],
+            "answer": "B",
+            "split": split,
+            "id": f"{split}-{i}",
+            "group": "g",
+        }
+        for split in SPLITS
+        for i in range(3)
+    ]
+    dataset = load(write_lines(tmp_path / "mine.jsonl", records))
+    example = min(dataset.splits["valid"], key=lambda e: e.id)
+    assert (example.id, example.prompt, example.labels) == ("valid-0", "valid 0:", (" A", " B"))
+    assert (example.answer, example.group) == (1, "g")
+
+
+def test_a_file_can_be_demonstrated_too(tmp_path):
+    dataset = load(write_lines(tmp_path / "mine.jsonl", questions(20)), shots=1)
+    assert dataset.splits["test"][0].prompt.count("Answer: ") == 2
+
+
+GOOD = {"prompt": "Q:", "labels": ["A", "B"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "list found"),
+        (b"\xff{}", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (json.dumps({"prompt": "Q:", "answer": 0}), "'labels' is missing"),
+        (json.dumps({**GOOD, "prompt": " "}), "prompt is ' '"),
+        (json.dumps({**GOOD, "labels": ["A"]}), "a list of two or more"),
+        (json.dumps({**GOOD, "labels": ["A", " A"]}), "repeat"),
+        (json.dumps({**GOOD, "labels": ["A", 1]}), "label is 1"),
+        (json.dumps({**GOOD, "answer": 2}), "answer is 2; allowed: 0 to 1"),
+        (json.dumps({**GOOD, "answer": -1}), "answer is -1"),
+        (json.dumps({**GOOD, "answer": "C"}), "answer is 'C'"),
+        (json.dumps({**GOOD, "split": "dev"}), "split is 'dev'; allowed: 'train'"),
+        (json.dumps({**GOOD, "split": ["dev"]}), "split is ['dev']"),
+        (json.dumps({**GOOD, "id": "first"}), "id 'first' occurs twice"),
+        (json.dumps({**GOOD, "prompt": "\ud800"}), "surrogate"),
+    ],
+)
+def test_a_malformed_line_is_named_with_what_is_allowed(tmp_path, line, message):
+    path = tmp_path / "mine.jsonl"
+    first = json.dumps({**GOOD, "id": "first"}).encode()
+    path.write_bytes(first + b"\n\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(DatasetError) as error:
+        load(path)
+    assert f"{path}:3: " in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_files_that_are_empty_too_short_or_half_split_are_refused(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n \n")
+    with pytest.raises(DatasetError, match="no rows"):
+        load(path)
+    with pytest.raises(DatasetError, match="4 rows cannot be cut"):
+        load(write_lines(path, questions(4)))
+    with pytest.raises(DatasetError, match="some rows have a split"):
+        load(write_lines(path, [*questions(9), *questions(1, split="test")]))
+    with pytest.raises(DatasetError, match="cannot be read"):
+        load(tmp_path / "absent.jsonl")
+
+
+# Facts
+
+FACTS = [
+    {"uuid": f"u{i}", "prompt": f"Fact {i} is", "tpl": f"t{i % 2}", "answer": "A" if i % 3 else "Xylophone"}
+    for i in range(9)
+]
+
+
+@pytest.mark.parametrize("suffix", [".feather", ".parquet", ".jsonl"])
+def test_facts_keep_single_token_answers_and_count_the_rest(tmp_path, suffix):
+    path = tmp_path / f"facts{suffix}"
+    table = pa.Table.from_pylist(FACTS)
+    if suffix == ".feather":
+        pyarrow.feather.write_feather(table, path)
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        write_lines(path, FACTS)
+    facts = load_facts(path, tiny_tokenizer())
+    assert (facts.n_rows, facts.n_multi_token, len(facts.examples)) == (9, 3, 6)
+    example = min(facts.examples, key=lambda e: e.id)
+    assert (example.id, example.prompt, example.labels) == ("facts/1/u1", "Fact 1 is", (" A",))
+    assert (example.answer, example.group) == (0, "t1")
+    assert "begin with a space" in facts.label_rule
+
+
+def test_a_sample_of_facts_depends_on_the_seed():
+    whole, some, again = (load_facts("mini/facts", tiny_letters(), limit=n) for n in (None, 10, 10))
+    assert some.fingerprint == again.fingerprint and some.examples == whole.examples[:10]
+    assert load_facts("mini/facts", tiny_letters(), limit=10, seed=1).examples != some.examples
+
+
+def tiny_letters():
+    """A tokenizer for which every word is one token."""
+
+    class Words:
+        mask_token = None
+        all_special_tokens: list[str] = []
+
+        def __call__(self, text, *, add_special_tokens):
+            return {"input_ids": [hash(word) for word in text.split()]}
+
+    return Words()
+
+
+def test_facts_that_cannot_be_used_are_named(tmp_path):
+    path = tmp_path / "facts.feather"
+    path.write_bytes(b"not a table")
+    with pytest.raises(DatasetError, match="cannot be read"):
+        load_facts(path, tiny_tokenizer())
+    pyarrow.feather.write_feather(pa.table({"uuid": ["u"]}), path)
+    with pytest.raises(DatasetError, match="no column 'prompt'"):
+        load_facts(path, tiny_tokenizer())
+    with pytest.raises(DatasetError, match="jsonl:1: tpl is None"):
+        load_facts(write_lines(tmp_path / "f.jsonl", [{**FACTS[0], "tpl": None}]), tiny_tokenizer())
+    with pytest.raises(DatasetError, match="none of the 1 answers is one token"):
+        load_facts(write_lines(tmp_path / "f.jsonl", FACTS[:1]), tiny_tokenizer())
+    with pytest.raises(DatasetError, match=r"\.feather, \.parquet or \.jsonl"):
+        load_facts("myriadlama", tiny_tokenizer())
+
+
+@needs_myriadlama
+def test_myriadlama_loads_for_masked_models_with_its_gap_marks_broken():
+    facts = load_facts(MYRIADLAMA / "llama2-7b-it.feather", tiny_tokenizer(), masked=True)
+    assert facts.n_rows == 1000 == facts.n_multi_token + len(facts.examples)
+    assert all(e.prompt.count("<mask>") == 1 and e.prompt.endswith("A: <mask>") for e in facts.examples)
