@@ -1,0 +1,224 @@
+"""The command line: `neg`."""
+
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from negcore.errors import NegError
+from tasks.runfile import RunFile, read_run_file
+
+if TYPE_CHECKING:
+    from flows.pipeline import Results
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Neuron empirical gradients at scale: how much every feed-forward neuron of a language model moves the "
+    "probability of an answer, and what that says about the model's skills.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Orchestrator = Annotated[
+    Literal["prefect", "none"],
+    typer.Option(help="prefect: a flow run with its UI; a private server for the run unless PREFECT_API_URL is set."),
+]
+RunPath = Annotated[
+    Path | None, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence over it.")
+]
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    try:
+        app()
+    except NegError as error:
+        _err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every field of the run file as an option, so that each is written down once."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [*own, *(_option(name) for name in RunFile.model_fields)]
+
+    def wrapped(**values: Any) -> None:
+        command(**{name: value for name, value in values.items() if value is not None})
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _option(name: str) -> inspect.Parameter:
+    field = RunFile.model_fields[name]
+    kind = field.annotation
+    help_text = field.description or ""
+    if get_origin(kind) is tuple:  # several values; the run file checks each
+        kind = list[str]
+    if not field.is_required() and field.default is not None and field.default_factory is None:
+        default = field.default
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        help_text += f" [default: {shown}]"
+    option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+@app.command()
+@_with_run_options
+def pipeline(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Extract NEGs and probe them.
+
+    Example: `neg pipeline --model smollm2-135m --dataset mceval8k/agnews --limit 200 --shots 1`
+
+    The run directory holds run.yaml; `neg pipeline DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+    _execute("pipeline", read_run_file(run_file, overrides), orchestrator)
+
+
+@app.command()
+@_with_run_options
+def extract(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Compute the NEG of every neuron for every option and write Arrow shards.
+
+    Example: `neg extract --model smollm2-135m --dataset mini/fact --out runs/facts`
+    """
+    _execute("extract", read_run_file(run_file, overrides), orchestrator)
+
+
+@app.command()
+@_with_run_options
+def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Fit and score probes on shards that `neg extract` wrote.
+
+    Example: `neg probe runs/facts --probe magn`
+    """
+    _execute("probe", read_run_file(run_file, overrides), orchestrator)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    orchestrator: Orchestrator = "prefect",
+) -> None:
+    """Measure the embedded model on six small datasets and probe it: a first real result, without network.
+
+    Example: `neg demo`
+    """
+    from negcore.datasets import list_datasets
+
+    names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
+    values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 120}
+    _execute("pipeline", read_run_file(None, values), orchestrator)
+
+
+@app.command()
+def models() -> None:
+    """List the models that ship as packages and the model families that can be measured.
+
+    Example: `neg models`
+    """
+    from negcore.architectures import ARCHITECTURES
+    from negcore.models import EMBEDDED
+
+    for alias, (_, _, command) in EMBEDDED.items():
+        _out.print(f"[bold]{alias}[/bold]  embedded: {command}", highlight=False)
+    table = Table(
+        "family", "prediction", "sites (paper = first)", title="Families: any safetensors model of these types"
+    )
+    for name, arch in sorted(ARCHITECTURES.items()):
+        sites = "up, act, gate" if arch.gated else "act"
+        table.add_row(name, "masked token" if arch.masked else "next token", sites)
+    _out.print(table)
+
+
+def _execute(flow_name: str, run: RunFile, orchestrator: str) -> None:
+    """Run a flow and show its results."""
+    _quiet_libraries()
+    from flows.display import Display
+    from flows.stages import current_watcher
+    from tasks.plan import plan
+
+    with _out.status("reading models' tokenizers and datasets") if _out.is_terminal else _nothing():
+        n_shards = sum(model.n_shards for model in plan(run)) if flow_name != "probe" else 0
+    signal.signal(signal.SIGTERM, _terminated)
+    _out.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
+    try:
+        with Display(_out, flow_name, n_shards) as display:
+            current_watcher.set(display)
+            results = _call(flow_name, run, orchestrator)
+    except KeyboardInterrupt:
+        _err.print("stopped; finished shards are kept, and the same command goes on from them")
+        raise typer.Exit(130) from None
+    _show(results)
+
+
+def _call(flow_name: str, run: RunFile, orchestrator: str) -> "Results":
+    from flows import pipeline as flows
+    from flows.stages import PlainStages
+
+    if orchestrator == "none":
+        steps = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}
+        return steps[flow_name](run, PlainStages())
+    from tasks.server import prefect_api
+
+    prefect_flows = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}
+    try:
+        with prefect_api(run.directory / "prefect"):
+            return prefect_flows[flow_name](run)
+    except flows.IncompleteRun as incomplete:
+        return incomplete.results
+
+
+def _show(results: "Results") -> None:
+    from flows.display import accuracy_table
+
+    if results.scores:
+        _out.print(accuracy_table(results.scores))
+    rows = sum(part.n_rows for part in results.extracted)
+    if results.extracted:
+        size = sum(part.n_bytes for part in results.extracted) / 2**20
+        reused = sum(part.n_reused for part in results.extracted)
+        shards = reused + sum(part.n_computed for part in results.extracted)
+        _out.print(f"{rows} prompts in {shards} shards ({reused} were there already), {size:.0f} MiB", highlight=False)
+    _out.print(f"written to {escape(str(results.directory))}", highlight=False, soft_wrap=True)
+    for problem in results.problems:
+        _err.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+    if results.problems:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
+    for name, value in {
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_TQDM": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)

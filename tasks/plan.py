@@ -1,0 +1,113 @@
+"""What a run will do, known and checked before any model is loaded."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+
+from negcore.datasets import Dataset, Example, load_dataset
+from negcore.encoding import encode_labels, encode_prompts
+from negcore.errors import DatasetError, NegError
+from negcore.identity import RunIdentity
+from negcore.models import ModelCard, describe_model
+from negcore.shards import Partition
+from tasks.runfile import RunFile
+
+_PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class PlannedSplit:
+    """The rows of one (model, dataset, split), and what makes their numbers."""
+
+    partition: Partition
+    examples: tuple[Example, ...]
+    identity: RunIdentity
+    shard_rows: int
+
+    @property
+    def name(self) -> str:
+        """Model, dataset and split, for people."""
+        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}"
+
+    @property
+    def shards(self) -> list[Sequence[Example]]:
+        """The examples of every shard, in order."""
+        return [
+            self.examples[start : start + self.shard_rows] for start in range(0, len(self.examples), self.shard_rows)
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """One dataset as one model will read it."""
+
+    model: str
+    dataset: Dataset
+    splits: tuple[PlannedSplit, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.dataset.name}"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """One model and everything it is to be measured on."""
+
+    card: ModelCard
+    datasets: tuple[PlannedDataset, ...]
+
+    @property
+    def n_shards(self) -> int:
+        return sum(len(split.shards) for dataset in self.datasets for split in dataset.splits)
+
+
+@cache
+def plan(run: RunFile) -> tuple[PlannedModel, ...]:
+    """Read every dataset with every model's tokenizer and check all prompts and labels.
+
+    Raises
+    ------
+    NegError
+        If a model or dataset is unknown, a dataset empty or malformed, a prompt too long, or a label not one token.
+    """
+    return tuple(_plan_model(run, ref) for ref in dict.fromkeys(run.model))
+
+
+def _plan_model(run: RunFile, ref: str) -> PlannedModel:
+    card = describe_model(ref)
+    card.arch.site(run.site)
+    return PlannedModel(card, tuple(_plan_dataset(run, card, name) for name in dict.fromkeys(run.dataset)))
+
+
+def _plan_dataset(run: RunFile, card: ModelCard, name: str) -> PlannedDataset:
+    dataset = load_dataset(name, card.tokenizer, settings=run.prompts, root=run.mceval8k, masked=card.arch.masked)
+    identity = RunIdentity(
+        model=card.name,
+        model_revision=card.revision,
+        tokenizer_hash=card.tokenizer_digest,
+        site=card.arch.site(run.site),
+        dtype=run.dtype,
+        n_layers=card.n_layers,
+        n_neurons=card.n_neurons,
+        prompt={"shots": run.shots, "wording": run.wording, "seed": run.seed, "split_policy": run.split_policy},
+        dataset_fingerprint=dataset.fingerprint,
+        versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+    )
+    splits = []
+    for split, examples in dataset.splits.items():
+        _check(card, dataset.name, split, examples)
+        splits.append(PlannedSplit(Partition(card.name, dataset.name, split), examples, identity, run.shard_rows))
+    return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def _check(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> None:
+    if not examples:
+        raise DatasetError(f"{dataset}: split {split!r} has no rows; use a larger limit or another dataset")
+    try:
+        encode_prompts(card, [example.prompt for example in examples])
+        encode_labels(card.tokenizer, [example.labels for example in examples], len(examples))
+    except NegError as error:
+        raise type(error)(f"{dataset}, split {split!r}, model {card.name}: {error}") from None
