@@ -145,6 +145,33 @@ def models() -> None:
     _out.print(table)
 
 
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="A dataset to look at more closely; needs --model.")] = None,
+    model: Annotated[str, typer.Option(help="Model whose tokenizer makes the prompts.")] = "smollm2-135m",
+    shots: Annotated[Literal["0", "1"], typer.Option(help="Demonstrations of each class.")] = "0",
+    wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
+    mceval8k: Annotated[Path | None, typer.Option(help="Folder with MCEval8K.")] = None,
+) -> None:
+    """List the datasets, or show one as a model will read it: rows of its splits, label rule, a prompt.
+
+    Examples: `neg datasets`, `neg datasets mini/fact --shots 1`
+    """
+    _quiet_libraries()
+    from flows.display import dataset_table, describe_dataset
+    from negcore.datasets import PromptSettings, list_datasets, load_dataset
+
+    if name is None:
+        _out.print(dataset_table(list_datasets()))
+        return
+    from negcore.models import describe_model
+
+    card = describe_model(model)
+    settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
+    dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
+    describe_dataset(_out, dataset)
+
+
 def _execute(flow_name: str, run: RunFile, orchestrator: str) -> None:
     """Run a flow and show its results."""
     _quiet_libraries()
@@ -177,14 +204,15 @@ def _call(flow_name: str, run: RunFile, orchestrator: str) -> "Results":
 
     prefect_flows = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}
     try:
-        with prefect_api(run.directory / "prefect"):
+        with prefect_api(run.directory / "prefect") as api:
+            api.wait_ready()
             return prefect_flows[flow_name](run)
     except flows.IncompleteRun as incomplete:
         return incomplete.results
 
 
 def _show(results: "Results") -> None:
-    from flows.display import accuracy_table
+    from flows.display import accuracy_table, printable
 
     if results.scores:
         _out.print(accuracy_table(results.scores))
@@ -196,7 +224,7 @@ def _show(results: "Results") -> None:
         _out.print(f"{rows} prompts in {shards} shards ({reused} were there already), {size:.0f} MiB", highlight=False)
     _out.print(f"written to {escape(str(results.directory))}", highlight=False, soft_wrap=True)
     for problem in results.problems:
-        _err.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+        _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
     if results.problems:
         raise typer.Exit(1)
 

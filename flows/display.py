@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -16,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from negcore.datasets import Dataset, DatasetInfo
 from tasks.pool import PoolStatus
 from tasks.probe import Score
 
@@ -62,7 +64,7 @@ class Display:
             self._progress.remove_task(self._bars[stage])
             del self._bars[stage]
         if error is not None:
-            self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(str(error))}")
+            self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
         elif not self._console.is_terminal and stage in self._done:
             self._console.print(f"finished {escape(stage)}: {self._done[stage]} shards", highlight=False)
 
@@ -76,27 +78,57 @@ def _note(status: PoolStatus | None) -> str:
 
 
 def accuracy_table(scores: Sequence[Score]) -> Table:
-    """One line a dataset: accuracy with its 95 % interval for each probe, the floors beside them."""
+    """A row a dataset; for each probe the accuracy, its 95 % interval and the neurons it keeps."""
     probes = list(dict.fromkeys(score.probe for score in scores))
     several_models = len({score.model for score in scores}) > 1
-    table = Table(title="Accuracy on test, 95 % interval in brackets, k = neurons kept (chosen on valid)")
+    table = Table(title="Accuracy on test", caption="k: neurons kept, chosen on valid. Below: 95 % Wilson interval.")
+    table.box = SIMPLE_HEAD
     if several_models:
         table.add_column("model")
-    table.add_column("dataset", no_wrap=True)
-    table.add_column("rows train/test", justify="right")
-    for name in ("random", "majority"):
-        table.add_column(name, justify="right")
-    for probe in probes:
-        table.add_column(PROBE_TITLES[probe], justify="right")
+    table.add_column("dataset")
+    for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
+        table.add_column(name, justify="right", no_wrap=True)
     for (model, dataset), group in _by_dataset(scores).items():
         first = group[0]
-        mark = " (overlapping)" if first.overlapping else ""
+        mark = "\n(overlapping)" if first.overlapping else ""
         cells = [escape(model)] if several_models else []
-        cells += [escape(dataset) + mark, f"{first.n_train}/{first.n_test}"]
-        cells += [_share(first.random), _share(first.majority)]
+        cells += [escape(dataset) + mark, f"{first.n_train}\n{first.n_test}"]
+        cells += [f"{_share(first.random)}\n{_share(first.majority)}"]
         by_probe = {score.probe: score for score in group}
         table.add_row(*cells, *(_cell(by_probe[probe]) for probe in probes))
     return table
+
+
+def dataset_table(infos: Sequence[DatasetInfo]) -> Table:
+    """The datasets that have a name."""
+    table = Table("dataset", "genre", "options", "wordings", box=SIMPLE_HEAD)
+    for info in infos:
+        table.add_row(info.name, info.genre, str(info.n_options), ", ".join(info.wordings))
+    return table
+
+
+def describe_dataset(console: Console, dataset: Dataset) -> None:
+    """Show how a dataset's splits came about and what a prompt looks like."""
+    report = dataset.split_report
+    table = Table("split", "released", "damaged", "available", "used", box=SIMPLE_HEAD)
+    table.title = f"{dataset.name}, split policy {report.policy}"
+    for split in dataset.splits:
+        counts = (report.n_released, report.n_damaged, report.n_available, report.n_used)
+        table.add_row(split, *(str(count.get(split, 0)) for count in counts))
+    console.print(table)
+    for change in report.dropped:
+        console.print(f"dropped {change.n_rows} rows of {change.split}: {change.reason}", markup=False)
+    for change in report.drawn:
+        console.print(f"drew {change.n_rows} rows into {change.split}: {change.reason}", markup=False)
+    console.print(dataset.label_rule, markup=False)
+    example = dataset.splits["test"][0]
+    console.rule(f"prompt {escape(example.id)}, gold {escape(repr(example.labels[example.answer]))}")
+    console.print(printable(example.prompt), markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text of a dataset or model without what a terminal would obey: control characters are spelled out."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def score_rows(scores: Sequence[Score]) -> list[dict[str, object]]:
@@ -127,7 +159,7 @@ def _by_dataset(scores: Sequence[Score]) -> dict[tuple[str, str], list[Score]]:
 
 def _cell(score: Score) -> str:
     kept = "" if score.n_neurons is None else f" k={score.n_neurons}"
-    return rf"{_share(score.accuracy)} \[{_share(score.low)}-{_share(score.high)}]{kept}"
+    return f"[bold]{_share(score.accuracy)}[/bold]{kept}\n{_share(score.low)}-{_share(score.high)}"
 
 
 def _share(value: float) -> str:

@@ -32,6 +32,7 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    virtual_prompt: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
@@ -42,11 +43,20 @@ def attention(
     key, value : Tensor of shape (B, G, K, D)
     attention_mask : bool Tensor of shape (B or 1, 1, Q, K), or None
         True where a query may look. Without one, causal modules look back and the others look everywhere.
+    virtual_prompt : cache of one prompt, optional
+        Given to the model's forward pass, it makes the Q tokens virtual: all stand at the position behind this prompt,
+        and each looks at the prompt and itself only. The mask is then the one of that position, (1, 1, 1, K + 1).
 
     Returns
     -------
     Tensor of shape (B, Q, H, D), None
     """
+    if virtual_prompt is not None:
+        assert attention_mask is not None
+        visible_K = attention_mask[0, 0, 0, :-1]
+        keys, values = _prompt_keys(module, virtual_prompt, key, value)
+        prompt = keys[:, :, visible_K], values[:, :, visible_K]
+        return _virtual(query, key, value, *prompt, scaling, softcap), None
     if softcap is None and not torch.is_grad_enabled():
         # No graph is wanted: the fused kernel is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
@@ -88,6 +98,36 @@ def _explicit(
         scores = per_head.masked_fill(~mask[:, :, None], lowest).view_as(scores)
     output = scores.softmax(-1) @ value
     return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2)
+
+
+def _virtual(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_keys: Tensor,
+    prompt_values: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Each query over the prompt's keys and its own one: one more column, where a mask would cost queries squared."""
+    _, n_heads, n_queries, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    n_groups = key.shape[1]
+    folded = grouped(query * scale, n_groups)
+    per_head = folded.view(1, n_groups, -1, n_queries, width)
+    own_scores = (per_head * key[:, :, None]).sum(-1).view(1, n_groups, -1, 1)
+    scores = torch.cat([folded @ prompt_keys.transpose(-1, -2), own_scores], dim=-1)
+    weights = capped(scores, softcap).softmax(-1)
+    own_weights = weights[..., -1].view(1, n_groups, -1, n_queries, 1)
+    output = (weights[..., :-1] @ prompt_values).view_as(per_head) + own_weights * value[:, :, None]
+    return output.reshape(1, n_heads, n_queries, -1).transpose(1, 2)
+
+
+def _prompt_keys(module: nn.Module, cache: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if cache.get_seq_length() == 0:  # a prompt of one token has nothing before it
+        return key[:, :, :0], value[:, :, :0]
+    layer = cache.layers[module.layer_idx]
+    return layer.keys, layer.values
 
 
 def _looks_back_only(module: nn.Module, is_causal: bool | None) -> bool:

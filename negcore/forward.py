@@ -113,17 +113,19 @@ class CausalBatch(ProbedBatch):
                 use_cache=True,
             )
 
-    def _logits(self) -> Tensor:
+    @property
+    def last_token(self) -> dict[str, Any]:
+        """The model's inputs for the last token behind the cache, without the cache."""
         positions_B1 = self._lengths_B[:, None]
-        n_slots = self._cache.get_seq_length()
-        own_slot = torch.tensor([n_slots], device=self.lm.device)
-        output = self.lm.model(
-            input_ids=self._last_B1,
-            attention_mask=self._masks(positions_B1, own_slot),
-            position_ids=positions_B1,
-            past_key_values=_shared(self._cache),
-            use_cache=True,
-        )
+        own_slot = torch.tensor([self._cache.get_seq_length()], device=self.lm.device)
+        return {
+            "input_ids": self._last_B1,
+            "attention_mask": self._masks(positions_B1, own_slot),
+            "position_ids": positions_B1,
+        }
+
+    def _logits(self) -> Tensor:
+        output = self.lm.model(**self.last_token, past_key_values=_shared(self._cache), use_cache=True)
         logits: Tensor = output.logits[:, -1]
         return logits
 

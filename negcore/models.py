@@ -68,6 +68,11 @@ class ModelCard:
     arch: Architecture
 
     @property
+    def ref(self) -> str:
+        """A reference that loads these very weights again."""
+        return self.name if self.revision.startswith("xxh3:") else f"{self.name}@{self.revision}"
+
+    @property
     def text_config(self) -> Any:
         return self.config.get_text_config()
 
@@ -243,7 +248,7 @@ def load_model(
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
-                revision=_hub_revision(card),
+                revision=card.ref.partition("@")[2] or "main",
             )
             .to(target)
         )
@@ -285,10 +290,6 @@ def _describe(name: str, source: Path | str, hub_revision: str | None = None) ->
     else:
         revision = getattr(config, "_commit_hash", None) or hub_revision or "main"
     return ModelCard(name, str(source), revision, config, tokenizer, arch)
-
-
-def _hub_revision(card: ModelCard) -> str:
-    return "main" if card.revision.startswith("xxh3:") else card.revision
 
 
 def _allowed_refs() -> str:

