@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-from prefect import flow
+from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.display import score_rows
@@ -42,9 +42,19 @@ class IncompleteRun(RunError):
         self.results = results
 
 
+def _flow_run_name() -> str:
+    """Flow, models and datasets, as far as they fit a line."""
+    run = RunFile.model_validate(runtime.flow_run.parameters["run"])
+    return f"{runtime.flow_run.flow_name} {_listed(run.model)} on {_listed(run.dataset)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
 _prefect_flow = partial(
     flow,
-    flow_run_name="{run.name}",
+    flow_run_name=_flow_run_name,
     task_runner=ThreadPoolTaskRunner(max_workers=8),
     validate_parameters=True,
 )
@@ -123,7 +133,8 @@ def _pool(run: RunFile, model: PlannedModel) -> AbstractContextManager[Pool]:
     recipe = {
         "model": model.card.ref,
         "dtype": run.dtype,
-        "device": run.device,
+        # Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself.
+        "device": run.device or ("cpu" if run.backend == "ray" and run.gpus == 0 else None),
         "site": run.site,
         "batch_size": run.batch_size,
         "threads": run.cpus,

@@ -66,7 +66,7 @@ class RunFile(BaseModel):
         description="Ray actors for each model. By default one a core.",
     )
     cpus: int = Field(1, ge=1, description="Cores for each worker.")
-    gpus: float = Field(0, ge=0, description="GPUs for each worker: a fraction of one, or several.")
+    gpus: float = Field(0, ge=0, description="GPUs for each actor: a fraction of one, or several; 0 measures on the CPU.")
     job_timeout_s: float | None = Field(
         None, gt=0, description="A worker silent for so long is replaced. By default never."
     )

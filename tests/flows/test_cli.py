@@ -1,0 +1,112 @@
+"""The command line as a user meets it: a process, its output and its exit code."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import save_tiny_model
+
+NEG = Path(sys.executable).parent / "neg"
+
+
+def neg(*arguments, **environment):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return subprocess.run(
+        [NEG, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model("gpt2", tmp_path_factory.mktemp("models") / "tiny-gpt2")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    rows = [
+        {"prompt": f"Question: {'the best ' * (i % 5)}{i} Answer:", "labels": [" A", " B"], "answer": i % 2}
+        for i in range(40)
+    ]
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.mark.parametrize("command", ["demo", "extract", "probe", "pipeline", "models", "datasets"])
+def test_help_of_every_command_shows_an_example(command):
+    shown = neg(command, "--help")
+    assert shown.returncode == 0
+    assert f"neg {command}" in shown.stdout.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "smollm"], "model 'smollm'"),
+        (["--dataset", "mini/facts"], "unknown dataset 'mini/facts'; did you mean 'mini/fact'"),
+        (["--dataset", "absent.jsonl"], "absent.jsonl"),
+        (["--limit", "0"], "limit is 0"),
+        (["--site", "gate"], "site 'gate' does not exist in this model; choose one of act, paper"),
+        (["--wording", "polite"], "the only wording allowed is 'default'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(model, questions, tmp_path, options, says):
+    base = ["--model", model, "--dataset", questions, "--out", tmp_path / "run"]
+    if options[0] in base:
+        base[base.index(options[0]) + 1] = options[1]
+    else:
+        base += options
+    refused = neg("pipeline", *base)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert says in refused.stderr
+    assert not (tmp_path / "run" / "negs").exists()
+
+
+def test_a_malformed_line_is_named_by_file_and_line(model, tmp_path):
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"prompt": "Question: Answer:", "labels": [" A", " B"], "answer": 0}\n{"prompt": \n')
+    refused = neg("extract", "--model", model, "--dataset", file)
+    assert refused.returncode == 2
+    assert "broken.jsonl:2" in refused.stderr
+
+
+def test_a_pipeline_under_a_private_prefect_server_on_ray_ends_in_a_table_and_is_recorded(model, questions, tmp_path):
+    options = ["--model", model, "--dataset", questions, "--out", tmp_path / "run", "--shard-rows", 6, "--workers", 2]
+    ran = neg("pipeline", *options)
+    assert ran.returncode == 0, ran.stderr
+    assert "Accuracy on test" in ran.stdout
+    assert f"written to {tmp_path / 'run'}" in ran.stdout
+    (database,) = (tmp_path / "run").rglob("prefect.db")
+    with sqlite3.connect(database) as records:
+        states = dict(records.execute("select name, state_type from task_run"))
+        kinds = {kind for (kind,) in records.execute("select distinct type from artifact")}
+    assert set(states.values()) == {"COMPLETED"}
+    assert len(states) == 4  # three splits and the probes
+    assert {"progress", "table"} <= kinds
+    again = neg("pipeline", tmp_path / "run" / "run.yaml", "--orchestrator", "none", "--backend", "local")
+    assert again.returncode == 0, again.stderr
+    assert "0 were there already" not in again.stdout
+    assert table(again.stdout) == table(ran.stdout)
+
+
+def table(output):
+    return [line.strip() for line in output.splitlines() if "questions" in line]
+
+
+def test_lost_rows_are_said_and_the_exit_code_is_1(model, questions, tmp_path):
+    options = ["--model", model, "--dataset", questions, "--out", tmp_path / "run"]
+    plain = ["--orchestrator", "none", "--backend", "local"]
+    assert neg("extract", *options, *plain).returncode == 0
+    other = neg("extract", *options, *plain, "--seed", "1")
+    assert other.returncode == 1
+    assert "missing:" in other.stderr
+    assert "another run" in other.stderr

@@ -1,0 +1,142 @@
+"""The flows on a tiny model and a small file of prompts: plain, on Ray actors, and under Prefect."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+from support import save_tiny_model
+
+from flows.pipeline import run_extract, run_pipeline, run_probe
+from flows.stages import PlainStages
+from negcore.errors import LabelError, NegError, ShardError
+from negcore.gradients import neurgrad
+from negcore.models import load_model
+from negcore.reader import open_negs
+from tasks.extract import ExtractWorker
+from tasks.plan import plan
+from tasks.runfile import read_run_file
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A file of 60 prompts of different lengths, split into train, valid and test."""
+    rng = random.Random(0)
+    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
+    lines = []
+    for index in range(60):
+        prompt = "Question: " + " ".join(rng.choices(words, k=rng.randint(2, 9))) + " Answer:"
+        row = {"prompt": prompt, "labels": [" A", " B", " C"], "answer": index % 3}
+        lines.append(json.dumps(row | {"split": ("train", "valid", "test")[index // 20]}))
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+@pytest.fixture
+def run(model, questions, tmp_path):
+    values = {"model": [model], "dataset": [questions], "backend": "local", "shard_rows": 8, "max_neurons": 64}
+    return read_run_file(None, values | {"out": tmp_path / "run"})
+
+
+def contents(directory):
+    """Every published file and its bytes."""
+    files = (path for path in (directory / "negs").rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def test_a_pipeline_writes_the_negs_of_every_row_and_scores_every_probe(run, model):
+    results = run_pipeline(run, PlainStages())
+    assert results.problems == []
+    assert [score.probe for score in results.scores] == ["lm", "polar", "magn"]
+    test = open_negs(run.directory).select(split="test")
+    examples = plan(run)[0].datasets[0].splits[2].examples
+    assert test.ids == [example.id for example in examples]
+    expected = neurgrad(load_model(model), [e.prompt for e in examples], [e.labels for e in examples])
+    negs_POLN = np.stack([test.layer(layer) for layer in range(test.n_layers)], axis=2)
+    np.testing.assert_allclose(negs_POLN, expected.negs_POLN, atol=1e-6 * np.abs(expected.negs_POLN).max())
+
+
+def test_the_same_command_again_computes_nothing(run):
+    run_extract(run, PlainStages())
+    before = contents(run.directory)
+    again = run_extract(run, PlainStages())
+    assert sum(part.n_computed for part in again.extracted) == 0
+    assert contents(run.directory) == before
+
+
+def test_only_a_lost_shard_is_computed_again_and_has_the_same_bytes(run):
+    run_extract(run, PlainStages())
+    before = contents(run.directory)
+    shard = next(path for path in run.directory.rglob("part-00001.arrow") if "split=train" in str(path))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    again = run_extract(run, PlainStages())
+    assert sum(part.n_computed for part in again.extracted) == 1
+    assert contents(run.directory) == before
+
+
+def test_probing_needs_the_shards(run):
+    results = run_probe(run, PlainStages())
+    assert results.scores == []
+    assert "holds no NEGs" in results.problems[0]
+
+
+def test_probing_afterwards_gives_the_pipelines_scores(run):
+    piped = run_pipeline(run, PlainStages())
+    assert run_probe(run, PlainStages()).scores == piped.scores
+
+
+def test_other_settings_in_the_same_directory_are_refused_with_the_difference(run):
+    run_extract(run, PlainStages())
+    results = run_extract(run.model_copy(update={"site": "act"}), PlainStages())
+    assert ShardError.__name__ in results.problems[0]
+    assert "site: 'act' here, 'up' there" in results.problems[0]
+
+
+def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
+    honest = ExtractWorker.run
+
+    def failing(self, job):
+        if job.partition.split == "valid" and job.index == 1:
+            raise RuntimeError("poison row")
+        return honest(self, job)
+
+    monkeypatch.setattr(ExtractWorker, "run", failing)
+    results = run_pipeline(run, PlainStages())
+    assert results.scores == []
+    assert len(results.problems) == 1
+    assert "shard 1, 8 rows lost: RuntimeError: poison row" in results.problems[0]
+    monkeypatch.undo()
+    assert run_pipeline(run, PlainStages()).problems == []
+
+
+def test_bad_labels_are_refused_before_any_model_is_loaded(run, tmp_path, monkeypatch):
+    file = tmp_path / "bad.jsonl"
+    row = {"labels": [" of course", " B"], "answer": 0}
+    file.write_text("\n".join(json.dumps(row | {"prompt": f"Question: {i}? Answer:"}) for i in range(10)))
+    monkeypatch.setattr("tasks.extract.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(LabelError, match="'of course' is not one token"):
+        plan(run.model_copy(update={"dataset": (str(file),)}))
+
+
+def test_a_prompt_longer_than_the_context_is_refused(run, tmp_path):
+    file = tmp_path / "long.jsonl"
+    row = {"labels": [" A", " B"], "answer": 0}
+    prompts = [f"{i} " + "the best of times " * 60 + "Answer:" for i in range(10)]
+    file.write_text("\n".join(json.dumps(row | {"prompt": prompt}) for prompt in prompts))
+    with pytest.raises(NegError, match="reads at most 128"):
+        plan(run.model_copy(update={"dataset": (str(file),)}))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, workers):
+    run_extract(run, PlainStages())
+    other = run.model_copy(update={"backend": "ray", "workers": workers, "out": tmp_path / "ray"})
+    results = run_extract(other, PlainStages())
+    assert results.problems == []
+    assert contents(other.directory) == contents(run.directory)
