@@ -4,21 +4,26 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from negcore.errors import NegError
-from tasks.runfile import RunFile, read_run_file
+from tasks.runfile import RunFile, SkillRun, read_run_file
 
 if TYPE_CHECKING:
     from flows.pipeline import Results
+    from flows.stages import Stages
+
+R = TypeVar("R", bound=RunFile)
+T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,22 +53,28 @@ def main() -> None:
         sys.exit(2)
 
 
-def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every field of the run file as an option, so that each is written down once."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters = [*own, *(_option(name) for name in RunFile.model_fields)]
-
-    def wrapped(**values: Any) -> None:
-        command(**{name: value for name, value in values.items() if value is not None})
-
-    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return wrapped
+Command = Callable[..., None]
 
 
-def _option(name: str) -> inspect.Parameter:
-    field = RunFile.model_fields[name]
-    kind = field.annotation
+def _run_options(kind: type[RunFile]) -> Callable[[Command], Command]:
+    """Give a command every field of a kind of run file as an option, so that each is written down once."""
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [_option(name, field) for name, field in kind.model_fields.items()]
+
+        def wrapped(**values: Any) -> None:
+            command(**{name: value for name, value in values.items() if value is not None})
+
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind: Any = field.annotation
     help_text = field.description or ""
     if get_origin(kind) is tuple:  # several values; the run file checks each
         kind = list[str]
@@ -78,7 +89,7 @@ def _option(name: str) -> inspect.Parameter:
 
 
 @app.command()
-@_with_run_options
+@_run_options(SkillRun)
 def pipeline(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
     """Extract NEGs and probe them.
 
@@ -86,27 +97,27 @@ def pipeline(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", *
 
     The run directory holds run.yaml; `neg pipeline DIR/run.yaml` repeats the run and computes only what is missing.
     """
-    _execute("pipeline", read_run_file(run_file, overrides), orchestrator)
+    _execute("pipeline", read_run_file(SkillRun, run_file, overrides), orchestrator)
 
 
 @app.command()
-@_with_run_options
+@_run_options(SkillRun)
 def extract(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
     """Compute the NEG of every neuron for every option and write Arrow shards.
 
     Example: `neg extract --model smollm2-135m --dataset mini/fact --out runs/facts`
     """
-    _execute("extract", read_run_file(run_file, overrides), orchestrator)
+    _execute("extract", read_run_file(SkillRun, run_file, overrides), orchestrator)
 
 
 @app.command()
-@_with_run_options
+@_run_options(SkillRun)
 def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
     """Fit and score probes on shards that `neg extract` wrote.
 
     Example: `neg probe runs/facts --probe magn`
     """
-    _execute("probe", read_run_file(run_file, overrides), orchestrator)
+    _execute("probe", read_run_file(SkillRun, run_file, overrides), orchestrator)
 
 
 @app.command()
@@ -122,7 +133,7 @@ def demo(
 
     names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
     values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 120}
-    _execute("pipeline", read_run_file(None, values), orchestrator)
+    _execute("pipeline", read_run_file(SkillRun, None, values), orchestrator)
 
 
 @app.command()
@@ -172,43 +183,49 @@ def datasets(
     describe_dataset(_out, dataset)
 
 
-def _execute(flow_name: str, run: RunFile, orchestrator: str) -> None:
-    """Run a flow and show its results."""
+def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
+    """Run one of the pipeline's flows and show its results."""
     _quiet_libraries()
-    from flows.display import Display
-    from flows.stages import current_watcher
+    from flows import pipeline as flows
     from tasks.plan import plan
 
-    with _out.status("reading models' tokenizers and datasets") if _out.is_terminal else _nothing():
+    with _reading():
         n_shards = sum(model.n_shards for model in plan(run)) if flow_name != "probe" else 0
-    signal.signal(signal.SIGTERM, _terminated)
-    _out.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
+    plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
+    prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
     try:
-        with Display(_out, flow_name, n_shards) as display:
-            current_watcher.set(display)
-            results = _call(flow_name, run, orchestrator)
-    except KeyboardInterrupt:
-        _err.print("stopped; finished shards are kept, and the same command goes on from them")
-        raise typer.Exit(130) from None
+        results = _carry_out(run, orchestrator, flow_name, n_shards, plain, prefect_flow)
+    except flows.IncompleteRun as incomplete:
+        results = incomplete.results
     _show(results)
 
 
-def _call(flow_name: str, run: RunFile, orchestrator: str) -> "Results":
-    from flows import pipeline as flows
-    from flows.stages import PlainStages
-
-    if orchestrator == "none":
-        steps = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}
-        return steps[flow_name](run, PlainStages())
+def _carry_out(
+    run: R,
+    orchestrator: str,
+    title: str,
+    n_parts: int,
+    plain: Callable[[R, "Stages"], T],
+    prefect_flow: Callable[[R], T],
+) -> T:
+    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private."""
+    from flows.display import Display
+    from flows.stages import PlainStages, current_watcher
     from tasks.server import prefect_api
 
-    prefect_flows = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}
+    signal.signal(signal.SIGTERM, _terminated)
+    _out.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
-        with prefect_api(run.directory / "prefect") as api:
-            api.wait_ready()
-            return prefect_flows[flow_name](run)
-    except flows.IncompleteRun as incomplete:
-        return incomplete.results
+        with Display(_out, title, n_parts) as display:
+            current_watcher.set(display)
+            if orchestrator == "none":
+                return plain(run, PlainStages())
+            with prefect_api(run.directory / "prefect") as api:
+                api.wait_ready()
+                return prefect_flow(run)
+    except KeyboardInterrupt:
+        _err.print("stopped; finished shards are kept, and the same command goes on from them")
+        raise typer.Exit(130) from None
 
 
 def _show(results: "Results") -> None:
@@ -229,9 +246,8 @@ def _show(results: "Results") -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _reading() -> AbstractContextManager[object]:
+    return _out.status("reading tokenizers and datasets") if _out.is_terminal else nullcontext()
 
 
 def _terminated(signum: int, frame: Any) -> None:

@@ -20,7 +20,7 @@ from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool, ray_session
 from tasks.probe import Score, probe_dataset
-from tasks.runfile import RunFile, write_run_file
+from tasks.runfile import SkillRun, write_run_file
 
 
 @dataclass
@@ -44,7 +44,7 @@ class IncompleteRun(RunError):
 
 def _flow_run_name() -> str:
     """Flow, models and datasets, as far as they fit a line."""
-    run = RunFile.model_validate(runtime.flow_run.parameters["run"])
+    run = SkillRun.model_validate(runtime.flow_run.parameters["run"])
     return f"{runtime.flow_run.flow_name} {_listed(run.model)} on {_listed(run.dataset)}"
 
 
@@ -60,20 +60,20 @@ _prefect_flow = partial(
 )
 
 
-@_prefect_flow(name="extract")
-def extract(run: RunFile) -> Results:
+@_prefect_flow(name="extract")  # type: ignore[untyped-decorator]
+def extract(run: SkillRun) -> Results:
     """Compute every missing NEG shard of a run."""
     return whole(run_extract(run, PrefectStages()))
 
 
-@_prefect_flow(name="probe")
-def probe(run: RunFile) -> Results:
+@_prefect_flow(name="probe")  # type: ignore[untyped-decorator]
+def probe(run: SkillRun) -> Results:
     """Fit and score skill-neuron probes on a run's NEG shards."""
     return whole(run_probe(run, PrefectStages()))
 
 
-@_prefect_flow(name="pipeline")
-def pipeline(run: RunFile) -> Results:
+@_prefect_flow(name="pipeline")  # type: ignore[untyped-decorator]
+def pipeline(run: SkillRun) -> Results:
     """Extract the NEGs of models on datasets and probe them."""
     return whole(run_pipeline(run, PrefectStages()))
 
@@ -91,14 +91,14 @@ def whole(results: Results) -> Results:
     return results
 
 
-def run_extract(run: RunFile, stages: Stages) -> Results:
+def run_extract(run: SkillRun, stages: Stages) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
     _extract(run, stages, results, when_extracted=lambda dataset: None)
     return results
 
 
-def run_probe(run: RunFile, stages: Stages) -> Results:
+def run_probe(run: SkillRun, stages: Stages) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory)
     pending = [_submit_probe(run, stages, dataset) for model in plan(run) for dataset in model.datasets]
@@ -106,7 +106,7 @@ def run_probe(run: RunFile, stages: Stages) -> Results:
     return results
 
 
-def run_pipeline(run: RunFile, stages: Stages) -> Results:
+def run_pipeline(run: SkillRun, stages: Stages) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory)
     pending: list[tuple[str, Pending[list[Score]]]] = []
@@ -116,7 +116,7 @@ def run_pipeline(run: RunFile, stages: Stages) -> Results:
 
 
 def _extract(
-    run: RunFile, stages: Stages, results: Results, *, when_extracted: Callable[[PlannedDataset], None]
+    run: SkillRun, stages: Stages, results: Results, *, when_extracted: Callable[[PlannedDataset], None]
 ) -> None:
     models = plan(run)
     write_run_file(run)
@@ -129,12 +129,11 @@ def _extract(
                         when_extracted(dataset)
 
 
-def _pool(run: RunFile, model: PlannedModel) -> AbstractContextManager[Pool]:
+def _pool(run: SkillRun, model: PlannedModel) -> AbstractContextManager[Pool]:
     recipe = {
         "model": model.card.ref,
         "dtype": run.dtype,
-        # Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself.
-        "device": run.device or ("cpu" if run.backend == "ray" and run.gpus == 0 else None),
+        "device": run.worker_device,
         "site": run.site,
         "batch_size": run.batch_size,
         "threads": run.cpus,
@@ -142,7 +141,7 @@ def _pool(run: RunFile, model: PlannedModel) -> AbstractContextManager[Pool]:
     return open_pool(run.backend, ExtractWorker, recipe, run.resources, label=model.card.name)
 
 
-def _extract_dataset(run: RunFile, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
+def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
     """Whether every row of the dataset is there now."""
     whole = True
     for split in dataset.splits:
@@ -165,7 +164,7 @@ def _extraction(pool: Pool, split: PlannedSplit, root: Path, stages: Stages) -> 
     return lambda advance: extract_split(pool, split, root, advance=advance, stop=stages.stop)
 
 
-def _submit_probe(run: RunFile, stages: Stages, dataset: PlannedDataset) -> tuple[str, Pending[list[Score]]]:
+def _submit_probe(run: SkillRun, stages: Stages, dataset: PlannedDataset) -> tuple[str, Pending[list[Score]]]:
     def body(advance: Advance) -> list[Score]:
         return probe_dataset(
             run.directory,

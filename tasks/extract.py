@@ -9,9 +9,9 @@ import torch
 
 from negcore.architectures import Dtype, SiteChoice
 from negcore.datasets import Example
+from negcore.gradients import neurgrad
 from negcore.identity import RunIdentity
 from negcore.models import load_model
-from negcore.gradients import neurgrad
 from negcore.shards import Partition, Receipt, finished_shards, write_shard
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
@@ -101,7 +101,8 @@ def extract_split(pool: Pool, split: PlannedSplit, root: Path, *, advance: Advan
     """
     shards = split.shards
     finished = finished_shards(root, split.partition, split.identity, [[e.id for e in shard] for shard in shards])
-    receipts, failures = dict(finished), []
+    receipts = dict(finished)
+    failures: list[Failure] = []
 
     def tick(status: PoolStatus) -> None:
         advance(len(receipts) + len(failures), len(shards), status)
@@ -113,11 +114,11 @@ def extract_split(pool: Pool, split: PlannedSplit, root: Path, *, advance: Advan
     ]
     advance(len(receipts), len(shards), None)
     for outcome in pool.map(jobs, stop=stop, on_tick=tick, tick_s=2.0) if jobs else ():
-        if outcome.error is None:
-            receipts[outcome.job.index] = outcome.result
+        job = outcome.job
+        if outcome.result is not None:
+            receipts[job.index] = outcome.result
         else:
-            job = outcome.job
-            failures.append(Failure(job.partition, job.index, len(job.examples), outcome.error))
+            failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
         advance(len(receipts) + len(failures), len(shards), None)
     return Extracted(
         partition=split.partition,

@@ -12,7 +12,7 @@ from negcore.errors import DatasetError, NegError
 from negcore.identity import RunIdentity
 from negcore.models import ModelCard, describe_model
 from negcore.shards import Partition
-from tasks.runfile import RunFile
+from tasks.runfile import SkillRun
 
 _PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 
@@ -65,7 +65,7 @@ class PlannedModel:
 
 
 @cache
-def plan(run: RunFile) -> tuple[PlannedModel, ...]:
+def plan(run: SkillRun) -> tuple[PlannedModel, ...]:
     """Read every dataset with every model's tokenizer and check all prompts and labels.
 
     Raises
@@ -76,13 +76,13 @@ def plan(run: RunFile) -> tuple[PlannedModel, ...]:
     return tuple(_plan_model(run, ref) for ref in dict.fromkeys(run.model))
 
 
-def _plan_model(run: RunFile, ref: str) -> PlannedModel:
+def _plan_model(run: SkillRun, ref: str) -> PlannedModel:
     card = describe_model(ref)
     card.arch.site(run.site)
     return PlannedModel(card, tuple(_plan_dataset(run, card, name) for name in dict.fromkeys(run.dataset)))
 
 
-def _plan_dataset(run: RunFile, card: ModelCard, name: str) -> PlannedDataset:
+def _plan_dataset(run: SkillRun, card: ModelCard, name: str) -> PlannedDataset:
     dataset = load_dataset(name, card.tokenizer, settings=run.prompts, root=run.mceval8k, masked=card.arch.masked)
     identity = RunIdentity(
         model=card.name,

@@ -5,7 +5,7 @@ Every field is also an option of the command line: its description is the option
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,54 +23,38 @@ Several = Field(min_length=1)
 
 
 class RunFile(BaseModel):
-    """One run: which models are measured on which datasets, how, and with what."""
+    """What every run has: models, how they are computed, and where."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Annotated[tuple[str, ...], Several] = Field(
         description="Model: Hugging Face id (org/name[@revision]), folder, .gguf file or smollm2-135m. Repeatable."
     )
-    dataset: Annotated[tuple[str, ...], Several] = Field(
-        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
-    )
     out: Path | None = Field(
-        None, description="Run directory. By default runs/NAME, with a name made from the run file."
+        None, description="Run directory. By default runs/NAME, named after what decides the numbers."
     )
-
     site: SiteChoice = Field("paper", description="Which vector's coordinates are the neurons.")
-    dtype: Dtype = Field(
-        "float32", description="Number type of the model. Half types lose the sign of small gradients."
-    )
-    device: str | None = Field(None, description="Torch device. By default the first GPU, else the CPU.")
-
-    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
-    wording: str = Field("default", description="Name of one of the dataset's wordings.")
-    limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
+    dtype: Dtype = Field("float32", description="Number type of the model. Half types lose signs of small gradients.")
     seed: int = Field(0, description="Decides samples, demonstrations and their order.")
-    split_policy: Literal["clean", "released"] = Field(
-        "clean", description="clean removes rows that splits share; released leaves the files as they are."
-    )
-    mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
 
-    probe: Annotated[tuple[ProbeName, ...], Several] = Field(
-        ("polar", "magn"), description="Skill-neuron probe beside LM-Prob: polar or magn. Repeatable."
-    )
-    max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
-
-    shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
-    batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
+    device: str | None = Field(None, description="Torch device. By default the first GPU, else the CPU.")
     backend: Literal["ray", "local"] = Field("ray", description="Where workers run: Ray actors, or this process.")
     workers: int = Field(
         default_factory=lambda: os.cpu_count() or 1,
         ge=1,
-        description="Ray actors for each model. By default one a core.",
+        description="Ray actors a model. By default one a core.",
     )
     cpus: int = Field(1, ge=1, description="Cores for each worker.")
-    gpus: float = Field(0, ge=0, description="GPUs for each actor: a fraction of one, or several; 0 measures on the CPU.")
+    gpus: float = Field(0, ge=0, description="GPUs for each actor: a fraction of one, or several; 0 is the CPU.")
     job_timeout_s: float | None = Field(
         None, gt=0, description="A worker silent for so long is replaced. By default never."
     )
     ray_address: str | None = Field(None, description="Ray cluster. By default $RAY_ADDRESS, else one on this machine.")
+
+    not_science: ClassVar[frozenset[str]] = frozenset(
+        {"out", "device", "backend", "workers", "cpus", "gpus", "job_timeout_s", "ray_address"}
+    )
+    """Fields that never change which numbers come out."""
 
     @property
     def directory(self) -> Path:
@@ -81,17 +65,16 @@ class RunFile(BaseModel):
     def name(self) -> str:
         """A name that is the same whenever the same numbers are asked for."""
         first = Path(self.model[0]).name.split("@")[0]
-        return f"{first}-{content_digest(self.science())[:8]}"
+        science = self.model_dump(mode="json", exclude=set(self.not_science))
+        return f"{first}-{content_digest(science)[:8]}"
 
     @property
-    def prompts(self) -> PromptSettings:
-        return PromptSettings(
-            shots=self.shots,
-            wording=self.wording,
-            seed=self.seed,
-            limit=self.limit,
-            split_policy=self.split_policy,
-        )
+    def worker_device(self) -> str | None:
+        """Device of a worker; `None` is the first GPU, else the CPU.
+
+        Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself.
+        """
+        return self.device or ("cpu" if self.backend == "ray" and self.gpus == 0 else None)
 
     @property
     def resources(self) -> Resources:
@@ -103,17 +86,49 @@ class RunFile(BaseModel):
             address=self.ray_address,
         )
 
-    def science(self) -> dict[str, Any]:
-        """The fields that decide which numbers come out, as plain values."""
-        where = {"out", "mceval8k", "device", "batch_size", "backend", "workers", "cpus", "gpus", "job_timeout_s"}
-        return self.model_dump(mode="json", exclude=where | {"ray_address", "shard_rows"})
+
+class SkillRun(RunFile):
+    """Extract the NEGs of models on datasets and probe them."""
+
+    dataset: Annotated[tuple[str, ...], Several] = Field(
+        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
+    )
+    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+    wording: str = Field("default", description="Name of one of the dataset's wordings.")
+    limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
+    split_policy: Literal["clean", "released"] = Field(
+        "clean", description="clean removes rows that splits share; released leaves the files as they are."
+    )
+    mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
+    probe: Annotated[tuple[ProbeName, ...], Several] = Field(
+        ("polar", "magn"), description="Skill-neuron probe beside LM-Prob: polar or magn. Repeatable."
+    )
+    max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
+    shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
+    batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
+
+    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size"}
+
+    @property
+    def prompts(self) -> PromptSettings:
+        return PromptSettings(
+            shots=self.shots,
+            wording=self.wording,
+            seed=self.seed,
+            limit=self.limit,
+            split_policy=self.split_policy,
+        )
 
 
-def read_run_file(path: Path | None, overrides: dict[str, Any]) -> RunFile:
+R = TypeVar("R", bound=RunFile)
+
+
+def read_run_file(kind: type[R], path: Path | None, overrides: dict[str, Any]) -> R:
     """Read a run file, with the command line's values in place of its own.
 
     Parameters
     ----------
+    kind : subclass of RunFile
     path : Path, optional
         A YAML file of plain values, or a run directory that holds one.
     overrides : dict of field to value
@@ -128,13 +143,13 @@ def read_run_file(path: Path | None, overrides: dict[str, Any]) -> RunFile:
         file = path / RUN_FILE if path.is_dir() else path
         values = _read_yaml(file)
     try:
-        return RunFile.model_validate(values | overrides)
+        return kind.model_validate(values | overrides)
     except ValidationError as error:
-        raise RunError(_first_problem(error, str(path) if path else "command line")) from None
+        raise RunError(_first_problem(kind, error, str(path) if path else "command line")) from None
 
 
 def write_run_file(run: RunFile) -> Path:
-    """Write the run file into the run directory, so that `neg pipeline DIR/run.yaml` repeats the run.
+    """Write the run file into the run directory, so that the same command on DIR/run.yaml repeats it.
 
     Raises
     ------
@@ -166,11 +181,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
-def _first_problem(error: ValidationError, place: str) -> str:
+def _first_problem(kind: type[RunFile], error: ValidationError, place: str) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown field {field!r}; known are {', '.join(RunFile.model_fields)}"
+        return f"{place}: unknown field {field!r}; known are {', '.join(kind.model_fields)}"
     if problem["type"] == "missing":
-        return f"{place}: {field!r} is missing; {RunFile.model_fields[str(problem['loc'][0])].description}"
+        return f"{place}: {field!r} is missing; {kind.model_fields[str(problem['loc'][0])].description}"
     return f"{place}: {field} is {problem['input']!r}: {problem['msg']}"

@@ -15,7 +15,7 @@ from negcore.models import load_model
 from negcore.reader import open_negs
 from tasks.extract import ExtractWorker
 from tasks.plan import plan
-from tasks.runfile import read_run_file
+from tasks.runfile import SkillRun, read_run_file
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def questions(tmp_path_factory):
 @pytest.fixture
 def run(model, questions, tmp_path):
     values = {"model": [model], "dataset": [questions], "backend": "local", "shard_rows": 8, "max_neurons": 64}
-    return read_run_file(None, values | {"out": tmp_path / "run"})
+    return read_run_file(SkillRun, None, values | {"out": tmp_path / "run"})
 
 
 def contents(directory):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from negcore.errors import RunError
-from tasks.runfile import RunFile, read_run_file, write_run_file
+from tasks.runfile import SkillRun, read_run_file, write_run_file
 
 
 @pytest.fixture
@@ -12,24 +12,26 @@ def values(tmp_path):
 
 
 def test_a_run_file_that_was_written_reads_back_the_same(values, tmp_path):
-    run = read_run_file(None, values | {"limit": 7, "shots": 1})
+    run = read_run_file(SkillRun, None, values | {"limit": 7, "shots": 1})
     path = write_run_file(run)
     assert path == tmp_path / "run" / "run.yaml"
     assert (
-        read_run_file(path, {}) == read_run_file(tmp_path / "run", {}) == run.model_copy(update={"out": Path(run.out)})
+        read_run_file(SkillRun, path, {})
+        == read_run_file(SkillRun, tmp_path / "run", {})
+        == run.model_copy(update={"out": Path(run.out)})
     )
 
 
 def test_the_command_line_takes_precedence_over_the_file(values):
-    path = write_run_file(read_run_file(None, values | {"limit": 7}))
-    assert read_run_file(path, {"limit": 9}).limit == 9
+    path = write_run_file(read_run_file(SkillRun, None, values | {"limit": 7}))
+    assert read_run_file(SkillRun, path, {"limit": 9}).limit == 9
 
 
 def test_an_unknown_field_is_refused_with_the_known_ones(values, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("model: [m]\ndataset: [d]\nlimits: 3\n")
-    with pytest.raises(RunError, match=r"mine.yaml: unknown field 'limits'; known are model, dataset, "):
-        read_run_file(file, {})
+    with pytest.raises(RunError, match=r"mine.yaml: unknown field 'limits'; known are model, out, site, "):
+        read_run_file(SkillRun, file, {})
 
 
 @pytest.mark.parametrize(
@@ -43,14 +45,14 @@ def test_an_unknown_field_is_refused_with_the_known_ones(values, tmp_path):
 )
 def test_a_bad_value_is_refused_with_field_and_value(values, field, value, problem):
     with pytest.raises(RunError, match=problem) as error:
-        read_run_file(None, values | {field: value})
+        read_run_file(SkillRun, None, values | {field: value})
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_field_is_named(values):
     del values["model"]
     with pytest.raises(RunError, match="'model' is missing"):
-        read_run_file(None, values)
+        read_run_file(SkillRun, None, values)
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "\x00"])
@@ -58,17 +60,17 @@ def test_a_file_that_is_no_mapping_is_refused_in_one_line(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(RunError, match="run.yaml") as error:
-        read_run_file(file, {})
+        read_run_file(SkillRun, file, {})
     assert "\n" not in str(error.value)
 
 
 def test_an_unwritable_directory_is_refused(values, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        write_run_file(RunFile(**values | {"out": tmp_path / "file" / "run"}))
+        write_run_file(SkillRun(**values | {"out": tmp_path / "file" / "run"}))
 
 
 def test_the_name_depends_on_what_decides_the_numbers_and_on_nothing_else(values):
-    run = read_run_file(None, values)
+    run = read_run_file(SkillRun, None, values)
     assert run.model_copy(update={"workers": 7, "backend": "local"}).name == run.name
     assert run.model_copy(update={"seed": 1}).name != run.name
