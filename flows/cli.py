@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from negcore.errors import NegError
-from tasks.runfile import RunFile, SkillRun, read_run_file
+from tasks.runfile import RunFile, SkillRun, read_run_file, write_run_file
 
 if TYPE_CHECKING:
     from flows.pipeline import Results
@@ -191,6 +191,8 @@ def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
 
     with _reading():
         n_shards = sum(model.n_shards for model in plan(run)) if flow_name != "probe" else 0
+    if flow_name != "probe":
+        write_run_file(run)  # before anything is started: the directory may not be writable
     plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
     prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
     try:
@@ -261,8 +263,7 @@ def _quiet_libraries() -> None:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_NO_TQDM": "1",
+        "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)

@@ -3,8 +3,8 @@
 The functions that do the work take their `Stages`, so that the same steps run under Prefect and without it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ def _extract(
     models = plan(run)
     write_run_file(run)
     session = ray_session(run.ray_address) if run.backend == "ray" else nullcontext()
-    with session, _stopping(stages):
+    with session:
         for model in models:
             with _pool(run, model) as pool:
                 for dataset in model.datasets:
@@ -196,16 +196,6 @@ def _write_scores(results: Results) -> None:
     with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     draft.replace(path)
-
-
-@contextmanager
-def _stopping(stages: Stages) -> Iterator[None]:
-    """Whatever ends the flow tells its threads before the pool and Ray go."""
-    try:
-        yield
-    except BaseException:
-        stages.stop.set()
-        raise
 
 
 def _one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ R = TypeVar("R", covariant=True)
 Body = Callable[[Advance], T]
 
 _ARTIFACT_INTERVAL_S = 2.0
+_STOP_S = 10.0
 _PROBE_THREADS = 8
 
 
@@ -73,8 +74,23 @@ class Stages(ABC):
         """Show a text."""
 
     def run(self, name: str, kind: str, body: Body[T]) -> T:
-        """Run a stage to its end."""
-        return self.submit(name, kind, body).result()
+        """Run a stage to its end. Whatever interrupts the wait stops the stage before it goes on."""
+        ended = threading.Event()
+
+        def tracked(advance: Advance) -> T:
+            try:
+                return body(advance)
+            finally:
+                ended.set()
+
+        pending = self.submit(name, kind, tracked)
+        try:
+            return pending.result()
+        except BaseException:
+            if not ended.is_set():  # the error is not the stage's: a signal, or the flow was cancelled
+                self.stop.set()
+                ended.wait(_STOP_S)
+            raise
 
     def _watched(self, name: str, body: Body[T], also: Callable[[int, int, str], None]) -> T:
         def advance(done: int, total: int, status: PoolStatus | None) -> None:
@@ -109,11 +125,14 @@ class PrefectStages(Stages):
     """Stages as Prefect task runs of the flow that this is created in."""
 
     def submit(self, name: str, kind: str, body: Body[T]) -> Pending[T]:
-        from prefect import task
+        from prefect import get_run_logger, task
         from prefect.cache_policies import NO_CACHE
 
         def stage() -> T:
-            return self._watched(name, body, _ProgressArtifact(f"{kind}-{name}"))
+            bar = _ProgressArtifact(f"{kind}-{name}")
+            result = self._watched(name, body, bar)
+            get_run_logger().info("%s %s: %s", kind, name, bar.summary)
+            return result
 
         pending: Pending[T] = task(
             stage,
@@ -150,12 +169,20 @@ class _ProgressArtifact:
         self._shown_at = float("-inf")
         self._started_at = time.monotonic()
         self._first_done: int | None = None
+        self._parts = ""
+
+    @property
+    def summary(self) -> str:
+        """What was done, for the log."""
+        seconds = f"finished in {time.monotonic() - self._started_at:.1f} s"
+        return f"{self._parts}, {seconds}" if self._parts else seconds
 
     def __call__(self, done: int, total: int, note: str) -> None:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         if self._first_done is None:
             self._first_done = done
+        self._parts = f"{done} of {total} shards"
         now = time.monotonic()
         if done < total and now - self._shown_at < _ARTIFACT_INTERVAL_S:
             return
@@ -167,7 +194,7 @@ class _ProgressArtifact:
             update_progress_artifact(self._id, progress, description=text)
 
     def _text(self, done: int, total: int, note: str) -> str:
-        text = f"{done} of {total} shards"
+        text = self._parts
         gained, seconds = done - (self._first_done or 0), time.monotonic() - self._started_at
         if gained > 0 and done < total:
             rate = gained / seconds

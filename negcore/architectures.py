@@ -75,6 +75,7 @@ ARCHITECTURES = MappingProxyType(
         "qwen3": _MIXED,
         "gemma2": _MIXED_POST_NORM,
         "gemma3_text": _MIXED_POST_NORM,
+        "gemma3": replace(_MIXED_POST_NORM, layers="model.language_model.layers", norm="model.language_model.norm"),
         "olmo2": _POST_NORM,
         "phi3": Architecture(
             layers="model.layers",

@@ -46,6 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_GROUPED, **_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {**_GROUPED, "head_dim": 4},
     "gemma2": {**_GROUPED, **_WINDOW, "head_dim": 4, "query_pre_attn_scalar": 4},
+    "gemma3": {**_GROUPED, **_WINDOW, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window_pattern": 2},
     "gemma3_text": {
         **_GROUPED,
         **_WINDOW,
@@ -63,6 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 24, "vocab_size": 400},
     "modernbert": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128, "local_attention": 8},
 }
+_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 MASKED = ["bert", "roberta", "distilbert", "modernbert"]
 CAUSAL = [name for name in CONFIGS if name not in MASKED]
 
@@ -100,6 +102,8 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, site: Any = "
         "init_std": 0.5,
         "tie_word_embeddings": False,
     }
+    if family == "gemma3":  # the language part of a model that also sees
+        settings = {"text_config": settings, "vision_config": _VISION, "initializer_range": 0.5}
     config = transformers.AutoConfig.for_model(family, **settings)
     kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
