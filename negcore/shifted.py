@@ -27,7 +27,7 @@ from negcore.taps import tapped
 Method = Literal["auto", "virtual", "hooks"]
 
 # Virtual tokens of one forward pass.
-_VIRTUAL_ROWS = 512
+_VIRTUAL_ROWS = 1024
 # Tokens of one hooked forward pass: each row is a whole prompt.
 _HOOKED_TOKENS = 2048
 # Bytes of logits that are held at once.
@@ -46,11 +46,16 @@ class Shifts(NamedTuple):
         return Shifts(self.layers_R[which], self.neurons_R[which], self.sizes_R[which])
 
 
-def label_log_probs(logits_RV: Tensor, label_ids_O: Tensor) -> Tensor:
+def label_log_probs(logits_RV: Tensor, label_ids_RO: Tensor) -> Tensor:
     """Log-probability of each label under the softmax over the whole vocabulary: shape (R, O), at least float32."""
     kind = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
     # The fused kernel is several times faster than a log-sum-exp, though it writes what is thrown away.
-    return logits_RV.log_softmax(1, dtype=kind)[:, label_ids_O]
+    return logits_RV.log_softmax(1, dtype=kind).gather(1, label_ids_RO)
+
+
+def head_rows(lm: LanguageModel) -> int:
+    """Rows whose logits are held at once."""
+    return max(1, _LOGIT_BYTES // (4 * int(lm.card.text_config.vocab_size)))
 
 
 class ShiftedPrompt(ABC):
@@ -79,6 +84,9 @@ class ShiftedPrompt(ABC):
             log_probs_RO = torch.cat([self._measure(shifts.rows(chunk)).cpu() for chunk in chunks])
         return log_probs_RO[np.argsort(order)]
 
+    def _log_probs(self, logits_RV: Tensor) -> Tensor:
+        return label_log_probs(logits_RV, self.label_ids_O.expand(len(logits_RV), -1))
+
     @abstractmethod
     def _measure(self, shifts: Shifts) -> Tensor:
         """The same for at most `max_rows` rows, in the order of their layers."""
@@ -94,7 +102,7 @@ class VirtualPrompt(ShiftedPrompt):
         with torch.no_grad():
             logits_1V, activations_1LN = batch.predict()
         self.activations_LN = activations_1LN[0]
-        self.log_probs_O = label_log_probs(logits_1V, self.label_ids_O)[0]
+        self.log_probs_O = self._log_probs(logits_1V)[0]
 
     def _measure(self, shifts: Shifts) -> Tensor:
         with _joining(self.lm, shifts):
@@ -102,8 +110,7 @@ class VirtualPrompt(ShiftedPrompt):
                 **self._batch.last_token, use_cache=False, virtual_prompt=self._batch.cache
             )
         hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[1:]
-        n_rows = max(1, _LOGIT_BYTES // (4 * self.lm.card.text_config.vocab_size))
-        return torch.cat([label_log_probs(self._head(part), self.label_ids_O) for part in hidden_RH.split(n_rows)])
+        return torch.cat([self._log_probs(self._head(part)) for part in hidden_RH.split(head_rows(self.lm))])
 
     def _head(self, hidden_RH: Tensor) -> Tensor:
         logits: Tensor = self.lm.model.get_output_embeddings()(hidden_RH)
@@ -137,7 +144,7 @@ class HookedPrompt(ShiftedPrompt):
         positions_R = torch.full((n_rows,), self._position, device=self.lm.device)
         with tapped(self.lm, positions_R, steps_LRN) as activations:
             output = self.lm.model(input_ids=self._tokens_T.expand(n_rows, -1))
-        return label_log_probs(output.logits[:, self._position], self.label_ids_O), activations
+        return self._log_probs(output.logits[:, self._position]), activations
 
 
 def shifted_prompts(
