@@ -4,10 +4,11 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -16,9 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from negcore.errors import NegError
-from tasks.runfile import RunFile, SkillRun, read_run_file, write_run_file
+from tasks.runfile import LinearityRun, RunFile, SkillRun, read_run_file, write_run_file
 
 if TYPE_CHECKING:
+    from flows.linearity import LinearityResults
     from flows.pipeline import Results
     from flows.stages import Stages
 
@@ -78,9 +80,11 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     help_text = field.description or ""
     if get_origin(kind) is tuple:  # several values; the run file checks each
         kind = list[str]
+    elif get_origin(kind) is Union and NoneType not in get_args(kind):  # of several forms, like a number or "all"
+        kind = str
     if not field.is_required() and field.default is not None and field.default_factory is None:
         default = field.default
-        shown = ", ".join(default) if isinstance(default, tuple) else default
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}]"
     option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, show_default=False)
     return inspect.Parameter(
@@ -118,6 +122,32 @@ def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **ov
     Example: `neg probe runs/facts --probe magn`
     """
     _execute("probe", read_run_file(SkillRun, run_file, overrides), orchestrator)
+
+
+@app.command()
+@_run_options(LinearityRun)
+def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Measure NEGs by shifting neurons step by step, and compare every estimator with them.
+
+    Example: `neg linearity --model smollm2-135m --prompts 10 --neurons 60 --out runs/linearity`
+
+    Tables and figures are in DIR/linearity. `neg linearity DIR/run.yaml` repeats the run and measures only what is
+    missing.
+    """
+    _quiet_libraries()
+    run = read_run_file(LinearityRun, run_file, overrides)
+    from flows import linearity as flows
+    from flows.pipeline import IncompleteRun
+    from tasks.sweeps import plan_linearity
+
+    with _reading():
+        n_shards = sum(study.n_shards for study in plan_linearity(run))
+    write_run_file(run)  # before anything is started: the directory may not be writable
+    try:
+        results = _carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity)
+    except IncompleteRun as incomplete:
+        results = incomplete.results
+    _show_linearity(results)
 
 
 @app.command()
@@ -224,6 +254,9 @@ def _carry_out(
                 return plain(run, PlainStages())
             with prefect_api(run.directory / "prefect") as api:
                 api.wait_ready()
+                page = api.url.removesuffix("/api")
+                hint = f" (password: {run.directory / 'prefect' / 'password'})" if api.private else ""
+                _out.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
                 return prefect_flow(run)
     except KeyboardInterrupt:
         _err.print("stopped; finished shards are kept, and the same command goes on from them")
@@ -231,7 +264,7 @@ def _carry_out(
 
 
 def _show(results: "Results") -> None:
-    from flows.display import accuracy_table, printable
+    from flows.display import accuracy_table
 
     if results.scores:
         _out.print(accuracy_table(results.scores))
@@ -241,10 +274,27 @@ def _show(results: "Results") -> None:
         reused = sum(part.n_reused for part in results.extracted)
         shards = reused + sum(part.n_computed for part in results.extracted)
         _out.print(f"{rows} prompts in {shards} shards ({reused} were there already), {size:.0f} MiB", highlight=False)
-    _out.print(f"written to {escape(str(results.directory))}", highlight=False, soft_wrap=True)
-    for problem in results.problems:
+    _end(results.directory, results.problems)
+
+
+def _show_linearity(results: "LinearityResults") -> None:
+    from flows.report import linearity_tables, summary
+
+    for findings in results.findings:
+        _out.print(escape(summary(findings)), highlight=False, soft_wrap=True)
+        for table in linearity_tables(findings):
+            _out.print(table)
+    _end(results.directory, results.problems)
+
+
+def _end(directory: Path, problems: Sequence[str]) -> None:
+    """Say where everything is, and what is missing."""
+    from flows.display import printable
+
+    _out.print(f"written to {escape(str(directory))}", highlight=False, soft_wrap=True)
+    for problem in problems:
         _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
-    if results.problems:
+    if problems:
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 from prefect import flow, runtime
@@ -18,9 +19,10 @@ from flows.stages import Pending, PrefectStages, Stages
 from negcore.errors import NegError, RunError
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
-from tasks.pool import Pool, Stopped, open_pool, ray_session
+from tasks.pool import Pool, Stopped, open_pool
 from tasks.probe import Score, probe_dataset
 from tasks.runfile import SkillRun, write_run_file
+from tasks.session import ray_session
 
 
 @dataclass
@@ -34,10 +36,19 @@ class Results:
     """One line for everything that is missing; empty if the run is whole."""
 
 
+class Ended(Protocol):
+    """Results of any flow."""
+
+    problems: list[str]
+
+
+E = TypeVar("E", bound=Ended)
+
+
 class IncompleteRun(RunError):
     """A run ended with something missing; what there is, is in `results`."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Any) -> None:
         super().__init__(f"the run is not whole: {'; '.join(results.problems)}")
         self.results = results
 
@@ -45,10 +56,11 @@ class IncompleteRun(RunError):
 def _flow_run_name() -> str:
     """Flow, models and datasets, as far as they fit a line."""
     run = SkillRun.model_validate(runtime.flow_run.parameters["run"])
-    return f"{runtime.flow_run.flow_name} {_listed(run.model)} on {_listed(run.dataset)}"
+    return f"{runtime.flow_run.flow_name} {listed(run.model)} on {listed(run.dataset)}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names, as far as they fit a line."""
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
@@ -78,7 +90,7 @@ def pipeline(run: SkillRun) -> Results:
     return whole(run_pipeline(run, PrefectStages()))
 
 
-def whole(results: Results) -> Results:
+def whole(results: E) -> E:
     """The results, if nothing is missing.
 
     Raises
@@ -150,7 +162,7 @@ def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool
         except (Stopped, KeyboardInterrupt):
             raise
         except Exception as error:
-            results.problems.append(f"{split.name}: {_one_line(error)}")
+            results.problems.append(f"{split.name}: {one_line(error)}")
             whole = False
             continue
         results.extracted.append(extracted)
@@ -198,5 +210,6 @@ def _write_scores(results: Results) -> None:
     draft.replace(path)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Type and message of an error."""
     return " ".join(f"{type(error).__name__}: {error}".split())

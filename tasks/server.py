@@ -169,7 +169,7 @@ class _PrivateServer:
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 command,
-                env=_server_environment(self._home, self.auth),
+                env=_server_environment(self._home, self.url, self.auth),
                 cwd=self._home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -245,9 +245,14 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _server_environment(home: Path, auth: str) -> dict[str, str]:
+def _server_environment(home: Path, url: str, auth: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    own = {"PREFECT_HOME": str(home), "PREFECT_SERVER_API_AUTH_STRING": auth, "PREFECT_SERVER_LOGGING_LEVEL": "ERROR"}
+    own = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_API_AUTH_STRING": auth,
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        "PREFECT_UI_API_URL": url,  # else the page asks port 4200
+    }
     return inherited | _SERVER_SETTINGS | own
 
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from negcore.errors import ModelError, PromptError, RunError
-from tasks.pool import Outcome, PoolStatus, Resources, Stopped, WorkerLost, open_pool, ray_session
+from tasks.pool import Outcome, PoolStatus, Resources, Stopped, WorkerLost, open_pool
+from tasks.session import ray_session
 
 TWO = Resources(workers=2, cpus=0.5)
 ONE = Resources(workers=1, cpus=0.5)

@@ -1,0 +1,164 @@
+"""Ray for the length of a block: a private one on this machine, closed to the network, or a cluster that is joined.
+
+Ray is imported only when a session is opened: it reads some of its settings on import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from negcore.errors import RunError
+
+__all__ = ["ray_session"]
+
+_LONGEST_TEMP = 20
+"""Characters: a socket's path has at most 107, and Ray adds about 85."""
+
+_OBJECT_STORE_BYTES = 200 * 2**20
+"""Only receipts travel through Ray's object store."""
+
+_CONNECT_S = 10.0
+"""Limit for reaching a cluster's head."""
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None = None) -> Iterator[None]:
+    """Have Ray up inside the block; on leaving, shut down what was started here and nothing else.
+
+    A local Ray listens on the loopback interface only and asks for a token that only this user can read. Where Ray is
+    up already, it is used and left as it is: open one session around all pools that overlap.
+
+    Parameters
+    ----------
+    address : str, optional
+        As in `Resources`. The token of a cluster is taken from the environment (``RAY_AUTH_MODE``,
+        ``RAY_AUTH_TOKEN_PATH``).
+
+    Raises
+    ------
+    RunError
+        If the cluster cannot be reached, or Ray was imported before with unsafe settings.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+    elif address == "local":
+        with _local_ray():
+            yield
+    else:
+        with _joined_ray(address):
+            yield
+
+
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a late call must not start a second cluster
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextlib.contextmanager
+def _local_ray() -> Iterator[None]:
+    with _short_directory() as home, _environment(_ENVIRONMENT | _local_environment(home)):
+        options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": str(home / "r")}
+        with _initialised(address="local", **options) as ray:
+            if ray.util.get_node_ip_address() != "127.0.0.1":
+                raise RunError(
+                    "Ray was imported before its session was opened and would listen on the network: "
+                    "import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before Python starts"
+                )
+            yield
+
+
+@contextlib.contextmanager
+def _joined_ray(address: str) -> Iterator[None]:
+    if address != "auto":
+        _check_reachable(address)
+    with _environment(_ENVIRONMENT), _initialised(address=address):
+        yield
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would try for twenty minutes before it said that nobody answers."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isdigit():
+        raise RunError(f"the Ray address is {address!r}, but it must be host:port, 'auto' or 'local'")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise RunError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _initialised(**options: Any) -> Iterator[Any]:
+    """Ray, initialised; the signal handler that it replaces is put back."""
+    import ray
+
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _local_environment(home: Path) -> dict[str, str]:
+    """Settings that close a local Ray to the network and to other users."""
+    token = home / "token"
+    with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(_token())
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on every system: use the loopback interface only
+    }
+
+
+@functools.cache
+def _token() -> str:
+    """The secret of all local sessions of this process: Ray keeps the first one that it reads."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _short_directory() -> Iterator[Path]:
+    """A directory for this user only, with a path short enough for the sockets that Ray makes.
+
+    Ray opens its own directory to everybody; it must be one inside this.
+    """
+    usual = tempfile.gettempdir()
+    home = Path(tempfile.mkdtemp(prefix="neg-", dir=usual if len(usual) <= _LONGEST_TEMP else "/tmp"))
+    try:
+        yield home
+    finally:
+        shutil.rmtree(home, ignore_errors=True)  # dying processes may still write their logs
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
