@@ -237,7 +237,6 @@ def load_model(
     card = describe_model(ref) if isinstance(ref, str) else ref
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    register_attention()
     try:
         model = (
             _auto_class(card.arch)
@@ -254,7 +253,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
-    return as_language_model(model, card.tokenizer, name=card.name, revision=card.revision, site=resolved)
+    return LanguageModel(_prepared(model), card, resolved)
 
 
 def as_language_model(
@@ -267,12 +266,15 @@ def as_language_model(
     ModelError
         If its architecture is not in the table or has no such site.
     """
-    register_attention()
     arch = architecture(model.config.model_type)
-    model.set_attn_implementation(ATTENTION_NAME)
-    model.eval().requires_grad_(False)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
-    return LanguageModel(model, card, arch.site(site))
+    return LanguageModel(_prepared(model), card, arch.site(site))
+
+
+def _prepared(model: Any) -> Any:
+    register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)
+    return model.eval().requires_grad_(False)
 
 
 def _describe(name: str, source: Path | str, hub_revision: str | None = None) -> ModelCard:
