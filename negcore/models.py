@@ -244,7 +244,6 @@ def load_model(
                 card.source,
                 config=card.config,
                 dtype=DTYPES[dtype],
-                attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 trust_remote_code=False,
                 revision=card.ref.partition("@")[2] or "main",

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,3 +87,8 @@ def test_an_unknown_dtype_is_refused_with_the_known_ones(llama):
 def test_the_context_of_a_model_is_the_smaller_of_two_limits():
     assert tiny_model("llama").card.context_tokens == 128
     assert tiny_model("roberta").card.context_tokens == 128
+
+
+def test_a_model_loads_in_a_process_that_has_done_nothing_else(llama):
+    code = f"import negcore; print(negcore.load_model({str(llama)!r}).n_neurons)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "24\n"
