@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from negcore.errors import NegError
-from tasks.runfile import LinearityRun, RunFile, SkillRun, read_run_file, write_run_file
+from tasks.runfile import EvaluationRun, LinearityRun, RunFile, SkillRun, read_run_file, write_run_file
 
 if TYPE_CHECKING:
     from flows.linearity import LinearityResults
@@ -82,7 +82,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = list[str]
     elif get_origin(kind) is Union and NoneType not in get_args(kind):  # of several forms, like a number or "all"
         kind = str
-    if not field.is_required() and field.default is not None and field.default_factory is None:
+    has_default = not field.is_required() and field.default is not None and field.default_factory is None
+    if has_default and name not in ("dataset", "confusion"):  # a long list, and a switch
         default = field.default
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}]"
@@ -125,6 +126,32 @@ def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **ov
 
 
 @app.command()
+@_run_options(EvaluationRun)
+def mceval8k(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Evaluate probes on all 22 datasets of MCEval8K, without demonstrations and with one of each class.
+
+    Example: `neg mceval8k --model smollm2-135m --mceval8k data/MCEval8K --limit 200 --out runs/mceval8k`
+
+    DIR holds the tables (accuracy, averages, splits) as Arrow files, DIR/shots-0 and DIR/shots-1 the NEGs and the
+    fitted probes. A dataset that cannot be used is left out and named at the end; the exit code is then 1.
+    `neg mceval8k DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+    _quiet_libraries()
+    run = read_run_file(EvaluationRun, run_file, overrides)
+    from flows import pipeline as flows
+    from tasks.plan import plan
+
+    with _reading():
+        n_parts = sum(flows.n_parts(settings, plan(settings, tolerant=True)) for settings in run.settings)
+    write_run_file(run)  # before anything is started: the directory may not be writable
+    try:
+        results = _carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k)
+    except flows.IncompleteRun as incomplete:
+        results = incomplete.results
+    _show(results)
+
+
+@app.command()
 @_run_options(LinearityRun)
 def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
     """Measure NEGs by shifting neurons step by step, and compare every estimator with them.
@@ -162,8 +189,37 @@ def demo(
     from negcore.datasets import list_datasets
 
     names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
-    values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 120}
+    values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 60}
     _execute("pipeline", read_run_file(SkillRun, None, values), orchestrator)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Option(help="Model, as for `neg pipeline`.")] = "smollm2-135m",
+    device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
+    neurons: Annotated[int, typer.Option(min=1, help="Neurons that are swept.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
+) -> None:
+    """Time the fast paths beside their plain twins, in turns, on one question.
+
+    Example: `neg benchmark --repeats 5`
+    """
+    _quiet_libraries()
+    from flows.report import benchmark_table
+    from negcore.benchmark import benchmark as compare
+    from negcore.datasets import PromptSettings, load_dataset
+    from negcore.encoding import encode_prompts
+    from negcore.models import describe_model, load_model
+
+    card = describe_model(model)
+    with _reading():
+        dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
+        example = dataset.splits["test"][0]
+        n_tokens = len(encode_prompts(card, [example.prompt])[0])
+    comparisons = compare(
+        load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
+    )
+    _out.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
 
 
 @app.command()
@@ -220,13 +276,13 @@ def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
     from tasks.plan import plan
 
     with _reading():
-        n_shards = sum(model.n_shards for model in plan(run)) if flow_name != "probe" else 0
+        n_parts = flows.n_parts(run, plan(run), extract=flow_name != "probe", probe=flow_name != "extract")
     if flow_name != "probe":
         write_run_file(run)  # before anything is started: the directory may not be writable
     plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
     prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
     try:
-        results = _carry_out(run, orchestrator, flow_name, n_shards, plain, prefect_flow)
+        results = _carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow)
     except flows.IncompleteRun as incomplete:
         results = incomplete.results
     _show(results)
@@ -264,10 +320,14 @@ def _carry_out(
 
 
 def _show(results: "Results") -> None:
-    from flows.display import accuracy_table
+    from flows.tables import confusion_tables, result_tables, rows_table
 
+    for table in confusion_tables(results.confusion):
+        _out.print(table)
     if results.scores:
-        _out.print(accuracy_table(results.scores))
+        _out.print(rows_table(results.splits))
+    for table in result_tables(results.scores, results.averages, results.n_datasets):
+        _out.print(table)
     rows = sum(part.n_rows for part in results.extracted)
     if results.extracted:
         size = sum(part.n_bytes for part in results.extracted) / 2**20
@@ -309,7 +369,7 @@ def _terminated(signum: int, frame: Any) -> None:
 def _quiet_libraries() -> None:
     """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
     for name, value in {
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "TRANSFORMERS_VERBOSITY": "error",

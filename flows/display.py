@@ -19,9 +19,6 @@ from rich.table import Table
 
 from negcore.datasets import Dataset, DatasetInfo
 from tasks.pool import PoolStatus
-from tasks.probe import Score
-
-PROBE_TITLES = {"lm": "LM-Prob", "polar": "Polar", "magn": "Magn"}
 
 
 class Display:
@@ -66,7 +63,7 @@ class Display:
         if error is not None:
             self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
         elif not self._console.is_terminal and stage in self._done:
-            self._console.print(f"finished {escape(stage)}: {self._done[stage]} shards", highlight=False)
+            self._console.print(f"finished {escape(stage)}: {self._done[stage]} parts", highlight=False)
 
 
 def _note(status: PoolStatus | None) -> str:
@@ -75,28 +72,6 @@ def _note(status: PoolStatus | None) -> str:
     if status.note:
         return escape(status.note)
     return "" if status.ready else "workers load the model"
-
-
-def accuracy_table(scores: Sequence[Score]) -> Table:
-    """A row a dataset; for each probe the accuracy, its 95 % interval and the neurons it keeps."""
-    probes = list(dict.fromkeys(score.probe for score in scores))
-    several_models = len({score.model for score in scores}) > 1
-    table = Table(title="Accuracy on test", caption="k: neurons kept, chosen on valid. Below: 95 % Wilson interval.")
-    table.box = SIMPLE_HEAD
-    if several_models:
-        table.add_column("model")
-    table.add_column("dataset")
-    for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for (model, dataset), group in _by_dataset(scores).items():
-        first = group[0]
-        mark = "\n(overlapping)" if first.overlapping else ""
-        cells = [escape(model)] if several_models else []
-        cells += [escape(dataset) + mark, f"{first.n_train}\n{first.n_test}"]
-        cells += [f"{_share(first.random)}\n{_share(first.majority)}"]
-        by_probe = {score.probe: score for score in group}
-        table.add_row(*cells, *(_cell(by_probe[probe]) for probe in probes))
-    return table
 
 
 def dataset_table(infos: Sequence[DatasetInfo]) -> Table:
@@ -129,38 +104,3 @@ def describe_dataset(console: Console, dataset: Dataset) -> None:
 def printable(text: str) -> str:
     """Text of a dataset or model without what a terminal would obey: control characters are spelled out."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
-def score_rows(scores: Sequence[Score]) -> list[dict[str, object]]:
-    """The table's content, one line a probe, for a Prefect table artifact."""
-    return [
-        {
-            "model": score.model,
-            "dataset": score.dataset + (" (overlapping)" if score.overlapping else ""),
-            "probe": PROBE_TITLES[score.probe],
-            "neurons": score.n_neurons,
-            "accuracy": round(score.accuracy, 3),
-            "95 % interval": f"{_share(score.low)} - {_share(score.high)}",
-            "majority": round(score.majority, 3),
-            "random": round(score.random, 3),
-            "test rows": score.n_test,
-            "train rows": score.n_train,
-        }
-        for score in scores
-    ]
-
-
-def _by_dataset(scores: Sequence[Score]) -> dict[tuple[str, str], list[Score]]:
-    groups: dict[tuple[str, str], list[Score]] = {}
-    for score in scores:
-        groups.setdefault((score.model, score.dataset), []).append(score)
-    return groups
-
-
-def _cell(score: Score) -> str:
-    kept = "" if score.n_neurons is None else f" k={score.n_neurons}"
-    return f"[bold]{_share(score.accuracy)}[/bold]{kept}\n{_share(score.low)}-{_share(score.high)}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.3f}".removeprefix("0") if value < 1 else "1.00"

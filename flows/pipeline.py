@@ -3,25 +3,26 @@
 The functions that do the work take their `Stages`, so that the same steps run under Prefect and without it.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.display import score_rows
 from flows.stages import Pending, PrefectStages, Stages
-from negcore.errors import NegError, RunError
+from flows.tables import artifact_tables
+from negcore.errors import ModelError, RunError
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool
-from tasks.probe import Score, probe_dataset
-from tasks.runfile import SkillRun, write_run_file
+from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
+from tasks.rank import rank_pool
+from tasks.results import Average, SplitAccount, averages, split_accounts, write_table
+from tasks.runfile import EvaluationRun, SkillRun, write_run_file
 from tasks.session import ray_session
 
 
@@ -32,6 +33,13 @@ class Results:
     directory: Path
     extracted: list[Extracted] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list)
+    """Of `scores`, where there are several datasets."""
+    confusion: list[Confusion] = field(default_factory=list)
+    splits: list[SplitAccount] = field(default_factory=list)
+    """What became of the rows of the datasets in `scores`."""
+    n_datasets: int = 0
+    """Datasets that were asked for, whether or not they could be used."""
     problems: list[str] = field(default_factory=list)
     """One line for everything that is missing; empty if the run is whole."""
 
@@ -49,13 +57,18 @@ class IncompleteRun(RunError):
     """A run ended with something missing; what there is, is in `results`."""
 
     def __init__(self, results: Any) -> None:
-        super().__init__(f"the run is not whole: {'; '.join(results.problems)}")
+        count = len(results.problems)
+        super().__init__(
+            f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {results.problems[0]}"
+        )
         self.results = results
 
 
 def _flow_run_name() -> str:
     """Flow, models and datasets, as far as they fit a line."""
-    run = SkillRun.model_validate(runtime.flow_run.parameters["run"])
+    values = runtime.flow_run.parameters["run"]
+    kind = EvaluationRun if runtime.flow_run.flow_name == "mceval8k" else SkillRun
+    run = values if isinstance(values, (SkillRun, EvaluationRun)) else kind.model_validate(values)
     return f"{runtime.flow_run.flow_name} {listed(run.model)} on {listed(run.dataset)}"
 
 
@@ -103,42 +116,107 @@ def whole(results: E) -> E:
     return results
 
 
+@_prefect_flow(name="mceval8k")  # type: ignore[untyped-decorator]
+def mceval8k(run: EvaluationRun) -> Results:
+    """Evaluate probes of models on every dataset of MCEval8K."""
+    return whole(run_mceval8k(run, PrefectStages()))
+
+
+Planned = Sequence[tuple[SkillRun, tuple[PlannedModel, ...]]]
+"""Runs that differ in their prompts alone, each with its plan."""
+
+
+def n_parts(run: SkillRun, models: Sequence[PlannedModel], *, extract: bool = True, probe: bool = True) -> int:
+    """Shards and probe steps of a run: what its progress is counted in."""
+    steps = probe_steps(run) * sum(len(model.datasets) for model in models)
+    return extract * sum(model.n_shards for model in models) + probe * steps
+
+
 def run_extract(run: SkillRun, stages: Stages) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
-    _extract(run, stages, results, when_extracted=lambda dataset: None)
+    with _session(run):
+        _extract([(run, plan(run))], stages, results, when_extracted=lambda run, dataset: None)
     return results
 
 
 def run_probe(run: SkillRun, stages: Stages) -> Results:
     """Fit and score probes on NEG shards that are already there."""
-    results = Results(run.directory)
-    pending = [_submit_probe(run, stages, dataset) for model in plan(run) for dataset in model.datasets]
-    _collect(stages, results, pending)
+    results = Results(run.directory, n_datasets=len(run.dataset))
+    models = plan(run)
+    with _probing(run, stages, results) as probe:
+        for model in models:
+            for dataset in model.datasets:
+                probe(run, dataset)
     return results
 
 
 def run_pipeline(run: SkillRun, stages: Stages) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
-    results = Results(run.directory)
-    pending: list[tuple[str, Pending[list[Score]]]] = []
-    _extract(run, stages, results, when_extracted=lambda d: pending.append(_submit_probe(run, stages, d)))
-    _collect(stages, results, pending)
+    results = Results(run.directory, n_datasets=len(run.dataset))
+    planned = [(run, plan(run))]
+    with _probing(run, stages, results) as probe:
+        _extract(planned, stages, results, when_extracted=probe)
     return results
 
 
-def _extract(
-    run: SkillRun, stages: Stages, results: Results, *, when_extracted: Callable[[PlannedDataset], None]
-) -> None:
-    models = plan(run)
+def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
+    """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
+    results = Results(run.directory, n_datasets=len(run.dataset))
+    planned = [(settings, plan(settings, tolerant=True)) for settings in run.settings]
+    results.problems += dict.fromkeys(
+        problem for _, models in planned for model in models for problem in model.problems
+    )
     write_run_file(run)
-    session = ray_session(run.ray_address) if run.backend == "ray" else nullcontext()
-    with session:
-        for model in models:
-            with _pool(run, model) as pool:
-                for dataset in model.datasets:
-                    if _extract_dataset(run, stages, results, pool, dataset):
-                        when_extracted(dataset)
+    with _probing(planned[0][0], stages, results) as probe:
+        _extract(planned, stages, results, when_extracted=probe)
+    return results
+
+
+@contextmanager
+def _session(run: SkillRun) -> Iterator[None]:
+    with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
+        yield
+
+
+Probe = Callable[[SkillRun, PlannedDataset], None]
+
+
+@contextmanager
+def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]:
+    """Probe in the background the datasets that are handed over inside the block, and collect the results after it."""
+    pending: list[_PendingProbe] = []
+    with _session(run), rank_pool(run) as pool:
+        prober = Prober(pool, stages.stop)
+        try:
+            yield lambda settings, dataset: pending.append(_submit_probe(settings, stages, prober, dataset))
+            _collect(stages, results, pending)
+        except BaseException:
+            stages.stop.set()  # before the pool closes under those who still wait for it
+            raise
+
+
+def _extract(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
+    for run, _ in planned:
+        write_run_file(run)
+    # The models outside: each is loaded once for all prompts.
+    for of_model in zip(*(models for _, models in planned), strict=True):
+        runs = [run for run, _ in planned]
+        try:
+            _extract_model(list(zip(runs, of_model, strict=True)), stages, results, when_extracted)
+        except (ModelError, RunError) as error:  # no worker can have this model; the others go on
+            results.problems.append(f"{of_model[0].card.name}: {error}")
+
+
+def _extract_model(
+    planned: Sequence[tuple[SkillRun, PlannedModel]], stages: Stages, results: Results, when_extracted: Probe
+) -> None:
+    run, model = planned[0]
+    with _pool(run, model) as pool:
+        for run, model in planned:
+            for dataset in model.datasets:
+                if _extract_dataset(run, stages, results, pool, dataset):
+                    when_extracted(run, dataset)
 
 
 def _pool(run: SkillRun, model: PlannedModel) -> AbstractContextManager[Pool]:
@@ -159,7 +237,7 @@ def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool
     for split in dataset.splits:
         try:
             extracted = stages.run(split.name, "extract", _extraction(pool, split, run.directory, stages))
-        except (Stopped, KeyboardInterrupt):
+        except (Stopped, KeyboardInterrupt, ModelError, RunError):
             raise
         except Exception as error:
             results.problems.append(f"{split.name}: {one_line(error)}")
@@ -176,38 +254,48 @@ def _extraction(pool: Pool, split: PlannedSplit, root: Path, stages: Stages) -> 
     return lambda advance: extract_split(pool, split, root, advance=advance, stop=stages.stop)
 
 
-def _submit_probe(run: SkillRun, stages: Stages, dataset: PlannedDataset) -> tuple[str, Pending[list[Score]]]:
-    def body(advance: Advance) -> list[Score]:
-        return probe_dataset(
-            run.directory,
-            dataset.model,
-            dataset.dataset.name,
-            run.probe,
-            max_neurons=run.max_neurons,
-            overlapping=dataset.dataset.split_report.is_overlapping,
-        )
-
-    return dataset.name, stages.submit(dataset.name, "probe", body)
+@dataclass(frozen=True)
+class _PendingProbe:
+    run: SkillRun
+    dataset: PlannedDataset
+    probed: Pending[Probed]
 
 
-def _collect(stages: Stages, results: Results, pending: Sequence[tuple[str, Pending[list[Score]]]]) -> None:
-    for name, future in pending:
+def _submit_probe(run: SkillRun, stages: Stages, prober: Prober, dataset: PlannedDataset) -> _PendingProbe:
+    # Named apart from the extraction of the same dataset.
+    probed = stages.submit(f"{dataset.name} probes", "probe", lambda advance: prober.probe(run, dataset, advance))
+    return _PendingProbe(run, dataset, probed)
+
+
+def _collect(stages: Stages, results: Results, pending: Sequence[_PendingProbe]) -> None:
+    for one in pending:
         try:
-            results.scores += future.result()
-        except NegError as error:
-            results.problems.append(f"{name}: probes: {error}")
+            probed = one.probed.result()
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            results.problems.append(f"{one.dataset.name}: probes: {one_line(error)}")
+            continue
+        results.scores += probed.scores
+        results.confusion += probed.confusion
+        known = {(account.dataset, account.shots) for account in results.splits}
+        if (one.dataset.dataset.name, one.run.shots) not in known:
+            results.splits += split_accounts(one.dataset, one.run.shots)
     if results.scores:
-        _write_scores(results)
-        stages.table("accuracy", score_rows(results.scores), "Accuracy of probes on test")
+        _publish(stages, results)
 
 
-def _write_scores(results: Results) -> None:
-    table = pa.Table.from_pylist([asdict(score) for score in results.scores])
-    path = results.directory / "accuracy.arrow"
-    draft = path.with_suffix(".tmp")
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    draft.replace(path)
+def _publish(stages: Stages, results: Results) -> None:
+    """Write the results as Arrow tables and show them."""
+    if len({score.dataset for score in results.scores}) > 1:
+        results.averages = averages(results.scores)
+    write_table(results.directory / "accuracy.arrow", results.scores, Score)
+    write_table(results.directory / "averages.arrow", results.averages, Average)
+    write_table(results.directory / "splits.arrow", results.splits, SplitAccount)
+    if results.confusion:
+        write_table(results.directory / "confusion.arrow", results.confusion, Confusion)
+    for key, (title, rows) in artifact_tables(results.scores, results.averages, results.splits).items():
+        stages.table(key, rows, title)
 
 
 def one_line(error: BaseException) -> str:

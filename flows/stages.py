@@ -182,7 +182,7 @@ class _ProgressArtifact:
 
         if self._first_done is None:
             self._first_done = done
-        self._parts = f"{done} of {total} shards"
+        self._parts = f"{done} of {total} parts"
         now = time.monotonic()
         if done < total and now - self._shown_at < _ARTIFACT_INTERVAL_S:
             return

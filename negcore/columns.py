@@ -36,10 +36,10 @@ class StoredExample(Protocol):
 def shard_schema(n_options: int, n_layers: int, n_neurons: int) -> pa.Schema:
     """Columns of every shard of such a model and dataset, without metadata."""
     columns = [("id", pa.string()), ("text_hash", pa.string()), ("group", pa.string()), ("gold", pa.int16())]
-    columns += [("label_ids", _lists(pa.int32(), n_options)), ("probs", _lists(pa.float32(), n_options))]
+    columns += [("label_ids", lists(pa.int32(), n_options)), ("probs", lists(pa.float32(), n_options))]
     for layer in range(n_layers):
-        columns.append((f"act_{layer:02d}", _lists(pa.float32(), n_neurons)))
-        columns.append((f"neg_{layer:02d}", _lists(pa.float32(), n_options * n_neurons)))
+        columns.append((f"act_{layer:02d}", lists(pa.float32(), n_neurons)))
+        columns.append((f"neg_{layer:02d}", lists(pa.float32(), n_options * n_neurons)))
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
 
 
@@ -63,12 +63,12 @@ def record_batch(
         pa.array([example.id for example in examples], pa.string()),
         pa.array([text_hash(example.prompt) for example in examples], pa.string()),
         pa.array([example.group for example in examples], pa.string()),
-        _column(gold_P),
-        _column(label_ids_PO),
-        _column(probs_PO),
+        column(gold_P),
+        column(label_ids_PO),
+        column(probs_PO),
     ]
     for layer in range(n_layers):
-        columns += [_column(activations_PLN[:, layer]), _column(negs_POLN[:, :, layer])]
+        columns += [column(activations_PLN[:, layer]), column(negs_POLN[:, :, layer])]
     return pa.RecordBatch.from_arrays(columns, schema=shard_schema(n_options, n_layers, n_neurons))
 
 
@@ -84,7 +84,7 @@ def with_aligned_metadata(batch: pa.RecordBatch, metadata_json: str) -> pa.Recor
     return batch.replace_schema_metadata({"neg": metadata_json + " " * (-end % ALIGNMENT_BYTES)})
 
 
-def _column(values: npt.NDArray[Any]) -> pa.Array:
+def column(values: npt.NDArray[Any]) -> pa.Array:
     """A column over zero-padded memory: one number a row, or a list of all of a row's numbers."""
     buffer = np.zeros(-(-values.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, dtype=np.uint8)
     buffer[: values.nbytes].view(values.dtype).reshape(values.shape)[...] = values
@@ -92,8 +92,9 @@ def _column(values: npt.NDArray[Any]) -> pa.Array:
     flat = pa.Array.from_buffers(item, values.size, [None, pa.py_buffer(buffer)])
     if values.ndim == 1:
         return flat
-    return pa.Array.from_buffers(_lists(item, values[0].size), len(values), [None], children=[flat])
+    return pa.Array.from_buffers(lists(item, values[0].size), len(values), [None], children=[flat])
 
 
-def _lists(item: pa.DataType, length: int) -> pa.DataType:
+def lists(item: pa.DataType, length: int) -> pa.DataType:
+    """The type of a column of lists that are all as long, without gaps."""
     return pa.list_(pa.field("item", item, nullable=False), length)

@@ -25,5 +25,9 @@ class ShardError(NegError):
     """Stored shards are damaged, missing, or belong to another run."""
 
 
+class ProbeError(NegError):
+    """A stored probe is damaged, or was fitted on another model, site or label set."""
+
+
 class RunError(NegError):
     """A run cannot start or did not finish whole: configuration, resources, or lost rows."""

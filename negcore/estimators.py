@@ -27,7 +27,7 @@ from negcore.forward import ProbedBatch, probed_batches
 from negcore.gradients import away_from_zero
 from negcore.models import LanguageModel
 from negcore.shifted import Shifts, head_rows, label_log_probs, shifted_prompts
-from negcore.sweep import Neurons, choose_neurons
+from negcore.sweeps import Neurons, choose_neurons
 
 Array = NDArray[Any]
 Target = Literal["probability", "log_probability", "logit_difference"]

@@ -5,7 +5,7 @@ Shapes: P prompts, O options.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,59 @@ class Accuracy:
         """95 % Wilson score interval (Wilson 1927), which stays inside 0..1 and works at 0 and n right."""
         ends = binomtest(self.n_correct, self.n).proportion_ci(0.95, method="wilson")
         return Interval(float(ends.low), float(ends.high))
+
+
+class MacroAverage(NamedTuple):
+    """The unweighted mean of the accuracies of several datasets, and its 95 % interval."""
+
+    value: float
+    interval: Interval
+    n_datasets: int
+
+
+def macro_average(accuracies: Sequence[Accuracy]) -> MacroAverage:
+    """Mean accuracy over datasets, each counting the same whatever its size.
+
+    The datasets are taken as they are, their rows as samples: the interval says how the mean would vary with other
+    rows of the same datasets, not with other datasets. It is put together from the datasets' own Wilson intervals:
+    the distance of each end is the root of the sum of their squared distances, over the number of datasets (method
+    of variance estimates recovery). Of one dataset it is the Wilson interval itself.
+
+    References
+    ----------
+    Zou, Huang, Zhang, "A note on confidence interval estimation for a linear function of binomial proportions",
+    Computational Statistics & Data Analysis 53 (2009).
+
+    Raises
+    ------
+    NegError
+        If there are no accuracies.
+    """
+    n = len(accuracies)
+    if not n:
+        raise NegError("no accuracies to average: give at least one dataset's")
+    value = sum(one.value for one in accuracies) / n
+    below = sum((one.value - one.interval.low) ** 2 for one in accuracies) ** 0.5 / n
+    above = sum((one.interval.high - one.value) ** 2 for one in accuracies) ** 0.5 / n
+    return MacroAverage(value, Interval(value - below, value + above), n)
+
+
+def confusion_counts(gold_P: ArrayLike, predicted_P: ArrayLike, n_options: int) -> NDArray[np.int64]:
+    """How often each option was predicted for each gold option: counts, shape (gold O, predicted O).
+
+    Raises
+    ------
+    NegError
+        If an option is not one of the ``n_options``, or the two differ in length.
+    """
+    gold, predicted = check_gold(gold_P, n_options), np.asarray(predicted_P)
+    if gold.shape != predicted.shape:
+        raise NegError(f"{predicted.size} predictions for {gold.size} gold options: give one prediction a prompt")
+    wrong = predicted[(predicted < 0) | (predicted >= n_options)]
+    if wrong.size:
+        raise NegError(f"prediction {wrong[0]} is not one of the {n_options} options 0..{n_options - 1}")
+    counts = np.bincount(gold * n_options + predicted, minlength=n_options**2)
+    return counts.reshape(n_options, n_options).astype(np.int64)
 
 
 def check_gold(gold_P: ArrayLike, n_options: int) -> NDArray[np.int64]:

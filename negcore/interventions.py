@@ -16,7 +16,7 @@ from negcore.errors import NegError
 from negcore.forward import ProbedBatch, label_probabilities, probed_batches
 from negcore.gradients import away_from_zero, neurgrad
 from negcore.models import LanguageModel
-from negcore.sweep import Floats, choose_neurons, one_label_each
+from negcore.sweeps import Floats, choose_neurons, one_label_each
 
 Array = NDArray[Any]
 NeuronSet = Sequence[tuple[int, int]] | NDArray[np.int64]

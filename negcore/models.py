@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
@@ -250,7 +251,7 @@ def load_model(
             )
             .to(target)
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
     return LanguageModel(_prepared(model), card, resolved)
 

@@ -19,7 +19,7 @@ wins. A neuron of score 0 has polarity 0; it may be kept, and then favours no op
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -39,6 +39,7 @@ from negcore.votes import (
     Signs,
     check_finite,
     check_negs,
+    halvings,
     magn_scores,
     magn_votes,
     polar_scores,
@@ -48,6 +49,12 @@ from negcore.votes import (
 
 MAX_NEURONS = 2**14
 """The largest number of neurons a probe is tried with."""
+
+
+def neuron_counts(most: int) -> list[int]:
+    """The numbers of neurons that are tried: the powers of two up to ``most`` and `MAX_NEURONS`."""
+    return [2**i for i in range(min(most, MAX_NEURONS).bit_length())]
+
 
 _FLOATS = (np.float64, np.float32)  # float32 stays as it is, anything else becomes float64
 
@@ -84,12 +91,19 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         NegError
             If the scores are not a vector of integers, or ``n_neurons`` or ``n_options`` is below 1.
         """
+        ranking = Ranking.from_scores(scores_M).top(n_neurons)
+        return cls.from_ranking(ranking, n_options=n_options, n_all=np.size(scores_M))
+
+    @classmethod
+    def from_ranking(cls, ranking: Ranking, *, n_options: int, n_all: int) -> Self:
+        """A fitted probe that keeps these very neurons, of a model with ``n_all``; `NegError` without options."""
         if n_options < 1:
             raise NegError(f"n_options is {n_options}: a prompt has at least 1 option")
-        probe = cls(n_neurons=n_neurons)
+        probe = cls(n_neurons=len(ranking.order_K))
         probe.classes_ = np.arange(n_options)
-        probe.n_features_in_ = n_options * np.size(scores_M)
-        return probe._keep(scores_M)
+        probe.n_features_in_ = n_options * n_all
+        probe.kept_, probe.polarity_ = ranking.order_K, ranking.polarity_K
+        return probe
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
         """Score all neurons on the training prompts and keep the best.
@@ -179,7 +193,7 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         NegError
             As `predict_kept`; also if there are no prompts or a gold option is not an option.
         """
-        ks = [2**i for i in range(min(len(self.kept_), MAX_NEURONS).bit_length())]
+        ks = neuron_counts(len(self.kept_))
         choices_PJ = self._choices(negs_POK, ks)
         gold = check_gold(gold_P, len(self.classes_))
         return {k: accuracy(gold, choices_PJ[:, j]) for j, k in enumerate(ks)}
@@ -328,9 +342,15 @@ class ActSplit:
 
     def is_upper(self, activations_PM: Numbers) -> NDArray[np.bool_]:
         """Whether the majority votes for the upper half, shape (P,); a draw is the lower half."""
-        above_PK = activations_PM[:, self.kept.order_K] > self.threshold_K
-        votes_PK = np.where(above_PK, self.kept.polarity_K, -self.kept.polarity_K)
-        return np.asarray(votes_PK.sum(axis=1, dtype=np.int64) > 0)
+        return self.is_upper_by_k(activations_PM[:, self.kept.order_K], [len(self.kept.order_K)])[:, 0]
+
+    def is_upper_by_k(self, activations_PK: Numbers, ks: Sequence[int]) -> NDArray[np.bool_]:
+        """`is_upper` with the best k neurons alone, for each of the rising ks: shape (P, len(ks))."""
+        check_finite(activations_PK, "activation", ("row", "neuron"), self.kept.order_K)
+        polarity_K = self.kept.polarity_K[: ks[-1]]
+        votes_PK = np.where(activations_PK[:, : ks[-1]] > self.threshold_K[: ks[-1]], polarity_K, -polarity_K)
+        gained_PJ = np.add.reduceat(votes_PK, [0, *ks[:-1]], axis=1, dtype=np.int64)
+        return np.asarray(gained_PJ.cumsum(axis=1) > 0)
 
 
 class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -386,7 +406,7 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_classification_targets(labels)
         self.classes_, class_P = np.unique(labels, return_inverse=True)
         self.splits_ = [
-            _fit_split(activations_PM, class_P, halves, self.n_neurons) for halves in _halvings(0, len(self.classes_))
+            _fit_split(activations_PM, class_P, halves, self.n_neurons) for halves in halvings(0, len(self.classes_))
         ]
         return self
 
@@ -401,28 +421,44 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         activations_PM = validate_data(self, X, dtype=_FLOATS, ensure_all_finite=False, reset=False)
         check_finite(activations_PM, "activation", ("row", "neuron"))
-        start_P = np.zeros(len(activations_PM), np.int64)
-        stop_P = np.full(len(activations_PM), len(self.classes_))
+        every = [min(self.n_neurons, activations_PM.shape[1])]
+        return self.predict_by_k(lambda order_K: activations_PM[:, order_K], len(activations_PM), every)[:, 0]
+
+    def predict_by_k(self, activations_of: Callable[[Ints], Numbers], n_rows: int, ks: Sequence[int]) -> NDArray[Any]:
+        """Predictions with the best k neurons of every split, for each of the rising ks: shape (P, len(ks)).
+
+        Parameters
+        ----------
+        activations_of : callable
+            Given flat indices (K,), the activations of those neurons: array, shape (P, K). Asked split by split.
+        n_rows : int
+            P.
+        ks : sequence of int
+            At most the number of kept neurons.
+        """
+        start_PJ = np.zeros((n_rows, len(ks)), np.int64)
+        stop_PJ = np.full((n_rows, len(ks)), len(self.classes_))
         for split in self.splits_:
-            here = np.flatnonzero((start_P == split.start) & (stop_P == split.stop))
-            upper = split.is_upper(activations_PM[here])
-            start_P[here[upper]] = split.middle
-            stop_P[here[~upper]] = split.middle
-        return np.asarray(self.classes_[start_P])
+            here_PJ = (start_PJ == split.start) & (stop_PJ == split.stop)
+            upper_PJ = split.is_upper_by_k(activations_of(split.kept.order_K), ks)
+            start_PJ[here_PJ & upper_PJ] = split.middle
+            stop_PJ[here_PJ & ~upper_PJ] = split.middle
+        return np.asarray(self.classes_[start_PJ])
+
+    @classmethod
+    def from_splits(cls, splits: Sequence[ActSplit], classes: ArrayLike, *, n_neurons: int, n_all: int) -> Self:
+        """A fitted probe from its binary questions, in `fit`'s order, cut down to ``n_neurons`` neurons each."""
+        probe = cls(n_neurons=n_neurons)
+        probe.classes_, probe.n_features_in_ = np.asarray(classes), n_all
+        probe.splits_ = [
+            ActSplit(s.start, s.middle, s.stop, s.kept.top(n_neurons), s.threshold_K[:n_neurons]) for s in splits
+        ]
+        return probe
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.poor_score = True  # on tables of two columns: two neurons hardly make a vote
         return tags
-
-
-def _halvings(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    if stop - start < 2:
-        return
-    middle = (start + stop) // 2
-    yield start, middle, stop
-    yield from _halvings(start, middle)
-    yield from _halvings(middle, stop)
 
 
 def _fit_split(activations_PM: Numbers, class_P: Ints, halves: tuple[int, int, int], n_neurons: int) -> ActSplit:

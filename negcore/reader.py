@@ -113,7 +113,7 @@ class NegSplit:
 
     def __init__(self, folder: Path, *, verify: bool) -> None:
         self._folder = folder
-        self._receipts = _complete_receipts(folder, verify=verify)
+        self._receipts = complete_receipts(folder, verify=verify)
         self.partition = Partition.of_path(folder)
         self.identity = _identity(folder, self._receipts[0])
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
@@ -138,6 +138,11 @@ class NegSplit:
         """The shards in order, each mapped when its turn comes: the way to read everything once."""
         for receipt in self._receipts:
             yield _open_shard(self._folder, receipt, self.n_options, self.identity)
+
+    def row_blocks(self) -> Iterator["RowBlock"]:
+        """The rows shard by shard: a way to read few neurons of many rows and hold one shard's at a time."""
+        for rows, shard in self._placed_shards():
+            yield RowBlock(rows, shard, self._locate)
 
     def layer(self, layer: int) -> FloatArray:
         """NEGs of one layer: float32 (P, O, N), probability per unit of activation.
@@ -250,6 +255,30 @@ class Shard:
         return values
 
 
+@dataclass(frozen=True)
+class RowBlock:
+    """The rows of one shard, of which only chosen neurons are read; selections as in `NegSplit.neurons`."""
+
+    rows: slice
+    """Where they are among the rows of the split."""
+    shard: Shard
+    _locate: Callable[[Selection], "_Places"]
+
+    def negs(self, selection: Selection) -> FloatArray:
+        """NEGs of K chosen neurons: float32 (P, O, K)."""
+        places = self._locate(selection)
+        negs_POK = np.empty((self.shard.n_rows, self.shard.n_options, len(places.layers_K)), dtype=np.float32)
+        _pick(self.shard.negs_PON, places, negs_POK)
+        return negs_POK
+
+    def activations(self, selection: Selection) -> FloatArray:
+        """Activations of K chosen neurons: float32 (P, K)."""
+        places = self._locate(selection)
+        activations_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.float32)
+        _pick(self.shard.activations_PN, places, activations_PK)
+        return activations_PK
+
+
 class _Places(NamedTuple):
     layers_K: npt.NDArray[np.integer]
     neurons_K: npt.NDArray[np.integer]
@@ -265,7 +294,7 @@ def _pick(values_of: Callable[[int], FloatArray], places: _Places, out: FloatArr
 # Files: all that touches the disk on the reading side
 
 
-def _complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
+def complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
     """Receipts of every shard, in order, or the reason why the partition cannot be read."""
     known = receipts(folder)
     if len({(receipt.digest, receipt.n_shards) for receipt in known}) > 1:
@@ -284,7 +313,8 @@ def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
         raise ShardError(f"{str(folder)!r} was written by another version of this software ({error})") from error
 
 
-def _mapped_batch(path: Path) -> pa.RecordBatch:
+def mapped_batch(path: Path) -> pa.RecordBatch:
+    """The one batch of a shard's file, memory-mapped."""
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         batch.validate()
@@ -295,7 +325,7 @@ def _mapped_batch(path: Path) -> pa.RecordBatch:
 
 def _n_options(folder: Path, receipt: Receipt) -> int:
     path = shard_path(folder, receipt.index)
-    schema = _mapped_batch(path).schema
+    schema = mapped_batch(path).schema
     if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
         raise _damaged(path, "no column 'probs'")
     n_options: int = schema.field("probs").type.list_size
@@ -304,7 +334,7 @@ def _n_options(folder: Path, receipt: Receipt) -> int:
 
 def _open_shard(folder: Path, receipt: Receipt, n_options: int, identity: RunIdentity) -> Shard:
     path = shard_path(folder, receipt.index)
-    batch = _mapped_batch(path)
+    batch = mapped_batch(path)
     if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)):
         raise _damaged(path, "its columns are not those of its receipt and of the first shard")
     if batch.num_rows != receipt.n_rows:

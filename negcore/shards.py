@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -52,6 +52,13 @@ class Partition(NamedTuple):
         pairs = [part.partition("=") for part in folder.parts[-3:]]
         assert [key for key, _, _ in pairs] == list(cls._fields), folder
         return cls(*(unquote(value) for _, _, value in pairs))
+
+
+class Place(Protocol):
+    """Names a directory of shards that belong together."""
+
+    def path(self, root: str | Path) -> Path:
+        """That directory under the run directory `root`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +111,6 @@ def write_shard(
     -------
     Receipt
     """
-    assert 0 <= index < n_shards, (index, n_shards)
     batch = record_batch(
         examples,
         label_ids_PO=np.asarray(label_ids_PO, dtype=np.int32),
@@ -114,29 +120,55 @@ def write_shard(
     )
     n_options = np.shape(probs_PO)[1]
     assert batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)), identity
-    about = {
+    return publish_batch(
+        partition.path(root),
+        index,
+        n_shards,
+        identity=identity,
+        batch=batch,
+        about={"partition": partition._asdict(), "n_options": n_options, "axes": AXES},
+    )
+
+
+def publish_batch(
+    folder: Path,
+    index: int,
+    n_shards: int,
+    *,
+    identity: RunIdentity,
+    batch: pa.RecordBatch,
+    about: Mapping[str, Any],
+) -> Receipt:
+    """Publish a batch as one shard of a directory, and then its receipt; the bytes depend on the arguments alone.
+
+    Parameters
+    ----------
+    folder : Path
+        Directory of the shards that belong together.
+    index, n_shards : int
+        Place of this shard among them.
+    batch : RecordBatch
+        With a column ``id`` of strings.
+    about : mapping
+        Said in the file's metadata beside identity, versions and place, as JSON.
+    """
+    assert 0 <= index < n_shards, (index, n_shards)
+    place: dict[str, Any] = {"index": index, "n_shards": n_shards}
+    made_by: dict[str, Any] = {
         "identity": identity.comparable(),
         "digest": identity.digest,
         "versions": identity.versions,
-        "partition": partition._asdict(),
-        "index": index,
-        "n_shards": n_shards,
-        "n_options": n_options,
-        "axes": AXES,
     }
-    ids = [example.id for example in examples]
-    target = shard_path(partition.path(root), index)
+    ids = batch.column("id").to_pylist()
+    target = shard_path(folder, index)
     with _temporary(target) as temporary:
-        _write_batch(with_aligned_metadata(batch, canonical_json(about)), temporary)
+        _write_batch(with_aligned_metadata(batch, canonical_json({**about, **place, **made_by})), temporary)
         receipt = Receipt(
-            index=index,
-            n_shards=n_shards,
+            **place,
             n_rows=len(ids),
             n_bytes=temporary.stat().st_size,
             file_xxh3=_file_xxh3(temporary),
-            digest=identity.digest,
-            identity=identity.comparable(),
-            versions=identity.versions,
+            **made_by,
             first_id=ids[0],
             last_id=ids[-1],
             ids_xxh3=content_digest(ids),
@@ -147,7 +179,7 @@ def write_shard(
 
 def finished_shards(
     root: str | Path,
-    partition: Partition,
+    partition: Place,
     identity: RunIdentity,
     shard_ids: Sequence[Sequence[str]],
     *,

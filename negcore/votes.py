@@ -161,6 +161,16 @@ class Ranking:
         return Ranking(self.order_K[:k], self.polarity_K[:k])
 
 
+def halvings(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Act-Probe's binary questions over the classes [start, stop): (start, middle, stop), each before its halves'."""
+    if stop - start < 2:
+        return
+    middle = (start + stop) // 2
+    yield start, middle, stop
+    yield from halvings(start, middle)
+    yield from halvings(middle, stop)
+
+
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of rows that hold about `_BLOCK_VALUES` values each, at least one row."""
     step = max(1, _BLOCK_VALUES // max(1, prod(shape[1:])))

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -12,7 +13,7 @@ from negcore.datasets import Example
 from negcore.gradients import neurgrad
 from negcore.identity import RunIdentity
 from negcore.models import load_model
-from negcore.shards import Partition, Receipt, finished_shards, write_shard
+from negcore.shards import Partition, Place, Receipt, finished_shards, write_shard
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
 
@@ -66,7 +67,7 @@ class ExtractWorker:
 class Failure:
     """Rows that are missing, and why."""
 
-    partition: Partition
+    partition: Place
     index: int
     n_rows: int
     error: str
@@ -74,9 +75,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of a split."""
+    """What became of the shards of a directory."""
 
-    partition: Partition
+    partition: Place
     n_rows: int
     n_reused: int
     """Shards that were there already."""
@@ -89,42 +90,87 @@ Advance = Callable[[int, int, PoolStatus | None], None]
 """Told the finished shards, all shards, and what the pool is doing."""
 
 
+class Part(Protocol):
+    """The shards of one directory, planned."""
+
+    @property
+    def partition(self) -> Place: ...
+    @property
+    def identity(self) -> RunIdentity: ...
+    @property
+    def shards(self) -> Sequence[Sequence[Example]]: ...
+
+
+P = TypeVar("P", bound=Part)
+
+
 def extract_split(pool: Pool, split: PlannedSplit, root: Path, *, advance: Advance, stop: threading.Event) -> Extracted:
-    """Compute the shards of a split that are not there yet.
+    """Compute the NEG shards of a split that are not there yet: see `compute`."""
+
+    def job(split: PlannedSplit, index: int) -> ExtractJob:
+        shards = split.shards
+        return ExtractJob(root, split.partition, split.identity, index, len(shards), shards[index])
+
+    (extracted,) = compute(pool, [split], root, job, advance=advance, stop=stop)
+    return extracted
+
+
+def compute(
+    pool: Pool,
+    parts: Sequence[P],
+    root: Path,
+    job_of: Callable[[P, int], Any],
+    *,
+    advance: Advance,
+    stop: threading.Event,
+) -> list[Extracted]:
+    """Compute the shards of some directories that are not there yet, in one queue.
+
+    Parameters
+    ----------
+    job_of : callable
+        The job that computes and publishes a part's shard of that index; it has `partition`, `index` and `examples`.
 
     Raises
     ------
     ShardError
-        If the directory holds shards of another run.
+        If a directory holds shards of another run.
     Stopped
         If `stop` is set; what is published by then stays.
     """
-    shards = split.shards
-    finished = finished_shards(root, split.partition, split.identity, [[e.id for e in shard] for shard in shards])
-    receipts = dict(finished)
+    finished = {
+        part.partition: finished_shards(root, part.partition, part.identity, [[e.id for e in s] for s in part.shards])
+        for part in parts
+    }
+    receipts = {place: dict(known) for place, known in finished.items()}
     failures: list[Failure] = []
+    n_shards = sum(len(part.shards) for part in parts)
 
-    def tick(status: PoolStatus) -> None:
-        advance(len(receipts) + len(failures), len(shards), status)
+    def report(status: PoolStatus | None) -> None:
+        advance(sum(map(len, receipts.values())) + len(failures), n_shards, status)
 
     jobs = [
-        ExtractJob(root, split.partition, split.identity, index, len(shards), examples)
-        for index, examples in enumerate(shards)
-        if index not in finished
+        job_of(part, index)
+        for part in parts
+        for index in range(len(part.shards))
+        if index not in finished[part.partition]
     ]
-    advance(len(receipts), len(shards), None)
-    for outcome in pool.map(jobs, stop=stop, on_tick=tick, tick_s=2.0) if jobs else ():
+    report(None)
+    for outcome in pool.map(jobs, stop=stop, on_tick=report, tick_s=2.0) if jobs else ():
         job = outcome.job
         if outcome.result is not None:
-            receipts[job.index] = outcome.result
+            receipts[job.partition][job.index] = outcome.result
         else:
             failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
-        advance(len(receipts) + len(failures), len(shards), None)
-    return Extracted(
-        partition=split.partition,
-        n_rows=sum(receipt.n_rows for receipt in receipts.values()),
-        n_reused=len(finished),
-        n_computed=len(receipts) - len(finished),
-        n_bytes=sum(receipt.n_bytes for receipt in receipts.values()),
-        failures=tuple(failures),
-    )
+        report(None)
+    return [
+        Extracted(
+            partition=part.partition,
+            n_rows=sum(receipt.n_rows for receipt in receipts[part.partition].values()),
+            n_reused=len(finished[part.partition]),
+            n_computed=len(receipts[part.partition]) - len(finished[part.partition]),
+            n_bytes=sum(receipt.n_bytes for receipt in receipts[part.partition].values()),
+            failures=tuple(failure for failure in failures if failure.partition == part.partition),
+        )
+        for part in parts
+    ]

@@ -9,12 +9,14 @@ from importlib.metadata import version
 from negcore.datasets import Dataset, Example, load_dataset
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import DatasetError, NegError
+from negcore.fitted import check_forest_size
 from negcore.identity import RunIdentity
 from negcore.models import ModelCard, describe_model
 from negcore.shards import Partition
 from tasks.runfile import SkillRun
+from tasks.wordings import wording_for
 
-_PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
+PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PlannedSplit:
     @property
     def name(self) -> str:
         """Model, dataset and split, for people."""
-        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}"
+        shots = " one-shot" if self.identity.prompt.get("shots") else ""
+        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}{shots}"
 
     @property
     def shards(self) -> list[Sequence[Example]]:
@@ -49,7 +52,8 @@ class PlannedDataset:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.dataset.name}"
+        shots = " one-shot" if self.dataset.settings.shots else ""
+        return f"{self.model} {self.dataset.name}{shots}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class PlannedModel:
 
     card: ModelCard
     datasets: tuple[PlannedDataset, ...]
+    problems: tuple[str, ...] = ()
+    """Datasets that cannot be used, and why."""
 
     @property
     def n_shards(self) -> int:
@@ -65,25 +71,50 @@ class PlannedModel:
 
 
 @cache
-def plan(run: SkillRun) -> tuple[PlannedModel, ...]:
+def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
     """Read every dataset with every model's tokenizer and check all prompts and labels.
+
+    Parameters
+    ----------
+    run : SkillRun
+    tolerant : bool
+        Whether to go on without the datasets that cannot be used, as long as there are others.
 
     Raises
     ------
     NegError
         If a model or dataset is unknown, a dataset empty or malformed, a prompt too long, or a label not one token.
     """
-    return tuple(_plan_model(run, ref) for ref in dict.fromkeys(run.model))
+    known: _Known = {}
+    return tuple(_plan_model(run, ref, tolerant, known) for ref in dict.fromkeys(run.model))
 
 
-def _plan_model(run: SkillRun, ref: str) -> PlannedModel:
+_Known = dict[tuple[str, str], Dataset]
+"""Datasets by name and fingerprint: models that are asked the same text share it in memory."""
+
+
+def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> PlannedModel:
     card = describe_model(ref)
     card.arch.site(run.site)
-    return PlannedModel(card, tuple(_plan_dataset(run, card, name) for name in dict.fromkeys(run.dataset)))
+    datasets: list[PlannedDataset] = []
+    errors: list[NegError] = []
+    for name in dict.fromkeys(run.dataset):
+        try:
+            datasets.append(_plan_dataset(run, card, name, known))
+        except NegError as error:
+            if not tolerant:
+                raise
+            errors.append(error)
+    if errors and not datasets:
+        raise errors[0]
+    return PlannedModel(card, tuple(datasets), tuple(map(str, errors)))
 
 
-def _plan_dataset(run: SkillRun, card: ModelCard, name: str) -> PlannedDataset:
-    dataset = load_dataset(name, card.tokenizer, settings=run.prompts, root=run.mceval8k, masked=card.arch.masked)
+def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> PlannedDataset:
+    dataset = load_dataset(name, card.tokenizer, settings=run.prompts(name), root=run.mceval8k, masked=card.arch.masked)
+    dataset = known.setdefault((dataset.name, dataset.fingerprint), dataset)
+    chosen = wording_for(run.wording, name)
+    wording = chosen if isinstance(chosen, str) else chosen.model_dump()
     identity = RunIdentity(
         model=card.name,
         model_revision=card.revision,
@@ -92,20 +123,31 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str) -> PlannedDataset:
         dtype=run.dtype,
         n_layers=card.n_layers,
         n_neurons=card.n_neurons,
-        prompt={"shots": run.shots, "wording": run.wording, "seed": run.seed, "split_policy": run.split_policy},
+        prompt={"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy},
         dataset_fingerprint=dataset.fingerprint,
-        versions={package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
     splits = []
     for split, examples in dataset.splits.items():
         _check(card, dataset.name, split, examples)
         splits.append(PlannedSplit(Partition(card.name, dataset.name, split), examples, identity, run.shard_rows))
+    if "tree" in run.probe:
+        _check_forest(run, card, dataset)
     return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:
+    try:
+        check_forest_size(len(dataset.splits["train"]), min(run.tree_neurons, card.n_layers * card.n_neurons))
+    except NegError as error:
+        raise DatasetError(f"{dataset.name}: {error}") from None
 
 
 def _check(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> None:
     if not examples:
-        raise DatasetError(f"{dataset}: split {split!r} has no rows; use a larger limit or another dataset")
+        raise DatasetError(
+            f"{dataset}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
+        )
     try:
         encode_prompts(card, [example.prompt for example in examples])
         encode_labels(card.tokenizer, [example.labels for example in examples], len(examples))

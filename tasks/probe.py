@@ -1,29 +1,66 @@
-"""Fit skill-neuron probes to a dataset's NEG shards and score them on its test split."""
+"""Fit skill-neuron probes to a dataset's NEG shards, keep them, and score them on its test split."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
+from urllib.parse import quote
 
 import numpy as np
-from numpy.typing import NDArray
 
-from negcore.evaluation import Accuracy, accuracy, choose_n_neurons, majority_floor, random_floor
-from negcore.probes import LMProbe, MagnProbe, PolarProbe
+from negcore.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
+from negcore.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
+from negcore.probes import LMProbe
+from negcore.rankings import Rankings, Vote
 from negcore.reader import NegSplit, open_negs
-from negcore.votes import magn_scores, polar_scores
-from tasks.runfile import ProbeName
+from negcore.saved_probes import save_probe
+from negcore.votes import Ints, Ranking
+from tasks.extract import Advance
+from tasks.plan import PlannedDataset
+from tasks.pool import Pool, Stopped
+from tasks.rank import rank_split
+from tasks.runfile import ProbeName, SkillRun
 
-_PROBES = MappingProxyType({"polar": (PolarProbe, polar_scores), "magn": (MagnProbe, magn_scores)})
+
+class Recipe(NamedTuple):
+    """How a probe is made: which neurons it takes, if any are ranked, and what it does with them."""
+
+    kind: Literal["vote", "act", "tree", "random", "logistic"]
+    vote: Vote | None = None
+    """By which score its neurons are chosen."""
+
+
+RECIPES: Mapping[ProbeName, Recipe] = MappingProxyType(
+    {
+        "polar": Recipe("vote", Vote("polar", "neg")),
+        "magn": Recipe("vote", Vote("magn", "neg")),
+        "act": Recipe("act"),
+        "tree": Recipe("tree", Vote("magn", "neg")),
+        "polar-gradient": Recipe("vote", Vote("polar", "gradient")),
+        "magn-gradient": Recipe("vote", Vote("magn", "gradient")),
+        "polar-gxa": Recipe("vote", Vote("polar", "gxa")),
+        "magn-gxa": Recipe("vote", Vote("magn", "gxa")),
+        "polar-random": Recipe("random", Vote("polar", "neg")),
+        "magn-random": Recipe("random", Vote("magn", "neg")),
+        "polar-logistic": Recipe("logistic", Vote("polar", "neg")),
+        "magn-logistic": Recipe("logistic", Vote("magn", "neg")),
+    }
+)
+assert tuple(RECIPES) == get_args(ProbeName)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One probe's accuracy on one dataset's test split."""
+    """One probe's accuracy on one dataset's test split, or on one group of it."""
 
     model: str
+    shots: int
+    genre: str
     dataset: str
+    group: str
+    """Language (or other group) that the row is about; empty for the whole test split."""
     probe: str
     n_neurons: int | None
     """Neurons kept, chosen on validation; `None` where a probe keeps none."""
@@ -31,6 +68,7 @@ class Score:
     low: float
     """Lower end of the 95 % interval (Wilson)."""
     high: float
+    n_correct: int
     n_test: int
     n_train: int
     majority: float
@@ -41,58 +79,202 @@ class Score:
     """Whether the splits share rows (policy `released`)."""
 
 
-def probe_dataset(
-    root: Path, model: str, dataset: str, probes: Sequence[ProbeName], *, max_neurons: int, overlapping: bool
-) -> list[Score]:
-    """Fit on train, choose the number of neurons on valid, score on test. LM-Prob comes first.
+@dataclass(frozen=True)
+class Confusion:
+    """How often a probe answered one option where another (or the same) was gold."""
 
-    Raises
-    ------
-    ShardError
-        If a split is missing, incomplete or damaged.
+    model: str
+    shots: int
+    dataset: str
+    probe: str
+    gold: int
+    predicted: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probes of one dataset gave."""
+
+    scores: list[Score] = field(default_factory=list)
+    confusion: list[Confusion] = field(default_factory=list)
+
+
+class Answers(NamedTuple):
+    """What one probe said about the test prompts."""
+
+    probe: str
+    n_neurons: int | None
+    predicted_P: Ints
+
+
+def probe_steps(run: SkillRun) -> int:
+    """Parts that probing one dataset is reported in: the ranking, and each probe."""
+    return 1 + len(run.probe)
+
+
+class Prober:
+    """Probes datasets one at a time, so that the memory it takes is that of one.
+
+    Parameters
+    ----------
+    pool : Pool
+        Of `RankWorker`.
+    stop : threading.Event
+        Once set, waiting and ranking end with `Stopped`.
     """
-    negs = open_negs(root)
-    train, valid, test = (negs.select(model, dataset, split) for split in ("train", "valid", "test"))
+
+    def __init__(self, pool: Pool, stop: threading.Event) -> None:
+        self._pool = pool
+        self._stop = stop
+        self._turn = threading.Lock()
+
+    def probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
+        """Fit on train, choose the number of neurons on valid, answer test. LM-Prob comes first.
+
+        Raises
+        ------
+        NegError
+            If a split is missing, incomplete or damaged, or a probe cannot be fitted.
+        Stopped
+            If `stop` is set.
+        """
+        while not self._turn.acquire(timeout=0.2):
+            self._check_stop()
+        try:
+            return self._probe(run, planned, advance)
+        finally:
+            self._turn.release()
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped("stopped on request")
+
+    def _probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
+        negs, n_steps = open_negs(run.directory), probe_steps(run)
+        splits = Splits(*(negs.select(planned.model, planned.dataset.name, split) for split in Splits._fields))
+        advance(0, n_steps, None)
+        rankings = self._rank(run, splits.train, advance)
+        answers = [_lm_answers(splits)]
+        workshop = Workshop(run, splits, rankings)
+        for done, name in enumerate(run.probe, 1):
+            self._check_stop()
+            advance(done, n_steps, None)
+            probe = workshop.fit(name)
+            save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
+            answers.append(Answers(name, probe.n_neurons, probe.predict(splits.test)))
+        advance(n_steps, n_steps, None)
+        return _probed(run, planned, splits, answers)
+
+    def _rank(self, run: SkillRun, train: NegSplit, advance: Advance) -> Rankings:
+        votes = dict.fromkeys(recipe.vote for name in run.probe if (recipe := RECIPES[name]).vote)
+        return rank_split(
+            self._pool,
+            run.directory,
+            train,
+            [vote for vote in votes if vote],
+            act="act" in run.probe,
+            n_blocks=run.workers,
+            stop=self._stop,
+            on_tick=lambda status: advance(0, probe_steps(run), status),
+        )
+
+
+class Splits(NamedTuple):
+    """The NEGs of a dataset."""
+
+    train: NegSplit
+    valid: NegSplit
+    test: NegSplit
+
+
+class Workshop:
+    """Fits a dataset's probes from the scores of its neurons."""
+
+    def __init__(self, run: SkillRun, splits: Splits, rankings: Rankings) -> None:
+        self._run, self._splits, self._rankings = run, splits, rankings
+        self._voters: dict[Vote, FittedVote] = {}
+
+    def fit(self, name: ProbeName) -> FittedProbe:
+        """The probe of that name."""
+        kind, vote = RECIPES[name]
+        train, seed = self._splits.train, self._run.seed
+        if kind == "act":
+            assert self._rankings.act is not None
+            return fit_act(self._rankings.act, train.gold_P, self._splits.valid, max_neurons=self._run.max_neurons)
+        assert vote is not None
+        scores_M = self._rankings.votes_M[vote]
+        if kind == "tree":
+            return fit_forest(train, Ranking.from_scores(scores_M).top(self._run.tree_neurons).order_K, seed=seed)
+        if kind == "random":
+            return random_vote(self._voter(vote), scores_M, seed=seed)
+        if kind == "logistic":
+            return fit_logistic(vote, self._voter(vote).ranking.order_K, train)
+        return self._voter(vote)
+
+    def _voter(self, vote: Vote) -> FittedVote:
+        """Fitted once, as its baselines take its number of neurons."""
+        if vote not in self._voters:
+            scores_M = self._rankings.votes_M[vote]
+            self._voters[vote] = fit_vote(vote, scores_M, self._splits.valid, max_neurons=self._run.max_neurons)
+        return self._voters[vote]
+
+
+def probe_path(root: Path, model: str, dataset: str, probe: str) -> Path:
+    """The file of a saved probe; read it with `negcore.saved_probes.load_probe`."""
+    return root / "probes" / f"model={quote(model, safe='')}" / f"dataset={quote(dataset, safe='')}" / f"{probe}.arrow"
+
+
+def _lm_answers(splits: Splits) -> Answers:
+    probe = LMProbe().fit(splits.train.probs_PO)
+    return Answers("lm", None, probe.predict(splits.test.probs_PO))
+
+
+def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Sequence[Answers]) -> Probed:
+    test = splits.test
+    place = {"model": planned.model, "shots": run.shots, "dataset": planned.dataset.name}
     common = {
-        "model": model,
-        "dataset": dataset,
-        "n_test": test.n_rows,
-        "n_train": train.n_rows,
-        "majority": majority_floor(train.gold_P, test.gold_P).value,
+        **place,
+        "genre": planned.dataset.genre,
+        "n_train": splits.train.n_rows,
         "random": random_floor(test.gold_P, test.n_options),
-        "overlapping": overlapping,
+        "overlapping": planned.dataset.split_report.is_overlapping,
     }
-    predicted = LMProbe().fit(train.probs_PO, train.gold_P).predict(test.probs_PO)
-    scores = [_score(common, "lm", None, accuracy(test.gold_P, predicted))]
-    for name in probes:
-        n_neurons, result = fit_vote_probe(name, train, valid, test, max_neurons)
-        scores.append(_score(common, name, n_neurons, result))
-    return scores
+    rows = {"": np.arange(test.n_rows)} | _groups(test)
+    probed = Probed()
+    for one in answers:
+        for group, chosen in rows.items():
+            gold_P = test.gold_P[chosen]
+            majority = majority_floor(splits.train.gold_P, gold_P).value
+            result = accuracy(gold_P, one.predicted_P[chosen])
+            probed.scores.append(_score({**common, "group": group, "majority": majority}, one, result))
+        if run.confusion:
+            probed.confusion.extend(_confusion(place, one, test))
+    return probed
 
 
-def fit_vote_probe(
-    name: ProbeName, train: NegSplit, valid: NegSplit, test: NegSplit, max_neurons: int
-) -> tuple[int, Accuracy]:
-    """Number of neurons chosen on `valid`, and the accuracy on `test`."""
-    probe_class, score_block = _PROBES[name]
-    scores_M = _summed_scores(train, score_block)
-    widest = probe_class.from_scores(scores_M, n_neurons=max_neurons, n_options=train.n_options)
-    by_k = widest.accuracy_by_k(valid.neurons(widest.kept_), valid.gold_P)
-    chosen = choose_n_neurons(by_k)
-    probe = probe_class.from_scores(scores_M, n_neurons=chosen, n_options=train.n_options)
-    return chosen, accuracy(test.gold_P, probe.predict_kept(test.neurons(probe.kept_)))
+def _groups(test: NegSplit) -> dict[str, Ints]:
+    """Rows of each group, in alphabetical order; rows without a group are in none."""
+    return {group: np.flatnonzero(np.array(test.groups) == group) for group in sorted({*test.groups} - {""})}
 
 
-def _summed_scores(split: NegSplit, score_block: Any) -> NDArray[np.int64]:
-    """Scores of all neurons, summed over shards: no more than one layer of one shard is held at a time."""
-    scores_LN = np.zeros((split.n_layers, split.n_neurons), dtype=np.int64)
-    for shard in split.shards():
-        gold_P = shard.numbers("gold")
-        for layer in range(split.n_layers):
-            scores_LN[layer] += score_block(shard.negs_PON(layer), gold_P)
-    return scores_LN.ravel()
-
-
-def _score(common: dict[str, Any], probe: str, n_neurons: int | None, result: Accuracy) -> Score:
+def _score(common: dict[str, Any], one: Answers, result: Accuracy) -> Score:
     low, high = result.interval
-    return Score(**common, probe=probe, n_neurons=n_neurons, accuracy=result.value, low=low, high=high)
+    return Score(
+        **common,
+        probe=one.probe,
+        n_neurons=one.n_neurons,
+        accuracy=result.value,
+        low=low,
+        high=high,
+        n_correct=result.n_correct,
+        n_test=result.n,
+    )
+
+
+def _confusion(place: dict[str, Any], one: Answers, test: NegSplit) -> list[Confusion]:
+    counts_OO = confusion_counts(test.gold_P, one.predicted_P, test.n_options)
+    return [
+        Confusion(**place, probe=one.probe, gold=gold, predicted=predicted, n=int(n))
+        for (gold, predicted), n in np.ndenumerate(counts_OO)
+    ]

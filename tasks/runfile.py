@@ -5,21 +5,57 @@ Every field is also an option of the command line: its description is the option
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from negcore.architectures import Dtype, SiteChoice
-from negcore.datasets import PromptSettings
+from negcore.datasets import PromptSettings, list_datasets
 from negcore.errors import RunError
 from negcore.identity import content_digest
 from tasks.pool import Resources
+from tasks.wordings import OwnWording, WordingChoice, check_wordings, wording_for
 
 RUN_FILE = "run.yaml"
 
-ProbeName = Literal["polar", "magn"]
+ProbeName = Literal[
+    "polar",
+    "magn",
+    "act",
+    "tree",
+    "polar-gradient",
+    "magn-gradient",
+    "polar-gxa",
+    "magn-gxa",
+    "polar-random",
+    "magn-random",
+    "polar-logistic",
+    "magn-logistic",
+]
+EstimatorName = Literal[
+    "neurgrad",
+    "gradient",
+    "gradient_x_activation",
+    "integrated_gradients",
+    "log_probability_increase",
+    "ablation",
+]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Several = Field(min_length=1)
+
+
+def _digit(value: Any) -> Any:
+    """The command line gives numbers as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _count_or_all(value: Any) -> Any:
+    """A union's own message would name the types of its members."""
+    number = _digit(value)
+    if value != "all" and (not isinstance(number, int) or number < 1):
+        raise ValueError("give a whole number from 1, or 'all'")
+    return number
 
 
 class RunFile(BaseModel):
@@ -56,6 +92,9 @@ class RunFile(BaseModel):
     )
     """Fields that never change which numbers come out."""
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
     @property
     def directory(self) -> Path:
         """The run directory, absolute."""
@@ -87,37 +126,124 @@ class RunFile(BaseModel):
         )
 
 
-class SkillRun(RunFile):
-    """Extract the NEGs of models on datasets and probe them."""
+class _PromptedRun(RunFile):
+    """What runs on datasets have in common."""
 
-    dataset: Annotated[tuple[str, ...], Several] = Field(
-        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
+    wording: WordingChoice = Field(
+        "default", description="Name of one of the dataset's wordings; in a run file also your own, see the README."
     )
-    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
-    wording: str = Field("default", description="Name of one of the dataset's wordings.")
     limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
     split_policy: Literal["clean", "released"] = Field(
         "clean", description="clean removes rows that splits share; released leaves the files as they are."
     )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
     probe: Annotated[tuple[ProbeName, ...], Several] = Field(
-        ("polar", "magn"), description="Skill-neuron probe beside LM-Prob: polar or magn. Repeatable."
+        ("polar", "magn"), description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable."
     )
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
+    tree_neurons: int = Field(
+        2**13, ge=1, description="Neurons the forest reads, best first by Magn's score: 5 bytes x training rows each."
+    )
+    confusion: bool = Field(False, description="Also count which option was answered for which.")
     shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
     batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
 
-    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size"}
+    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "confusion"}
 
-    @property
-    def prompts(self) -> PromptSettings:
+
+class SkillRun(_PromptedRun):
+    """Extract the NEGs of models on datasets and probe them."""
+
+    dataset: Annotated[tuple[str, ...], Several] = Field(
+        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
+    )
+    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SkillRun":
+        check_wordings(self.wording, self.dataset)
+        return self
+
+    def prompts(self, dataset: str) -> PromptSettings:
+        """How the rows of one dataset, named as in `dataset`, become prompts."""
+        wording = wording_for(self.wording, dataset)
         return PromptSettings(
             shots=self.shots,
-            wording=self.wording,
+            wording=wording if isinstance(wording, str) else wording.wording(),
             seed=self.seed,
             limit=self.limit,
             split_policy=self.split_policy,
         )
+
+
+class EvaluationRun(_PromptedRun):
+    """Evaluate probes on MCEval8K: every dataset, without and with demonstrations."""
+
+    dataset: Annotated[tuple[str, ...], Several] = Field(
+        tuple(info.name for info in list_datasets() if info.name.startswith("mceval8k/")),
+        description="Dataset, to leave out the others. By default all 22 of MCEval8K. Repeatable.",
+    )
+    shots: Annotated[tuple[Annotated[Literal[0, 1], BeforeValidator(_digit)], ...], Several] = Field(
+        (0, 1), description="Demonstrations in front of a question: 0, or 1 of each class. Repeatable."
+    )
+    probe: Annotated[tuple[ProbeName, ...], Several] = Field(
+        ("polar", "magn", "act", "tree"),
+        description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationRun":
+        check_wordings(self.wording, self.dataset)
+        return self
+
+    @property
+    def settings(self) -> tuple[SkillRun, ...]:
+        """A run for each number of demonstrations, in a folder of its own below this one's."""
+        shared = {name: getattr(self, name) for name in SkillRun.model_fields if name not in ("shots", "out")}
+        return tuple(
+            SkillRun(**shared, shots=shots, out=self.directory / f"shots-{shots}")
+            for shots in dict.fromkeys(self.shots)
+        )
+
+
+class LinearityRun(RunFile):
+    """Measure NEGs by sweeps and compare every estimator with them."""
+
+    facts: str = Field(
+        "mini/facts",
+        description="Single-answer facts: mini/facts, or a .feather, .parquet or .jsonl file in MyriadLAMA's form.",
+    )
+    prompts: int = Field(30, ge=1, description="Prompts, a sample of whole facts: a fact comes in all its wordings.")
+    neurons: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
+        600,
+        description="Neurons that are swept in every prompt, as many in each layer, drawn once at random; or all.",
+    )
+    range: Annotated[tuple[PositiveFloat, ...], Several] = Field(
+        (0.5, 1, 2, 5, 10), description="Range of shifts, from minus to plus so many units of activation. Repeatable."
+    )
+    points: int = Field(
+        5, ge=2, description="Shifts on each side of zero in a range, evenly spaced; a range has the smaller ones' too."
+    )
+    estimator: Annotated[tuple[EstimatorName, ...], Several] = Field(
+        get_args(EstimatorName), description="Estimator to compare with the sweep. Repeatable."
+    )
+    set_shift: Annotated[tuple[PositiveFloat, ...], Several] = Field(
+        (0.5, 1, 2), description="Shift of neurons that are shifted together, in units of activation. Repeatable."
+    )
+    largest_set: int = Field(
+        4096, ge=1, description="Most neurons shifted together: sets hold 1, 2, 4... up to it or all of the model."
+    )
+    draws: int = Field(4, ge=1, description="Random sets of each size.")
+    bootstrap: int = Field(1000, ge=1, description="Samples of prompts behind the 95 % intervals.")
+    shard_prompts: int = Field(5, ge=1, description="Prompts in a shard: with block-layers, what a crash can cost.")
+    block_layers: int = Field(5, ge=1, description="Layers that are swept together.")
+
+    not_science = RunFile.not_science | {"shard_prompts", "block_layers"}
+
+    @property
+    def main_range(self) -> float:
+        """The range nearest to the paper's +-2: tables that need one range are about it."""
+        return min(self.range, key=lambda largest: abs(largest - 2))
 
 
 R = TypeVar("R", bound=RunFile)
@@ -184,8 +310,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _first_problem(kind: type[RunFile], error: ValidationError, place: str) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
+    known = OwnWording.model_fields if problem["loc"][:1] == ("wording",) else kind.model_fields
     if problem["type"] == "extra_forbidden":
-        return f"{place}: unknown field {field!r}; known are {', '.join(kind.model_fields)}"
+        return f"{place}: unknown field {field!r}; known are {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{place}: {field!r} is missing; {kind.model_fields[str(problem['loc'][0])].description}"
-    return f"{place}: {field} is {problem['input']!r}: {problem['msg']}"
+        return f"{place}: {field!r} is missing; {known[str(problem['loc'][-1])].description}"
+    if not field:  # fields that contradict each other
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+    return f"{place}: {field} is {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"

@@ -1,5 +1,8 @@
 """Tiny random models of every known family and a tiny tokenizer, made from configurations: no network, no files."""
 
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,3 +124,18 @@ def save_tiny_model(family: str, directory: Path) -> Path:
     lm.model.save_pretrained(directory)
     lm.tokenizer.save_pretrained(directory)
     return directory
+
+
+NEG = Path(sys.executable).parent / "neg"
+
+
+def neg(*arguments: Any, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command line in a process of its own."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
+    return subprocess.run(
+        [NEG, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment,
+    )

@@ -7,7 +7,7 @@ import torch
 from negcore.datasets import PromptSettings, load_dataset
 from negcore.gradients import neurgrad
 from negcore.models import describe_model, load_model
-from negcore.sweep import sweep
+from negcore.sweeps import sweep
 
 FACTS = {
     "The capital of France is": " Paris",

@@ -1,27 +1,10 @@
 """The command line as a user meets it: a process, its output and its exit code."""
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from support import save_tiny_model
-
-NEG = Path(sys.executable).parent / "neg"
-
-
-def neg(*arguments, **environment):
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT_")}
-    return subprocess.run(
-        [NEG, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=clean | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment,
-    )
+from support import neg, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +23,9 @@ def questions(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("command", ["demo", "extract", "probe", "pipeline", "models", "datasets"])
+@pytest.mark.parametrize(
+    "command", ["demo", "extract", "probe", "pipeline", "mceval8k", "linearity", "benchmark", "models", "datasets"]
+)
 def test_help_of_every_command_shows_an_example(command):
     shown = neg(command, "--help")
     assert shown.returncode == 0

@@ -140,3 +140,12 @@ def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, work
     results = run_extract(other, PlainStages())
     assert results.problems == []
     assert contents(other.directory) == contents(run.directory)
+
+
+def test_a_model_that_does_not_load_is_said_once_and_the_others_go_on(run, tmp_path):
+    broken = save_tiny_model("llama", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 64)
+    results = run_pipeline(run.model_copy(update={"model": (str(broken), *run.model)}), PlainStages())
+    assert len(results.problems) == 1
+    assert "could not be loaded" in results.problems[0]
+    assert {score.model for score in results.scores} == set(run.model)

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from negcore.errors import NegError
-from negcore.evaluation import Accuracy, accuracy, check_gold, choose_n_neurons, majority_floor, random_floor
+from negcore.evaluation import (
+    Accuracy,
+    accuracy,
+    check_gold,
+    choose_n_neurons,
+    confusion_counts,
+    macro_average,
+    majority_floor,
+    random_floor,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +86,43 @@ def test_the_fewest_of_the_equally_accurate_neurons_are_chosen():
 def test_choosing_from_nothing_is_refused():
     with pytest.raises(NegError, match="no accuracies"):
         choose_n_neurons({})
+
+
+def test_a_macro_average_by_pencil_counts_datasets_the_same():
+    mean = macro_average([Accuracy(1, 10), Accuracy(900, 1000)])
+    assert mean.value == pytest.approx(0.5)
+    assert mean.n_datasets == 2
+    small, large = Accuracy(1, 10).interval, Accuracy(900, 1000).interval
+    assert mean.interval.low == pytest.approx(0.5 - ((0.1 - small.low) ** 2 + (0.9 - large.low) ** 2) ** 0.5 / 2)
+    assert mean.interval.high == pytest.approx(0.5 + ((small.high - 0.1) ** 2 + (large.high - 0.9) ** 2) ** 0.5 / 2)
+
+
+@pytest.mark.parametrize("n_correct", [0, 7, 20])
+def test_the_average_of_one_dataset_has_its_own_interval(n_correct):
+    one = Accuracy(n_correct, 20)
+    assert macro_average([one]).interval == pytest.approx(one.interval)
+
+
+def test_the_interval_of_an_average_of_more_datasets_is_narrower():
+    def width(n):
+        low, high = macro_average([Accuracy(5, 10)] * n).interval
+        return high - low
+
+    assert width(4) == pytest.approx(width(1) / 2)
+
+
+def test_an_average_of_nothing_is_refused():
+    with pytest.raises(NegError, match="no accuracies to average"):
+        macro_average([])
+
+
+def test_confusion_by_pencil_has_gold_options_as_rows():
+    counts = confusion_counts([0, 0, 1, 2, 2, 2], [0, 1, 1, 0, 0, 2], 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
+
+
+def test_a_prediction_that_is_no_option_is_refused():
+    with pytest.raises(NegError, match="prediction 3 is not one of the 3"):
+        confusion_counts([0], [3], 3)
+    with pytest.raises(NegError, match="2 predictions for 1 gold"):
+        confusion_counts([0], [1, 1], 3)

@@ -9,7 +9,7 @@ from negcore.errors import LabelError, ModelError, NegError
 from negcore.gradients import neurgrad
 from negcore.interventions import InterventionResult, intervene, random_sets
 from negcore.models import as_language_model
-from negcore.sweep import DEFAULT_SHIFTS, PAPER_SHIFTS, SweepResult, choose_neurons, fit_lines, sweep
+from negcore.sweeps import DEFAULT_SHIFTS, PAPER_SHIFTS, SweepResult, choose_neurons, fit_lines, sweep
 
 FEW = [-2.0, -0.2, 0.2, 2.0]
 # Of different lengths, with and without a common beginning, one of them a single token.

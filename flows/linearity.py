@@ -1,0 +1,138 @@
+"""The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from prefect import flow, runtime
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.figures import write_figures
+from flows.pipeline import listed, one_line, whole
+from flows.report import artifact_tables, summary
+from flows.stages import PrefectStages, Stages
+from negcore.errors import NegError
+from negcore.sweepstore import Kind
+from tasks.extract import Advance, Extracted, compute
+from tasks.linearity import Findings, analyse, write_findings
+from tasks.pool import Pool, Stopped, open_pool
+from tasks.runfile import LinearityRun, write_run_file
+from tasks.session import ray_session
+from tasks.sweeps import PlannedStudy, SweepWorker, plan_linearity, study_job
+
+_KINDS: tuple[Kind, ...] = ("interventions", "estimates", "sweeps")
+"""Cheapest first."""
+
+
+@dataclass
+class LinearityResults:
+    """What a run produced, and what it could not."""
+
+    directory: Path
+    extracted: list[Extracted] = field(default_factory=list)
+    findings: list[Findings] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """One line for everything that is missing; empty if the run is whole."""
+
+
+def _flow_run_name() -> str:
+    run = LinearityRun.model_validate(runtime.flow_run.parameters["run"])
+    return f"linearity {listed(run.model)} on {Path(run.facts).name}"
+
+
+@flow(  # type: ignore[untyped-decorator]
+    name="linearity", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8)
+)
+def linearity(run: LinearityRun) -> LinearityResults:
+    """Measure NEGs by sweeps and compare every estimator with them."""
+    return whole(run_linearity(run, PrefectStages()))
+
+
+def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
+    """Measure what is missing, then analyse every model that is whole."""
+    studies = plan_linearity(run)
+    write_run_file(run)
+    results = LinearityResults(run.directory)
+    session = ray_session(run.ray_address) if run.backend == "ray" else nullcontext()
+    with session:
+        measured = [study for study in studies if _measure_study(run, stages, results, study)]
+    for study in measured:
+        _analyse(run, stages, results, study)
+    if results.findings:
+        _publish(run, stages, results)
+    return results
+
+
+def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> bool:
+    """Whether every shard of the study is there now."""
+    with _pool(run, study) as pool:
+        complete = [_measure(run, stages, results, study, pool, kind) for kind in _KINDS]
+    return all(complete)
+
+
+def _pool(run: LinearityRun, study: PlannedStudy) -> AbstractContextManager[Pool]:
+    recipe = {
+        "model": study.card.ref,
+        "dtype": run.dtype,
+        "device": run.worker_device,
+        "site": run.site,
+        "threads": run.cpus,
+    }
+    return open_pool(run.backend, SweepWorker, recipe, run.resources, label=study.card.name)
+
+
+def _measure(
+    run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy, pool: Pool, kind: Kind
+) -> bool:
+    name = f"{study.card.name} {study.facts.name} {kind}"
+    try:
+        extracted = stages.run(name, kind, _computation(run, stages, study, pool, kind))
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        results.problems.append(f"{name}: {one_line(error)}")
+        return False
+    results.extracted += extracted
+    failures = [(part.partition, failure) for part in extracted for failure in part.failures]
+    for place, failure in failures:
+        where = f"{name}, {place.path('').name}: shard {failure.index}"
+        results.problems.append(f"{where}, {failure.n_rows} prompts lost: {failure.error}")
+    return not failures
+
+
+def _computation(
+    run: LinearityRun, stages: Stages, study: PlannedStudy, pool: Pool, kind: Kind
+) -> Callable[[Advance], list[Extracted]]:
+    job = partial(study_job, run.directory)
+    return lambda advance: compute(pool, study.of_kind(kind), run.directory, job, advance=advance, stop=stages.stop)
+
+
+def _analyse(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> None:
+    name = f"{study.card.name} {study.facts.name} analysis"
+
+    def body(advance: Advance) -> Findings:
+        return analyse(run, study)
+
+    try:
+        results.findings.append(stages.run(name, "analysis", body))
+    except NegError as error:
+        results.problems.append(f"{name}: {error}")
+
+
+def _publish(run: LinearityRun, stages: Stages, results: LinearityResults) -> None:
+    folder = write_findings(run, results.findings)
+    for findings in results.findings:
+        results.figures += write_figures(findings, folder / "figures")
+        for key, (title, rows) in artifact_tables(findings).items():
+            stages.table(f"{key}-{findings.model}", rows, title)
+    stages.note("linearity", _note(results.findings, results.figures))
+
+
+def _note(findings: Sequence[Findings], figures: Sequence[Path]) -> str:
+    """Markdown that holds names of models and files only, as code, so that none is read as markup."""
+    lines = [f"- {summary(one)}" for one in findings]
+    lines += [f"- `{path}`" for path in figures if path.suffix == ".svg"]
+    return "\n".join(lines)

@@ -1,0 +1,195 @@
+"""Analyse a measured study: read its shards, make its tables, and write them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from negcore.errors import NegError
+from negcore.linearity import (
+    AgreementRow,
+    Facts,
+    InterventionRow,
+    RangeRow,
+    SizeRow,
+    StabilityRow,
+    agreement_table,
+    interventions_table,
+    ranges_table,
+    sizes_table,
+    stability_table,
+)
+from negcore.sweeps import SweepResult
+from negcore.sweepstore import read_study, read_sweep
+from tasks.runfile import LinearityRun
+from tasks.sweeps import PlannedPart, PlannedStudy, fact_of
+
+MEASURED = "sweep"
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What a method costs: wall-clock seconds of one worker, for the neurons that are swept."""
+
+    method: str
+    seconds_per_prompt: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study says about one model; the rows are those of `negcore.linearity`."""
+
+    model: str
+    dataset: str
+    ids: list[str]
+    main_range: float
+    """Range of the NEGs in `sizes` and `stability`."""
+    n_facts: int
+    """Facts in the source."""
+    n_multi_token: int
+    """Of these, how many were left out because their answer is not one token of the model."""
+    sweep: SweepResult
+    scores_PK: Mapping[str, NDArray[np.float32]]
+    """Scores by estimator."""
+    ranges: list[RangeRow]
+    sizes: list[SizeRow]
+    stability: list[StabilityRow]
+    agreement: list[AgreementRow]
+    interventions: list[InterventionRow]
+    costs: list[CostRow]
+
+    @property
+    def tables(self) -> dict[str, tuple[type, Sequence[Any]]]:
+        """Kind of row and rows, by the table's name."""
+        return {
+            "ranges": (RangeRow, self.ranges),
+            "sizes": (SizeRow, self.sizes),
+            "stability": (StabilityRow, self.stability),
+            "agreement": (AgreementRow, self.agreement),
+            "interventions": (InterventionRow, self.interventions),
+            "costs": (CostRow, self.costs),
+        }
+
+
+def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
+    """Make a study's tables from its shards.
+
+    Raises
+    ------
+    ShardError
+        If shards are missing or damaged.
+    """
+    root = run.directory
+    blocks = study.of_kind("sweeps")
+    sweep = read_sweep([part.partition.path(root) for part in blocks])
+    estimates = {part.partition.part: read_study(part.partition.path(root)) for part in study.of_kind("estimates")}
+    scores_PK = {name: shards.columns["scores"] for name, shards in estimates.items()}
+    main_negs_PK = sweep.within(run.main_range).negs_PK
+    return Findings(
+        model=study.card.name,
+        dataset=study.facts.name,
+        ids=[example.id for example in study.facts.examples],
+        main_range=run.main_range,
+        n_facts=study.facts.n_rows,
+        n_multi_token=study.facts.n_multi_token,
+        sweep=sweep,
+        scores_PK=scores_PK,
+        ranges=ranges_table(sweep, run.range),
+        sizes=sizes_table(main_negs_PK, sweep.neurons_K2),
+        stability=stability_table(main_negs_PK, _facts(study)),
+        agreement=_agreement(run, sweep, scores_PK),
+        interventions=_interventions(run, study),
+        costs=[
+            CostRow(MEASURED, sum(_seconds(root, part) for part in blocks)),
+            *(CostRow(name, shards.seconds_per_prompt) for name, shards in estimates.items()),
+        ],
+    )
+
+
+def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
+    """Write the tables of all models as Arrow files; the folder they are in.
+
+    Raises
+    ------
+    NegError
+        If they cannot be written.
+    """
+    folder = run.directory / "linearity"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, (kind, _) in findings[0].tables.items():
+            rows = [
+                {"model": f.model, "dataset": f.dataset, **asdict(row)} for f in findings for row in f.tables[name][1]
+            ]
+            _write_table(folder / f"{name}.arrow", pa.Table.from_pylist(rows, _schema(kind)))
+    except OSError as error:
+        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _agreement(
+    run: LinearityRun, sweep: SweepResult, scores_PK: Mapping[str, NDArray[np.float32]]
+) -> list[AgreementRow]:
+    rows = []
+    for range_ in run.range:
+        negs_PK = sweep.within(range_).negs_PK
+        for name, scores in scores_PK.items():
+            rows += agreement_table(
+                name, range_, negs_PK, scores, sweep.neurons_K2, n_bootstrap=run.bootstrap, seed=run.seed
+            )
+    return rows
+
+
+def _interventions(run: LinearityRun, study: PlannedStudy) -> list[InterventionRow]:
+    (part,) = study.of_kind("interventions")
+    shards = read_study(part.partition.path(run.directory))
+    shape = (len(shards.ids), len(shards.axes["shifts"]), len(shards.axes["sizes"]))
+    probs_PDM = shards.columns["probs"].reshape(shape).astype(np.float64)
+    return interventions_table(
+        shards.axes["shifts"],
+        np.array(shards.axes["sizes"]),
+        shards.columns["predicted"].reshape(shape),
+        probs_PDM - shards.columns["base_prob"][:, None, None],
+        n_bootstrap=run.bootstrap,
+        seed=run.seed,
+    )
+
+
+def _facts(study: PlannedStudy) -> Facts:
+    examples = study.facts.examples
+    return Facts(
+        facts=[fact_of(example, study.facts.name) for example in examples],
+        wordings=[example.group for example in examples],
+        answers=[example.labels[0] for example in examples],
+    )
+
+
+def _seconds(root: Path, part: PlannedPart) -> float:
+    return read_study(part.partition.path(root)).seconds_per_prompt
+
+
+_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+
+
+def _schema(kind: type) -> pa.Schema:
+    """Columns of a table of such rows: an all-empty column keeps its type."""
+    hints = get_type_hints(kind)
+    own = [(item.name, _arrow_type(hints[item.name])) for item in fields(kind)]
+    return pa.schema([("model", pa.string()), ("dataset", pa.string()), *own])
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    (kind,) = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    return _ARROW_TYPES[kind]
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    draft = path.with_suffix(".tmp")
+    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    draft.replace(path)

@@ -1,0 +1,133 @@
+"""What scores add up to: averages over datasets, the account of every dataset's rows, and their Arrow tables."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pyarrow as pa
+
+from negcore.datasets import SPLITS, SplitReport
+from negcore.evaluation import Accuracy, macro_average
+from tasks.plan import PlannedDataset
+from tasks.probe import Score
+
+
+@dataclass(frozen=True)
+class Average:
+    """A probe's mean accuracy over datasets, each counting the same (macro average)."""
+
+    model: str
+    shots: int
+    genre: str
+    """Genre of the datasets; empty for all of them."""
+    probe: str
+    accuracy: float
+    low: float
+    """Lower end of the 95 % interval of `negcore.evaluation.macro_average`: rows vary, datasets do not."""
+    high: float
+    n_datasets: int
+    majority: float
+    random: float
+    overlapping: bool
+    """Whether any of the datasets' splits share rows."""
+
+
+def averages(scores: Sequence[Score]) -> list[Average]:
+    """Averages by model, shots, genre and probe, and over all genres (genre "")."""
+    members: dict[tuple[str, int, str, str], list[Score]] = {}
+    for score in scores:
+        if not score.group:
+            for genre in (score.genre, ""):
+                members.setdefault((score.model, score.shots, genre, score.probe), []).append(score)
+    return [_average(*key, of_key) for key, of_key in members.items()]
+
+
+def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[Score]) -> Average:
+    mean = macro_average([Accuracy(score.n_correct, score.n_test) for score in scores])
+    return Average(
+        model=model,
+        shots=shots,
+        genre=genre,
+        probe=probe,
+        accuracy=mean.value,
+        low=mean.interval.low,
+        high=mean.interval.high,
+        n_datasets=mean.n_datasets,
+        majority=sum(score.majority for score in scores) / len(scores),
+        random=sum(score.random for score in scores) / len(scores),
+        overlapping=any(score.overlapping for score in scores),
+    )
+
+
+@dataclass(frozen=True)
+class SplitAccount:
+    """How many rows of one split were used, and what became of the others."""
+
+    genre: str
+    dataset: str
+    shots: int
+    split: str
+    policy: str
+    n_released: int
+    n_available: int
+    """After the policy, damaged rows and demonstrations."""
+    n_used: int
+    """After the limit."""
+    changes: str
+    """Rows left out or drawn from elsewhere, and why."""
+    overlapping: bool
+    """Whether the dataset's splits share rows."""
+
+
+def split_accounts(planned: PlannedDataset, shots: int) -> list[SplitAccount]:
+    """The account of every split of a dataset."""
+    dataset, report = planned.dataset, planned.dataset.split_report
+    return [
+        SplitAccount(
+            genre=dataset.genre,
+            dataset=dataset.name,
+            shots=shots,
+            split=split,
+            policy=report.policy,
+            n_released=report.n_released[split],
+            n_available=report.n_available[split],
+            n_used=report.n_used[split],
+            changes="; ".join(_changes(report, split, len(dataset.demonstrations))),
+            overlapping=report.is_overlapping,
+        )
+        for split in SPLITS
+    ]
+
+
+def _changes(report: SplitReport, split: str, n_demonstrations: int) -> list[str]:
+    found = [f"{change.n_rows} dropped: {change.reason}" for change in report.dropped if change.split == split]
+    found += [f"{change.n_rows} {change.reason}" for change in report.drawn if change.split == split]
+    found += [
+        f"{change.n_rows} moved to {change.split}"
+        for change in report.drawn
+        if change.reason.removeprefix("drawn from ") == split
+    ]
+    if report.n_damaged[split]:
+        found.insert(0, f"{report.n_damaged[split]} damaged")
+    if split == "train" and n_demonstrations:
+        found.append(f"{n_demonstrations} shown as demonstrations")
+    if report.policy == "released":
+        shared = [o for o in report.overlaps if o.split == split and o.n_same_text]
+        found += [f"{overlap.n_same_text} also in {overlap.other}" for overlap in shared]
+    return found
+
+
+def write_table(path: Path, rows: Sequence[Any], kind: type) -> None:
+    """Write records of a dataclass as an Arrow file, whole or not at all; no records make an empty table."""
+    hints = get_type_hints(kind)
+    schema = pa.schema([pa.field(item.name, _ARROW[hints[item.name]]) for item in fields(kind)])
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(table)
+    draft.replace(path)
+
+
+_ARROW = {str: pa.string(), int: pa.int64(), int | None: pa.int64(), float: pa.float64(), bool: pa.bool_()}

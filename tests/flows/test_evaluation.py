@@ -1,0 +1,420 @@
+"""Probes of every kind over several datasets: from NEG shards to averages, tables and saved probes."""
+
+import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+from support import CONFIGS, SHARED, neg, save_tiny_model, tiny_tokenizer
+
+from flows.pipeline import run_mceval8k, run_pipeline, run_probe
+from flows.stages import PlainStages
+from flows.tables import artifact_tables, confusion_tables, result_tables, rows_table
+from negcore.errors import DatasetError, NegError, RunError
+from negcore.evaluation import Accuracy, accuracy, macro_average
+from negcore.reader import open_negs
+from negcore.saved_probes import load_probe
+from tasks.plan import plan
+from tasks.pool import Stopped
+from tasks.probe import RECIPES, Confusion, Prober, Score, probe_path
+from tasks.rank import RankWorker, rank_pool
+from tasks.results import averages
+from tasks.runfile import EvaluationRun, SkillRun, read_run_file, write_run_file
+
+MCEVAL8K = SHARED / "mceval8k"
+needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
+PLAIN = {"backend": "local", "shard_rows": 8, "workers": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model that reads prompts of a byte a token."""
+    config, positions = CONFIGS["llama"], 4096
+    tokenizer = tiny_tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "llama", {**config, "max_position_embeddings": positions})
+        patch.setattr(tokenizer, "model_max_length", positions)
+        return str(save_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama"))
+
+
+def write_questions(file, n_options=3, groups=("",), n=60):
+    rng = random.Random(n_options)
+    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
+    lines = []
+    for index in range(n):
+        prompt = f"Question {index}: " + " ".join(rng.choices(words, k=rng.randint(2, 9))) + " Answer:"
+        row = {"prompt": prompt, "labels": [" A", " B", " C"][:n_options], "answer": index % n_options}
+        row |= {"group": groups[index // n_options % len(groups)], "split": ("train", "valid", "test")[index * 3 // n]}
+        lines.append(json.dumps(row))
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return [write_questions(folder / "three.jsonl", 3, ("de", "en")), write_questions(folder / "two.jsonl", 2)]
+
+
+@pytest.fixture(scope="module")
+def run(model, questions, tmp_path_factory):
+    values = {**PLAIN, "model": [model], "dataset": questions, "max_neurons": 64, "tree_neurons": 50, "confusion": True}
+    values |= {"probe": list(RECIPES), "out": tmp_path_factory.mktemp("run")}
+    return read_run_file(SkillRun, None, values)
+
+
+@pytest.fixture(scope="module")
+def results(run):
+    results = run_pipeline(run, PlainStages())
+    assert results.problems == []
+    return results
+
+
+def read(path):
+    return pa.ipc.open_file(path).read_all().to_pylist()
+
+
+def printed(tables):
+    console = Console(width=100, record=True, force_terminal=False)
+    for table in tables:
+        console.print(table)
+    return console.export_text()
+
+
+# A whole run
+
+
+def test_every_probe_answers_every_dataset_and_each_of_its_groups(run, results):
+    assert [(s.dataset, s.group, s.probe) for s in results.scores] == [
+        (dataset, group, probe)
+        for dataset, groups in (("local/three", ("", "de", "en")), ("local/two", ("",)))
+        for probe in ("lm", *RECIPES)
+        for group in groups
+    ]
+    assert {s.n_neurons for s in results.scores if s.probe == "tree"} == {50}
+    assert {s.n_neurons for s in results.scores if s.probe == "lm"} == {None}
+
+
+def test_random_neurons_and_logistic_regression_have_the_number_of_the_probe_they_stand_beside(results):
+    kept = {(s.dataset, s.probe): s.n_neurons for s in results.scores}
+    for (dataset, probe), n_neurons in kept.items():
+        base, _, baseline = probe.partition("-")
+        if baseline in ("random", "logistic"):
+            assert n_neurons == kept[dataset, base]
+
+
+def test_groups_add_up_to_their_dataset(results):
+    for probe in ("lm", *RECIPES):
+        whole, *groups = (s for s in results.scores if (s.dataset, s.probe) == ("local/three", probe))
+        assert sum((Accuracy(s.n_correct, s.n_test) for s in groups[1:]), Accuracy(*counts(groups[0]))) == Accuracy(
+            *counts(whole)
+        )
+
+
+def counts(score):
+    return score.n_correct, score.n_test
+
+
+def test_confusion_counts_every_prompt_once_and_right_answers_on_the_diagonal(results):
+    for score in (s for s in results.scores if not s.group):
+        counts = [c for c in results.confusion if (c.dataset, c.probe) == (score.dataset, score.probe)]
+        assert sum(c.n for c in counts) == score.n_test
+        assert sum(c.n for c in counts if c.gold == c.predicted) == score.n_correct
+
+
+def test_a_saved_probe_gives_the_accuracy_of_the_table(run, results):
+    for score in (s for s in results.scores if not s.group and s.probe != "lm"):
+        test = open_negs(run.directory).select(dataset=score.dataset, split="test")
+        saved = load_probe(probe_path(run.directory, score.model, score.dataset, score.probe))
+        assert accuracy(test.gold_P, saved.predict(test)) == Accuracy(*counts(score))
+        assert (
+            saved.origin.digest == open_negs(run.directory).select(dataset=score.dataset, split="train").identity.digest
+        )
+
+
+def test_the_tables_on_disk_hold_what_was_shown(run, results):
+    directory = run.directory
+    for name, rows in [("accuracy", results.scores), ("averages", results.averages), ("splits", results.splits)]:
+        assert [tuple(row.values()) for row in read(directory / f"{name}.arrow")] == [
+            tuple(vars(r).values()) for r in rows
+        ]
+    assert len(read(directory / "confusion.arrow")) == len(results.confusion) == 13 * (9 + 4)
+    assert read(directory / "accuracy.arrow")[0].keys() == Score.__dataclass_fields__.keys()
+
+
+def test_probing_again_on_more_workers_gives_the_same(run, results):
+    again = run_probe(run.model_copy(update={"workers": 1}), PlainStages())
+    assert again.scores == results.scores
+
+
+def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, monkeypatch):
+    honest = RankWorker.run
+
+    def failing(self, job):
+        if job.partition.dataset == "local/two" and job.first_layer:
+            raise OSError("disk gone")
+        return honest(self, job)
+
+    monkeypatch.setattr(RankWorker, "run", failing)
+    results = run_probe(run.model_copy(update={"probe": ("magn",), "confusion": False}), PlainStages())
+    assert {s.dataset for s in results.scores} == {"local/three"}
+    (problem,) = results.problems
+    assert "local/two: layers 1..2 cannot be ranked: OSError: disk gone" in problem
+
+
+def test_ray_actors_rank_as_the_local_worker_does(run, results, tmp_path):
+    other = run.model_copy(update={"backend": "ray", "probe": ("magn", "act")})
+    scores = run_probe(other, PlainStages()).scores
+    assert scores == [s for s in results.scores if s.probe in ("lm", "magn", "act")]
+
+
+def test_models_that_are_asked_the_same_text_share_it(run, tmp_path):
+    other = str(save_tiny_model("gpt2", tmp_path / "other"))
+    first, second = plan(run.model_copy(update={"model": (*run.model, other)}))
+    for a, b in zip(first.datasets, second.datasets, strict=True):
+        assert a.dataset is b.dataset
+        assert a.splits[0].identity.digest != b.splits[0].identity.digest
+
+
+def test_whoever_waits_for_a_turn_stops_when_the_run_does(run, results):
+    stop = threading.Event()
+    (planned,) = plan(run)
+    with rank_pool(run) as pool:
+        prober = Prober(pool, stop)
+        with prober._turn, ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(prober.probe, run, planned.datasets[0], lambda *progress: None)
+            stop.set()
+        with pytest.raises(Stopped):
+            waiting.result(timeout=10)
+
+
+# Averages and tables
+
+
+def score(dataset, genre, n_correct, n_test=10, probe="magn", group="", **changes):
+    low, high = Accuracy(n_correct, n_test).interval
+    fields = {"model": "m", "shots": 0, "n_neurons": 16384, "n_train": 6000, "majority": 0.5, "random": 0.25}
+    fields |= {"overlapping": False, "accuracy": n_correct / n_test, "low": low, "high": high}
+    fields |= {"n_correct": n_correct, "n_test": n_test, "genre": genre, "dataset": dataset, "group": group}
+    return Score(**fields | {"probe": probe} | changes)
+
+
+def test_averages_by_pencil_count_datasets_the_same_and_groups_not_at_all():
+    rows = [
+        score("a", "fact", 2),
+        score("a", "fact", 9, group="en"),
+        score("b", "fact", 400, 1000, majority=0.7),
+        score("c", "nli", 9, random=0.5, overlapping=True),
+    ]
+    found = {mean.genre: mean for mean in averages(rows)}
+    assert {genre: mean.n_datasets for genre, mean in found.items()} == {"fact": 2, "": 3, "nli": 1}
+    assert found["fact"].accuracy == pytest.approx((0.2 + 0.4) / 2)
+    assert found[""].accuracy == pytest.approx((0.2 + 0.4 + 0.9) / 3)
+    assert found["fact"].majority == pytest.approx(0.6)
+    assert found[""].random == pytest.approx((0.25 + 0.25 + 0.5) / 3)
+    assert [found[genre].overlapping for genre in ("fact", "nli", "")] == [False, True, True]
+    assert (found["nli"].low, found["nli"].high) == pytest.approx(Accuracy(9, 10).interval)
+
+
+def test_averages_keep_models_shots_and_probes_apart():
+    rows = [score("a", "fact", n, probe=probe, model=model, shots=shots) for n, (model, shots, probe) in enumerate(
+        [("m", 0, "magn"), ("m", 0, "lm"), ("m", 1, "lm"), ("n", 0, "lm")]
+    )]  # fmt: skip
+    assert {(mean.model, mean.shots, mean.probe, mean.accuracy) for mean in averages(rows)} == {
+        ("m", 0, "magn", 0.0),
+        ("m", 0, "lm", 0.1),
+        ("m", 1, "lm", 0.2),
+        ("n", 0, "lm", 0.3),
+    }
+
+
+def test_the_interval_of_an_average_covers_the_true_mean_about_as_often_as_it_says():
+    rng, true = random.Random(0), (0.3, 0.6, 0.95)
+    covered = 0
+    for _ in range(200):
+        drawn = [Accuracy(sum(rng.random() < p for _ in range(60)), 60) for p in true]
+        low, high = macro_average(drawn).interval
+        covered += low <= sum(true) / 3 <= high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_the_widest_table_fits_a_terminal_of_100_columns():
+    probes = ["lm", "polar", "magn", "act", "tree", "magn-gxa", "magn-logistic"]
+    rows = [
+        score(f"mceval8k/{name}", genre, 1000, 1000, probe=probe, overlapping=True)
+        for name, genre in [("amazon-review-multi", "multilingual"), ("xnli", "multilingual"), ("fever", "fact")]
+        for probe in probes
+    ]
+    text = printed(result_tables(rows, averages(rows), n_datasets=5))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert "amazon-review-multi" in text
+    assert "overlapping" in text
+    assert "average of 3" in text
+    assert "(2 missing)" in text
+    assert text.count("Accuracy on test: m, zero-shot") == 2  # seven probes
+
+
+def test_the_table_of_one_dataset_has_no_averages(results):
+    one = [s for s in results.scores if s.dataset == "local/two"]
+    text = printed(result_tables(one, [], n_datasets=1))
+    assert "average" not in text.lower()
+    assert "local/two" in text
+
+
+def test_languages_have_rows_of_their_own(results):
+    lines = [line.strip() for line in printed(result_tables(results.scores, results.averages, 2)).splitlines()]
+    assert sum(line.startswith("de ") for line in lines) == sum(line.startswith("en ") for line in lines) == 3
+
+
+def test_confusion_tables_show_every_dataset(results):
+    text = printed(confusion_tables(results.confusion))
+    assert text.count("answers by gold option") == 2
+    counts = [
+        Confusion("m", 0, "d", "lm", gold, predicted, 10 * gold + predicted) for gold in (0, 1) for predicted in (0, 1)
+    ]
+    assert [line.split() for line in printed(confusion_tables(counts)).splitlines() if line][-2:] == [
+        ["LM-Prob", "0", "0", "1"],
+        ["1", "10", "11"],
+    ]
+
+
+def test_artifacts_have_a_row_a_score(results):
+    tables = artifact_tables(results.scores, results.averages, results.splits)
+    assert tables.keys() == {"accuracy", "averages", "rows"}
+    assert len(tables["accuracy"][1]) == len(results.scores)
+    assert json.loads(json.dumps(tables))
+
+
+# MCEval8K
+
+
+@pytest.fixture(scope="module")
+def small(model, tmp_path_factory):
+    """Three datasets that work and one whose training file is missing."""
+    names = ["fever", "commonsenseqa", "mlama", "chunking"]
+    values = {**PLAIN, "model": [model], "dataset": [f"mceval8k/{name}" for name in names], "mceval8k": MCEVAL8K}
+    values |= {"limit": 20, "max_neurons": 16, "tree_neurons": 32, "out": tmp_path_factory.mktemp("mceval8k")}
+    return read_run_file(EvaluationRun, None, values)
+
+
+@needs_mceval8k
+def test_a_dataset_that_cannot_be_evaluated_is_named_and_the_others_go_on(small):
+    results = run_mceval8k(small, PlainStages())
+    (problem,) = results.problems
+    assert "chunking" in problem and "leaves no" in problem
+    done = {(s.shots, s.genre, s.dataset) for s in results.scores}
+    names = {("fact", "mceval8k/fever"), ("fact", "mceval8k/commonsenseqa"), ("multilingual", "mceval8k/mlama")}
+    assert done == {(shots, *name) for shots in (0, 1) for name in names}
+    assert {s.group for s in results.scores if s.dataset == "mceval8k/mlama"} == {"", "de", "en", "es", "fr", "zh"}
+    assert {(a.shots, a.genre, a.n_datasets) for a in results.averages} == {
+        (shots, *rest) for shots in (0, 1) for rest in (("fact", 2), ("multilingual", 1), ("", 3))
+    }
+    fever = {a.split: a for a in results.splits if (a.dataset, a.shots) == ("mceval8k/fever", 1)}
+    assert fever["valid"].n_released == 1000
+    assert fever["valid"].changes == "1000 dropped: also in test; 1000 drawn from train"
+    assert fever["train"].changes == "215 dropped: also in valid; 1000 moved to valid; 2 shown as demonstrations"
+    text = printed([rows_table(results.splits), *result_tables(results.scores, results.averages, results.n_datasets)])
+    assert text.count("average of 3") == 2
+    assert "(1 missing)" in text
+    assert sorted(path.name for path in small.directory.glob("shots-*")) == ["shots-0", "shots-1"]
+
+
+@needs_mceval8k
+def test_a_setting_of_the_evaluation_can_be_probed_alone(small):
+    write_run_file(small.settings[1])
+    one = read_run_file(SkillRun, small.directory / "shots-1", {})
+    assert one == small.settings[1]
+    assert one.shots == 1
+
+
+@needs_mceval8k
+def test_overlapping_splits_are_marked_under_released(small):
+    (planned,) = plan(small.settings[0].model_copy(update={"split_policy": "released", "dataset": ("mceval8k/ner",)}))
+    assert planned.datasets[0].dataset.split_report.is_overlapping
+
+
+def test_where_no_dataset_can_be_used_the_first_reason_is_the_error(model, tmp_path):
+    values = {**PLAIN, "model": [model], "mceval8k": tmp_path / "absent", "out": tmp_path}
+    with pytest.raises(DatasetError, match="absent' is not a folder"):
+        run_mceval8k(read_run_file(EvaluationRun, None, values), PlainStages())
+
+
+def test_by_default_all_22_datasets_are_evaluated_both_ways(model):
+    run = read_run_file(EvaluationRun, None, {"model": [model]})
+    assert len(run.dataset) == 22
+    assert [setting.shots for setting in run.settings] == [0, 1]
+    assert run.probe == ("polar", "magn", "act", "tree")
+
+
+@needs_mceval8k
+def test_the_command_shows_the_tables_and_exits_with_1_for_what_is_missing(small):
+    ran = neg(
+        "mceval8k", write_run_file(small), "--orchestrator", "none", "--shots", "0", "--probe", "magn", "--confusion"
+    )
+    assert ran.returncode == 1, ran.stderr
+    assert "missing:" in ran.stderr and "chunking" in ran.stderr
+    assert "Accuracy on test: tiny-llama, zero-shot" in ran.stdout
+    assert "fever: answers by gold option" in ran.stdout
+    assert "one-shot" not in ran.stdout
+    assert max(map(len, ran.stdout.splitlines()[1:-1])) <= 100
+
+
+# Wordings
+
+
+OWN = {"instruction": "Judge.", "question": "Claim: {claim}", "option": "({letter}) {text}", "cue": "Verdict:"}
+
+
+@needs_mceval8k
+@pytest.mark.parametrize("by_dataset", [False, True])
+def test_a_wording_of_the_run_file_makes_the_prompts(small, tmp_path, by_dataset):
+    import yaml
+
+    wording = {"mceval8k/fever": OWN, "mceval8k/mlama": "inline"} if by_dataset else OWN
+    names = ["mceval8k/fever", "mceval8k/mlama", "mceval8k/commonsenseqa"] if by_dataset else ["mceval8k/fever"]
+    file = tmp_path / "mine.yaml"
+    values = {"model": list(small.model), "dataset": names, "limit": 4, "mceval8k": str(MCEVAL8K), "wording": wording}
+    file.write_text(yaml.safe_dump(values))
+    run = read_run_file(SkillRun, file, {"out": tmp_path / "run"})
+    assert read_run_file(SkillRun, write_run_file(run), {}) == run
+    (planned,) = plan(run)
+    prompts = {d.dataset.name: d.dataset.splits["test"][0].prompt for d in planned.datasets}
+    assert prompts["mceval8k/fever"].startswith("Judge.\n\nClaim: ")
+    assert prompts["mceval8k/fever"].endswith("\n(A) False\n(B) True\nVerdict:")
+    wordings = {d.dataset.name: d.splits[0].identity.prompt["wording"] for d in planned.datasets}
+    assert wordings["mceval8k/fever"] == {**OWN, "separator": "\n"}
+    if by_dataset:
+        assert prompts["mceval8k/mlama"].endswith("The letter of the right option is")
+        assert prompts["mceval8k/commonsenseqa"].endswith("Answer:")
+        assert wordings["mceval8k/mlama"] == "inline"
+
+
+@pytest.mark.parametrize(
+    ("wording", "says"),
+    [
+        ({**OWN, "questoin": "x"}, "unknown field 'wording.own.questoin'; known are question, instruction, option"),
+        ({"instruction": "x"}, "'wording.own.question' is missing; Template"),
+        ({**OWN, "cue": "Answer: "}, "must not be empty or end in a space"),
+        ({**OWN, "option": "{letter.__class__}"}, "asks for 'letter.__class__'; allowed: letter, text"),
+        ({**OWN, "question": 3}, "wording.own.question is 3"),
+        ({"mceval8k/fevr": "inline"}, "wording names dataset 'mceval8k/fevr', which is not in this run"),
+        ([1], r"wording is \[1\]"),
+    ],
+)
+def test_a_bad_wording_is_refused_in_one_line(wording, says):
+    with pytest.raises(NegError, match=says) as refused:
+        read_run_file(SkillRun, None, {"model": ["m"], "dataset": ["mceval8k/fever"], "wording": wording})
+    assert isinstance(refused.value, RunError)
+    assert "\n" not in str(refused.value)
+
+
+@needs_mceval8k
+def test_a_wording_that_asks_for_another_field_is_refused_with_the_datasets(small, tmp_path):
+    run = small.settings[0].model_copy(update={"dataset": ("mceval8k/fever",)})
+    values = run.model_dump(exclude_none=True) | {"wording": {**OWN, "question": "{premise.__class__}"}}
+    with pytest.raises(DatasetError, match="asks for 'premise.__class__'; allowed: claim"):
+        plan(read_run_file(SkillRun, None, values))

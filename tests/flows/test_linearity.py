@@ -1,0 +1,230 @@
+"""The linearity flow on tiny models and a small file of facts: plain, on Ray actors, under Prefect, as a command."""
+
+import json
+import random
+import sqlite3
+from typing import get_args
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support import neg, save_tiny_model
+
+from flows.linearity import run_linearity
+from flows.stages import PlainStages
+from negcore.errors import DatasetError, NegError
+from negcore.estimators import ESTIMATORS, estimate
+from negcore.interventions import intervene, random_sets
+from negcore.models import load_model
+from negcore.sweeps import sweep
+from tasks.runfile import EstimatorName, LinearityRun, read_run_file
+from tasks.sweeps import SweepWorker, plan_linearity
+
+CHEAP = ["neurgrad", "gradient"]
+HOSTILE = "$x^2$ <script> [link](http://x) "
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {family: str(save_tiny_model(family, folder / f"tiny-{family}")) for family in ("llama", "bert")}
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory):
+    """A file of 12 facts in two wordings each, and one whose answer is two tokens."""
+    rng = random.Random(0)
+    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
+    rows = [{"uuid": "odd", "prompt": "It was", "tpl": "P9-0", "answer": "several"}]
+    for fact in range(12):
+        for wording in range(2):
+            prompt = HOSTILE + " ".join(rng.choices(words, k=4 + wording)) + f" {fact}"
+            answer = "ABCDE"[fact % 5]
+            rows.append({"uuid": f"R-{fact}", "prompt": prompt, "tpl": f"P{fact % 3}-{wording}", "answer": answer})
+    file = tmp_path_factory.mktemp("data") / "facts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.fixture
+def run(models, facts, tmp_path):
+    values = {"model": [models["llama"]], "facts": facts, "backend": "local", "prompts": 6, "neurons": 9}
+    sizes = {"shard_prompts": 4, "block_layers": 2, "bootstrap": 20, "draws": 2, "range": [1, 2], "estimator": CHEAP}
+    return read_run_file(LinearityRun, None, values | sizes | {"out": tmp_path / "run"})
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take seconds, and most tests are about something else."""
+    monkeypatch.setattr("flows.linearity.write_figures", lambda findings, folder: [])
+
+
+def contents(directory):
+    """Every published shard and receipt, and its bytes."""
+    files = (path for path in directory.rglob("part-*") if path.parent.name != "_seconds")
+    return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def table(run, name):
+    return pa.ipc.open_file(run.directory / "linearity" / f"{name}.arrow").read_all().to_pylist()
+
+
+def test_every_estimator_can_be_asked_for():
+    assert list(get_args(EstimatorName)) == list(ESTIMATORS)
+
+
+def test_the_shards_hold_what_the_library_measures(run, models, undrawn):
+    results = run_linearity(run, PlainStages())
+    assert results.problems == []
+    (findings,), (study,) = results.findings, plan_linearity(run)
+    examples = study.facts.examples
+    prompts, labels = [e.prompt for e in examples], [e.labels[0] for e in examples]
+    lm, neurons = load_model(models["llama"]), findings.sweep.neurons_K2
+    assert np.bincount(neurons[:, 0]).tolist() == [3, 3, 3]
+    expected = sweep(lm, prompts, labels, neurons=neurons, shifts=findings.sweep.shifts_S)
+    scale = np.abs(expected.changes_PKS).max()
+    np.testing.assert_allclose(findings.sweep.changes_PKS, expected.changes_PKS, atol=1e-4 * scale)
+    for name in CHEAP:
+        scores = estimate(lm, prompts, [[label] for label in labels], estimator=name, neurons=neurons)
+        np.testing.assert_allclose(findings.scores_PK[name], scores, atol=1e-5 * np.abs(scores).max())
+    sets = [neurons for seed in (0, 1) for neurons in random_sets(lm, [64], seed=seed)]
+    true = intervene(lm, prompts, labels, sets=sets, shift=2)
+    (row,) = [row for row in findings.interventions if (row.set_size, row.shift) == (64, 2)]
+    assert row.pearson == pytest.approx(true.correlations()[64], abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
+    run = run.model_copy(update={"model": (models[family],), "estimator": get_args(EstimatorName)})
+    results = run_linearity(run, PlainStages())
+    assert results.problems == []
+    (findings,) = results.findings
+    assert (findings.n_facts, findings.n_multi_token) == (25, 1)
+    agreement = {row["estimator"]: row for row in table(run, "agreement") if row["layer"] is None and row["range"] == 1}
+    assert set(agreement) == set(ESTIMATORS)
+    assert agreement["neurgrad"]["pearson"] == max(row["pearson"] for row in agreement.values()) > 0.9
+    assert [row["mae"] is None for row in agreement.values()] == [False, False, True, True, True, True]
+    assert {row["pairs"] for row in table(run, "stability")} >= {"all", "same fact, other wording"}
+    assert {row["set_size"] for row in table(run, "interventions")} == {1, 2, 4, 8, 16, 32, 64}
+    assert all(row["seconds_per_prompt"] > 0 for row in table(run, "costs"))
+
+
+def test_figures_are_drawn_twice_each_and_show_no_prompt(run):
+    figures = run_linearity(run, PlainStages()).figures
+    assert [figure.suffix for figure in figures] == [".svg", ".png"] * 5
+    for figure in figures:
+        assert figure.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
+        assert b"script" not in figure.read_bytes()
+
+
+def test_a_fact_comes_in_all_its_wordings(run):
+    (study,) = plan_linearity(run)
+    facts = [example.id.split("/")[-1] for example in study.facts.examples]
+    assert facts[0::2] == facts[1::2]
+    assert len(set(facts)) == 3
+
+
+def test_a_sweep_of_all_neurons_of_one_prompt_goes_on_in_the_middle(run, monkeypatch, undrawn):
+    run = run.model_copy(update={"prompts": 1, "neurons": "all", "block_layers": 1})
+    whole = run.model_copy(update={"out": run.directory.with_name("whole")})
+    assert run_linearity(whole, PlainStages()).problems == []
+    honest = SweepWorker.run
+
+    def interrupted(self, job):
+        if job.partition.part == "layers-02-02":
+            raise KeyboardInterrupt
+        return honest(self, job)
+
+    monkeypatch.setattr(SweepWorker, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_linearity(run, PlainStages())
+    monkeypatch.undo()
+    resumed = run_linearity(run, PlainStages())
+    assert sum(part.n_reused for part in resumed.extracted) == sum(part.n_computed for part in resumed.extracted) + 4
+    assert [part.partition.part for part in resumed.extracted if part.n_computed] == ["layers-02-02"]
+    assert contents(run.directory) == contents(whole.directory)
+
+
+def test_another_estimator_later_computes_that_one_only(run, undrawn):
+    run_linearity(run, PlainStages())
+    more = run.model_copy(update={"estimator": (*CHEAP, "ablation")})
+    results = run_linearity(more, PlainStages())
+    assert [part.partition.part for part in results.extracted if part.n_computed] == ["ablation"]
+
+
+def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, undrawn):
+    run_linearity(run, PlainStages())
+    other = run.model_copy(update={"backend": "ray", "workers": 2, "out": tmp_path / "ray"})
+    assert run_linearity(other, PlainStages()).problems == []
+    assert contents(other.directory) == contents(run.directory)
+    for name in ("ranges", "agreement", "interventions"):
+        assert table(other, name) == table(run, name)
+
+
+def test_lost_prompts_are_reported_and_their_model_has_no_tables(run, monkeypatch):
+    honest = SweepWorker.run
+
+    def failing(self, job):
+        if job.partition.part == "gradient" and job.index == 1:
+            raise RuntimeError("poison row")
+        return honest(self, job)
+
+    monkeypatch.setattr(SweepWorker, "run", failing)
+    results = run_linearity(run, PlainStages())
+    assert results.findings == []
+    (problem,) = results.problems
+    assert "estimator=gradient: shard 1, 2 prompts lost: RuntimeError: poison row" in problem
+
+
+def test_other_neurons_in_the_same_directory_are_refused_with_the_difference(run, undrawn):
+    run_linearity(run, PlainStages())
+    results = run_linearity(run.model_copy(update={"seed": 1}), PlainStages())
+    assert len(results.problems) == 3
+    assert all("ShardError" in problem and "here" in problem for problem in results.problems)
+
+
+def test_bad_input_is_refused_before_any_model_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasks.sweeps.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    with pytest.raises(NegError, match="tiny-llama: 73 neurons cannot be drawn; the model has 1 to 72"):
+        plan_linearity(run.model_copy(update={"neurons": 73}))
+    with pytest.raises(DatasetError, match="absent.jsonl"):
+        plan_linearity(run.model_copy(update={"facts": "absent.jsonl"}))
+    with pytest.raises(DatasetError, match="none of the 250 answers is one token"):
+        plan_linearity(run.model_copy(update={"facts": "mini/facts"}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--neurons", "many", "neurons is 'many'"),
+        ("--neurons", "0", "give a whole number from 1, or 'all'"),
+        ("--range", "-1", "range.0 is '-1'"),
+        ("--estimator", "guess", "estimator"),
+        ("--facts", "facts.csv", "allowed: a .feather, .parquet or .jsonl file, or 'mini/facts'"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(models, tmp_path, option, value, says):
+    refused = neg("linearity", "--model", models["llama"], "--out", tmp_path / "run", option, value)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert says in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_under_prefect_shows_its_tables_within_80_columns(models, facts, tmp_path):
+    options = ["--model", models["llama"], "--facts", facts, "--prompts", 4, "--neurons", 6, "--bootstrap", 20]
+    ran = neg("linearity", *options, "--backend", "local", "--out", tmp_path / "run", COLUMNS="80")
+    assert ran.returncode == 0, ran.stderr
+    assert "1 of 25 facts left out: their answer is not one token" in ran.stdout
+    assert "NeurGrad" in ran.stdout
+    assert "…" not in ran.stdout
+    assert max(len(line) for line in ran.stdout.splitlines() if "/" not in line) <= 80
+    (database,) = (tmp_path / "run").rglob("prefect.db")
+    with sqlite3.connect(database) as records:
+        states = dict(records.execute("select name, state_type from task_run"))
+        kinds = {kind for (kind,) in records.execute("select distinct type from artifact")}
+        shown = " ".join(str(row) for row in records.execute("select data, description from artifact"))
+    assert set(states.values()) == {"COMPLETED"}
+    assert len(states) == 4  # interventions, estimates, sweeps and the analysis
+    assert {"progress", "table", "markdown"} <= kinds
+    assert "script" not in shown
