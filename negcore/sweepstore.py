@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from negcore.columns import StoredExample, column, lists
 from negcore.errors import ShardError
-from negcore.identity import RunIdentity, text_hash
+from negcore.identity import RunIdentity, canonical_json, text_hash
 from negcore.interventions import InterventionResult
 from negcore.reader import complete_receipts, mapped_batch
 from negcore.shards import Receipt, publish_batch, shard_path
@@ -59,6 +59,10 @@ class StudyIdentity(RunIdentity):
 
     study: Mapping[str, Any]
     """Neurons, shifts, estimator: what was measured, as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "study", json.loads(canonical_json(self.study)))  # as it is read back
 
 
 def sweep_columns(result: SweepResult) -> Columns:

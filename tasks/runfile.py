@@ -211,7 +211,8 @@ class LinearityRun(RunFile):
 
     facts: str = Field(
         "mini/facts",
-        description="Single-answer facts: mini/facts, or a .feather, .parquet or .jsonl file in MyriadLAMA's form.",
+        description="Single-answer facts: mini/facts, or a .feather, .parquet or .jsonl file in MyriadLAMA's form, "
+        "on disk or hf://datasets/ORG/NAME/FILE.",
     )
     prompts: int = Field(30, ge=1, description="Prompts, a sample of whole facts: a fact comes in all its wordings.")
     neurons: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
@@ -219,7 +220,8 @@ class LinearityRun(RunFile):
         description="Neurons that are swept in every prompt, as many in each layer, drawn once at random; or all.",
     )
     range: Annotated[tuple[PositiveFloat, ...], Several] = Field(
-        (0.5, 1, 2, 5, 10), description="Range of shifts, from minus to plus so many units of activation. Repeatable."
+        (0.5, 1.0, 2.0, 5.0, 10.0),
+        description="Range of shifts, from minus to plus so many units of activation. Repeatable.",
     )
     points: int = Field(
         5, ge=2, description="Shifts on each side of zero in a range, evenly spaced; a range has the smaller ones' too."
@@ -228,7 +230,7 @@ class LinearityRun(RunFile):
         get_args(EstimatorName), description="Estimator to compare with the sweep. Repeatable."
     )
     set_shift: Annotated[tuple[PositiveFloat, ...], Several] = Field(
-        (0.5, 1, 2), description="Shift of neurons that are shifted together, in units of activation. Repeatable."
+        (0.5, 1.0, 2.0), description="Shift of neurons that are shifted together, in units of activation. Repeatable."
     )
     largest_set: int = Field(
         4096, ge=1, description="Most neurons shifted together: sets hold 1, 2, 4... up to it or all of the model."

@@ -11,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import Record, one_line, read_json_lines
+from negcore.datasets.files import Record, hub_file, one_line, read_json_lines
 from negcore.datasets.local import text_field
 from negcore.datasets.mini import mini_facts
 from negcore.datasets.render import (
@@ -28,6 +28,7 @@ from negcore.errors import DatasetError
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
+HUB = "hf://datasets/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,9 @@ def load_facts(
     Parameters
     ----------
     source : str or Path
-        A .feather, .parquet or .jsonl file with the columns uuid, prompt, tpl and answer (MyriadLAMA's form),
-        or `mini/facts` for a small set that needs no file.
+        A .feather, .parquet or .jsonl file with the columns uuid, prompt, tpl and answer (MyriadLAMA's form), on
+        disk or as `hf://datasets/ORGANISATION/DATASET/FILE` on the Hugging Face hub; or `mini/facts` for a small
+        set that needs no file.
     tokenizer : Tokenizer
     limit : int, optional
         Most facts to keep, a seeded sample. None keeps all.
@@ -129,10 +131,20 @@ def _single_token(rows: Sequence[Row], tokenizer: Tokenizer, masked: bool) -> tu
 
 
 def _rows(source: str | Path, name: str) -> list[Row]:
-    records = [(MINI_FACTS, record) for record in mini_facts()] if source == MINI_FACTS else _read(Path(source))
+    records = [(MINI_FACTS, record) for record in mini_facts()] if source == MINI_FACTS else _read(_local(str(source)))
     if not records:
         raise DatasetError(f"{source}: there are no facts; each row needs {', '.join(COLUMNS)}")
     return [_row(record, f"{name}/{number}", place) for number, (place, record) in enumerate(records)]
+
+
+def _local(source: str) -> Path:
+    if not source.startswith(HUB):
+        return Path(source)
+    organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]
+    path = hub_file(f"{organisation}/{dataset}", file, otherwise="give a local file") if file else None
+    if path is None:
+        raise DatasetError(f"facts {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE")
+    return path
 
 
 def _read(path: Path) -> list[tuple[str, Record]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from negcore.datasets.base import SPLITS
-from negcore.datasets.files import one_line, read_json_array
+from negcore.datasets.files import hub_file, read_json_array
 from negcore.datasets.rows import Source, Spec, rows_of_records, two_wordings
 from negcore.errors import DatasetError
 
@@ -452,21 +452,5 @@ def _in_folder(root: Path) -> Callable[[str], Path | None]:
 
 
 def _on_hub(name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(HUB_REPOSITORY, filename=name, repo_type="dataset"))
-    except LocalEntryNotFoundError as error:
-        raise _no_hub(name, error) from error
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _no_hub(name, error) from error
-
-
-def _no_hub(name: str, error: Exception) -> DatasetError:
-    return DatasetError(
-        f"cannot get {name!r} from Hugging Face dataset {HUB_REPOSITORY!r} ({one_line(error):.200}); "
-        f"give a local folder: root=, or the environment variable {ROOT_VARIABLE}"
-    )
+    advice = f"give a local folder: root=, or the environment variable {ROOT_VARIABLE}"
+    return hub_file(HUB_REPOSITORY, name, otherwise=advice)

@@ -428,6 +428,25 @@ def test_facts_keep_single_token_answers_and_count_the_rest(tmp_path, suffix):
     assert "begin with a space" in facts.label_rule
 
 
+def test_facts_come_from_the_hub_and_an_absent_file_is_named(tmp_path, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    local = write_lines(tmp_path / "facts.jsonl", FACTS)
+
+    def download(repository, *, filename, repo_type):
+        assert (repository, repo_type) == ("org/name", "dataset")
+        if filename != "some/facts.jsonl":
+            raise EntryNotFoundError(filename)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    facts = load_facts("hf://datasets/org/name/some/facts.jsonl", tiny_tokenizer())
+    assert facts.fingerprint == load_facts(local, tiny_tokenizer()).fingerprint
+    for absent in ("hf://datasets/org/name/other.jsonl", "hf://datasets/org"):
+        with pytest.raises(DatasetError, match="no such file; allowed: hf://datasets/ORGANISATION/DATASET/FILE"):
+            load_facts(absent, tiny_tokenizer())
+
+
 def test_a_sample_of_facts_depends_on_the_seed():
     whole, some, again = (load_facts("mini/facts", tiny_letters(), limit=n) for n in (None, 10, 10))
     assert some.fingerprint == again.fingerprint and some.examples == whole.examples[:10]
