@@ -199,12 +199,15 @@ def benchmark(
     device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
     neurons: Annotated[int, typer.Option(min=1, help="Neurons that are swept.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
+    cpus: Annotated[int, typer.Option(min=1, help="Threads, as of a worker.")] = 1,
 ) -> None:
     """Time the fast paths beside their plain twins, in turns, on one question.
 
     Example: `neg benchmark --repeats 5`
     """
     _quiet_libraries()
+    import torch
+
     from flows.report import benchmark_table
     from negcore.benchmark import benchmark as compare
     from negcore.datasets import PromptSettings, load_dataset
@@ -216,6 +219,7 @@ def benchmark(
         dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
         example = dataset.splits["test"][0]
         n_tokens = len(encode_prompts(card, [example.prompt])[0])
+    torch.set_num_threads(cpus)
     comparisons = compare(
         load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
     )

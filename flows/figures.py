@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flows.display import printable
-from flows.report import ESTIMATOR_TITLES, whole_model
+from flows.report import ESTIMATOR_TITLES, number, whole_model
 from flows.stages import artifact_key
 from tasks.linearity import Findings
 
@@ -90,7 +90,7 @@ def estimators(findings: Findings) -> Figure:
         axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=_BLUE, linewidths=0, rasterized=True)
         _symlog(axes.set_xscale, axes.xaxis, scores_PK)
         _symlog(axes.set_yscale, axes.yaxis, negs_PK)
-        axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {row.pearson:.3f}", xlabel="estimate")
+        axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {number(row.pearson)}", xlabel="estimate")
         axes.set_ylabel("measured NEG")
     for axes in list(figure.axes)[len(rows) :]:
         axes.set_visible(False)
@@ -174,8 +174,8 @@ def _examples(findings: Findings) -> list[_Example]:
             _Example("largest negative", *_place(np.nanargmin(linear_PK), linear_PK)),
             _Example("median", *_place(np.nanargmin(np.abs(np.abs(linear_PK) - middle)), linear_PK)),
         ]
-    bent = np.argsort(-bent_PK, axis=None, kind="stable")[:3]
-    chosen += [_Example("not linear", *_place(index, bent_PK)) for index in bent if bent_PK.flat[index] > 0]
+    most_bent = np.argsort(-bent_PK.max(1), kind="stable")[:3]  # one a prompt
+    chosen += [_Example("not linear", p, int(bent_PK[p].argmax())) for p in most_bent.tolist() if bent_PK[p].any()]
     return chosen
 
 
@@ -209,7 +209,7 @@ def _symlog(set_scale: Callable[..., None], axis: Any, values: NDArray[Any]) -> 
     if not sizes.size:
         return
     threshold, largest = float(np.median(sizes)), float(sizes.max())
-    set_scale("symlog", linthresh=threshold, linscale=0.5)
+    set_scale("symlog", linthresh=threshold, linscale=1.5)
     powers = np.unique(np.linspace(np.ceil(np.log10(threshold)), np.floor(np.log10(largest)), 2).round())
     axis.set_ticks([*(-(10**powers))[::-1], 0, *10**powers])
 
@@ -224,4 +224,4 @@ def _plain(text: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= 48 else f"{text[:30]}...{text[-15:]}"
+    return text if len(text) <= 40 else f"{text[:28]}...{text[-9:]}"

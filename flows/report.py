@@ -99,11 +99,11 @@ def _agreement(findings: Findings) -> Table:
     for row in whole_model(findings, findings.main_range):
         table.add_row(
             ESTIMATOR_TITLES[row.estimator],
-            f"[bold]{_number(row.pearson)}[/bold]\n{_interval(row.pearson_low, row.pearson_high)}",
-            f"{_number(row.spearman)}\n{_interval(row.spearman_low, row.spearman_high)}",
-            _number(row.signs),
+            f"[bold]{number(row.pearson)}[/bold]\n{_interval(row.pearson_low, row.pearson_high)}",
+            f"{number(row.spearman)}\n{_interval(row.spearman_low, row.spearman_high)}",
+            number(row.signs),
             "" if row.mae is None else f"{row.mae:.1e}",
-            _number(row.top),
+            number(row.top),
             _seconds(findings, row.estimator),
         )
     table.add_row(ESTIMATOR_TITLES[MEASURED], *[""] * 5, _seconds(findings, MEASURED))
@@ -117,8 +117,8 @@ def _ranges(findings: Findings) -> Table:
         table.add_column(name, justify="right")
     for row in _model_ranges(findings):
         by_name = {other.estimator: other for other in whole_model(findings, row.range)}
-        cells = [_number(row.linear_share), _number(row.positive_share), _number(row.n_constant / row.n)]
-        table.add_row(f"±{row.range:g}", *cells, *(_number(by_name[name].pearson) for name in names))
+        cells = [number(row.linear_share), number(row.positive_share), number(row.n_constant / row.n)]
+        table.add_row(f"±{row.range:g}", *cells, *(number(by_name[name].pearson) for name in names))
     return table
 
 
@@ -128,7 +128,7 @@ def _stability(findings: Findings) -> Table:
     for name in ("pairs", "same sign", "r", "rank r of size"):
         table.add_column(name, justify="right")
     for row in findings.stability:
-        cells = [_number(value) for value in (row.sign_agreement, row.pearson, row.size_spearman)]
+        cells = [number(value) for value in (row.sign_agreement, row.pearson, row.size_spearman)]
         table.add_row(row.pairs, str(row.n_pairs), *cells)
     return table
 
@@ -141,7 +141,7 @@ def _interventions(findings: Findings) -> Table:
         table.add_column(f"shift {shift:g}", justify="right")
     for size in dict.fromkeys(row.set_size for row in findings.interventions):
         rows = {row.shift: row for row in findings.interventions if row.set_size == size}
-        table.add_row(str(size), *(_number(rows[shift].pearson) for shift in shifts))
+        table.add_row(str(size), *(number(rows[shift].pearson) for shift in shifts))
     return table
 
 
@@ -155,13 +155,15 @@ def _seconds(findings: Findings, method: str) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return "" if math.isnan(low) else f"{_number(low)}, {_number(high)}"
+    return "" if math.isnan(low) else f"{number(low)}, {number(high)}"
 
 
-def _number(value: float) -> str:
-    """Three decimals without the leading zero; four where three would round up to one."""
+def number(value: float) -> str:
+    """Three decimals without the leading zero; four where three would round up to one, and never one itself."""
     if math.isnan(value):
         return "-"
+    if 0.99995 <= value < 1:
+        return ">.9999"
     digits = 4 if 0.9995 <= abs(value) < 1 else 3
     text = f"{value:.{digits}f}"
     return "1.00" if abs(value) == 1 and value > 0 else text.replace("0.", ".", 1) if abs(value) < 1 else text

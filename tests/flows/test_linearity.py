@@ -17,7 +17,7 @@ from negcore.estimators import ESTIMATORS, estimate
 from negcore.interventions import intervene, random_sets
 from negcore.models import load_model
 from negcore.sweeps import sweep
-from tasks.runfile import EstimatorName, LinearityRun, read_run_file
+from tasks.runfile import EstimatorName, LinearityRun, read_run_file, write_run_file
 from tasks.sweeps import SweepWorker, plan_linearity
 
 CHEAP = ["neurgrad", "gradient"]
@@ -143,6 +143,14 @@ def test_a_sweep_of_all_neurons_of_one_prompt_goes_on_in_the_middle(run, monkeyp
     assert sum(part.n_reused for part in resumed.extracted) == sum(part.n_computed for part in resumed.extracted) + 4
     assert [part.partition.part for part in resumed.extracted if part.n_computed] == ["layers-02-02"]
     assert contents(run.directory) == contents(whole.directory)
+
+
+def test_a_written_run_file_asks_for_the_very_same_numbers(models, facts, tmp_path):
+    run = read_run_file(LinearityRun, None, {"model": [models["llama"]], "facts": facts, "out": tmp_path, "neurons": 9})
+    replayed = read_run_file(LinearityRun, write_run_file(run), {})
+    (study,), (again,) = plan_linearity(run), plan_linearity(replayed)
+    assert replayed.name == run.name
+    assert [part.identity.digest for part in again.parts] == [part.identity.digest for part in study.parts]
 
 
 def test_another_estimator_later_computes_that_one_only(run, undrawn):
