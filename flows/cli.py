@@ -208,7 +208,7 @@ def benchmark(
     _quiet_libraries()
     import torch
 
-    from flows.report import benchmark_table
+    from flows.linearity_tables import benchmark_table
     from negcore.benchmark import benchmark as compare
     from negcore.datasets import PromptSettings, load_dataset
     from negcore.encoding import encode_prompts
@@ -324,7 +324,7 @@ def _carry_out(
 
 
 def _show(results: "Results") -> None:
-    from flows.tables import confusion_tables, result_tables, rows_table
+    from flows.accuracy_tables import confusion_tables, result_tables, rows_table
 
     for table in confusion_tables(results.confusion):
         _out.print(table)
@@ -342,7 +342,7 @@ def _show(results: "Results") -> None:
 
 
 def _show_linearity(results: "LinearityResults") -> None:
-    from flows.report import linearity_tables, summary
+    from flows.linearity_tables import linearity_tables, summary
 
     for findings in results.findings:
         _out.print(escape(summary(findings)), highlight=False, soft_wrap=True)

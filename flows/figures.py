@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flows.display import printable
-from flows.report import ESTIMATOR_TITLES, number, whole_model
+from flows.linearity_tables import ESTIMATOR_TITLES, number, whole_model
 from flows.stages import artifact_key
 from tasks.linearity import Findings
 

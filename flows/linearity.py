@@ -10,8 +10,8 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.figures import write_figures
+from flows.linearity_tables import artifact_tables, summary
 from flows.pipeline import listed, one_line, whole
-from flows.report import artifact_tables, summary
 from flows.stages import PrefectStages, Stages
 from negcore.errors import NegError
 from negcore.sweepstore import Kind

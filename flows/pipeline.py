@@ -5,7 +5,7 @@ The functions that do the work take their `Stages`, so that the same steps run u
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -13,17 +13,18 @@ from typing import Any, Protocol, TypeVar
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.accuracy_tables import artifact_tables
 from flows.stages import Pending, PrefectStages, Stages
-from flows.tables import artifact_tables
 from negcore.errors import ModelError, RunError
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool
 from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
 from tasks.rank import rank_pool
-from tasks.results import Average, SplitAccount, averages, split_accounts, write_table
+from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.runfile import EvaluationRun, SkillRun, write_run_file
 from tasks.session import ray_session
+from tasks.tables import write_table
 
 
 @dataclass
@@ -289,11 +290,11 @@ def _publish(stages: Stages, results: Results) -> None:
     """Write the results as Arrow tables and show them."""
     if len({score.dataset for score in results.scores}) > 1:
         results.averages = averages(results.scores)
-    write_table(results.directory / "accuracy.arrow", results.scores, Score)
-    write_table(results.directory / "averages.arrow", results.averages, Average)
-    write_table(results.directory / "splits.arrow", results.splits, SplitAccount)
+    write_table(results.directory / "accuracy.arrow", Score, [asdict(row) for row in results.scores])
+    write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
+    write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:
-        write_table(results.directory / "confusion.arrow", results.confusion, Confusion)
+        write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])
     for key, (title, rows) in artifact_tables(results.scores, results.averages, results.splits).items():
         stages.table(key, rows, title)
 

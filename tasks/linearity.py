@@ -1,13 +1,11 @@
 """Analyse a measured study: read its shards, make its tables, and write them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from negcore.errors import NegError
@@ -28,6 +26,7 @@ from negcore.sweeps import SweepResult
 from negcore.sweepstore import read_study, read_sweep
 from tasks.runfile import LinearityRun
 from tasks.sweeps import PlannedPart, PlannedStudy, fact_of
+from tasks.tables import write_table
 
 MEASURED = "sweep"
 
@@ -121,12 +120,11 @@ def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
     """
     folder = run.directory / "linearity"
     try:
-        folder.mkdir(exist_ok=True)
         for name, (kind, _) in findings[0].tables.items():
             rows = [
                 {"model": f.model, "dataset": f.dataset, **asdict(row)} for f in findings for row in f.tables[name][1]
             ]
-            _write_table(folder / f"{name}.arrow", pa.Table.from_pylist(rows, _schema(kind)))
+            write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
     except OSError as error:
         raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
     return folder
@@ -171,25 +169,3 @@ def _facts(study: PlannedStudy) -> Facts:
 
 def _seconds(root: Path, part: PlannedPart) -> float:
     return read_study(part.partition.path(root)).seconds_per_prompt
-
-
-_ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-
-
-def _schema(kind: type) -> pa.Schema:
-    """Columns of a table of such rows: an all-empty column keeps its type."""
-    hints = get_type_hints(kind)
-    own = [(item.name, _arrow_type(hints[item.name])) for item in fields(kind)]
-    return pa.schema([("model", pa.string()), ("dataset", pa.string()), *own])
-
-
-def _arrow_type(hint: Any) -> pa.DataType:
-    (kind,) = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
-    return _ARROW_TYPES[kind]
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    draft = path.with_suffix(".tmp")
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    draft.replace(path)

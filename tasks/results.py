@@ -1,11 +1,7 @@
 """What scores add up to: averages over datasets, the account of every dataset's rows, and their Arrow tables."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, get_type_hints
-
-import pyarrow as pa
+from dataclasses import dataclass
 
 from negcore.datasets import SPLITS, SplitReport
 from negcore.evaluation import Accuracy, macro_average
@@ -116,18 +112,3 @@ def _changes(report: SplitReport, split: str, n_demonstrations: int) -> list[str
         shared = [o for o in report.overlaps if o.split == split and o.n_same_text]
         found += [f"{overlap.n_same_text} also in {overlap.other}" for overlap in shared]
     return found
-
-
-def write_table(path: Path, rows: Sequence[Any], kind: type) -> None:
-    """Write records of a dataclass as an Arrow file, whole or not at all; no records make an empty table."""
-    hints = get_type_hints(kind)
-    schema = pa.schema([pa.field(item.name, _ARROW[hints[item.name]]) for item in fields(kind)])
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(table)
-    draft.replace(path)
-
-
-_ARROW = {str: pa.string(), int: pa.int64(), int | None: pa.int64(), float: pa.float64(), bool: pa.bool_()}

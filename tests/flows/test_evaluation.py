@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from support import CONFIGS, SHARED, neg, save_tiny_model, tiny_tokenizer
 
+from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
 from flows.stages import PlainStages
-from flows.tables import artifact_tables, confusion_tables, result_tables, rows_table
 from negcore.errors import DatasetError, NegError, RunError
 from negcore.evaluation import Accuracy, accuracy, macro_average
 from negcore.reader import open_negs
