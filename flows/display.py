@@ -63,7 +63,7 @@ class Display:
         if error is not None:
             self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
         elif not self._console.is_terminal and stage in self._done:
-            self._console.print(f"finished {escape(stage)}: {self._done[stage]} parts", highlight=False)
+            self._console.print(f"finished {escape(stage)}", highlight=False)
 
 
 def _note(status: PoolStatus | None) -> str:
