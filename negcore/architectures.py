@@ -29,8 +29,6 @@ class Architecture:
     """Below a layer: the activation function that the gate goes through."""
     fused: bool = False
     """Whether `up` computes gate and up side by side, in that order."""
-    norm: str = ""
-    """The final normalisation before the head (causal models)."""
     post_norm: str | None = None
     """Below a layer: a normalisation of the feed-forward's output before it joins the residual stream."""
     mask_by_layer_type: bool = False
@@ -60,9 +58,7 @@ class Architecture:
         return choice
 
 
-_GATED = Architecture(
-    layers="model.layers", up="mlp.up_proj", gate="mlp.act_fn", down="mlp.down_proj", norm="model.norm"
-)
+_GATED = Architecture(layers="model.layers", up="mlp.up_proj", gate="mlp.act_fn", down="mlp.down_proj")
 _MIXED = replace(_GATED, mask_by_layer_type=True)
 _POST_NORM = replace(_GATED, post_norm="post_feedforward_layernorm")
 _MIXED_POST_NORM = replace(_POST_NORM, mask_by_layer_type=True)
@@ -75,7 +71,7 @@ ARCHITECTURES = MappingProxyType(
         "qwen3": _MIXED,
         "gemma2": _MIXED_POST_NORM,
         "gemma3_text": _MIXED_POST_NORM,
-        "gemma3": replace(_MIXED_POST_NORM, layers="model.language_model.layers", norm="model.language_model.norm"),
+        "gemma3": replace(_MIXED_POST_NORM, layers="model.language_model.layers"),
         "olmo2": _POST_NORM,
         "phi3": Architecture(
             layers="model.layers",
@@ -83,11 +79,10 @@ ARCHITECTURES = MappingProxyType(
             gate="mlp.activation_fn",
             down="mlp.down_proj",
             fused=True,
-            norm="model.norm",
         ),
-        "gpt2": Architecture(layers="transformer.h", down="mlp.c_proj", norm="transformer.ln_f"),
-        "gpt_neox": Architecture(layers="gpt_neox.layers", down="mlp.dense_4h_to_h", norm="gpt_neox.final_layer_norm"),
-        "opt": Architecture(layers="model.decoder.layers", down="fc2", norm="model.decoder.final_layer_norm"),
+        "gpt2": Architecture(layers="transformer.h", down="mlp.c_proj"),
+        "gpt_neox": Architecture(layers="gpt_neox.layers", down="mlp.dense_4h_to_h"),
+        "opt": Architecture(layers="model.decoder.layers", down="fc2"),
         "bert": Architecture(layers="bert.encoder.layer", down="output.dense", masked=True),
         "roberta": Architecture(layers="roberta.encoder.layer", down="output.dense", masked=True),
         "distilbert": Architecture(layers="distilbert.transformer.layer", down="ffn.lin2", masked=True),

@@ -91,13 +91,8 @@ class CausalBatch(ProbedBatch):
 
     @property
     def cache(self) -> Any:
-        """Keys and values of every token before the last; slot = position, unused behind `lengths_B`."""
+        """Keys and values of every token before the last; slot = position, unused behind a prompt's own."""
         return self._cache
-
-    @property
-    def lengths_B(self) -> Tensor:
-        """Tokens before the last, which is also the last token's position."""
-        return self._lengths_B
 
     def _run_own(self, own: Sequence[Sequence[int]], n_prefix: int) -> None:
         n_slots = max(map(len, own))
