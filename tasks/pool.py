@@ -375,11 +375,13 @@ class _RayPool(Pool):
             num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0
         )
         self._actors: list[_Actor] = []
+        self._closed = False
         self._lost = 0
         self._last_error: Exception | None = None
 
     def close(self) -> None:
-        """End all actors; jobs that still run are lost."""
+        """End all actors; jobs that still run are lost, and a batch in another thread ends with `Stopped`."""
+        self._closed = True
         for actor in self._actors:
             self._ray.kill(actor.handle)
         self._actors.clear()
@@ -388,6 +390,7 @@ class _RayPool(Pool):
         try:
             while batch.todo or self._running():
                 batch.check_stop()
+                self._check_open()
                 self._hire(batch)
                 self._feed(batch)
                 for settle in (self._answers, self._overdue):
@@ -397,6 +400,10 @@ class _RayPool(Pool):
         finally:  # calls of a batch that was left early go on, but concern nobody
             for actor in self._running():
                 actor.attempt = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Stopped("the pool was closed")
 
     def _running(self) -> list[_Actor]:
         """Actors with a job of the present batch."""
@@ -475,6 +482,7 @@ class _RayPool(Pool):
 
     def _lose(self, actor: _Actor, batch: _Batch, error: Exception) -> Outcome | None:
         """Give an actor up; its job, if it has one, failed once more."""
+        self._check_open()
         logger.warning("%s: a worker was lost: %s", self._label, _one_line(error))
         self._dismiss(actor)
         self._lost += 1

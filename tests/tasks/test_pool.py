@@ -170,6 +170,26 @@ def test_a_stop_ends_the_outcomes(backend):
             next(outcomes)
 
 
+def test_a_pool_that_is_closed_under_a_batch_stops_it(session):
+    ended: list[BaseException] = []
+    running = threading.Event()
+
+    def consume(pool):
+        try:
+            list(
+                pool.map([("sleep", 30)], on_tick=lambda status: running.set() if status.running else None, tick_s=0.0)
+            )
+        except BaseException as error:
+            ended.append(error)
+
+    with open_pool("ray", Worker, {}, ONE, label="squares") as pool:
+        thread = threading.Thread(target=consume, args=(pool,))
+        thread.start()
+        assert running.wait(60)
+    thread.join(20)
+    assert [type(error) for error in ended] == [Stopped]
+
+
 def test_ticks_tell_how_far_the_jobs_are(backend):
     seen: list[PoolStatus] = []
     run(backend, [("square", 2), ("square", 3), ("refuse", "no")], on_tick=seen.append)
