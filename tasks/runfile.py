@@ -133,6 +133,9 @@ class _PromptedRun(RunFile):
         "default", description="Name of one of the dataset's wordings; in a run file also your own, see the README."
     )
     limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
+    eval_limit: int | None = Field(
+        None, ge=1, description="Most rows of the valid and of the test split. By default as --limit."
+    )
     split_policy: Literal["clean", "released"] = Field(
         "clean", description="clean removes rows that splits share; released leaves the files as they are."
     )
@@ -172,6 +175,7 @@ class SkillRun(_PromptedRun):
             wording=wording if isinstance(wording, str) else wording.wording(),
             seed=self.seed,
             limit=self.limit,
+            eval_limit=self.eval_limit,
             split_policy=self.split_policy,
         )
 

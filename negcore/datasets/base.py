@@ -92,14 +92,21 @@ class PromptSettings:
     """Decides demonstrations, samples and the order of rows."""
     limit: int | None = None
     """Most rows of each split: a sample stratified by answer. None takes all."""
+    eval_limit: int | None = None
+    """Most rows of valid and of test, where they are to be fewer than those of train. None takes `limit`."""
     split_policy: SplitPolicy = "clean"
     """`clean` removes what the released splits share, `released` leaves the files as they are."""
+
+    def most_rows(self, split: str) -> int | None:
+        """Most rows of a split; None is all of them."""
+        return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
 
     def __post_init__(self) -> None:
         if self.shots not in (0, 1):
             raise DatasetError(f"shots is {self.shots!r}; allowed: 0, or 1 (one demonstration per class)")
-        if self.limit is not None and self.limit < 1:
-            raise DatasetError(f"limit is {self.limit!r}; allowed: a whole number from 1, or None for all rows")
+        for name, limit in (("limit", self.limit), ("eval_limit", self.eval_limit)):
+            if limit is not None and limit < 1:
+                raise DatasetError(f"{name} is {limit!r}; allowed: a whole number from 1, or None for all rows")
         if self.split_policy not in ("clean", "released"):
             raise DatasetError(f"split_policy is {self.split_policy!r}; allowed: 'clean', 'released'")
 

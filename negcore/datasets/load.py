@@ -110,8 +110,8 @@ def load_dataset(
 
 
 def _sample(rows: Sequence[Row], settings: PromptSettings, name: str, split: str) -> list[Row]:
-    n = len(rows) if settings.limit is None else settings.limit
-    return stratified_sample(rows, n, settings.seed, name, split)
+    most = settings.most_rows(split)
+    return stratified_sample(rows, len(rows) if most is None else most, settings.seed, name, split)
 
 
 def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows, raw: Rows, used: Rows) -> SplitReport:

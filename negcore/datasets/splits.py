@@ -105,7 +105,8 @@ def cut_splits(released: Rows, policy: SplitPolicy, seed: int, name: str) -> Cut
     `clean` keeps test whole; drops rows of valid and train that ask what a test row asks, and rows of train
     that ask what a valid row asks. If that costs valid more than half of its rows, the rest is set aside and a
     stratified fifth of train (at most as many rows as valid was released with) takes its place. If there is no
-    train, four fifths of valid become train. `released` changes nothing.
+    train, four fifths of valid become train; if valid then has nothing that test has not, test is cut in three as
+    the rows of a file without splits are. `released` changes nothing.
 
     Raises
     ------
@@ -162,6 +163,10 @@ def _clean(released: Rows, overlaps: tuple[Overlap, ...], seed: int, name: str) 
         valid = stratified_sample(train, min(most, len(train) // ONE_IN), seed, name, "valid")
         drawn.append(Change("valid", len(valid), "drawn from train"))
         train = _not_in(train, valid)
+    elif not train and not valid:
+        rows = split_rows(_distinct(test), seed, name)
+        drawn += [Change(split, len(rows[split]), "drawn from test") for split in ("train", "valid")]
+        train, valid, test = list(rows["train"]), list(rows["valid"]), rows["test"]
     elif not train:
         n_valid = len(valid) // ONE_IN
         train = stratified_sample(valid, len(valid) - n_valid, seed, name, "train")
@@ -171,6 +176,11 @@ def _clean(released: Rows, overlaps: tuple[Overlap, ...], seed: int, name: str) 
     if not train or not valid:
         raise _nothing_left(released, overlaps, "train" if not train else "valid", name)
     return Cut({"train": train, "valid": valid, "test": test}, overlaps, tuple(dropped), tuple(drawn))
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """The first of the rows that ask the same."""
+    return list({row.content: row for row in reversed(rows)}.values())[::-1]
 
 
 def _nothing_left(released: Rows, overlaps: Sequence[Overlap], split: str, name: str) -> DatasetError:

@@ -22,8 +22,8 @@ MCEVAL8K = SHARED / "mceval8k"
 MYRIADLAMA = SHARED / "myriadlama"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not at ../shared/mceval8k")
 needs_myriadlama = pytest.mark.skipif(not MYRIADLAMA.is_dir(), reason="MyriadLAMA is not at ../shared/myriadlama")
-# Its training file is absent, and its validation rows are its test rows.
-WITHOUT_CLEAN_TRAIN = "mceval8k/chunking"
+# Its training file is absent, and its validation rows are its test rows: test itself is cut in three.
+CUT_FROM_TEST = "mceval8k/chunking"
 
 
 def load(name, *, root=None, masked=False, **settings):
@@ -54,7 +54,7 @@ def test_the_list_has_22_datasets_of_mceval8k_and_one_mini_set_per_genre():
 
 @needs_mceval8k
 @pytest.mark.parametrize("shots", [0, 1])
-@pytest.mark.parametrize("name", [name for name in SPECS if name != WITHOUT_CLEAN_TRAIN])
+@pytest.mark.parametrize("name", SPECS)
 def test_every_dataset_loads_with_balanced_samples(name, shots):
     dataset = load(name, root=MCEVAL8K, shots=shots, limit=20)
     spec = SPECS[name]
@@ -72,27 +72,34 @@ def test_every_dataset_loads_with_balanced_samples(name, shots):
 
 
 @needs_mceval8k
-@pytest.mark.parametrize("name", [name for name in SPECS if name != WITHOUT_CLEAN_TRAIN])
+@pytest.mark.parametrize("name", SPECS)
 def test_clean_splits_share_no_text(name):
     source = read_mceval8k(SPECS[name], MCEVAL8K)
     cut = cut_splits(source.rows, "clean", 0, name)
-    assert cut.rows["test"] == source.rows["test"]
+    assert cut.rows["test"] == source.rows["test"] or name == CUT_FROM_TEST
     texts = {split: {row.content for row in cut.rows[split]} for split in SPLITS}
     assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS, 2))
-    assert len(cut.rows["valid"]) >= 200 and len(cut.rows["train"]) >= 798
+    assert len(cut.rows["valid"]) >= 200 and len(cut.rows["train"]) >= 600 and len(cut.rows["test"]) >= 200
 
 
 @needs_mceval8k
-def test_a_training_file_that_cannot_be_replaced_is_an_error_under_clean_alone():
-    with pytest.raises(DatasetError, match="chunking.*'released'"):
-        load(WITHOUT_CLEAN_TRAIN, root=MCEVAL8K)
-    released = load(WITHOUT_CLEAN_TRAIN, root=MCEVAL8K, split_policy="released", limit=20)
-    assert {split: len(examples) for split, examples in released.splits.items()} == {
-        "train": 0,
-        "valid": 20,
-        "test": 20,
+def test_where_test_is_all_there_is_clean_cuts_it_in_three_and_released_has_no_training_rows():
+    clean = load(CUT_FROM_TEST, root=MCEVAL8K, limit=20).split_report
+    assert clean.n_available == {"train": 600, "valid": 200, "test": 200}
+    assert {(change.split, change.n_rows, change.reason) for change in clean.drawn} == {
+        ("train", 600, "drawn from test"),
+        ("valid", 200, "drawn from test"),
     }
-    assert released.split_report.is_overlapping
+    released = load(CUT_FROM_TEST, root=MCEVAL8K, split_policy="released", limit=20).split_report
+    assert released.n_used == {"train": 0, "valid": 20, "test": 20}
+    assert released.is_overlapping
+
+
+@needs_mceval8k
+def test_valid_and_test_can_have_a_limit_of_their_own():
+    few, many = (load("mceval8k/ner", root=MCEVAL8K, limit=20, eval_limit=n) for n in (8, None))
+    assert few.split_report.n_used == {"train": 20, "valid": 8, "test": 8}
+    assert few.splits["train"] == many.splits["train"] and set(few.splits["test"]) < set(many.splits["test"])
 
 
 @needs_mceval8k
@@ -257,7 +264,7 @@ def test_an_unknown_name_is_answered_with_close_ones(name, hint):
 # Settings
 
 
-@pytest.mark.parametrize("wrong", [{"shots": 2}, {"limit": 0}, {"split_policy": "dirty"}])
+@pytest.mark.parametrize("wrong", [{"shots": 2}, {"limit": 0}, {"eval_limit": 0}, {"split_policy": "dirty"}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(DatasetError, match="allowed"):
         PromptSettings(**wrong)
