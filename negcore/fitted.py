@@ -194,10 +194,17 @@ class Forest:
 
     def predict(self, features_PF: NDArray[np.uint8]) -> Ints:
         """The class most trees hold likely, as scikit-learn's forest predicts it (ties: the lower class)."""
+        return self.predict_by_trees(features_PF, [len(self.root_T)])[:, 0]
+
+    def predict_by_trees(self, features_PF: NDArray[np.uint8], counts: Sequence[int]) -> Ints:
+        """`predict` with the first trees alone, for each of the rising counts: shape (P, len(counts))."""
         total_PC = np.zeros((len(features_PF), len(self.classes_C)))
-        for root in self.root_T:
+        predicted_PJ = np.empty((len(features_PF), len(counts)), np.int64)
+        for n_trees, root in enumerate(self.root_T[: counts[-1]], 1):
             total_PC += self.probs_VC[self._leaves(features_PF, root)]
-        return np.asarray(self.classes_C[(total_PC / len(self.root_T)).argmax(axis=1)])
+            if n_trees in counts:
+                predicted_PJ[:, counts.index(n_trees)] = self.classes_C[(total_PC / n_trees).argmax(axis=1)]
+        return predicted_PJ
 
     def _leaves(self, features_PF: NDArray[np.uint8], root: int) -> NDArray[np.int32]:
         node_P = np.full(len(features_PF), root, np.int32)
@@ -221,12 +228,12 @@ class FittedForest(FittedProbe):
         return len(self.order_K)
 
     def predict(self, split: NegSplit) -> Ints:
-        return self.forest.predict(_features(split, self.order_K))
+        return self.forest.predict(forest_features(split, self.order_K))
 
 
 def fit_forest(train: NegSplit, order_K: Ints, *, seed: int) -> FittedForest:
     """Grow a forest on the given neurons. Differs from the paper, where a forest reads all neurons of the model."""
-    probe = TreeProbe(random_state=seed).fit(_features(train, order_K), train.gold_P.astype(np.int64))
+    probe = TreeProbe(random_state=seed).fit(forest_features(train, order_K), train.gold_P.astype(np.int64))
     return FittedForest(order_K, Forest.of(probe.forest_))
 
 
@@ -246,7 +253,8 @@ def check_forest_size(n_rows: int, n_neurons: int) -> None:
         )
 
 
-def _features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
+def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
+    """For the given neurons of every prompt, the option with the largest NEG: shape (P, K); see `argmax_features`."""
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
     for block in split.row_blocks():
         features_PK[block.rows] = argmax_features(block.negs(order_K))

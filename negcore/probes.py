@@ -478,7 +478,7 @@ def _fit_split(activations_PM: Numbers, class_P: Ints, halves: tuple[int, int, i
 
 
 class TreeProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """Random forest, trees of any depth, on which option each neuron's NEG is largest for.
+    """Random forest on which option each neuron's NEG is largest for.
 
     X is made by `argmax_features`, one byte a prompt and neuron, block by block. scikit-learn copies it to
     float32: count 5 bytes x P x M while fitting and predicting (1.3 GiB for 6000 prompts x 46 080 neurons),
@@ -487,7 +487,9 @@ class TreeProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Parameters
     ----------
     n_trees : int
-        Trees of the forest.
+        Trees of the forest. With one seed, the first trees of a larger forest are those of a smaller one.
+    max_depth : int, optional
+        Most questions from the root of a tree to a leaf; by default as many as it takes, as in the paper.
     random_state : int
         Seed of the samples and features each tree sees.
 
@@ -505,8 +507,9 @@ class TreeProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Zhao, Jiang, Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053), skill neuron probing.
     """
 
-    def __init__(self, *, n_trees: int = 100, random_state: int = 0) -> None:
+    def __init__(self, *, n_trees: int = 100, max_depth: int | None = None, random_state: int = 0) -> None:
         self.n_trees = n_trees
+        self.max_depth = max_depth
         self.random_state = random_state
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
@@ -520,7 +523,9 @@ class TreeProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             Gold options, any labels.
         """
         features_PM, labels = validate_data(self, X, y)
-        forest = RandomForestClassifier(n_estimators=self.n_trees, random_state=self.random_state)
+        forest = RandomForestClassifier(
+            n_estimators=self.n_trees, max_depth=self.max_depth, random_state=self.random_state
+        )
         self.forest_ = forest.fit(features_PM, labels)
         self.classes_ = self.forest_.classes_
         return self

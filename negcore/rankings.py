@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,11 @@ class Vote(NamedTuple):
 
     rule: Rule
     signal: Signal
+
+    @property
+    def name(self) -> str:
+        """As run files name the probe: the rule, and the signal unless that is NEG."""
+        return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,20 +119,64 @@ def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act:
     NegError
         If a NEG or activation is NaN or infinite: its prompt, layer and neuron are named.
     """
+    votes_M = training_scores(split, layers, votes, [split.n_rows])[split.n_rows].votes_M if votes else {}
+    return Rankings(votes_M, act_scores(split, layers) if act else None)
+
+
+def training_scores(
+    split: NegSplit, layers: range, votes: Collection[Vote], sizes: Collection[int]
+) -> dict[int, Rankings]:
+    """Score every neuron of some layers on the first rows of a split, for several numbers of rows at once.
+
+    Scores are sums over prompts, so every row is read once, and none behind the largest number.
+
+    Parameters
+    ----------
+    layers : range
+        Consecutive layers.
+    votes : collection of Vote
+    sizes : collection of int
+        Numbers of rows, 1..P; they may end within a shard.
+
+    Returns
+    -------
+    dict of int to Rankings
+        For each size, smallest first, what `rank_layers` gives of a split with only those rows.
+
+    Raises
+    ------
+    NegError
+        As `rank_layers`; also if a size is not in 1..P.
+    """
+    for size in sizes:
+        if not 1 <= size <= split.n_rows:
+            raise NegError(f"scores of the first {size} rows: {split.partition.dataset} has 1..{split.n_rows}")
+    assert sizes, "no numbers of rows"
     scores = {vote: np.zeros((len(layers), split.n_neurons), np.int64) for vote in votes}
-    for block in split.row_blocks() if votes else ():
+    found: dict[int, Rankings] = {}
+    for block, start, end in _row_pieces(split, sorted(set(sizes))):
         for at, layer in enumerate(layers):
-            with _named(split, block, layer):
-                _add_votes(scores, at, block, layer)
-    return Rankings(
-        {vote: scores_LN.ravel() for vote, scores_LN in scores.items()}, act_scores(split, layers) if act else None
-    )
+            with _named(split, start, layer):
+                _add_votes(scores, at, block, slice(start - block.rows.start, end - block.rows.start), layer)
+        if end in sizes:
+            found[end] = Rankings({vote: scores_LN.flatten() for vote, scores_LN in scores.items()}, None)
+    return found
 
 
-def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, layer: int) -> None:
-    negs_PON, gold_P = block.shard.negs_PON(layer), block.shard.numbers("gold")
+def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBlock, int, int]]:
+    """Blocks of rows up to the last of the rising sizes, cut at each: (block, first row, end row)."""
+    for block in split.row_blocks():
+        end = min(block.rows.stop, sizes[-1])
+        if end <= block.rows.start:
+            return
+        cuts = [block.rows.start, *(size for size in sizes if block.rows.start < size < end), end]
+        yield from ((block, *piece) for piece in pairwise(cuts))
+
+
+def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slice, layer: int) -> None:
+    negs_PON, gold_P = block.shard.negs_PON(layer)[rows], block.shard.numbers("gold")[rows]
     for vote, scores_LN in scores.items():
-        values_PON = effect(vote.signal, negs_PON, lambda: block.shard.activations_PN(layer))
+        values_PON = effect(vote.signal, negs_PON, lambda: block.shard.activations_PN(layer)[rows])
         scores_LN[at] += SCORES[vote.rule](values_PON, gold_P)
 
 
@@ -149,7 +199,7 @@ def _class_sums(split: NegSplit, layers: range, class_P: Ints, n_classes: int) -
         is_class_CP = class_P[block.rows] == np.arange(n_classes)[:, None]
         for at, layer in enumerate(layers):
             activations_PN = block.shard.activations_PN(layer)
-            with _named(split, block, layer):
+            with _named(split, block.rows.start, layer):
                 check_finite(activations_PN, "activation", ("row", "neuron"))
             for of_class, is_class_P in enumerate(is_class_CP):
                 sums_CLN[of_class, at] += activations_PN[is_class_P].sum(axis=0, dtype=np.float64)
@@ -180,10 +230,11 @@ def _above_scores(
 
 
 @contextmanager
-def _named(split: NegSplit, block: RowBlock, layer: int) -> Iterator[None]:
+def _named(split: NegSplit, start: int, layer: int) -> Iterator[None]:
     """Say of a refused number in which prompts and layer it is."""
     try:
         yield
     except NegError as error:
-        first = split.ids[block.rows.start]
-        raise NegError(f"{split.partition.dataset}, rows from {first!r} on, layer {layer}: {error}") from None
+        raise NegError(
+            f"{split.partition.dataset}, rows from {split.ids[start]!r} on, layer {layer}: {error}"
+        ) from None

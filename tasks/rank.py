@@ -3,11 +3,11 @@
 import threading
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.rankings import Rankings, Vote, rank_layers
+from negcore.rankings import Rankings, Vote, rank_layers, training_scores
 from negcore.reader import NegSplit, open_negs
 from negcore.shards import Partition
 from tasks.pool import Pool, PoolStatus, Resources, open_pool
@@ -24,15 +24,20 @@ class RankJob:
     end_layer: int
     votes: tuple[Vote, ...]
     act: bool
+    sizes: tuple[int, ...]
+    """Numbers of rows to score instead of all."""
 
 
 class RankWorker:
     """Reads one layer of one shard at a time; needs neither a model nor a GPU."""
 
-    def run(self, job: RankJob) -> Rankings:
-        """Scores of the job's layers: some bytes a neuron, whatever the number of prompts."""
+    def run(self, job: RankJob) -> dict[int, Rankings]:
+        """Scores of the job's layers by number of rows: some bytes a neuron, whatever the number of prompts."""
         split = open_negs(job.root).select(*job.partition)
-        return rank_layers(split, range(job.first_layer, job.end_layer), job.votes, act=job.act)
+        layers = range(job.first_layer, job.end_layer)
+        if job.sizes:
+            return training_scores(split, layers, job.votes, job.sizes)
+        return {split.n_rows: rank_layers(split, layers, job.votes, act=job.act)}
 
 
 def rank_pool(run: RunFile) -> AbstractContextManager[Pool]:
@@ -61,16 +66,45 @@ def rank_split(
     Stopped
         If `stop` is set.
     """
+    job = RankJob(root, split.partition, 0, split.n_layers, tuple(votes), act, ())
+    return _rank(pool, split, job, n_blocks, stop, on_tick)[split.n_rows]
+
+
+def rank_rows(
+    pool: Pool,
+    root: Path,
+    split: NegSplit,
+    votes: Collection[Vote],
+    sizes: Collection[int],
+    *,
+    n_blocks: int,
+    stop: threading.Event,
+    on_tick: Callable[[PoolStatus], None] | None = None,
+) -> dict[int, Rankings]:
+    """Scores of all neurons on the first rows of a split, for several numbers of rows.
+
+    Raises: as `rank_split`.
+    """
+    job = RankJob(root, split.partition, 0, split.n_layers, tuple(votes), False, tuple(sizes))
+    return _rank(pool, split, job, n_blocks, stop, on_tick)
+
+
+def _rank(
+    pool: Pool,
+    split: NegSplit,
+    whole: RankJob,
+    n_blocks: int,
+    stop: threading.Event,
+    on_tick: Callable[[PoolStatus], None] | None,
+) -> dict[int, Rankings]:
     n_blocks = min(n_blocks, split.n_layers)
     ends = [split.n_layers * index // n_blocks for index in range(n_blocks + 1)]
-    jobs = [
-        RankJob(root, split.partition, first, end, tuple(votes), act)
-        for first, end in zip(ends, ends[1:], strict=False)
-    ]
-    blocks: dict[int, Rankings] = {}
+    jobs = [replace(whole, first_layer=first, end_layer=end) for first, end in zip(ends, ends[1:], strict=False)]
+    blocks: dict[int, dict[int, Rankings]] = {}
     for outcome in pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=2.0):
         if outcome.result is None:
             layers = f"layers {outcome.job.first_layer}..{outcome.job.end_layer - 1}"
             raise RunError(f"{split.partition.dataset}: {layers} cannot be ranked: {outcome.error}")
         blocks[outcome.job.first_layer] = outcome.result
-    return Rankings.joined([blocks[first] for first in sorted(blocks)])
+    in_order = [blocks[first] for first in sorted(blocks)]
+    return {size: Rankings.joined([block[size] for block in in_order]) for size in in_order[0]}

@@ -1,5 +1,6 @@
 """Tiny random models of every known family and a tiny tokenizer, made from configurations: no network, no files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -118,11 +119,18 @@ def prompts_for(lm: LanguageModel) -> list[str]:
     return [prompt + "<mask>" if lm.arch.masked else prompt for prompt in PROMPTS]
 
 
-def save_tiny_model(family: str, directory: Path) -> Path:
-    """Write a tiny random model as a user would have it: a directory of safetensors."""
+def save_tiny_model(family: str, directory: Path, *, n_positions: int | None = None) -> Path:
+    """Write a tiny random model as a user would have it: a directory of safetensors.
+
+    The tiny tokenizer needs about a token a byte, so that real prompts need more positions than the models have.
+    """
     lm = tiny_model(family, dtype=torch.float32)
     lm.model.save_pretrained(directory)
     lm.tokenizer.save_pretrained(directory)
+    if n_positions is not None:
+        for name, field in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+            settings = json.loads((directory / name).read_text())
+            (directory / name).write_text(json.dumps(settings | {field: n_positions}))
     return directory
 
 

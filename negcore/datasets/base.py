@@ -86,6 +86,8 @@ class PromptSettings:
 
     shots: Literal[0, 1] = 0
     """Demonstrations per class: 0 for none, 1 for one of each class, the same in every prompt."""
+    demonstrations: int = 0
+    """Which sample of demonstrations: 0, 1, ... are other training rows each."""
     wording: str | Wording = "default"
     """Name of one of the dataset's wordings, or a wording of your own."""
     seed: int = 0

@@ -91,7 +91,7 @@ def load_dataset(
     canonical, source = _source(name, settings.seed, Path(root) if root is not None else None)
     wording = _wording(canonical, source, settings.wording)
     cut = cut_splits(source.rows, settings.split_policy, settings.seed, canonical)
-    shots = draw_demonstrations(cut.rows, settings.seed, canonical) if settings.shots else []
+    shots = _demonstrations(cut, settings, canonical)
     available = {**cut.rows, "train": without(cut.rows["train"], shots)}
     raw = {split: _sample(available[split], settings, canonical, split) for split in SPLITS}
     defuser = Defuser(special_token_pattern(tokenizer))
@@ -112,6 +112,10 @@ def load_dataset(
 def _sample(rows: Sequence[Row], settings: PromptSettings, name: str, split: str) -> list[Row]:
     most = settings.most_rows(split)
     return stratified_sample(rows, len(rows) if most is None else most, settings.seed, name, split)
+
+
+def _demonstrations(cut: Cut, settings: PromptSettings, name: str) -> list[Row]:
+    return draw_demonstrations(cut.rows, settings.seed, name, sample=settings.demonstrations) if settings.shots else []
 
 
 def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows, raw: Rows, used: Rows) -> SplitReport:

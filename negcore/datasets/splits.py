@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -192,8 +191,10 @@ def _nothing_left(released: Rows, overlaps: Sequence[Overlap], split: str, name:
     )
 
 
-def draw_demonstrations(rows: Rows, seed: int, name: str) -> list[Row]:
+def draw_demonstrations(rows: Rows, seed: int, name: str, *, sample: int = 0) -> list[Row]:
     """One training row per answer, in seeded order, none of which asks what a valid or test row asks.
+
+    Sample 0 takes the first row of each answer, sample 1 the second, and so on.
 
     Raises
     ------
@@ -201,14 +202,13 @@ def draw_demonstrations(rows: Rows, seed: int, name: str) -> list[Row]:
         An answer that other splits or train have is left without a training row.
     """
     candidates = without(rows["train"], [*rows["valid"], *rows["test"]])
-    first: dict[int, Row] = {}
+    by_answer: dict[int, list[Row]] = {row.answer: [] for split in SPLITS for row in rows[split]}
     for row in seeded_order(candidates, seed, name, "demonstrations"):
-        first.setdefault(row.answer, row)
-    answers = Counter(row.answer for split in SPLITS for row in rows[split])
-    missing = sorted(answers.keys() - first.keys())
+        by_answer[row.answer].append(row)
+    missing = sorted(answer for answer, of_answer in by_answer.items() if len(of_answer) <= sample)
     if missing:
         raise DatasetError(
-            f"{name}: no training row to demonstrate answer {missing[0]} "
+            f"{name}: no training row to demonstrate answer {missing[0]} in sample {sample} of demonstrations "
             f"({len(rows['train'])} training rows, {len(candidates)} of them not in valid or test); use shots=0"
         )
-    return seeded_order(list(first.values()), seed, name, "order of demonstrations")
+    return seeded_order([by_answer[answer][sample] for answer in by_answer], seed, name, "order of demonstrations")

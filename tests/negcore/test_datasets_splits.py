@@ -92,9 +92,9 @@ def test_clean_carves_train_from_valid_when_train_is_absent():
     assert Counter(r.answer for r in cut.rows["valid"]) == {0: 2, 1: 2}
 
 
-def test_clean_says_so_when_nothing_is_left_for_train():
+def test_clean_says_so_when_too_little_is_left_to_cut():
     valid = [row(f"v{i}", content=f"t{i}") for i in range(4)]
-    with pytest.raises(DatasetError, match=r"x: .*leaves no train rows.*4 of valid in test.*'released'"):
+    with pytest.raises(DatasetError, match=r"x: .*leaves no valid rows.*4 of valid in test.*'released'"):
         cut_splits({"valid": valid, "test": rows("t", 4)}, "clean", 0, "x")
 
 
@@ -130,3 +130,12 @@ def test_an_answer_without_a_training_row_cannot_be_demonstrated():
     splits = {"train": [row("a", 0)], "valid": [row("b", 1)], "test": [row("c", 0)]}
     with pytest.raises(DatasetError, match="answer 1.*shots=0"):
         draw_demonstrations(splits, 0, "x")
+
+
+def test_samples_of_demonstrations_share_no_row():
+    splits = {"train": rows("r", 12, n_answers=3), "valid": [], "test": []}
+    samples = [ids(draw_demonstrations(splits, 0, "x", sample=sample)) for sample in range(4)]
+    assert [len(sample) for sample in samples] == [3] * 4
+    assert len(set().union(*samples)) == 12
+    with pytest.raises(DatasetError, match="sample 4"):
+        draw_demonstrations(splits, 0, "x", sample=4)
