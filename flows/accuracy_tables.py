@@ -111,6 +111,46 @@ def _cell(row: Row) -> str:
     return f"[bold]{share(row.accuracy)}[/bold]{kept}\n{share(row.low)}-{share(row.high)}"
 
 
+def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
+    """Accuracies of several runs side by side: for every model, shots and dataset that two of them have, a line a run.
+
+    Parameters
+    ----------
+    runs : mapping of name to scores
+        Those of groups of rows are left out.
+    """
+    named = [(name, score) for name, scores in runs.items() for score in scores if not score.group]
+    probes = list(dict.fromkeys(score.probe for _, score in named))
+    table = _table("Accuracy on test, run by run")
+    table.caption = "After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson)."
+    table.add_column("dataset")
+    table.add_column("run")
+    for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
+        table.add_column(name, justify="right", no_wrap=True)
+    asked: dict[tuple[str, int, str], dict[str, dict[str, Score]]] = {}
+    for name, score in named:
+        asked.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
+    for question, by_run in asked.items():
+        if len(by_run) > 1:
+            title = _question(*question, several=len({key[:2] for key in asked}) > 1)
+            for at, (name, by_probe) in enumerate(by_run.items()):
+                table.add_row(title if at == 0 else "", *_run_cells(name, by_probe, probes))
+            table.add_section()
+    return table
+
+
+def _question(model: str, shots: int, dataset: str, *, several: bool) -> str:
+    where = f"\n[dim]{_model(model)}, {SHOTS[shots]}[/dim]" if several else ""
+    return escape(printable(short(dataset))) + where
+
+
+def _run_cells(name: str, by_probe: Mapping[str, Score], probes: Sequence[str]) -> list[str]:
+    first = next(iter(by_probe.values()))
+    mark = f"\n{_OVERLAPPING}" if first.overlapping else ""
+    cells = [_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
+    return [escape(printable(name)) + mark, f"{first.n_train}\n{first.n_test}", _floors(first), *cells]
+
+
 def rows_table(accounts: Sequence[SplitAccount]) -> Table:
     """How many rows of every dataset were used, and what became of the others (with demonstrations, if any)."""
     shots = max(account.shots for account in accounts)

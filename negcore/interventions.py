@@ -1,19 +1,28 @@
 """Interventions on many neurons at once: does the sum of single predictions foretell the true change?
 
-Shapes: P prompts, M sets of neurons, K neurons of a set, L layers, N neurons a layer.
+Shapes: P prompts, O options (labels), M sets of neurons, K neurons of a set, R shifted rows, L layers,
+N neurons a layer, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import NegError
-from negcore.forward import ProbedBatch, label_probabilities, probed_batches
+from negcore.forward import (
+    TOKEN_BUDGET,
+    CausalBatch,
+    MaskedBatch,
+    ProbedBatch,
+    label_probabilities,
+    probed_batches,
+)
 from negcore.gradients import away_from_zero, neurgrad
 from negcore.models import LanguageModel
 from negcore.sweeps import Floats, choose_neurons, one_label_each
@@ -23,6 +32,9 @@ NeuronSet = Sequence[tuple[int, int]] | NDArray[np.int64]
 
 SET_SIZES = tuple(2**power for power in range(13))
 """1 to 4096 neurons: the sizes of the paper."""
+
+# Bytes that the shifts and logits of the rows of one forward pass may take.
+_ROW_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -117,8 +129,7 @@ def intervene(
     ----------
     Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053: multi-neuron intervention.
     """
-    if not np.isfinite(shift) or shift == 0:
-        raise NegError(f"shift {shift} cannot be measured; give a finite size other than zero")
+    check_shift(shift)
     chosen = [choose_neurons(lm, np.asarray(neurons)) for neurons in sets]
     if not chosen:
         raise NegError("no sets were given; at least one is needed")
@@ -130,49 +141,113 @@ def intervene(
     if negs.shape != expected:
         raise NegError(f"gradients of shape {negs.shape} do not fit; these prompts and {lm.card.name} need {expected}")
     kind = np.float64 if lm.dtype == "float64" else np.float32
+    places = [(neurons_K2[:, 0], neurons_K2[:, 1]) for neurons_K2 in chosen]
     result = InterventionResult(
         sizes_M=np.array([len(neurons) for neurons in chosen]),
         base_probs_P=np.empty(len(ids), kind),
         probs_PM=np.empty((len(ids), len(chosen)), kind),
-        predicted_PM=np.empty((len(ids), len(chosen))),
+        predicted_PM=np.stack([shift * np.abs(negs[:, *place]).sum(1, dtype=np.float64) for place in places], axis=1),
         label_ids_P=label_ids_P1[:, 0],
     )
-    for index, tokens in enumerate(ids):
-        _fill(result, lm, index, tokens, chosen, shift, negs[index])
+
+    def rows_of(prompt: int) -> list[JointShift]:
+        return [JointShift(*place, shift * np.sign(negs[prompt, *place])) for place in places]
+
+    for prompt, base_probs_1, probs_M1 in shift_together(lm, ids, label_ids_P1, rows_of):
+        result.base_probs_P[prompt] = base_probs_1[0]
+        result.probs_PM[prompt] = probs_M1[:, 0]
     return result
 
 
-def _fill(
-    result: InterventionResult,
+def check_shift(shift: float) -> None:
+    """Raise `NegError` unless a shift is a finite size other than zero."""
+    if not np.isfinite(shift) or shift == 0:
+        raise NegError(f"shift {shift} cannot be measured; give a finite size other than zero")
+
+
+class JointShift(NamedTuple):
+    """One row: neurons that are shifted together."""
+
+    layers_K: NDArray[np.int64]
+    neurons_K: NDArray[np.int64]
+    sizes_K: Array
+    """In units of activation; positive is away from zero."""
+
+
+class ShiftedTogether(NamedTuple):
+    """One prompt's probabilities of its labels; float32, or float64 from a float64 model."""
+
+    prompt: int
+    """Its index."""
+    base_probs_O: Array
+    """Without a shift."""
+    probs_RO: Array
+    """With the neurons of each row shifted."""
+
+
+def shift_together(
     lm: LanguageModel,
-    index: int,
-    tokens: list[int],
-    sets: list[NDArray[np.int64]],
-    shift: float,
-    negs_LN: Array,
-) -> None:
-    for column, neurons_K2 in enumerate(sets):
-        chosen_K = negs_LN[tuple(neurons_K2.T)].astype(np.float64)
-        result.predicted_PM[index, column] = shift * np.abs(chosen_K).sum()
-    # Every row is the same prompt, so all its tokens but the last run once.
-    for batch in probed_batches(lm, [tokens] * len(sets)):
-        label_B1 = torch.full((len(batch.rows), 1), int(result.label_ids_P[index]), device=lm.device)
+    ids: Sequence[Sequence[int]],
+    label_ids_PO: NDArray[np.int64],
+    rows_of: Callable[[int], Sequence[JointShift]],
+) -> Iterator[ShiftedTogether]:
+    """Shift sets of neurons at the probed token, one prompt at a time; its rows share what comes before that token.
+
+    Activations, and so the directions away from zero, are those of the unshifted pass.
+
+    Parameters
+    ----------
+    ids : token ids of every prompt
+    label_ids_PO : int array of shape (P, O)
+    rows_of : callable
+        The rows of the prompt with that index.
+
+    Yields
+    ------
+    ShiftedTogether
+        In no particular order of the prompts.
+    """
+    for prompt in probed_batches(lm, ids, batch_size=1):
+        (index,) = prompt.rows
+        label_ids_1O = torch.from_numpy(label_ids_PO[index : index + 1]).to(lm.device)
         with torch.no_grad():
-            logits_BV, activations_BLN = batch.predict()
-            result.base_probs_P[index] = label_probabilities(logits_BV[:1], label_B1[:1]).item()
-            steps = _steps(batch, activations_BLN[0], [sets[row] for row in batch.rows], shift, negs_LN)
-            probs_B1 = label_probabilities(batch.predict(steps).logits_BV, label_B1)
-        result.probs_PM[index, batch.rows] = probs_B1[:, 0].cpu().numpy()
+            logits_1V, activations_1LN = prompt.predict()
+            directions_LN = away_from_zero(activations_1LN[0])
+            parts = [
+                _shifted(prompt, ids[index], rows, directions_LN, label_ids_1O)
+                for rows in _passes(lm, len(ids[index]), rows_of(index))
+            ]
+        base_probs_1O = label_probabilities(logits_1V, label_ids_1O)
+        yield ShiftedTogether(index, base_probs_1O[0].cpu().numpy(), torch.cat(parts).numpy())
 
 
-def _steps(
-    batch: ProbedBatch, activations_LN: torch.Tensor, sets: list[NDArray[np.int64]], shift: float, negs_LN: Array
-) -> dict[int, torch.Tensor]:
-    """What each row adds to the neurons of its set, by layer."""
-    signs_LN = torch.from_numpy(np.sign(negs_LN)).to(activations_LN)
-    step_LN = shift * signs_LN * away_from_zero(activations_LN)
-    steps_LBN = torch.zeros(batch.lm.n_layers, len(sets), batch.lm.n_neurons).to(activations_LN)
-    for row, neurons_K2 in enumerate(sets):
-        layers_K, neurons_K = torch.from_numpy(neurons_K2.T).to(batch.lm.device)
-        steps_LBN[layers_K, row, neurons_K] = step_LN[layers_K, neurons_K]
-    return dict(enumerate(steps_LBN))
+def _passes(lm: LanguageModel, n_tokens: int, rows: Sequence[JointShift]) -> Iterator[Sequence[JointShift]]:
+    """The rows in parts that fit in memory beside their keys and values."""
+    row_bytes = lm.model.dtype.itemsize * (lm.n_layers * lm.n_neurons + int(lm.card.text_config.vocab_size))
+    step = max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+def _shifted(
+    prompt: ProbedBatch,
+    tokens: Sequence[int],
+    rows: Sequence[JointShift],
+    directions_LN: Tensor,
+    label_ids_1O: Tensor,
+) -> Tensor:
+    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, len(rows), prompt.lm.n_neurons)
+    for row, shift in enumerate(rows):
+        layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
+        sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
+        steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
+    logits_RV = _copies(prompt, tokens, len(rows)).predict(dict(enumerate(steps_LRN))).logits_BV
+    return label_probabilities(logits_RV, label_ids_1O.expand(len(rows), -1)).cpu()
+
+
+def _copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
+    """The one prompt of a batch in so many rows; what comes before the probed token does not run again."""
+    ids = [tokens] * n_rows
+    if isinstance(prompt, CausalBatch):
+        return CausalBatch(prompt.lm, range(n_rows), ids, prompt.cache, len(tokens) - 1)
+    return MaskedBatch(prompt.lm, range(n_rows), ids)

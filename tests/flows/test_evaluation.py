@@ -4,13 +4,14 @@ import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pyarrow as pa
 import pytest
 from rich.console import Console
 from support import SHARED, neg, save_tiny_model
 
-from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
+from flows.accuracy_tables import artifact_tables, comparison_table, confusion_tables, result_tables, rows_table
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError, RunError
@@ -23,6 +24,7 @@ from tasks.probe import RECIPES, Confusion, Prober, Score, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
 from tasks.runfile import EvaluationRun, SkillRun, read_run_file, write_run_file
+from tasks.tables import write_table
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
@@ -415,3 +417,37 @@ def test_a_wording_that_asks_for_another_field_is_refused_with_the_datasets(smal
     values = run.model_dump(exclude_none=True) | {"wording": {**OWN, "question": "{premise.__class__}"}}
     with pytest.raises(DatasetError, match="asks for 'premise.__class__'; allowed: claim"):
         plan(read_run_file(SkillRun, None, values))
+
+
+# Runs side by side
+
+
+def answered(dataset, probe, share, **changes):
+    fields = {"model": "m", "shots": 0, "genre": "nli", "group": "", "n_neurons": 4, "low": 0.1, "high": 0.9}
+    fields |= {"n_correct": 1, "n_test": 10, "n_train": 20, "majority": 0.5, "random": 0.5, "overlapping": False}
+    return Score(**(fields | {"dataset": dataset, "probe": probe, "accuracy": share} | changes))
+
+
+def test_runs_stand_side_by_side_where_two_have_the_dataset():
+    clean = [answered("mceval8k/paws", "lm", 0.25), answered("mceval8k/paws", "magn", 0.5)]
+    clean.append(answered("mceval8k/ner", "lm", 0.1))
+    released = [answered("mceval8k/paws", "magn", 0.75, overlapping=True)]
+    released += [answered("mceval8k/paws", "magn", 0.875, group="de")]
+    text = printed([comparison_table({"clean": clean, "released[/]": released})])
+    assert "ner" not in text and ".875" not in text
+    first, second = (line for line in text.splitlines() if "clean" in line or "released[/]" in line)
+    assert first.split()[:2] == ["paws", "clean"] and ".250" in first and ".500" in first
+    assert ".750" in second and "overlapping" in text
+
+
+def test_runs_are_compared_by_a_command_that_refuses_what_is_none(tmp_path):
+    for name, share in (("one", 0.25), ("two", 0.75)):
+        write_table(tmp_path / name / "accuracy.arrow", Score, [asdict(answered("mini/nli", "lm", share))])
+    ran = neg("compare", tmp_path / "one", tmp_path / "two")
+    assert ran.returncode == 0 and ".250" in ran.stdout and ".750" in ran.stdout
+    alone = neg("compare", tmp_path / "one", tmp_path / "one")
+    assert alone.returncode == 2 and "at least two" in alone.stderr
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "accuracy.arrow").write_bytes(b"no table")
+    assert "was not written by this version" in neg("compare", tmp_path / "one", tmp_path / "three").stderr
+    assert "cannot be read" in neg("compare", tmp_path / "one", tmp_path / "absent").stderr

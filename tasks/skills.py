@@ -1,0 +1,331 @@
+"""What `neg skills` finds: rankings of the neurons, their causal check, and every analysis of what they say.
+
+The analyses themselves are in `negcore.skills`; here they are put together for a dataset and for all of a model's.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from negcore.causal import CausalRow, causal_rows, skill_sets
+from negcore.errors import NegError
+from negcore.evaluation import accuracy, majority_floor, random_floor
+from negcore.fitted import fit_vote
+from negcore.models import ModelCard
+from negcore.probes import LMProbe
+from negcore.rankings import Vote
+from negcore.reader import NegSplit, open_negs
+from negcore.skills import (
+    BandRow,
+    CommonNeuronRow,
+    ForestRow,
+    GenreOverlapRow,
+    LayerShareRow,
+    NeuronCountRow,
+    OverlapRow,
+    TrainingRowsRow,
+    TransferRow,
+    accuracy_by_neurons,
+    accuracy_by_rows,
+    bands,
+    common_neurons,
+    forest_grid,
+    genre_overlaps,
+    layer_shares,
+    overlaps,
+    rank_by_lot,
+    training_sizes,
+    transfer,
+)
+from negcore.votes import Ints, Ranking
+from tasks.causal import CausalPart, plan_causal, read_causal
+from tasks.plan import PlannedDataset, PlannedModel, plan
+from tasks.pool import Pool, PoolStatus
+from tasks.rank import rank_rows, rank_split
+from tasks.runfile import SkillsRun
+from tasks.tables import write_table
+
+_BOOTSTRAP = 1000
+_FOREST = Vote("magn", "neg")
+"""By whose score a forest's neurons are chosen, as for the Tree-Probe."""
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """What a dataset's probes are to be measured against: LM-Prob and two floors, on test."""
+
+    genre: str
+    n_train: int
+    n_valid: int
+    n_test: int
+    lm: float
+    low: float
+    high: float
+    majority: float
+    random: float
+
+
+@dataclass(frozen=True)
+class DatasetFindings:
+    """What the skill neurons of one dataset are like; the rows are those of `negcore.skills`."""
+
+    dataset: str
+    references: list[ReferenceRow]
+    causal: list[CausalRow]
+    neuron_counts: list[NeuronCountRow]
+    training_rows: list[TrainingRowsRow]
+    transfers: list[TransferRow]
+    bands: list[BandRow]
+    forests: list[ForestRow]
+    layers: list[LayerShareRow]
+
+    @property
+    def reference(self) -> ReferenceRow:
+        (row,) = self.references
+        return row
+
+
+@dataclass(frozen=True)
+class SkillFindings:
+    """What the skill neurons of one model are like."""
+
+    model: str
+    conditions: tuple[str, ...]
+    """Ways that the questions were asked, the main one first; all but `DatasetFindings.transfers` is about that."""
+    datasets: list[DatasetFindings]
+    overlaps: list[OverlapRow] = field(default_factory=list)
+    genre_overlaps: list[GenreOverlapRow] = field(default_factory=list)
+    common: list[CommonNeuronRow] = field(default_factory=list)
+
+
+class PlannedSkills(NamedTuple):
+    """One model, and what it reads under every condition."""
+
+    card: ModelCard
+    models: Mapping[str, PlannedModel]
+    """By the condition's folder."""
+
+    @property
+    def datasets(self) -> tuple[PlannedDataset, ...]:
+        """As the main condition has them."""
+        return self.models["main"].datasets
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of NEGs, under all conditions."""
+        return sum(model.n_shards for model in self.models.values())
+
+
+@cache
+def plan_skills(run: SkillsRun) -> tuple[PlannedSkills, ...]:
+    """Read every dataset under every condition with every model's tokenizer.
+
+    Raises
+    ------
+    NegError
+        As `plan`.
+    """
+    by_condition = {condition.folder: plan(condition.run) for condition in run.conditions}
+    return tuple(
+        PlannedSkills(models[0].card, dict(zip(by_condition, models, strict=True)))
+        for models in zip(*by_condition.values(), strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of all neurons of one model on one dataset: arrays of shape (M,)."""
+
+    by_size: Mapping[int, Mapping[Vote, Ints]]
+    """Of the main condition, by number of training rows; the last is all of them."""
+    by_condition: Mapping[str, Mapping[Vote, Ints]]
+    """Of all training rows, by the condition's folder."""
+
+    @property
+    def main(self) -> Mapping[Vote, Ints]:
+        """Of all training rows of the main condition."""
+        return self.by_condition["main"]
+
+
+def rank_dataset(
+    pool: Pool,
+    run: SkillsRun,
+    model: str,
+    dataset: str,
+    *,
+    stop: threading.Event,
+    on_tick: Callable[[PoolStatus], None] | None = None,
+) -> Scores:
+    """Score all neurons on the training rows: under every condition, and on ever more rows of the main one.
+
+    Raises
+    ------
+    NegError
+        If shards are missing or damaged, or cannot be ranked.
+    Stopped
+        If `stop` is set.
+    """
+    votes = tuple(dict.fromkeys([*(Vote(name, "neg") for name in run.probe), _FOREST]))
+    by_size: dict[int, Mapping[Vote, Ints]] = {}
+    by_condition: dict[str, Mapping[Vote, Ints]] = {}
+    for condition in run.conditions:
+        root = condition.run.directory
+        train = open_negs(root).select(model, dataset, "train")
+        if condition.folder == "main":
+            sizes = training_sizes(train.n_rows)
+            ranked = rank_rows(pool, root, train, votes, sizes, n_blocks=run.workers, stop=stop, on_tick=on_tick)
+            by_size = {size: rankings.votes_M for size, rankings in ranked.items()}
+            by_condition["main"] = by_size[train.n_rows]
+        else:
+            block = rank_split(pool, root, train, votes, act=False, n_blocks=run.workers, stop=stop, on_tick=on_tick)
+            by_condition[condition.folder] = block.votes_M
+    return Scores(by_size, by_condition)
+
+
+def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores) -> dict[str, CausalPart]:
+    """The causal check of each probe's ranking, on the test split.
+
+    Raises
+    ------
+    NegError
+        If the model has too few neurons for the sizes.
+    """
+    (test,) = [split for split in planned.splits if split.partition.split == "test"]
+    shifts = [sign * shift for shift in run.shift for sign in (1, -1)]
+    parts = {}
+    for probe in run.probe:
+        ranking = _shown_ranking(run, planned.dataset.name, scores.main[Vote(probe, "neg")])
+        sets = skill_sets(ranking, tops(run, card), card.n_layers, card.n_neurons, draws=run.draws, seed=run.seed)
+        parts[probe] = plan_causal(test, probe, sets, shifts)
+    return parts
+
+
+def tops(run: SkillsRun, card: ModelCard) -> list[int]:
+    """Numbers of skill neurons: those of the run file, each at most half of the model's neurons."""
+    return list(dict.fromkeys(min(top, card.n_layers * card.n_neurons // 2) for top in run.top))
+
+
+def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
+    """The ranking behind everything that names neurons, and behind its causal check."""
+    return rank_by_lot({dataset: scores_M}, seed=run.seed)[dataset]
+
+
+def analyse_dataset(
+    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores, checks: Mapping[str, CausalPart]
+) -> DatasetFindings:
+    """Everything about one dataset's skill neurons, from its shards.
+
+    Raises
+    ------
+    NegError
+        If shards are missing or damaged.
+    """
+    dataset = planned.dataset.name
+    main = {split: open_negs(run.conditions[0].run.directory).select(card.name, dataset, split) for split in _SPLITS}
+    valid, test = main["valid"], main["test"]
+    votes = {probe: Vote(probe, "neg") for probe in run.probe}
+    found = DatasetFindings(dataset, [_reference(planned, **main)], [], [], [], [], [], [], [])
+    for probe, part in checks.items():
+        result = read_causal(run.conditions[0].run.directory, part)
+        found.causal.extend(causal_rows(probe, result, n_bootstrap=_BOOTSTRAP, seed=run.seed))
+    for probe, vote in votes.items():
+        scores_M, most = scores.main[vote], run.max_neurons
+        found.neuron_counts.extend(accuracy_by_neurons(vote, scores_M, test, max_neurons=most, seed=run.seed))
+        by_size = {size: of_size[vote] for size, of_size in scores.by_size.items()}
+        found.training_rows.extend(accuracy_by_rows(vote, by_size, valid, test, max_neurons=most))
+        found.transfers.extend(_transfers(run, card.name, dataset, vote, scores))
+        found.bands.extend(bands(vote, scores_M, test, width=run.band))
+        ranking = _shown_ranking(run, dataset, scores_M)
+        found.layers.extend(layer_shares(probe, ranking, tops(run, card), n_layers=card.n_layers))
+    forest_order_K = Ranking.from_scores(scores.main[_FOREST]).top(run.tree_neurons).order_K
+    found.forests.extend(forest_grid(main["train"], test, forest_order_K, seed=run.seed))
+    return found
+
+
+_SPLITS = ("train", "valid", "test")
+
+
+def _reference(planned: PlannedDataset, train: NegSplit, valid: NegSplit, test: NegSplit) -> ReferenceRow:
+    predicted_P = LMProbe().fit(train.probs_PO).predict(test.probs_PO)
+    lm = accuracy(test.gold_P, predicted_P)
+    return ReferenceRow(
+        genre=planned.dataset.genre,
+        n_train=train.n_rows,
+        n_valid=valid.n_rows,
+        n_test=test.n_rows,
+        lm=lm.value,
+        low=lm.interval.low,
+        high=lm.interval.high,
+        majority=majority_floor(train.gold_P, test.gold_P).value,
+        random=random_floor(test.gold_P, test.n_options),
+    )
+
+
+def _transfers(run: SkillsRun, model: str, dataset: str, vote: Vote, scores: Scores) -> list[TransferRow]:
+    fitted, tests = {}, {}
+    for folder, name, of_condition in run.conditions:
+        negs = open_negs(of_condition.directory)
+        valid = negs.select(model, dataset, "valid")
+        fitted[name] = fit_vote(vote, scores.by_condition[folder][vote], valid, max_neurons=run.max_neurons)
+        tests[name] = negs.select(model, dataset, "test")
+    return transfer(vote.name, fitted, tests)
+
+
+def compare_datasets(
+    run: SkillsRun, card: ModelCard, scores: Mapping[str, Scores], findings: Sequence[DatasetFindings]
+) -> SkillFindings:
+    """What the datasets of a model share. Only those with `findings`, and so with a causal check, take part."""
+    result = SkillFindings(card.name, tuple(condition.name for condition in run.conditions), list(findings))
+    genres = {one.dataset: one.reference.genre for one in findings}
+    for probe in run.probe if len(genres) > 1 else ():
+        rankings = rank_by_lot({name: scores[name].main[Vote(probe, "neg")] for name in genres}, seed=run.seed)
+        result.overlaps.extend(overlaps(probe, rankings, genres, tops(run, card)))
+        result.common.extend(common_neurons(probe, rankings, tops(run, card), n_neurons=card.n_neurons))
+    result.genre_overlaps.extend(genre_overlaps(result.overlaps))
+    return result
+
+
+_OF_DATASET: dict[str, type] = {
+    "references": ReferenceRow,
+    "causal": CausalRow,
+    "neuron_counts": NeuronCountRow,
+    "training_rows": TrainingRowsRow,
+    "transfers": TransferRow,
+    "bands": BandRow,
+    "forests": ForestRow,
+    "layers": LayerShareRow,
+}
+_OF_MODEL: dict[str, type] = {
+    "overlaps": OverlapRow,
+    "genre_overlaps": GenreOverlapRow,
+    "common": CommonNeuronRow,
+}
+
+
+def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
+    """Write the tables of all models as Arrow files; the folder they are in.
+
+    Raises
+    ------
+    NegError
+        If they cannot be written.
+    """
+    folder = run.directory / "skills"
+    try:
+        for name, kind in _OF_DATASET.items():
+            rows: list[dict[str, Any]] = [
+                {"model": of_model.model, "dataset": one.dataset, **asdict(row)}
+                for of_model in findings
+                for one in of_model.datasets
+                for row in getattr(one, name)
+            ]
+            write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
+        for name, kind in _OF_MODEL.items():
+            rows = [{"model": one.model, **asdict(row)} for one in findings for row in getattr(one, name)]
+            write_table(folder / f"{name}.arrow", kind, rows, names=("model",))
+    except OSError as error:
+        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    return folder
