@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
-from negcore.datasets import Dataset, Example, load_dataset
+from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import DatasetError, NegError
 from negcore.fitted import check_forest_size
@@ -27,12 +27,13 @@ class PlannedSplit:
     examples: tuple[Example, ...]
     identity: RunIdentity
     shard_rows: int
+    asked: str
+    """How, as far as it is not the default: one-shot, another wording or other demonstrations."""
 
     @property
     def name(self) -> str:
-        """Model, dataset and split, for people."""
-        shots = " one-shot" if self.identity.prompt.get("shots") else ""
-        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}{shots}"
+        """Model, dataset, split and how it is asked, for people."""
+        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}{self.asked}"
 
     @property
     def shards(self) -> list[Sequence[Example]]:
@@ -52,8 +53,8 @@ class PlannedDataset:
 
     @property
     def name(self) -> str:
-        shots = " one-shot" if self.dataset.settings.shots else ""
-        return f"{self.model} {self.dataset.name}{shots}"
+        """Model, dataset and how it is asked, for people."""
+        return f"{self.model} {self.dataset.name}{_asked(self.dataset.settings)}"
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,19 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     splits = []
     for split, examples in dataset.splits.items():
         _check(card, dataset.name, split, examples)
-        splits.append(PlannedSplit(Partition(card.name, dataset.name, split), examples, identity, run.shard_rows))
+        partition = Partition(card.name, dataset.name, split)
+        splits.append(PlannedSplit(partition, examples, identity, run.shard_rows, _asked(dataset.settings)))
     if "tree" in run.probe:
         _check_forest(run, card, dataset)
     return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def _asked(settings: PromptSettings) -> str:
+    wording = settings.wording if isinstance(settings.wording, str) else settings.wording.name
+    parts = ["one-shot"] * settings.shots
+    parts += [f"demonstrations {settings.demonstrations}"] if settings.demonstrations else []
+    parts += [wording] if wording != "default" else []
+    return "".join(f" {part}" for part in parts)
 
 
 def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:

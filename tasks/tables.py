@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import pyarrow as pa
+
+from negcore.errors import RunError
+from negcore.storage import draft
 
 _TYPES = {
     str: pa.string(),
@@ -15,6 +18,9 @@ _TYPES = {
     float | None: pa.float64(),
     bool: pa.bool_(),
 }
+
+
+T = TypeVar("T")
 
 
 def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, names: Sequence[str] = ()) -> None:
@@ -30,10 +36,30 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
         Columns of strings before those of `kind`.
     """
     hints = get_type_hints(kind)
-    columns = [(name, pa.string()) for name in names] + [(item.name, _TYPES[hints[item.name]]) for item in fields(kind)]
+    columns = [(name, pa.string()) for name in names] + [(item.name, _type(hints[item.name])) for item in fields(kind)]
     schema = pa.schema(columns)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with pa.OSFile(str(draft), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with draft(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
-    draft.replace(path)
+
+
+def _type(hint: Any) -> pa.DataType:
+    """The column type of a field; a choice of strings is one."""
+    return pa.string() if get_origin(hint) is Literal else _TYPES[hint]
+
+
+def read_table(path: Path, kind: type[T]) -> list[T]:
+    """Read back the rows of a table that `write_table` wrote without further columns.
+
+    Raises
+    ------
+    RunError
+        If there is no such file, or it holds no such rows.
+    """
+    try:
+        rows = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all().to_pylist()
+        return [kind(**row) for row in rows]
+    except OSError as error:
+        raise RunError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"table {str(path)!r} was not written by this version: {reason}; make it again") from error

@@ -121,7 +121,8 @@ def test_nothing_is_said_of_a_dataset_whose_check_failed(run, results, monkeypat
 
 def test_a_shift_towards_gold_raises_its_probability(results):
     (findings,) = results.findings
-    rows = [row for one in findings.datasets for row in one.causal if row.neurons == "top"]
+    causal = [row for one in findings.datasets for row in one.causal]
+    rows = [row for row in causal if (row.neurons, row.direction) == ("top", "gold")]
     assert np.mean([row.prob_change * np.sign(row.shift) for row in rows]) > 0
 
 
