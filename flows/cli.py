@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,13 +16,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from negcore.errors import NegError
-from tasks.runfile import EvaluationRun, LinearityRun, RunFile, SkillRun, read_run_file, write_run_file
+from flows.serve import FlowName
+from negcore.errors import NegError, RunError
+from negcore.storage import location
+from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
 
 if TYPE_CHECKING:
+    from flows.campaign import CampaignResults
     from flows.linearity import LinearityResults
     from flows.pipeline import Results
+    from flows.skills import SkillResults
     from flows.stages import Stages
+    from tasks.verify import Verified
 
 R = TypeVar("R", bound=RunFile)
 T = TypeVar("T")
@@ -33,6 +38,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Neuron empirical gradients at scale: how much every feed-forward neuron of a language model moves the "
     "probability of an answer, and what that says about the model's skills.",
+    epilog="Exit codes of runs: 0 whole; 1 something is missing, and named; 2 refused, in one line; 3 whole but for "
+    "rows that could not be computed and were set aside; 130 stopped. The same command goes on where a run ended.",
 )
 _out = Console()
 _err = Console(stderr=True)
@@ -41,8 +48,12 @@ Orchestrator = Annotated[
     Literal["prefect", "none"],
     typer.Option(help="prefect: a flow run with its UI; a private server for the run unless PREFECT_API_URL is set."),
 ]
+# Text, not a Path: that would take one of the slashes of s3://.
+RunDirectory = Annotated[
+    str, typer.Argument(metavar="DIR", help="Run directory, or a part of one; on disk or s3://BUCKET/PREFIX.")
+]
 RunPath = Annotated[
-    Path | None, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence over it.")
+    str | None, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence over it.")
 ]
 
 
@@ -63,7 +74,8 @@ def _run_options(kind: type[RunFile]) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [_option(name, field) for name, field in kind.model_fields.items()]
+        fields = kind.model_fields.items()  # a mapping is for run files only
+        options = [_option(name, field) for name, field in fields if get_origin(field.annotation) is not dict]
 
         def wrapped(**values: Any) -> None:
             command(**{name: value for name, value in values.items() if value is not None})
@@ -80,8 +92,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     help_text = field.description or ""
     if get_origin(kind) is tuple:  # several values; the run file checks each
         kind = list[str]
-    elif get_origin(kind) is Union and NoneType not in get_args(kind):  # of several forms, like a number or "all"
-        kind = str
+    elif Path in get_args(kind) or (get_origin(kind) is Union and NoneType not in get_args(kind)):
+        kind = str  # it may be a URL; or it has several forms, like a number or "all"
     has_default = not field.is_required() and field.default is not None and field.default_factory is None
     if has_default and name not in ("dataset", "confusion"):  # a long list, and a switch
         default = field.default
@@ -143,12 +155,7 @@ def mceval8k(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", *
 
     with _reading():
         n_parts = sum(flows.n_parts(settings, plan(settings, tolerant=True)) for settings in run.settings)
-    write_run_file(run)  # before anything is started: the directory may not be writable
-    try:
-        results = _carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k)
-    except flows.IncompleteRun as incomplete:
-        results = incomplete.results
-    _show(results)
+    _show(_carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k))
 
 
 @app.command()
@@ -164,22 +171,71 @@ def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", 
     _quiet_libraries()
     run = read_run_file(LinearityRun, run_file, overrides)
     from flows import linearity as flows
-    from flows.pipeline import IncompleteRun
     from tasks.sweeps import plan_linearity
 
     with _reading():
         n_shards = sum(study.n_shards for study in plan_linearity(run))
-    write_run_file(run)  # before anything is started: the directory may not be writable
-    try:
-        results = _carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity)
-    except IncompleteRun as incomplete:
-        results = incomplete.results
-    _show_linearity(results)
+    _show_linearity(_carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
+
+
+@app.command()
+@_run_options(SkillsRun)
+def skills(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Analyse skill neurons: how many are enough, how far they carry over, which are shared, what they cause.
+
+    Example: `neg skills --model smollm2-135m --dataset mini/fact --dataset mini/nli --limit 60 --out runs/skills`
+
+    Every dataset is asked in several ways, so the NEGs of each are extracted: DIR/main, DIR/wording, DIR/shots and
+    DIR/demonstrations. Tables and figures are in DIR/skills. Rankings are shown with their causal check only: the
+    effect of shifting the best, random and last neurons. `neg skills DIR/run.yaml` computes only what is missing.
+    """
+    _quiet_libraries()
+    run = read_run_file(SkillsRun, run_file, overrides)
+    from flows import skills as flows
+    from tasks.skills import plan_skills
+
+    with _reading():
+        n_parts = flows.n_parts(run, plan_skills(run))
+    _show_skills(_carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
+
+
+@app.command()
+@_run_options(CampaignRun)
+def campaign(
+    run_file: Annotated[str, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence.")],
+    orchestrator: Orchestrator = "prefect",
+    **overrides: Any,
+) -> None:
+    """Take several models through several stages, and compare them.
+
+    Example: `neg campaign campaign.yaml --model smollm2-135m --model org/other`
+
+    The file names models and stages, and holds the options of every stage as a mapping, such as
+
+        model: [smollm2-135m, org/other]
+
+        stage: [mceval8k, linearity]
+
+        mceval8k: {dataset: [mceval8k/agnews, mceval8k/paws], limit: 200, shots: [0]}
+
+        linearity: {prompts: 10, neurons: 60}
+
+    The runs are in DIR/MODEL/STAGE, the comparison in DIR/campaign: accuracy by genre, the best probe beside LM-Prob,
+    linearity, layer profiles. A model that cannot be loaded or measured is named there and at the end, all others go
+    on; the exit code is then 1. `neg campaign DIR` repeats the campaign and computes only what is missing.
+    """
+    _quiet_libraries()
+    run = read_run_file(CampaignRun, run_file, overrides)
+    from flows import campaign as flows
+
+    with _reading():
+        n_parts = flows.n_campaign_parts(run)
+    _show_campaign(_carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    out: Annotated[str, typer.Option(help="Run directory, or s3://BUCKET/PREFIX.")] = "runs/demo",
     orchestrator: Orchestrator = "prefect",
 ) -> None:
     """Measure the embedded model on six small datasets and probe it: a first real result, without network.
@@ -191,6 +247,56 @@ def demo(
     names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
     values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 60}
     _execute("pipeline", read_run_file(SkillRun, None, values), orchestrator)
+
+
+@app.command()
+def serve(
+    run_files: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (YAML), or run directories.")],
+    flow: Annotated[FlowName, typer.Option(help="The flow that the run files are for.")] = "pipeline",
+    cron: Annotated[
+        str | None,
+        typer.Option(help="When runs are due, in UTC: minute hour day month weekday. By default on request."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the deployment. By default the run directory's.")] = None,
+) -> None:
+    """Run run files on a schedule, or when asked to in the Prefect UI, one at a time, on this machine.
+
+    Example: `neg serve runs/NAME --cron "0 2 * * *"`
+
+    Needs a Prefect server that stays (`prefect server start`) and its address in PREFECT_API_URL. A run that is due
+    while the one before still goes on is dropped. Ctrl-C cancels the run under way and pauses the schedules.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # the log is all there is to see here
+    _quiet_libraries()
+    from flows.serve import deployments, serve_runs
+
+    serve_runs(deployments(run_files, flow, cron=cron, name=name))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+) -> None:
+    """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
+
+    Example: `neg compare runs/clean runs/released`
+
+    Every dataset that two of the runs have is shown, with a line for each run.
+    """
+    from flows.accuracy_tables import comparison_table
+    from tasks.probe import Score
+    from tasks.tables import read_table
+
+    if len(set(runs)) < 2:
+        raise RunError("name at least two run directories: there is nothing to compare one with")
+    names = [run.name for run in runs]
+    scores = {
+        run.name if names.count(run.name) == 1 else str(run): read_table(run / "accuracy.arrow", Score) for run in runs
+    }
+    table = comparison_table(scores)
+    if not table.row_count:
+        raise RunError(f"no dataset is in two of the runs {', '.join(map(str, runs))}, asked of the same model")
+    _out.print(table)
 
 
 @app.command()
@@ -273,6 +379,101 @@ def datasets(
     describe_dataset(_out, dataset)
 
 
+@app.command()
+def verify(
+    directory: RunDirectory,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute what is damaged or missing again.")] = False,
+) -> None:
+    """Check every shard against its receipt: size, checksum, place, columns, row ids.
+
+    Examples: `neg verify runs/NAME`, `neg verify runs/NAME --repair`
+
+    Reads every byte and changes nothing. The exit code is 1 if a shard is damaged or missing, lies in the wrong place
+    or belongs to another run. With --repair, the receipts of damaged shards are removed, never those of good ones, and
+    the run of DIR/run.yaml is started again: it computes exactly what has no receipt. Then everything is checked again.
+    """
+    _quiet_libraries()
+    from flows.inspect_tables import checked, verified_lines, verified_tables
+
+    place = location(directory).absolute()
+    found = checked(place, _out)
+    if repair and any(one.faults for one in found):
+        _mend(found)
+        found = checked(place, _out)
+    for table in verified_tables(found, place):
+        _out.print(table)
+    problems = verified_lines(found, place)
+    for problem in problems:
+        _err.print(f"[red]wrong:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(directory: RunDirectory) -> None:
+    """Tell what a run has done, what is missing or set aside, how fast it is, and the time left.
+
+    Example: `neg status runs/NAME`
+
+    Reads receipts alone and loads no model, so it can be asked at any time, also while the run goes on. Shards are
+    not opened: `neg verify` does that. The pace is that of the present session: every shard counts with the time since
+    the one before it, and where that is a pause of the run, neither counts.
+    """
+    from flows.inspect_tables import status_lines, status_tables
+    from tasks.status import run_status
+
+    place = location(directory).absolute()
+    found = run_status(place)
+    for table in status_tables(found, place):
+        _out.print(table)
+    for line in status_lines(found, place):
+        _out.print(escape(line), soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_run_options(SkillRun)
+def plan(
+    run_file: RunPath = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the rate of a worker: load each model, run a few prompts.")
+    ] = False,
+    gflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Rate of one worker, in 10^9 operations a second.")
+    ] = None,
+    **overrides: Any,
+) -> None:
+    """Foresee what a run will need: prompts, shards, bytes, memory, time; nothing is computed or written.
+
+    Example: `neg plan --model smollm2-135m --dataset mceval8k/agnews --limit 200 --calibrate`
+
+    Takes the options of `neg pipeline`, or the run file of any run on datasets. What is already in the run directory
+    is not counted again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
+    Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
+    """
+    _quiet_libraries()
+    from flows.forecast_tables import forecast_lines, forecast_tables
+    from tasks.forecast import forecast, measured_rate, skill_runs
+    from tasks.plan import plan as plan_run
+    from tasks.room import rooms
+    from tasks.rundir import recorded_run
+
+    run = recorded_run(run_file, overrides) if run_file else read_run_file(SkillRun, None, overrides)
+    with _reading():
+        planned = [(one, plan_run(one, tolerant=isinstance(run, EvaluationRun))) for one in skill_runs(run)]
+        models = forecast(planned)
+    first, of_first = planned[0]
+    rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
+    rates |= {model.name: gflops * 1e9 for model in models} if gflops else {}
+    needed = rooms(first, models)
+    for table in forecast_tables(models, rates):
+        _out.print(table)
+    left_out = {f"left out: {problem}" for _, of_run in planned for model in of_run for problem in model.problems}
+    for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
+        _out.print(escape(line), soft_wrap=True, highlight=False)
+    for room in needed:
+        room.check()
+
+
 def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
     """Run one of the pipeline's flows and show its results."""
     _quiet_libraries()
@@ -281,15 +482,27 @@ def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
 
     with _reading():
         n_parts = flows.n_parts(run, plan(run), extract=flow_name != "probe", probe=flow_name != "extract")
-    if flow_name != "probe":
-        write_run_file(run)  # before anything is started: the directory may not be writable
     plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
     prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
-    try:
-        results = _carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow)
-    except flows.IncompleteRun as incomplete:
-        results = incomplete.results
-    _show(results)
+    _show(_carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow))
+
+
+def _mend(found: "Sequence[Verified]") -> None:
+    """Remove the receipts of damaged shards, and start the runs again that make what then is missing."""
+    from flows.mending import drivers_places, mending, mending_runs
+    from tasks.claim import claim
+    from tasks.verify import unpublish
+
+    with _reading():
+        runs = [(run, mending(run)) for run in mending_runs(found)]  # all of them, before anything is removed
+    with ExitStack() as claims:
+        for directory in drivers_places(found):
+            claims.enter_context(claim(directory))
+        for one in found:
+            unpublish(one)
+        for run, (n_parts, work) in runs:
+            for problem in _carry_out(run, "none", "repair", n_parts, work, work).problems:
+                _err.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
 
 
 def _carry_out(
@@ -300,26 +513,38 @@ def _carry_out(
     plain: Callable[[R, "Stages"], T],
     prefect_flow: Callable[[R], T],
 ) -> T:
-    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private."""
+    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private.
+
+    Of a run that is not whole, the results are what there is.
+    """
+    from prefect.exceptions import CancelledRun
+
     from flows.display import Display
+    from flows.pipeline import IncompleteRun
     from flows.stages import PlainStages, current_watcher
+    from tasks.claim import claim
     from tasks.server import prefect_api
 
     signal.signal(signal.SIGTERM, _terminated)
     _out.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
-        with Display(_out, title, n_parts) as display:
+        # Claimed before anything is started: a private server would get in the way of another driver's.
+        with claim(run.directory), Display(_out, title, n_parts) as display:
             current_watcher.set(display)
             if orchestrator == "none":
                 return plain(run, PlainStages())
-            with prefect_api(run.directory / "prefect") as api:
+            with prefect_api(run.local_directory / "prefect") as api:
                 api.wait_ready()
                 page = api.url.removesuffix("/api")
-                hint = f" (password: {run.directory / 'prefect' / 'password'})" if api.private else ""
+                hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
                 _out.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
                 return prefect_flow(run)
-    except KeyboardInterrupt:
-        _err.print("stopped; finished shards are kept, and the same command goes on from them")
+    except IncompleteRun as incomplete:
+        results: T = incomplete.results
+        return results
+    except (KeyboardInterrupt, CancelledRun) as end:
+        what = "cancelled" if isinstance(end, CancelledRun) else "stopped"
+        _err.print(f"{what}; finished shards are kept, and the same command goes on from them")
         raise typer.Exit(130) from None
 
 
@@ -338,7 +563,7 @@ def _show(results: "Results") -> None:
         reused = sum(part.n_reused for part in results.extracted)
         shards = reused + sum(part.n_computed for part in results.extracted)
         _out.print(f"{rows} prompts in {shards} shards ({reused} were there already), {size:.0f} MiB", highlight=False)
-    _end(results.directory, results.problems)
+    _end(results.directory, results.problems, results.set_aside)
 
 
 def _show_linearity(results: "LinearityResults") -> None:
@@ -351,15 +576,35 @@ def _show_linearity(results: "LinearityResults") -> None:
     _end(results.directory, results.problems)
 
 
-def _end(directory: Path, problems: Sequence[str]) -> None:
-    """Say where everything is, and what is missing."""
+def _show_skills(results: "SkillResults") -> None:
+    from flows.skill_tables import skill_tables, summary
+
+    for findings in results.findings:
+        _out.print(escape(summary(findings)), highlight=False, soft_wrap=True)
+        for table in skill_tables(findings):
+            _out.print(table)
+    _end(results.directory, results.problems, results.set_aside)
+
+
+def _show_campaign(results: "CampaignResults") -> None:
+    from flows.campaign_tables import campaign_tables
+
+    for table in campaign_tables(results.comparison):
+        _out.print(table)
+    _end(results.directory, results.problems, results.set_aside)
+
+
+def _end(directory: Path, problems: Sequence[str], set_aside: Sequence[str] = ()) -> None:
+    """Say where everything is, and what is missing or was set aside."""
     from flows.display import printable
 
     _out.print(f"written to {escape(str(directory))}", highlight=False, soft_wrap=True)
     for problem in problems:
         _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
-    if problems:
-        raise typer.Exit(1)
+    for row in set_aside:
+        _err.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
+    if problems or set_aside:
+        raise typer.Exit(1 if problems else 3)
 
 
 def _reading() -> AbstractContextManager[object]:

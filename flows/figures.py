@@ -1,6 +1,7 @@
 """Figures of a linearity study, as SVG and PNG; titles hold names and ids, never a prompt's text."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,38 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flows.display import printable
+from flows.drawing import BLUE, GREY, ORANGE, Axes, plain, save_figures
 from flows.linearity_tables import ESTIMATOR_TITLES, number, whole_model
-from flows.stages import artifact_key
 from tasks.linearity import Findings
-
-Axes = Any
-
-_BLUE, _ORANGE, _GREY = "#1f5f99", "#d95f02", "#8a8a8a"
-_STYLE = {
-    "svg.hashsalt": "neg",  # the same figure is the same file
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 
 
 def write_figures(findings: Findings, folder: Path) -> list[Path]:
     """Draw and write every figure of one model; the files, SVG before PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    with matplotlib.rc_context(_STYLE):
-        for name, draw in FIGURES.items():
-            figure = draw(findings)
-            for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-                paths.append(folder / f"{artifact_key(findings.model)}-{name}.{kind}")
-                figure.savefig(paths[-1], metadata=metadata, dpi=150)
-    return paths
+    return save_figures({name: partial(draw, findings) for name, draw in FIGURES.items()}, folder, findings.model)
 
 
 def shift_curves(findings: Findings) -> Figure:
@@ -87,7 +64,7 @@ def estimators(findings: Findings) -> Figure:
     grid = figure.subplots(-(-len(rows) // 3), 3, squeeze=False).flat
     for axes, row in zip(grid, rows, strict=False):
         scores_PK = findings.scores_PK[row.estimator]
-        axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=_BLUE, linewidths=0, rasterized=True)
+        axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=BLUE, linewidths=0, rasterized=True)
         _symlog(axes.set_xscale, axes.xaxis, scores_PK)
         _symlog(axes.set_yscale, axes.yaxis, negs_PK)
         axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {number(row.pearson)}", xlabel="estimate")
@@ -108,9 +85,9 @@ def layer_profile(findings: Findings) -> Figure:
     top.set(ylabel="share of linear neurons", ylim=(0, 1.03))
     sizes = [row for row in findings.sizes if row.layer is not None]
     layers = [row.layer for row in sizes]
-    middle.fill_between(layers, [r.q05 for r in sizes], [r.q95 for r in sizes], color=_BLUE, alpha=0.15, label="5-95 %")
-    middle.fill_between(layers, [r.q25 for r in sizes], [r.q75 for r in sizes], color=_BLUE, alpha=0.3, label="25-75 %")
-    middle.plot(layers, [row.q50 for row in sizes], color=_BLUE, label="median")
+    middle.fill_between(layers, [r.q05 for r in sizes], [r.q95 for r in sizes], color=BLUE, alpha=0.15, label="5-95 %")
+    middle.fill_between(layers, [r.q25 for r in sizes], [r.q75 for r in sizes], color=BLUE, alpha=0.3, label="25-75 %")
+    middle.plot(layers, [row.q50 for row in sizes], color=BLUE, label="median")
     middle.set(yscale="log", ylabel="|NEG|\n(probability per activation)")
     for name in findings.scores_PK:
         wanted = [row for row in findings.agreement if row.estimator == name and row.range == findings.main_range]
@@ -188,12 +165,12 @@ def _shift_curve(findings: Findings, axes: Axes, example: _Example) -> None:
     sweep, main = findings.sweep, findings.sweep.within(findings.main_range)
     layer, neuron = sweep.neurons_K2[example.neuron]
     ends = np.array([-1, 1]) * np.abs(sweep.shifts_S).max()
-    axes.plot(sweep.shifts_S, sweep.changes_PKS[example.prompt, example.neuron], "o", markersize=2.5, color=_BLUE)
+    axes.plot(sweep.shifts_S, sweep.changes_PKS[example.prompt, example.neuron], "o", markersize=2.5, color=BLUE)
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # the points decide what is shown, not the line
-    axes.axvspan(-findings.main_range, findings.main_range, color=_GREY, alpha=0.12, linewidth=0)
-    axes.plot(ends, main.negs_PK[example.prompt, example.neuron] * ends, color=_ORANGE, linewidth=1)
+    axes.axvspan(-findings.main_range, findings.main_range, color=GREY, alpha=0.12, linewidth=0)
+    axes.plot(ends, main.negs_PK[example.prompt, example.neuron] * ends, color=ORANGE, linewidth=1)
     r = sweep.pearson_PK[example.prompt, example.neuron]
-    id_ = _plain(findings.ids[example.prompt])
+    id_ = plain(findings.ids[example.prompt])
     axes.set_title(f"{example.what}: layer {layer}, neuron {neuron}, r = {r:.3f}\n{_shortened(id_)}", fontsize=7.5)
     axes.set(xlabel="shift (activation)", ylabel="Δp")
     axes.ticklabel_format(axis="y", scilimits=(-2, 2))
@@ -215,12 +192,7 @@ def _symlog(set_scale: Callable[..., None], axis: Any, values: NDArray[Any]) -> 
 
 
 def _title(findings: Findings, what: str) -> str:
-    return f"{_plain(findings.model)} on {_plain(findings.dataset)}: {what}"
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: no control characters, and no formula between dollar signs."""
-    return printable(text).replace("\n", " ").replace("$", r"\$")
+    return f"{plain(findings.model)} on {plain(findings.dataset)}: {what}"
 
 
 def _shortened(text: str) -> str:

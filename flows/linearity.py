@@ -11,13 +11,14 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.figures import write_figures
 from flows.linearity_tables import artifact_tables, summary
-from flows.pipeline import listed, one_line, whole
-from flows.stages import PrefectStages, Stages
+from flows.pipeline import alone, listed, one_line, under_prefect
+from flows.stages import Stages
 from negcore.errors import NegError
 from negcore.sweepstore import Kind
 from tasks.extract import Advance, Extracted, compute
 from tasks.linearity import Findings, analyse, write_findings
 from tasks.pool import Pool, Stopped, open_pool
+from tasks.rundir import write_plan_file
 from tasks.runfile import LinearityRun, write_run_file
 from tasks.session import ray_session
 from tasks.sweeps import PlannedStudy, SweepWorker, plan_linearity, study_job
@@ -48,13 +49,15 @@ def _flow_run_name() -> str:
 )
 def linearity(run: LinearityRun) -> LinearityResults:
     """Measure NEGs by sweeps and compare every estimator with them."""
-    return whole(run_linearity(run, PrefectStages()))
+    return under_prefect(run_linearity, run)
 
 
+@alone
 def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
     """Measure what is missing, then analyse every model that is whole."""
     studies = plan_linearity(run)
     write_run_file(run)
+    write_plan_file(run.directory, [part for study in studies for part in study.parts])
     results = LinearityResults(run.directory)
     session = ray_session(run.ray_address) if run.backend == "ray" else nullcontext()
     with session:

@@ -6,23 +6,29 @@ The functions that do the work take their `Stages`, so that the same steps run u
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prefect import flow, runtime
+from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.accuracy_tables import artifact_tables
+from flows.cancellation import stopped_by_cancellation
 from flows.stages import Pending, PrefectStages, Stages
 from negcore.errors import ModelError, RunError
+from negcore.shards import SetAside, receipts
+from tasks.claim import claim
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool
 from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
 from tasks.rank import rank_pool
 from tasks.results import Average, SplitAccount, averages, split_accounts
-from tasks.runfile import EvaluationRun, SkillRun, write_run_file
+from tasks.room import check_room
+from tasks.rundir import write_plan_file
+from tasks.runfile import EvaluationRun, RunFile, SkillRun, write_run_file
 from tasks.session import ray_session
 from tasks.tables import write_table
 
@@ -43,6 +49,8 @@ class Results:
     """Datasets that were asked for, whether or not they could be used."""
     problems: list[str] = field(default_factory=list)
     """One line for everything that is missing; empty if the run is whole."""
+    set_aside: list[str] = field(default_factory=list)
+    """One line for every row that could not be computed and without which the run went on."""
 
 
 class Ended(Protocol):
@@ -52,6 +60,7 @@ class Ended(Protocol):
 
 
 E = TypeVar("E", bound=Ended)
+R = TypeVar("R", bound=RunFile)
 
 
 class IncompleteRun(RunError):
@@ -89,19 +98,30 @@ _prefect_flow = partial(
 @_prefect_flow(name="extract")  # type: ignore[untyped-decorator]
 def extract(run: SkillRun) -> Results:
     """Compute every missing NEG shard of a run."""
-    return whole(run_extract(run, PrefectStages()))
+    return under_prefect(run_extract, run)
 
 
 @_prefect_flow(name="probe")  # type: ignore[untyped-decorator]
 def probe(run: SkillRun) -> Results:
     """Fit and score skill-neuron probes on a run's NEG shards."""
-    return whole(run_probe(run, PrefectStages()))
+    return under_prefect(run_probe, run)
 
 
 @_prefect_flow(name="pipeline")  # type: ignore[untyped-decorator]
 def pipeline(run: SkillRun) -> Results:
     """Extract the NEGs of models on datasets and probe them."""
-    return whole(run_pipeline(run, PrefectStages()))
+    return under_prefect(run_pipeline, run)
+
+
+def alone(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
+    """A flow's work that only one driver at a time may do in a run directory, see `tasks.claim`."""
+
+    @wraps(work)
+    def claimed(run: R, stages: Stages) -> E:
+        with claim(run.directory, when_lost=stages.stop.set):
+            return work(run, stages)
+
+    return claimed
 
 
 def whole(results: E) -> E:
@@ -117,10 +137,33 @@ def whole(results: E) -> E:
     return results
 
 
+def under_prefect(work: Callable[[R, Stages], E], run: R) -> Any:
+    """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
+
+    Returns
+    -------
+    E or State
+        The results, or what a cancelled flow returns to end as such.
+
+    Raises
+    ------
+    IncompleteRun
+        If something is missing from the results.
+    """
+    stages = PrefectStages()
+    with stopped_by_cancellation(stages.stop) as cancelled:
+        try:
+            return whole(work(run, stages))
+        except Stopped:
+            if not cancelled.is_set():
+                raise
+            return Cancelled(message="finished shards are kept, and the same run goes on from them")
+
+
 @_prefect_flow(name="mceval8k")  # type: ignore[untyped-decorator]
 def mceval8k(run: EvaluationRun) -> Results:
     """Evaluate probes of models on every dataset of MCEval8K."""
-    return whole(run_mceval8k(run, PrefectStages()))
+    return under_prefect(run_mceval8k, run)
 
 
 Planned = Sequence[tuple[SkillRun, tuple[PlannedModel, ...]]]
@@ -133,14 +176,16 @@ def n_parts(run: SkillRun, models: Sequence[PlannedModel], *, extract: bool = Tr
     return extract * sum(model.n_shards for model in models) + probe * steps
 
 
+@alone
 def run_extract(run: SkillRun, stages: Stages) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
-    with _session(run):
-        _extract([(run, plan(run))], stages, results, when_extracted=lambda run, dataset: None)
+    with run_session(run):
+        extract_planned([(run, plan(run))], stages, results, when_extracted=lambda run, dataset: None)
     return results
 
 
+@alone
 def run_probe(run: SkillRun, stages: Stages) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory, n_datasets=len(run.dataset))
@@ -148,19 +193,24 @@ def run_probe(run: SkillRun, stages: Stages) -> Results:
     with _probing(run, stages, results) as probe:
         for model in models:
             for dataset in model.datasets:
+                for split in dataset.splits:
+                    known = receipts(split.partition.path(run.directory))
+                    _report(results, split, [row for receipt in known for row in receipt.set_aside])
                 probe(run, dataset)
     return results
 
 
+@alone
 def run_pipeline(run: SkillRun, stages: Stages) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
     planned = [(run, plan(run))]
     with _probing(run, stages, results) as probe:
-        _extract(planned, stages, results, when_extracted=probe)
+        extract_planned(planned, stages, results, when_extracted=probe)
     return results
 
 
+@alone
 def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
     """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
     results = Results(run.directory, n_datasets=len(run.dataset))
@@ -170,12 +220,13 @@ def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
     )
     write_run_file(run)
     with _probing(planned[0][0], stages, results) as probe:
-        _extract(planned, stages, results, when_extracted=probe)
+        extract_planned(planned, stages, results, when_extracted=probe)
     return results
 
 
 @contextmanager
-def _session(run: SkillRun) -> Iterator[None]:
+def run_session(run: RunFile) -> Iterator[None]:
+    """Ray, where the run's workers are actors."""
     with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
         yield
 
@@ -187,7 +238,7 @@ Probe = Callable[[SkillRun, PlannedDataset], None]
 def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]:
     """Probe in the background the datasets that are handed over inside the block, and collect the results after it."""
     pending: list[_PendingProbe] = []
-    with _session(run), rank_pool(run) as pool:
+    with run_session(run), rank_pool(run) as pool:
         prober = Prober(pool, stages.stop)
         try:
             yield lambda settings, dataset: pending.append(_submit_probe(settings, stages, prober, dataset))
@@ -197,9 +248,12 @@ def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]
             raise
 
 
-def _extract(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
-    for run, _ in planned:
+def extract_planned(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
+    """Compute every missing NEG shard; what is lost goes into the results' problems, each whole dataset is told."""
+    check_room(planned)
+    for run, models in planned:
         write_run_file(run)
+        write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])
     # The models outside: each is loaded once for all prompts.
     for of_model in zip(*(models for _, models in planned), strict=True):
         runs = [run for run, _ in planned]
@@ -207,6 +261,8 @@ def _extract(planned: Planned, stages: Stages, results: Results, *, when_extract
             _extract_model(list(zip(runs, of_model, strict=True)), stages, results, when_extracted)
         except (ModelError, RunError) as error:  # no worker can have this model; the others go on
             results.problems.append(f"{of_model[0].card.name}: {error}")
+    if results.set_aside:
+        stages.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
 
 
 def _extract_model(
@@ -233,11 +289,11 @@ def _pool(run: SkillRun, model: PlannedModel) -> AbstractContextManager[Pool]:
 
 
 def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
-    """Whether every row of the dataset is there now."""
+    """Whether every row of the dataset is there now, or set aside."""
     whole = True
     for split in dataset.splits:
         try:
-            extracted = stages.run(split.name, "extract", _extraction(pool, split, run.directory, stages))
+            extracted = stages.run(split.name, "extract", _extraction(run, pool, split, stages))
         except (Stopped, KeyboardInterrupt, ModelError, RunError):
             raise
         except Exception as error:
@@ -245,14 +301,21 @@ def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool
             whole = False
             continue
         results.extracted.append(extracted)
+        _report(results, split, extracted.set_aside)
         for failure in extracted.failures:
             results.problems.append(f"{split.name}: shard {failure.index}, {failure.n_rows} rows lost: {failure.error}")
         whole = whole and not extracted.failures
     return whole
 
 
-def _extraction(pool: Pool, split: PlannedSplit, root: Path, stages: Stages) -> Callable[[Advance], Extracted]:
-    return lambda advance: extract_split(pool, split, root, advance=advance, stop=stages.stop)
+def _extraction(run: SkillRun, pool: Pool, split: PlannedSplit, stages: Stages) -> Callable[[Advance], Extracted]:
+    return lambda advance: extract_split(
+        pool, split, run.directory, nonfinite=run.nonfinite, advance=advance, stop=stages.stop
+    )
+
+
+def _report(results: Results, split: PlannedSplit, rows: Sequence[SetAside]) -> None:
+    results.set_aside += [f"{split.name}: {row.id}: {row.reason}" for row in rows]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Axes: P prompts (rows), O options, L layers, N neurons a layer.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,9 +52,9 @@ def record_batch(
     activations_PLN: npt.NDArray[np.float32],
     probs_PO: npt.NDArray[np.float32],
 ) -> pa.RecordBatch:
-    """The rows of one shard; of the prompts only a hash."""
+    """The rows of one shard, perhaps none; of the prompts only a hash."""
     n_rows, n_options, n_layers, n_neurons = negs_POLN.shape
-    assert len(examples) == n_rows > 0, (len(examples), n_rows)
+    assert len(examples) == n_rows, (len(examples), n_rows)
     assert label_ids_PO.shape == probs_PO.shape == (n_rows, n_options), (label_ids_PO.shape, probs_PO.shape)
     assert activations_PLN.shape == (n_rows, n_layers, n_neurons), activations_PLN.shape
     gold_P = np.array([example.answer for example in examples], dtype=np.int16)
@@ -92,7 +93,7 @@ def column(values: npt.NDArray[Any]) -> pa.Array:
     flat = pa.Array.from_buffers(item, values.size, [None, pa.py_buffer(buffer)])
     if values.ndim == 1:
         return flat
-    return pa.Array.from_buffers(lists(item, values[0].size), len(values), [None], children=[flat])
+    return pa.Array.from_buffers(lists(item, prod(values.shape[1:])), len(values), [None], children=[flat])
 
 
 def lists(item: pa.DataType, length: int) -> pa.DataType:

@@ -1,5 +1,7 @@
 """Read the NEGs of a run directory back, memory-mapped: one layer or a few neurons without reading the rest.
 
+Shards in a bucket are copied to this machine when they are first needed, and mapped there: see `local_shard`.
+
 Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer,
 K chosen neurons.
 """
@@ -16,7 +18,19 @@ import pyarrow as pa
 from negcore.columns import shard_schema
 from negcore.errors import ShardError
 from negcore.identity import RunIdentity
-from negcore.shards import Partition, Receipt, is_whole, receipts, shard_path
+from negcore.shards import Partition, Receipt, SetAside, checksum, receipts, shard_of, whole_shards
+from negcore.storage import (
+    cache_directory,
+    draft,
+    fetch,
+    find,
+    is_dir,
+    is_remote,
+    location,
+    locked,
+    n_bytes,
+    read_bytes,
+)
 
 FloatArray = npt.NDArray[np.float32]
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
@@ -29,7 +43,7 @@ def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
     Parameters
     ----------
     path : path
-        A run directory, its ``negs`` directory, or the directory of one partition.
+        A run directory, its ``negs`` directory, or the directory of one partition; on disk or ``s3://BUCKET/...``.
     verify : bool
         Compare every file's checksum before anything in it is parsed.
 
@@ -38,10 +52,13 @@ def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
     ShardError
         If no partition is there.
     """
-    here = Path(path).absolute()
-    hive = "model=*/dataset=*/split=*"
-    folders = [here] if here.match(hive) else [*here.glob(hive), *here.glob(f"negs/{hive}")]
-    found = {Partition.of_path(folder): folder for folder in sorted(folders) if folder.is_dir()}
+    here = location(path).absolute()
+    hive = "model=*/dataset=*/split=*/"
+    if Partition.is_path(here):
+        folders = [here] if is_dir(here) else []
+    else:
+        folders = [*find(here, hive), *find(here, f"negs/{hive}")]
+    found = {Partition.of_path(folder): folder for folder in folders}
     if not found:
         raise ShardError(f"{str(here)!r} holds no NEGs: give a run directory, its 'negs' or one of its partitions")
     return Negs(here, found, verify)
@@ -109,11 +126,17 @@ class NegSplit:
     probs_PO : float32 array (P, O)
     n_rows, n_options, n_layers, n_neurons : int
         P, O, L and N.
+    set_aside : list of SetAside
+        Rows of the split that were planned and could not be computed, in order, with the reason.
     """
 
     def __init__(self, folder: Path, *, verify: bool) -> None:
         self._folder = folder
-        self._receipts = complete_receipts(folder, verify=verify)
+        complete = complete_receipts(folder, verify=verify)
+        self.set_aside: list[SetAside] = [row for receipt in complete for row in receipt.set_aside]
+        self._receipts = [receipt for receipt in complete if receipt.n_rows]
+        if not self._receipts:
+            raise ShardError(f"{str(folder)!r} has no rows: all {len(self.set_aside)} were set aside, see its receipts")
         self.partition = Partition.of_path(folder)
         self.identity = _identity(folder, self._receipts[0])
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
@@ -299,7 +322,7 @@ def complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
     known = receipts(folder)
     if len({(receipt.digest, receipt.n_shards) for receipt in known}) > 1:
         raise ShardError(f"{str(folder)!r} holds shards of several runs: delete it and run one of them again")
-    whole = [receipt for receipt in known if is_whole(folder, receipt, verify=verify)]
+    whole = whole_shards(folder, known, verify=verify)
     if not whole or len(whole) < whole[0].n_shards:
         progress = f"{len(whole)} of {known[0].n_shards} shards" if known else "no finished shards"
         raise ShardError(f"{str(folder)!r} is incomplete, {progress}: run the same command again")
@@ -314,17 +337,47 @@ def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
 
 
 def mapped_batch(path: Path) -> pa.RecordBatch:
-    """The one batch of a shard's file, memory-mapped."""
+    """The one batch of a shard's file, memory-mapped; read as a whole if it is in a bucket."""
+    source = pa.py_buffer(read_bytes(path)) if is_remote(path) else pa.memory_map(str(path))
     try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = pa.ipc.open_file(source).get_batch(0)
         batch.validate()
     except pa.ArrowException as error:
         raise _damaged(path, str(error).splitlines()[0]) from error
     return batch
 
 
+def local_shard(folder: Path, receipt: Receipt) -> Path:
+    """The file of a receipt's shard on this machine: itself, or a copy of what is in a bucket, made when first needed.
+
+    Copies are in `cache_directory()`'s ``shards``, named after their content; that folder can be deleted at any time.
+
+    Raises
+    ------
+    ShardError
+        If what came out of the bucket has another checksum than its receipt; nothing has parsed it then.
+    """
+    shard = shard_of(folder, receipt)
+    if not is_remote(shard):
+        return shard
+    copy = cache_directory() / "shards" / f"{receipt.file_xxh3}.arrow"
+    if n_bytes(copy) != receipt.n_bytes:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with locked(copy.with_suffix(".lock")):  # several processes of this machine may need it at once
+            if n_bytes(copy) != receipt.n_bytes:
+                _copy_shard(shard, receipt, copy)
+    return copy
+
+
+def _copy_shard(shard: Path, receipt: Receipt, copy: Path) -> None:
+    with draft(copy) as path:
+        fetch(shard, path)
+        if checksum(path) != receipt.file_xxh3:
+            raise _damaged(shard, "its checksum is not the one in its receipt")
+
+
 def _n_options(folder: Path, receipt: Receipt) -> int:
-    path = shard_path(folder, receipt.index)
+    path = local_shard(folder, receipt)
     schema = mapped_batch(path).schema
     if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
         raise _damaged(path, "no column 'probs'")
@@ -333,7 +386,7 @@ def _n_options(folder: Path, receipt: Receipt) -> int:
 
 
 def _open_shard(folder: Path, receipt: Receipt, n_options: int, identity: RunIdentity) -> Shard:
-    path = shard_path(folder, receipt.index)
+    path = local_shard(folder, receipt)
     batch = mapped_batch(path)
     if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)):
         raise _damaged(path, "its columns are not those of its receipt and of the first shard")

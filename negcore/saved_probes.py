@@ -19,12 +19,13 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from negcore.errors import ProbeError
+from negcore.errors import ProbeError, RunError
 from negcore.fitted import FittedAct, FittedForest, FittedLogistic, FittedProbe, FittedVote, Forest
 from negcore.identity import canonical_json, content_digest
 from negcore.probes import ActProbe, ActSplit
 from negcore.rankings import Vote
 from negcore.reader import NegSplit
+from negcore.storage import draft, location, read_bytes
 from negcore.votes import Ints, Ranking
 
 FORMAT = 1
@@ -130,14 +131,12 @@ def save_probe(path: Path, name: str, probe: FittedProbe, train: NegSplit) -> No
     }
     about |= {"xxh3": _checksum(plain.arrays), "seal": content_digest(about)}
     table = pa.table(columns).replace_schema_metadata({_KEY: canonical_json(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
     with (
-        pa.OSFile(str(draft), "wb") as sink,
+        draft(path) as file,
+        pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
     ):
         writer.write_table(table)
-    draft.replace(path)
 
 
 def load_probe(path: str | Path) -> SavedProbe:
@@ -148,10 +147,9 @@ def load_probe(path: str | Path) -> SavedProbe:
     ProbeError
         If the file is missing, damaged, or of another version of this software.
     """
-    path = Path(path)
+    path = location(path)
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+        table = pa.ipc.open_file(pa.py_buffer(read_bytes(path))).read_all()
         about = json.loads(table.schema.metadata[_KEY])
         seal, checksum = about.pop("seal"), about.pop("xxh3")
         arrays = {key: _array(table.column(key), shape) for key, shape in about["shapes"].items()}
@@ -162,7 +160,7 @@ def load_probe(path: str | Path) -> SavedProbe:
         origin = Origin(**about["origin"])
         n_all = origin.identity["n_layers"] * origin.identity["n_neurons"]
         probe = _CODECS[about["kind"]].decode(about["settings"], arrays, _Size(n_all, origin.n_options))
-    except ProbeError:
+    except (ProbeError, RunError):  # what it is, and where it is
         raise
     except FileNotFoundError:
         raise ProbeError(f"no probe at {str(path)!r}: `neg probe` and `neg mceval8k` write RUN/probes") from None

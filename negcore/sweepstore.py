@@ -1,10 +1,11 @@
-"""Sweeps, estimates and interventions on disk: the same shards and receipts as NEGs, a row a prompt.
+"""Sweeps, estimates, interventions and causal checks on disk: the same shards and receipts as NEGs, a row a prompt.
 
 Layout of a run directory (names quoted as in `negcore.shards`)::
 
     sweeps/model=smollm2-135m/dataset=mini%2Ffacts/block=layers-00-04/part-00003.arrow
     estimates/model=smollm2-135m/dataset=mini%2Ffacts/estimator=neurgrad/part-00000.arrow
     interventions/model=smollm2-135m/dataset=mini%2Ffacts/sets=nested/part-00000.arrow
+    causal/model=smollm2-135m/dataset=agnews/sets=magn-5b1f0c7a9d24e863/part-00000.arrow
 
 Beside the receipts, `_seconds` holds how long each shard took. Time is not part of a shard: the same numbers are the
 same bytes, whoever computes them and however fast.
@@ -13,7 +14,7 @@ Shapes: P prompts (rows), K chosen neurons, S shifts of one neuron, D shifts of 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,15 +28,21 @@ from negcore.columns import StoredExample, column, lists
 from negcore.errors import ShardError
 from negcore.identity import RunIdentity, canonical_json, text_hash
 from negcore.interventions import InterventionResult
-from negcore.reader import complete_receipts, mapped_batch
-from negcore.shards import Receipt, publish_batch, shard_path
+from negcore.reader import complete_receipts, local_shard, mapped_batch
+from negcore.shards import Receipt, SetAside, publish_batch
+from negcore.storage import draft, location, read_all
 from negcore.sweeps import SweepResult
 
 Floats32 = NDArray[np.float32]
-Kind = Literal["sweeps", "estimates", "interventions"]
+Kind = Literal["sweeps", "estimates", "interventions", "causal"]
 Columns = Mapping[str, ArrayLike]
 
-_PART_KEYS: Mapping[Kind, str] = {"sweeps": "block", "estimates": "estimator", "interventions": "sets"}
+_PART_KEYS: Mapping[Kind, str] = {
+    "sweeps": "block",
+    "estimates": "estimator",
+    "interventions": "sets",
+    "causal": "sets",
+}
 
 
 class StudyPlace(NamedTuple):
@@ -50,7 +57,7 @@ class StudyPlace(NamedTuple):
         """This directory under the run directory `root`."""
         names = {"model": self.model, "dataset": self.dataset, _PART_KEYS[self.kind]: self.part}
         assert all(names.values()), self
-        return Path(root, self.kind, *(f"{key}={quote(value, safe='')}" for key, value in names.items()))
+        return location(root).joinpath(self.kind, *(f"{key}={quote(value, safe='')}" for key, value in names.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,7 @@ def write_study_shard(
     examples: Sequence[StoredExample],
     columns: Columns,
     axes: Mapping[str, Any],
+    set_aside: Sequence[SetAside] = (),
 ) -> Receipt:
     """Publish one shard of a study and then its receipt; the bytes of both depend on the arguments alone.
 
@@ -105,6 +113,8 @@ def write_study_shard(
         Floats are stored as float32; a row is flat, its last axis fastest.
     axes : mapping
         What the places in a row stand for: neurons, shifts, sets.
+    set_aside : sequence of SetAside
+        Rows that belong to this shard and are not among `examples`.
     """
     return publish_batch(
         place.path(root),
@@ -113,6 +123,7 @@ def write_study_shard(
         identity=identity,
         batch=_record_batch(examples, columns),
         about={"place": place._asdict(), "axes": axes},
+        set_aside=set_aside,
     )
 
 
@@ -137,7 +148,7 @@ def read_study(folder: Path) -> StudyShards:
         If it is incomplete or damaged.
     """
     receipts = complete_receipts(folder, verify=False)
-    batches = [mapped_batch(shard_path(folder, receipt.index)) for receipt in receipts]
+    batches = [mapped_batch(local_shard(folder, receipt)) for receipt in receipts]
     if any(not batch.schema.equals(batches[0].schema) for batch in batches):
         raise ShardError(
             f"{str(folder)!r} holds shards with different columns: delete it and run the same command again"
@@ -178,11 +189,8 @@ def read_sweep(folders: Sequence[Path]) -> SweepResult:
 
 def write_seconds(folder: Path, index: int, seconds: float) -> None:
     """Note how long a published shard took."""
-    path = _seconds_path(folder, index)
-    path.parent.mkdir(exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(seconds))
-    draft.replace(path)
+    with draft(folder / _SECONDS / _seconds_name(index)) as file:
+        file.write_text(json.dumps(seconds))
 
 
 def _record_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
@@ -193,7 +201,7 @@ def _record_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.Rec
     }
     for name, values in columns.items():
         array = np.asarray(values)
-        assert len(array) == len(examples) > 0, (name, array.shape)
+        assert len(array) == len(examples), (name, array.shape)
         arrays[name] = column(array.astype(np.float32) if array.dtype.kind == "f" else array)
     fields = [pa.field(name, _type(array), nullable=False) for name, array in arrays.items()]
     return pa.RecordBatch.from_arrays(list(arrays.values()), schema=pa.schema(fields))
@@ -212,19 +220,24 @@ def _rows(array: pa.Array) -> Floats32:
     return rows
 
 
-def _seconds_path(folder: Path, index: int) -> Path:
-    return folder / "_seconds" / f"{shard_path(folder, index).stem}.json"
+_SECONDS = "_seconds"
+
+
+def _seconds_name(index: int) -> str:
+    return f"part-{index:05d}.json"
 
 
 def _seconds_per_prompt(folder: Path, receipts: Sequence[Receipt]) -> float:
-    known = [(receipt.n_rows, seconds) for receipt in receipts for seconds in _read_seconds(folder, receipt.index)]
+    notes = {path.name: note for path, note in read_all(folder, f"{_SECONDS}/part-*.json").items()}
+    found = [(receipt.n_rows, _seconds(notes.get(_seconds_name(receipt.index)))) for receipt in receipts]
+    known = [(rows, seconds) for rows, seconds in found if seconds is not None]
     rows, seconds = map(sum, zip(*known, strict=True)) if known else (0, 0.0)
     return seconds / rows if rows else float("nan")
 
 
-def _read_seconds(folder: Path, index: int) -> Iterator[float]:
-    """Nothing if the writer died before it could note them."""
+def _seconds(note: bytes | None) -> float | None:
+    """None if the writer died before it could note them."""
     try:
-        yield float(json.loads(_seconds_path(folder, index).read_text()))
-    except (FileNotFoundError, ValueError):
-        return
+        return None if note is None else float(json.loads(note))
+    except ValueError:
+        return None

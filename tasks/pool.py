@@ -69,7 +69,8 @@ class Resources:
     max_attempts : int
         Attempts a job gets before it is handed back with its error.
     max_replacements : int
-        Lost workers that are replaced before the pool shrinks.
+        Workers that may be lost, without a job succeeding in between, before the pool shrinks. All that one job
+        loses count as one.
     start_timeout_s : float
         Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable.
     job_timeout_s : float or None
@@ -176,6 +177,7 @@ class _Batch:
 
     todo: deque[_Attempt]
     max_attempts: int
+    suspect: bool
     stop: threading.Event | None
     on_tick: Callable[[PoolStatus], None] | None
     tick_s: float
@@ -226,6 +228,7 @@ class Pool(ABC):
         stop: threading.Event | None = None,
         on_tick: Callable[[PoolStatus], None] | None = None,
         tick_s: float = 5.0,
+        suspect: bool = False,
     ) -> Iterator[Outcome]:
         """Run the jobs and yield their outcomes in order of completion.
 
@@ -242,6 +245,9 @@ class Pool(ABC):
             Called with a `PoolStatus` at the start, at the end and every `tick_s` seconds, in the caller's thread.
         tick_s : float
             Seconds between two calls of `on_tick`.
+        suspect : bool
+            Whether the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
+            used again, and what they cost is replaced whatever `max_replacements` is.
 
         Yields
         ------
@@ -257,7 +263,7 @@ class Pool(ABC):
             If no worker can be started, or all were lost and may not be replaced.
         """
         todo = deque(_Attempt(job) for job in jobs)
-        batch = _Batch(todo, self._resources.max_attempts, stop, on_tick, tick_s)
+        batch = _Batch(todo, 1 if suspect else self._resources.max_attempts, suspect, stop, on_tick, tick_s)
         while not self._lock.acquire(timeout=_POLL_S):
             batch.check_stop()
         try:
@@ -377,6 +383,7 @@ class _RayPool(Pool):
         self._actors: list[_Actor] = []
         self._closed = False
         self._lost = 0
+        self._lost_in_a_row = 0
         self._last_error: Exception | None = None
 
     def close(self) -> None:
@@ -412,7 +419,7 @@ class _RayPool(Pool):
     def _hire(self, batch: _Batch) -> None:
         """Start actors: as many as there are jobs to run, and no replacement too many."""
         wanted = min(self._resources.workers, len(batch.todo) + len(self._running()))
-        while len(self._actors) < wanted and self._lost <= self._resources.max_replacements:
+        while len(self._actors) < wanted and self._lost_in_a_row <= self._resources.max_replacements:
             actor = _Actor(self._host.remote())
             actor.start("place")
             self._actors.append(actor)
@@ -455,17 +462,24 @@ class _RayPool(Pool):
             actor.rest()
 
     def _ran(self, actor: _Actor, batch: _Batch, call: Future[Any], error: Exception | None) -> Outcome | None:
+        actor.failures_in_a_row = 0 if error is None else actor.failures_in_a_row + 1
+        if error is not None and self._is_broken(actor, batch, error):
+            return self._lose(actor, batch, error)
         attempt = actor.attempt
         actor.rest()
-        actor.failures_in_a_row = 0 if error is None else actor.failures_in_a_row + 1
-        if error is not None and self._is_broken(actor):
-            self._lose(actor, batch, error)
         if attempt is None:  # the batch that asked for it was left early
             return None
-        return batch.succeeded(attempt, call.result()) if error is None else batch.failed_once(attempt, error)
+        if error is not None:
+            return batch.failed_once(attempt, error)
+        self._lost_in_a_row = 0
+        return batch.succeeded(attempt, call.result())
 
-    def _is_broken(self, actor: _Actor) -> bool:
-        return actor.failures_in_a_row >= _FAILURES_IN_A_ROW and self._lost < self._resources.max_replacements
+    def _is_broken(self, actor: _Actor, batch: _Batch, error: Exception) -> bool:
+        """Whether a worker is not to be trusted with another job; a suspect may have spoilt it for the next."""
+        if batch.suspect:
+            return not isinstance(error, NegError)
+        spare = self._resources.max_replacements - self._lost_in_a_row
+        return actor.failures_in_a_row >= _FAILURES_IN_A_ROW and spare > 0
 
     def _overdue(self, batch: _Batch) -> Iterator[Outcome | None]:
         """End the actors whose call takes too long, and the batch if no actor can even be placed."""
@@ -486,6 +500,8 @@ class _RayPool(Pool):
         logger.warning("%s: a worker was lost: %s", self._label, _one_line(error))
         self._dismiss(actor)
         self._lost += 1
+        if actor.attempt is None or (actor.attempt.number == 1 and not batch.suspect):
+            self._lost_in_a_row += 1
         self._last_error = error
         return None if actor.attempt is None else batch.failed_once(actor.attempt, error)
 

@@ -5,15 +5,25 @@ Every field is also an option of the command line: its description is the option
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from negcore.architectures import Dtype, SiteChoice
 from negcore.datasets import PromptSettings, list_datasets
 from negcore.errors import RunError
 from negcore.identity import content_digest
+from negcore.storage import draft, is_dir, local_directory, location, read_bytes
 from tasks.pool import Resources
 from tasks.wordings import OwnWording, WordingChoice, check_wordings, wording_for
 
@@ -58,6 +68,22 @@ def _count_or_all(value: Any) -> Any:
     return number
 
 
+def _location(value: Any) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) and not hasattr(value, "joinpath"):
+        raise ValueError("give a directory, or s3://BUCKET/PREFIX")
+    return location(value)
+
+
+Location = Annotated[
+    Path | None,
+    PlainValidator(_location, json_schema_input_type=str | None),
+    PlainSerializer(lambda value: None if value is None else str(value), when_used="json"),
+]
+"""A directory on disk, or in a bucket."""
+
+
 class RunFile(BaseModel):
     """What every run has: models, how they are computed, and where."""
 
@@ -66,8 +92,9 @@ class RunFile(BaseModel):
     model: Annotated[tuple[str, ...], Several] = Field(
         description="Model: Hugging Face id (org/name[@revision]), folder, .gguf file or smollm2-135m. Repeatable."
     )
-    out: Path | None = Field(
-        None, description="Run directory. By default runs/NAME, named after what decides the numbers."
+    out: Location = Field(
+        None,
+        description="Run directory, or s3://BUCKET/PREFIX. By default runs/NAME, named after what decides the numbers.",
     )
     site: SiteChoice = Field("paper", description="Which vector's coordinates are the neurons.")
     dtype: Dtype = Field("float32", description="Number type of the model. Half types lose signs of small gradients.")
@@ -99,6 +126,11 @@ class RunFile(BaseModel):
     def directory(self) -> Path:
         """The run directory, absolute."""
         return (self.out or Path("runs") / self.name).absolute()
+
+    @property
+    def local_directory(self) -> Path:
+        """The run directory; of one in a bucket, the one on this machine for what needs local files."""
+        return local_directory(self.directory)
 
     @property
     def name(self) -> str:
@@ -140,27 +172,41 @@ class _PromptedRun(RunFile):
         "clean", description="clean removes rows that splits share; released leaves the files as they are."
     )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
-    probe: Annotated[tuple[ProbeName, ...], Several] = Field(
-        ("polar", "magn"), description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable."
-    )
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
     tree_neurons: int = Field(
         2**13, ge=1, description="Neurons the forest reads, best first by Magn's score: 5 bytes x training rows each."
     )
-    confusion: bool = Field(False, description="Also count which option was answered for which.")
     shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
     batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
+    nonfinite: Literal["fail", "skip", "keep"] = Field(
+        "fail",
+        description="NaN or infinity in a row's numbers: fail its shard, skip the row, or keep it (no probe reads it).",
+    )
 
-    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "confusion"}
+    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "nonfinite"}
 
 
-class SkillRun(_PromptedRun):
+class _ProbedRun(_PromptedRun):
+    """What runs that compare probes have in common."""
+
+    probe: Annotated[tuple[ProbeName, ...], Several] = Field(
+        ("polar", "magn"), description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable."
+    )
+    confusion: bool = Field(False, description="Also count which option was answered for which.")
+
+    not_science = _PromptedRun.not_science | {"confusion"}
+
+
+class SkillRun(_ProbedRun):
     """Extract the NEGs of models on datasets and probe them."""
 
     dataset: Annotated[tuple[str, ...], Several] = Field(
         description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
     )
     shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+    demonstrations: int = Field(
+        0, ge=0, description="Which sample of demonstrations: 0, 1, ... are other training rows each."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "SkillRun":
@@ -172,6 +218,7 @@ class SkillRun(_PromptedRun):
         wording = wording_for(self.wording, dataset)
         return PromptSettings(
             shots=self.shots,
+            demonstrations=self.demonstrations,
             wording=wording if isinstance(wording, str) else wording.wording(),
             seed=self.seed,
             limit=self.limit,
@@ -180,7 +227,7 @@ class SkillRun(_PromptedRun):
         )
 
 
-class EvaluationRun(_PromptedRun):
+class EvaluationRun(_ProbedRun):
     """Evaluate probes on MCEval8K: every dataset, without and with demonstrations."""
 
     dataset: Annotated[tuple[str, ...], Several] = Field(
@@ -203,11 +250,80 @@ class EvaluationRun(_PromptedRun):
     @property
     def settings(self) -> tuple[SkillRun, ...]:
         """A run for each number of demonstrations, in a folder of its own below this one's."""
-        shared = {name: getattr(self, name) for name in SkillRun.model_fields if name not in ("shots", "out")}
+        shared = {name: getattr(self, name) for name in _ProbedRun.model_fields if name != "out"}
         return tuple(
-            SkillRun(**shared, shots=shots, out=self.directory / f"shots-{shots}")
+            SkillRun(**shared, dataset=self.dataset, shots=shots, out=self.directory / f"shots-{shots}")
             for shots in dict.fromkeys(self.shots)
         )
+
+
+VoteProbe = Literal["polar", "magn"]
+Variant = Literal["wording", "shots", "demonstrations"]
+
+
+class Condition(NamedTuple):
+    """One way to ask a dataset's questions."""
+
+    folder: str
+    """Where its NEGs are, below the run directory."""
+    name: str
+    """What it is, for people."""
+    run: SkillRun
+
+
+class SkillsRun(_PromptedRun):
+    """Analyse the skill neurons of models on datasets."""
+
+    dataset: Annotated[tuple[str, ...], Several] = Field(
+        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
+    )
+    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+    variant: Annotated[tuple[Variant, ...], Several] = Field(
+        get_args(Variant),
+        description="What is asked otherwise too, to see how far probes carry over: wording, shots, demonstrations. "
+        "Repeatable.",
+    )
+    probe: Annotated[tuple[VoteProbe, ...], Several] = Field(
+        get_args(VoteProbe), description="Probe whose ranking of the neurons is analysed: polar, magn. Repeatable."
+    )
+    top: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Several] = Field(
+        (16, 256, 4096), description="So many of the best neurons are the skill neurons. Repeatable."
+    )
+    shift: Annotated[tuple[PositiveFloat, ...], Several] = Field(
+        (0.5, 2.0),
+        description="Shift of the skill neurons towards and away from the gold option, in units of activation. "
+        "Repeatable.",
+    )
+    draws: int = Field(3, ge=1, description="Random sets of neurons that the skill neurons are compared with.")
+    band: int = Field(64, ge=1, description="Neurons of a band of the ranking.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SkillsRun":
+        check_wordings(self.wording, self.dataset)
+        return self
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The ways to ask, the main one first: a run for each, in a folder of its own below this one's."""
+        other_wording = "default" if self.wording == "inline" else "inline"
+        ways: dict[str, tuple[str, dict[str, Any]]] = {
+            "main": (f"{_SHOTS[self.shots]}", {}),
+            "wording": (f"{_SHOTS[self.shots]}, {other_wording}", {"wording": other_wording}),
+            "shots": (_SHOTS[1 - self.shots], {"shots": 1 - self.shots}),
+            "demonstrations": ("one-shot, others", {"shots": 1, "demonstrations": 1}),
+        }
+        return tuple(
+            Condition(folder, name, self._asked(folder, **change))
+            for folder, (name, change) in ways.items()
+            if folder in ("main", *self.variant)
+        )
+
+    def _asked(self, folder: str, **change: Any) -> SkillRun:
+        shared = {name: getattr(self, name) for name in (*_PromptedRun.model_fields, "dataset", "shots", "probe")}
+        return SkillRun(**(shared | change | {"out": self.directory / folder}))
+
+
+_SHOTS = ("zero-shot", "one-shot")
 
 
 class LinearityRun(RunFile):
@@ -252,17 +368,99 @@ class LinearityRun(RunFile):
         return min(self.range, key=lambda largest: abs(largest - 2))
 
 
+StageName = Literal["mceval8k", "linearity", "skills"]
+StageFields = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+"""Fields of a stage's own run, by name; in YAML also nothing behind the colon."""
+
+_STAGE_RUNS: dict[StageName, type[RunFile]] = {
+    "mceval8k": EvaluationRun,
+    "linearity": LinearityRun,
+    "skills": SkillsRun,
+}
+
+
+class CampaignPart(NamedTuple):
+    """One stage of a campaign with one model."""
+
+    model: str
+    folder: str
+    """Of the model's runs, below the campaign's directory: a name that no other of its models has."""
+    stage: StageName
+    run: RunFile
+
+
+class CampaignRun(RunFile):
+    """Take several models through several stages and compare them."""
+
+    stage: Annotated[tuple[StageName, ...], Several] = Field(
+        ("mceval8k", "linearity"),
+        description="What is done with every model: mceval8k, linearity, skills. Repeatable.",
+    )
+    mceval8k: StageFields = Field({}, description="Options of `neg mceval8k`, as a mapping.")
+    linearity: StageFields = Field({}, description="Options of `neg linearity`, as a mapping.")
+    skills: StageFields = Field({}, description="Options of `neg skills`, as a mapping.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "CampaignRun":
+        for stage in _STAGE_RUNS:
+            if stage in self.stage or getattr(self, stage):
+                self._stage_run(stage, self.model[0], None)
+        return self
+
+    @property
+    def name(self) -> str:
+        names = [self._stage_run(stage, model, None).name for model in self.folders for stage in self.stage]
+        return f"campaign-{content_digest(names)[:8]}"
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folder of each model's runs: the last part of its name, and a digest behind it where that is taken."""
+        folders: dict[str, str] = {}
+        for model in dict.fromkeys(self.model):
+            folder = Path(model).name
+            is_taken = folder in _RESERVED_FOLDERS or folder in folders.values()
+            folders[model] = f"{folder}-{content_digest(model)[:8]}" if is_taken else folder
+        return folders
+
+    @property
+    def parts(self) -> tuple[CampaignPart, ...]:
+        """Every stage with every model, each a run in a directory of its own, in the order they are carried out."""
+        return tuple(
+            CampaignPart(model, folder, stage, self._stage_run(stage, model, self.directory / folder / stage))
+            for model, folder in self.folders.items()
+            for stage in dict.fromkeys(self.stage)
+        )
+
+    def _stage_run(self, stage: StageName, model: str, out: Path | None) -> RunFile:
+        kind, fields = _STAGE_RUNS[stage], getattr(self, stage)
+        known = [name for name in kind.model_fields if name not in RunFile.model_fields]
+        for name in fields:
+            if name in RunFile.model_fields:
+                raise ValueError(f"{stage}: {name!r} holds for the whole campaign: give it beside {stage!r}, not in it")
+            if name not in known:
+                raise ValueError(f"{stage}: unknown field {name!r}; known are {', '.join(known)}")
+        shared = {name: getattr(self, name) for name in RunFile.model_fields}
+        try:
+            return kind.model_validate(shared | fields | {"model": (model,), "out": out})
+        except ValidationError as error:
+            raise ValueError(_first_problem(kind, error, stage)) from None
+
+
+_RESERVED_FOLDERS = frozenset({"", "..", "campaign", "prefect"})
+"""No names for a model's folder: what else is in a campaign's directory, and what is none of it."""
+
+
 R = TypeVar("R", bound=RunFile)
 
 
-def read_run_file(kind: type[R], path: Path | None, overrides: dict[str, Any]) -> R:
+def read_run_file(kind: type[R], path: str | Path | None, overrides: dict[str, Any]) -> R:
     """Read a run file, with the command line's values in place of its own.
 
     Parameters
     ----------
     kind : subclass of RunFile
-    path : Path, optional
-        A YAML file of plain values, or a run directory that holds one.
+    path : path, optional
+        A YAML file of plain values, or a run directory that holds one; on disk or ``s3://BUCKET/...``.
     overrides : dict of field to value
 
     Raises
@@ -272,8 +470,8 @@ def read_run_file(kind: type[R], path: Path | None, overrides: dict[str, Any]) -
     """
     values: dict[str, Any] = {}
     if path is not None:
-        file = path / RUN_FILE if path.is_dir() else path
-        values = _read_yaml(file)
+        place = location(path)
+        values = _read_yaml(place / RUN_FILE if is_dir(place) else place)
     try:
         return kind.model_validate(values | overrides)
     except ValidationError as error:
@@ -292,10 +490,8 @@ def write_run_file(run: RunFile) -> Path:
     values = absolute.model_dump(mode="json", exclude_none=True)
     path = run.directory / RUN_FILE
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        draft.replace(path)
+        with draft(path) as file:
+            file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     except OSError as error:
         raise RunError(f"run directory {str(run.directory)!r} cannot be written: {error.strerror or error}") from error
     return path
@@ -303,7 +499,7 @@ def write_run_file(run: RunFile) -> Path:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(read_bytes(file).decode("utf-8"))
     except OSError as error:
         raise RunError(f"run file {str(file)!r} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

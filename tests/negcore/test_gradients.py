@@ -4,10 +4,11 @@ import torch
 from support import CAUSAL, CONFIGS, LABELS, MASKED, PROMPTS, prompts_for, tiny_model
 from torch import nn
 
+from negcore import gradients
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import LabelError, PromptError
 from negcore.forward import common_prefix_length, probed_batches
-from negcore.gradients import neurgrad
+from negcore.gradients import NeurGradBatch, Nonfinite, neurgrad
 
 OPTIONS = LABELS[:3]
 
@@ -213,3 +214,81 @@ def test_a_prediction_is_the_same_with_and_without_a_graph(family):
         with torch.enable_grad():
             traced = batch.predict()
         assert_close(plain.logits_BV.numpy(), traced.logits_BV.detach().numpy())
+
+
+# Memory
+
+
+def scarce_memory(monkeypatch, most, error=None):
+    """Memory suffices for batches of so many prompts; returns the sizes that were tried."""
+    tried, fill = [], gradients._fill
+
+    def limited(result, rows, batch):
+        tried.append(len(rows))
+        if len(rows) > most:
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        fill(result, rows, batch)
+
+    monkeypatch.setattr(gradients, "_fill", limited)
+    return tried
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("batch_size", [None, 6])
+def test_a_batch_for_which_memory_does_not_suffice_is_halved_and_so_are_all_after_it(
+    family, batch_size, monkeypatch, caplog
+):
+    lm = tiny_model(family)
+    prompts = prompts_for(lm)
+    undisturbed = neurgrad(lm, prompts, OPTIONS)
+    tried = scarce_memory(monkeypatch, 3)
+    result = neurgrad(lm, prompts, OPTIONS, batch_size=batch_size)
+    assert tried == [6 if batch_size else 7, 3, 3, 1]
+    for name in ("negs_POLN", "activations_PLN", "probs_PO"):
+        assert_close(getattr(result, name), getattr(undisturbed, name))
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory: batches were halved until they fit, to 3 prompts"
+    ]
+
+
+def test_a_prompt_for_which_memory_does_not_suffice_is_an_error(monkeypatch):
+    tried = scarce_memory(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        neurgrad(tiny_model("gpt2"), PROMPTS, OPTIONS)
+    assert tried == [7, 3, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ValueError("CUDA out of memory")])
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch, error):
+    tried = scarce_memory(monkeypatch, 0, error)
+    with pytest.raises(type(error), match=str(error)):
+        neurgrad(tiny_model("gpt2"), PROMPTS, OPTIONS)
+    assert tried == [7]
+
+
+def test_a_lack_of_host_memory_is_known_by_what_pytorch_says_of_it():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50)
+    assert gradients.is_out_of_memory(refused.value)
+
+
+# Numbers that are not finite
+
+
+def test_numbers_that_are_not_finite_are_counted_by_prompt_and_located_by_layer():
+    shape_POLN = (3, 2, 4, 5)
+    batch = NeurGradBatch(
+        negs_POLN=np.zeros(shape_POLN),
+        activations_PLN=np.zeros((3, 4, 5)),
+        probs_PO=np.zeros((3, 2)),
+        label_ids_PO=np.arange(6).reshape(3, 2),
+    )
+    assert batch.nonfinite() == []
+    batch.negs_POLN[0, 1, 2, 3:] = np.nan
+    batch.negs_POLN[0, 0, 0, 0] = 1e300  # too large for a shard's float32
+    batch.activations_PLN[0, 3, 0] = -np.inf
+    batch.probs_PO[2, 1] = np.nan
+    assert batch.nonfinite() == [Nonfinite(0, (0, 2, 3), 4), Nonfinite(2, (), 1)]
+    assert batch.take([1]).nonfinite() == []
+    assert batch.take([2, 1]).label_ids_PO.tolist() == [[4, 5], [2, 3]]
+    assert batch.take([]).nonfinite() == []

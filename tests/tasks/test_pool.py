@@ -235,7 +235,23 @@ def test_a_job_that_kills_its_worker_is_handed_back_and_the_others_finish(sessio
 
 def test_a_pool_whose_replacements_are_spent_says_so(session):
     with pytest.raises(RunError, match="no worker is left, 2 were lost"):
-        run("ray", [("die",)], replace(ONE, max_replacements=1))
+        run("ray", [("die",), ("die",)], replace(ONE, max_replacements=1))
+
+
+def test_what_one_job_costs_and_what_was_lost_before_a_success_spends_no_more_replacements(session):
+    jobs = [("die",), ("square", 2), ("die",), ("square", 3)]
+    outcomes = run("ray", jobs, replace(ONE, max_attempts=2, max_replacements=1))
+    assert sorted(outcome.attempts for outcome in outcomes if outcome.error) == [2, 2]
+    assert sorted(outcome.result for outcome in outcomes if not outcome.error) == [4, 9]
+
+
+def test_a_suspect_gets_one_attempt_and_a_worker_of_its_own(session):
+    with open_pool("ray", Worker, {}, replace(ONE, max_replacements=0), label="squares") as pool:
+        jobs = [("pid",), ("count_and_fail", os.devnull), ("die",), ("pid",)]
+        first, failed, died, last = pool.map(jobs, suspect=True)
+    assert (failed.error, failed.attempts) == ("KeyError: 'a bug'", 1)
+    assert (type(died.exception), died.attempts) == (WorkerLost, 1)
+    assert first.result != last.result
 
 
 def test_a_worker_killed_during_a_job_is_replaced_and_the_job_done_again(session, tmp_path):

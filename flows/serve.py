@@ -1,0 +1,140 @@
+"""Serve run files: scheduled Prefect deployments whose runs one process of this machine starts."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from negcore.errors import RunError
+from tasks.runfile import EvaluationRun, LinearityRun, RunFile, SkillRun, read_run_file
+
+if TYPE_CHECKING:
+    from prefect.deployments.runner import RunnerDeployment
+
+FlowName = Literal["pipeline", "extract", "probe", "mceval8k", "linearity"]
+
+
+class DeployedFlow(NamedTuple):
+    """A flow that can be deployed: the module it is in, and what its one parameter, `run`, holds."""
+
+    module: str
+    kind: type[RunFile]
+
+
+FLOWS: dict[FlowName, DeployedFlow] = {
+    "pipeline": DeployedFlow("flows.pipeline", SkillRun),
+    "extract": DeployedFlow("flows.pipeline", SkillRun),
+    "probe": DeployedFlow("flows.pipeline", SkillRun),
+    "mceval8k": DeployedFlow("flows.pipeline", EvaluationRun),
+    "linearity": DeployedFlow("flows.linearity", LinearityRun),
+}
+
+
+def deployments(
+    run_files: Sequence[Path], flow_name: FlowName, *, cron: str | None = None, name: str | None = None
+) -> "list[RunnerDeployment]":
+    """Make a deployment of each run file: one run of it at a time, and one that is due meanwhile is dropped.
+
+    Parameters
+    ----------
+    run_files : sequence of Path
+        Run files or run directories, all for the same flow.
+    flow_name : FlowName
+    cron : str, optional
+        When runs are due, in UTC. By default when somebody asks for one.
+    name : str, optional
+        Of the deployment. By default that of the run directory.
+
+    Raises
+    ------
+    RunError
+        If a run file or the schedule is not valid, or two deployments would have the same name.
+    """
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import EntrypointType
+
+    _check_schedule(cron)
+    module, kind = FLOWS[flow_name]
+    runs = [read_run_file(kind, path, {}) for path in run_files]
+    names = [name or run.directory.name for run in runs]
+    _check_names(names)
+    flow = getattr(import_module(module), flow_name)
+    return [
+        flow.to_deployment(
+            name=deployment,
+            cron=cron,
+            parameters={"run": run.model_copy(update={"out": run.directory}).model_dump(mode="json")},
+            tags=["neg"],
+            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        for deployment, run in zip(names, runs, strict=True)
+    ]
+
+
+def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
+    """Register deployments with the configured Prefect server and start their runs, one at a time, until interrupted.
+
+    A first SIGINT or SIGTERM cancels the run under way and pauses the schedules; a second one does not wait for that.
+
+    Raises
+    ------
+    RunError
+        If no Prefect server is configured, or the configured one does not answer.
+    """
+    from prefect.settings import PREFECT_API_URL
+
+    from tasks.server import prefect_api
+
+    if not PREFECT_API_URL.value():
+        raise RunError(
+            "PREFECT_API_URL is not set, but schedules need a server that stays: start one with "
+            "`prefect server start --host 127.0.0.1` and set PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    with prefect_api(Path()) as api, contextlib.suppress(asyncio.CancelledError):
+        api.wait_ready()
+        asyncio.run(_serve(served))
+
+
+async def _serve(served: "Sequence[RunnerDeployment]") -> None:
+    from prefect.runner import Runner
+
+    runner = Runner(limit=1)
+    for deployment in served:
+        await runner.aadd_deployment(deployment)
+    serving = asyncio.create_task(runner.start())
+    # By then the runner has set its own handler, which would leave the run under way "Running" for ever.
+    await asyncio.sleep(0)
+
+    async def stop() -> None:
+        if runner.started:
+            await runner.astop()
+        else:
+            serving.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: asyncio.create_task(stop()))
+    await serving
+
+
+def _check_schedule(cron: str | None) -> None:
+    from prefect.client.schemas.schedules import CronSchedule
+
+    try:
+        if cron is not None:
+            CronSchedule(cron=cron)
+    except ValidationError:
+        raise RunError(
+            f"the schedule is {cron!r}, but must be five fields, minute hour day month weekday, like '0 2 * * *'"
+        ) from None
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise RunError(f"several run files would be served as {name!r}: leave out --name, or give each its own out")

@@ -1,0 +1,239 @@
+"""The skills flow: ask datasets in several ways, rank the neurons, check the rankings causally, analyse them.
+
+Nothing is said about the neurons of a dataset whose causal check failed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from prefect import flow, runtime
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.pipeline import Results, alone, extract_planned, listed, one_line, run_session, under_prefect
+from flows.skill_figures import write_figures
+from flows.skill_tables import artifact_tables, summary
+from flows.stages import Stages
+from negcore.models import ModelCard
+from tasks.causal import CausalPart, CausalWorker, causal_job
+from tasks.extract import Advance, Extracted, compute
+from tasks.plan import PlannedDataset, plan
+from tasks.pool import Pool, Stopped, open_pool
+from tasks.rank import rank_pool
+from tasks.runfile import SkillRun, SkillsRun, write_run_file
+from tasks.skills import (
+    DatasetFindings,
+    PlannedSkills,
+    Scores,
+    SkillFindings,
+    analyse_dataset,
+    compare_datasets,
+    plan_checks,
+    plan_skills,
+    rank_dataset,
+    write_findings,
+)
+
+T = TypeVar("T")
+
+
+@dataclass
+class SkillResults:
+    """What a run produced, and what it could not."""
+
+    directory: Path
+    extracted: list[Extracted] = field(default_factory=list)
+    findings: list[SkillFindings] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)
+    """Rows that could not be computed, and why."""
+    problems: list[str] = field(default_factory=list)
+    """One line for everything that is missing; empty if the run is whole."""
+
+
+def _flow_run_name() -> str:
+    run = SkillsRun.model_validate(runtime.flow_run.parameters["run"])
+    return f"skills {listed(run.model)} on {listed(run.dataset)}"
+
+
+@flow(  # type: ignore[untyped-decorator]
+    name="skills", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8)
+)
+def skills(run: SkillsRun) -> SkillResults:
+    """Analyse the skill neurons of models on datasets."""
+    return under_prefect(run_skills, run)
+
+
+def n_parts(run: SkillsRun, planned: Sequence[PlannedSkills]) -> int:
+    """Shards and steps of a run: what its progress is counted in."""
+    return sum(of_model.n_shards + _n_steps(run, of_model) for of_model in planned)
+
+
+def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
+    """Of every dataset the ranking, the shards of the causal checks, and the analysis."""
+    checked = [split for dataset in planned.datasets for split in dataset.splits if split.partition.split == "test"]
+    return 2 * len(planned.datasets) + len(run.probe) * sum(len(split.shards) for split in checked)
+
+
+@alone
+def run_skills(run: SkillsRun, stages: Stages) -> SkillResults:
+    """Extract what is missing, then rank, check and analyse every dataset that is whole under all conditions."""
+    planned = plan_skills(run)
+    write_run_file(run)
+    results = SkillResults(run.directory)
+    with run_session(run):
+        whole = _extract(run, stages, results)
+        for of_model in planned:
+            datasets = [one for one in of_model.datasets if (one.model, one.dataset.name) in whole]
+            _analyse_model(run, stages, results, of_model.card, datasets)
+    if results.findings:
+        _publish(run, stages, results)
+    return results
+
+
+def _extract(run: SkillsRun, stages: Stages, results: SkillResults) -> set[tuple[str, str]]:
+    """Models and datasets of which every row is there, under all conditions."""
+    planned = [(condition.run, plan(condition.run)) for condition in run.conditions]
+    n_whole: Counter[tuple[str, str]] = Counter()
+    extraction = Results(run.directory)
+
+    def extracted(_: SkillRun, dataset: PlannedDataset) -> None:
+        n_whole[dataset.model, dataset.dataset.name] += 1
+
+    extract_planned(planned, stages, extraction, when_extracted=extracted)
+    results.extracted += extraction.extracted
+    results.problems += extraction.problems
+    results.set_aside += extraction.set_aside
+    return {names for names, n in n_whole.items() if n == len(planned)}
+
+
+def _analyse_model(
+    run: SkillsRun, stages: Stages, results: SkillResults, card: ModelCard, datasets: Sequence[PlannedDataset]
+) -> None:
+    scores = _rank(run, stages, results, datasets)
+    ranked = [one for one in datasets if one.dataset.name in scores]
+    checks = _check(run, stages, results, card, ranked, scores)
+    found = [
+        findings
+        for one in ranked
+        if (parts := checks.get(one.dataset.name))
+        and (findings := _analyse(run, stages, results, one, card, scores[one.dataset.name], parts))
+    ]
+    if found:
+        results.findings.append(compare_datasets(run, card, scores, found))
+
+
+def _rank(
+    run: SkillsRun, stages: Stages, results: SkillResults, datasets: Sequence[PlannedDataset]
+) -> dict[str, Scores]:
+    scores = {}
+    with rank_pool(run) as pool:
+        for one in datasets:
+
+            def body(advance: Advance, one: PlannedDataset = one) -> Scores:
+                ranked = rank_dataset(
+                    pool,
+                    run,
+                    one.model,
+                    one.dataset.name,
+                    stop=stages.stop,
+                    on_tick=lambda status: advance(0, 1, status),
+                )
+                advance(1, 1, None)
+                return ranked
+
+            ranked = _attempt(stages, results, f"{one.name} ranking", "rank", body)
+            if ranked is not None:
+                scores[one.dataset.name] = ranked
+    return scores
+
+
+def _check(
+    run: SkillsRun,
+    stages: Stages,
+    results: SkillResults,
+    card: ModelCard,
+    datasets: Sequence[PlannedDataset],
+    scores: Mapping[str, Scores],
+) -> dict[str, dict[str, CausalPart]]:
+    """The finished causal checks of every dataset's probes."""
+    finished = {}
+    with _causal_pool(run, card) as pool:
+        for one in datasets:
+            parts = plan_checks(run, one, card, scores[one.dataset.name])
+            body = _computation(run, stages, pool, list(parts.values()))
+            extracted = _attempt(stages, results, f"{one.name} causal check", "check", body)
+            failures = [failure for part in extracted or () for failure in part.failures]
+            for failure in failures:
+                where = f"{one.name} causal check: shard {failure.index}"
+                results.problems.append(f"{where}, {failure.n_rows} rows lost: {failure.error}")
+            if extracted and not failures:
+                finished[one.dataset.name] = parts
+    return finished
+
+
+def _computation(
+    run: SkillsRun, stages: Stages, pool: Pool, parts: Sequence[CausalPart]
+) -> Callable[[Advance], list[Extracted]]:
+    root = run.conditions[0].run.directory
+    return lambda advance: compute(pool, parts, root, partial(causal_job, root), advance=advance, stop=stages.stop)
+
+
+def _causal_pool(run: SkillsRun, card: ModelCard) -> AbstractContextManager[Pool]:
+    recipe = {
+        "model": card.ref,
+        "dtype": run.dtype,
+        "device": run.worker_device,
+        "site": run.site,
+        "threads": run.cpus,
+    }
+    return open_pool(run.backend, CausalWorker, recipe, run.resources, label=card.name)
+
+
+def _analyse(
+    run: SkillsRun,
+    stages: Stages,
+    results: SkillResults,
+    planned: PlannedDataset,
+    card: ModelCard,
+    scores: Scores,
+    parts: Mapping[str, CausalPart],
+) -> DatasetFindings | None:
+    def body(advance: Advance) -> DatasetFindings:
+        advance(0, 1, None)
+        findings = analyse_dataset(run, planned, card, scores, parts)
+        advance(1, 1, None)
+        return findings
+
+    return _attempt(stages, results, f"{planned.name} analysis", "analysis", body)
+
+
+def _attempt(stages: Stages, results: SkillResults, name: str, kind: str, body: Callable[[Advance], T]) -> T | None:
+    """What a stage gives, or nothing and a problem: the other datasets go on."""
+    try:
+        return stages.run(name, kind, body)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        results.problems.append(f"{name}: {one_line(error)}")
+        return None
+
+
+def _publish(run: SkillsRun, stages: Stages, results: SkillResults) -> None:
+    folder = write_findings(run, results.findings)
+    for findings in results.findings:
+        results.figures += write_figures(findings, folder / "figures")
+        for key, (title, rows) in artifact_tables(findings).items():
+            stages.table(f"{key}-{findings.model}", rows, title)
+    stages.note("skills", _note(results))
+
+
+def _note(results: SkillResults) -> str:
+    """Markdown that holds names of models and files only, as code, so that none is read as markup."""
+    lines = [f"- `{summary(one)}`" for one in results.findings]
+    lines += [f"- `{path}`" for path in results.figures if path.suffix == ".svg"]
+    return "\n".join(lines)

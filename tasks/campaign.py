@@ -1,0 +1,291 @@
+"""What a campaign compares between its models: accuracy, linearity, and where in depth they have what.
+
+Models differ in their number of layers, so profiles are by tenths of a model's depth.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negcore.errors import NegError
+from tasks.linearity import Findings
+from tasks.probe import Score
+from tasks.results import Average, averages
+from tasks.runfile import CampaignPart, CampaignRun
+from tasks.skills import SkillFindings
+from tasks.tables import write_table
+
+N_DEPTHS = 10
+"""Parts of equal size that a model's layers are put into."""
+
+
+@dataclass(frozen=True)
+class OutcomeRow:
+    """What became of one stage with one model."""
+
+    model: str
+    name: str
+    """Of the model's folder, and of the model in tables."""
+    stage: str
+    outcome: str
+    """whole, in part, or failed: nothing to compare."""
+    n_problems: int
+    reason: str
+    """The first problem; empty if there is none."""
+
+
+@dataclass(frozen=True)
+class GainRow:
+    """A model's best probe beside LM-Prob, on the average of datasets.
+
+    Best is the probe of the highest accuracy over all genres, on the very test rows that are reported here, and it is
+    the same one for every genre.
+    """
+
+    model: str
+    shots: int
+    genre: str
+    """Genre of the datasets; empty for all of them."""
+    probe: str
+    accuracy: float
+    low: float
+    """Lower end of the 95 % interval, as of `Average`."""
+    high: float
+    lm: float
+    """Accuracy of LM-Prob."""
+    lm_low: float
+    lm_high: float
+    gain: float
+    """Accuracy of the probe less that of LM-Prob."""
+    n_datasets: int
+    majority: float
+    random: float
+
+
+@dataclass(frozen=True)
+class LinearityRow:
+    """How linear a model's neurons are, and how well NeurGrad foretells their NEG, within one range of shifts."""
+
+    model: str
+    dataset: str
+    range: float
+    n_prompts: int
+    n_neurons: int
+    """Swept in every prompt."""
+    linear_share: float
+    positive_share: float
+    pearson: float | None
+    """r between NeurGrad and NEG; None where NeurGrad was not computed."""
+    pearson_low: float | None
+    pearson_high: float | None
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One measure in one tenth of a model's depth."""
+
+    model: str
+    measure: str
+    """linear_share, median_size: of the neurons of its layers, mean over layers; the size is |NEG|. skill_share: part
+    of the skill neurons that lies there, mean over datasets; 0.1 where they are spread evenly."""
+    probe: str
+    """Whose skill neurons; else empty."""
+    top: int | None
+    """How many skill neurons."""
+    low: float
+    """Where the tenth begins: 0 is the first layer, 1 the end of the last."""
+    high: float
+    value: float | None
+    """None where none of its layers was measured."""
+
+
+class Compared(NamedTuple):
+    """What one stage with one model has for the comparison."""
+
+    accuracy: Sequence[Average] = ()
+    linearity: Sequence[LinearityRow] = ()
+    profiles: Sequence[ProfileRow] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a campaign says about its models."""
+
+    outcomes: list[OutcomeRow] = field(default_factory=list)
+    accuracy: list[Average] = field(default_factory=list)
+    """By model, number of demonstrations, genre and probe."""
+    gains: list[GainRow] = field(default_factory=list)
+    linearity: list[LinearityRow] = field(default_factory=list)
+    profiles: list[ProfileRow] = field(default_factory=list)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Short names of the models."""
+        return {row.model: row.name for row in self.outcomes}
+
+
+def compare(outcomes: Iterable[OutcomeRow], compared: Iterable[Compared]) -> Comparison:
+    """Put together what the stages have for the comparison."""
+    comparison = Comparison(list(outcomes))
+    for one in compared:
+        comparison.accuracy.extend(one.accuracy)
+        comparison.linearity.extend(one.linearity)
+        comparison.profiles.extend(one.profiles)
+    comparison.gains.extend(gains(comparison.accuracy))
+    return comparison
+
+
+def outcome(part: CampaignPart, compared: Compared | None, problems: Sequence[str]) -> OutcomeRow:
+    """What became of a part of a campaign: it is whole, or lacks something, or gave nothing to compare."""
+    is_empty = compared is None or not any(compared)
+    return OutcomeRow(
+        model=part.model,
+        name=part.folder,
+        stage=part.stage,
+        outcome="failed" if is_empty else "in part" if problems else "whole",
+        n_problems=len(problems),
+        reason=problems[0] if problems else "",
+    )
+
+
+def accuracy_rows(model: str, scores: Sequence[Score]) -> Compared:
+    """Mean accuracy by number of demonstrations, genre and probe; of a genre with one dataset, that dataset's."""
+    return Compared(accuracy=[replace(mean, model=model) for mean in averages(scores)])
+
+
+def gains(accuracy: Sequence[Average]) -> list[GainRow]:
+    """The best probe of each model and number of demonstrations, beside LM-Prob."""
+    by_key = {(mean.model, mean.shots, mean.genre, mean.probe): mean for mean in accuracy}
+    best: dict[tuple[str, int], Average] = {}
+    for mean in accuracy:
+        key = mean.model, mean.shots
+        if not mean.genre and mean.probe != "lm" and (key not in best or mean.accuracy > best[key].accuracy):
+            best[key] = mean
+    return [
+        _gain(mean, by_key[mean.model, mean.shots, mean.genre, "lm"])
+        for mean in accuracy
+        if (mean.model, mean.shots) in best and mean.probe == best[mean.model, mean.shots].probe
+    ]
+
+
+def _gain(probe: Average, lm: Average) -> GainRow:
+    return GainRow(
+        model=probe.model,
+        shots=probe.shots,
+        genre=probe.genre,
+        probe=probe.probe,
+        accuracy=probe.accuracy,
+        low=probe.low,
+        high=probe.high,
+        lm=lm.accuracy,
+        lm_low=lm.low,
+        lm_high=lm.high,
+        gain=probe.accuracy - lm.accuracy,
+        n_datasets=probe.n_datasets,
+        majority=probe.majority,
+        random=probe.random,
+    )
+
+
+def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
+    """Linearity of the whole model within the main range, and of each tenth of its layers."""
+    ranges = {row.layer: row for row in findings.ranges if row.range == findings.main_range}
+    whole = [row for row in findings.agreement if row.layer is None and row.range == findings.main_range]
+    neurgrad = next((row for row in whole if row.estimator == "neurgrad"), None)
+    n_prompts, n_neurons, _ = findings.sweep.probs_PKS.shape
+    row = LinearityRow(
+        model=model,
+        dataset=findings.dataset,
+        range=findings.main_range,
+        n_prompts=n_prompts,
+        n_neurons=n_neurons,
+        linear_share=ranges[None].linear_share,
+        positive_share=ranges[None].positive_share,
+        pearson=neurgrad and neurgrad.pearson,
+        pearson_low=neurgrad and neurgrad.pearson_low,
+        pearson_high=neurgrad and neurgrad.pearson_high,
+    )
+    shares = {layer: row.linear_share for layer, row in ranges.items() if layer is not None}
+    sizes = {row.layer: row.q50 for row in findings.sizes if row.layer is not None}
+    profiles = _profile(model, "linear_share", by_depth(shares, n_layers))
+    return Compared(linearity=[row], profiles=[*profiles, *_profile(model, "median_size", by_depth(sizes, n_layers))])
+
+
+def skill_rows(model: str, findings: SkillFindings) -> Compared:
+    """Where in depth the skill neurons lie, by probe and number of neurons, mean over datasets."""
+    shares: dict[tuple[str, int], dict[int, list[float]]] = {}
+    for one in findings.datasets:
+        for row in one.layers:
+            shares.setdefault((row.probe, row.top), {}).setdefault(row.layer, []).append(row.share)
+    profiles: list[ProfileRow] = []
+    for (probe, top), by_layer in shares.items():
+        densities = {layer: float(np.mean(values)) * len(by_layer) for layer, values in by_layer.items()}
+        values = [value and value / N_DEPTHS for value in by_depth(densities, len(by_layer))]
+        profiles += _profile(model, "skill_share", values, probe, top)
+    return Compared(profiles=profiles)
+
+
+def by_depth(values: Mapping[int, float], n_layers: int) -> list[float | None]:
+    """Mean of a measure over the layers of each tenth of a model's depth.
+
+    Parameters
+    ----------
+    values : mapping of layer to float
+        Layers may be missing.
+    n_layers : int
+        Layers of the model, each as deep as another: one that lies in two tenths counts in both, by its share.
+
+    Returns
+    -------
+    list of float or None
+        `N_DEPTHS` means; None where no layer has a value.
+    """
+    layers = sorted(values)
+    weights_DL = _overlaps(n_layers)[:, layers]
+    sums_D = weights_DL @ np.array([values[layer] for layer in layers])
+    totals_D = weights_DL.sum(1)
+    return [float(sum_ / total) if total else None for sum_, total in zip(sums_D, totals_D, strict=True)]
+
+
+def _overlaps(n_layers: int) -> NDArray[np.int64]:
+    """How much of each tenth each layer takes up, in whole numbers so that the ends meet: shape (D, L)."""
+    begin_D, begin_L = np.arange(N_DEPTHS)[:, None] * n_layers, np.arange(n_layers)[None] * N_DEPTHS
+    shared_DL = np.minimum(begin_D + n_layers, begin_L + N_DEPTHS) - np.maximum(begin_D, begin_L)
+    return np.maximum(shared_DL, 0)
+
+
+def _profile(
+    model: str, measure: str, values: Sequence[float | None], probe: str = "", top: int | None = None
+) -> list[ProfileRow]:
+    return [
+        ProfileRow(model, measure, probe, top, depth / N_DEPTHS, (depth + 1) / N_DEPTHS, value)
+        for depth, value in enumerate(values)
+    ]
+
+
+_TABLES: dict[str, type] = {
+    "outcomes": OutcomeRow,
+    "accuracy": Average,
+    "gains": GainRow,
+    "linearity": LinearityRow,
+    "profiles": ProfileRow,
+}
+
+
+def write_comparison(run: CampaignRun, comparison: Comparison) -> None:
+    """Write the comparison as Arrow files into the campaign's directory.
+
+    Raises
+    ------
+    NegError
+        If they cannot be written.
+    """
+    folder = run.directory / "campaign"
+    try:
+        for name, kind in _TABLES.items():
+            write_table(folder / f"{name}.arrow", kind, [asdict(row) for row in getattr(comparison, name)])
+    except OSError as error:
+        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
