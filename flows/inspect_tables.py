@@ -52,7 +52,7 @@ def verified_tables(verified: Sequence[Verified], directory: Path) -> Iterator[T
 
 def verified_lines(verified: Iterable[Verified], directory: Path) -> list[str]:
     """A line for everything that is wrong."""
-    return [f"{_label(one.folder, directory)}: {fault.what}" for one in verified for fault in one.faults]
+    return [f"{_label(one.folder, directory)}: {printable(fault.what)}" for one in verified for fault in one.faults]
 
 
 def status_tables(status: RunStatus, directory: Path) -> Iterator[Table]:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from flows import linearity
+from flows import linearity, skills
 from flows.pipeline import Ended, Results, extract_planned, run_session
 from flows.stages import Stages
 from negcore.errors import RunError
@@ -12,6 +12,7 @@ from negcore.storage import n_bytes
 from tasks.plan import plan
 from tasks.rundir import recorded_run
 from tasks.runfile import RUN_FILE, LinearityRun, RunFile, SkillRun, SkillsRun
+from tasks.skills import plan_skills
 from tasks.sweeps import plan_linearity
 from tasks.verify import Verified
 
@@ -21,8 +22,8 @@ class Mending(NamedTuple):
 
     n_parts: int
     """What its progress is counted in."""
-    work: Callable[[Any, Stages], Ended]
-    """Takes the run."""
+    work: Callable[..., Ended]
+    """Takes the run and its `Stages`."""
 
 
 def mending_runs(verified: Sequence[Verified]) -> list[RunFile]:
@@ -57,9 +58,6 @@ def mending(run: RunFile) -> Mending:
         case LinearityRun():
             return Mending(sum(study.n_shards for study in plan_linearity(run)), linearity.run_linearity)
         case SkillsRun():
-            from flows import skills
-            from tasks.skills import plan_skills
-
             return Mending(skills.n_parts(run, plan_skills(run)), skills.run_skills)
     raise RunError(f"{str(run.directory)!r}: its {RUN_FILE} is of a run that makes no shards in its own directory")
 

@@ -7,7 +7,6 @@ a model is never run.
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from xxhash import xxh3_128
 from negcore.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.attention import ATTENTION_NAME, register_attention
 from negcore.errors import ModelError
+from negcore.storage import cache_directory
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {
@@ -309,13 +309,6 @@ def _embedded_file(alias: str) -> Path:
     if spec is None or spec.origin is None:
         raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
     return Path(spec.origin).parent / file
-
-
-def cache_directory() -> Path:
-    """Where converted models are kept: `$NEG_CACHE`, else `$XDG_CACHE_HOME/neg`, else `~/.cache/neg`."""
-    if "NEG_CACHE" in os.environ:
-        return Path(os.environ["NEG_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neg"
 
 
 def _convert_gguf(file: Path) -> Path:

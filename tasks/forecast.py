@@ -316,11 +316,11 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) 
     a_token = 3 * card.n_neurons + 6 * config.hidden_size
     if card.arch.masked:
         heads = config.num_attention_heads * n_tokens
-        return n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients
+        return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width
     cache = _COPIES_OF_A_CACHE * 2 * card.n_layers * keys * n_rows * n_tokens * width
-    return cache + n_rows * n_tokens * a_token * width + gradients
+    return int(cache + n_rows * n_tokens * a_token * width + gradients)
 
 
 def _count(module: Any) -> int:

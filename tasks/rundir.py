@@ -46,6 +46,11 @@ class PlannedShards:
     n_shards: int
     n_rows: int
 
+    def __post_init__(self) -> None:
+        kind, *pairs = self.place.split("/")  # the file may be anybody's: nothing outside of its directory is meant
+        if kind in ("", ".", "..") or len(pairs) != 3 or not all("=" in pair for pair in pairs):
+            raise ValueError(f"{self.place!r} is no directory of shards")
+
 
 @dataclass(frozen=True)
 class ShardFolder:
@@ -126,7 +131,7 @@ def read_plan_file(root: Path) -> dict[str, PlannedShards]:
         return {one.place: one for one in planned}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"plan {str(file)!r} is damaged ({error}): delete it and run the same command again") from error
 
 
@@ -183,7 +188,7 @@ def receipt_path(folder: Path, index: int) -> Path:
     return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
 
 
-def recorded_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
+def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
     """The run file of a run directory, or a file, as the kind of run that it fits.
 
     Raises

@@ -1,9 +1,10 @@
 """Check every shard of a run directory against its receipt, and make ready for computing again what is damaged."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,9 @@ from negcore.reader import mapped_batch
 from negcore.shards import Receipt, checksum, receipts, shard_of
 from negcore.storage import fetch, find, is_remote, n_bytes, remove, sizes
 from tasks.rundir import ShardFolder, receipt_path, receipts_of
+
+_NAMED = 8
+"""Missing shards that a line names."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,9 @@ def _about(batch: pa.RecordBatch) -> dict[str, Any]:
 
 def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
     """Model, dataset, and split or part."""
-    place = about.get("partition") or about.get("place") or {}
-    names = (place.get(name) for name in ("model", "dataset", "split", "part"))
+    place = about.get("partition") or about.get("place")
+    known = place if isinstance(place, dict) else {}
+    names = (known.get(name) for name in ("model", "dataset", "split", "part"))
     return tuple(str(name) for name in names if name is not None)
 
 
@@ -178,8 +183,11 @@ def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -
         return bool(schema.names[:3] == ["id", "text_hash", "group"])
     if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
         return False
-    n_options, identity = schema.field("probs").type.list_size, receipt.identity
-    return bool(schema.equals(shard_schema(n_options, identity["n_layers"], identity["n_neurons"])))
+    n_options = schema.field("probs").type.list_size
+    n_layers, n_neurons = (receipt.identity.get(name) for name in ("n_layers", "n_neurons"))
+    if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or n_layers > len(schema):
+        return False
+    return bool(schema.equals(shard_schema(n_options, n_layers, n_neurons)))
 
 
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
@@ -192,10 +200,16 @@ def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Re
             yield Fault(f"shard {index}: {what}, and this run makes {n_shards} only: delete it")
         else:
             yield Fault(f"shard {index}: {what}", recompute=True, remove=damaged.get(index))
-    missing = sorted(set(range(n_shards or 0)) - proven.keys() - damaged.keys() - shards)
-    if missing:
-        named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        yield Fault(f"{len(missing)} of {n_shards} shards are missing: {named}", recompute=True)
+    yield from _missing(n_shards or 0, proven.keys() | damaged.keys() | shards)
+
+
+def _missing(n_shards: int, there: Set[int]) -> Iterator[Fault]:
+    """Shards of which nothing is there, named as far as they fit a line."""
+    named = list(islice((str(index) for index in range(n_shards) if index not in there), _NAMED + 1))
+    if named:
+        count = n_shards - sum(0 <= index < n_shards for index in there)
+        listed = ", ".join(named[:_NAMED]) + ", ..." * (len(named) > _NAMED)
+        yield Fault(f"{count} of {n_shards} shards are missing: {listed}", recompute=True)
 
 
 def _foreign(own: Sequence[Receipt], foreign: Sequence[Receipt]) -> Iterator[Fault]:

@@ -103,14 +103,14 @@ def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
 
     def failing(self, job):
         if job.partition.split == "valid" and job.index == 1:
-            raise RuntimeError("poison row")
+            raise OSError("the disk is full")
         return honest(self, job)
 
     monkeypatch.setattr(ExtractWorker, "run", failing)
     results = run_pipeline(run, PlainStages())
     assert results.scores == []
     assert len(results.problems) == 1
-    assert "shard 1, 8 rows lost: RuntimeError: poison row" in results.problems[0]
+    assert "shard 1, 8 rows lost: OSError: the disk is full" in results.problems[0]
     monkeypatch.undo()
     assert run_pipeline(run, PlainStages()).problems == []
 

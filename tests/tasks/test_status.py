@@ -1,5 +1,6 @@
 """How far a run is, read from its directory alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -198,8 +199,10 @@ def test_a_part_of_a_run_directory_can_be_asked_for(run, parts):
     assert (train.n_shards, len(train.receipts)) == (4, 1)
 
 
-def test_a_damaged_plan_is_one_line_that_says_what_to_do(run):
-    (run.directory / PLAN_FILE).write_text('[{"place": 1}]')
+@pytest.mark.parametrize("place", ["1", "../model=a/dataset=b/split=c", "/etc/model=a/dataset=b/split=c", "negs/../.."])
+def test_a_damaged_plan_or_one_that_leads_elsewhere_is_one_line_that_says_what_to_do(run, place):
+    plan = [{"place": place, "digest": "", "n_shards": 1, "n_rows": 1}]
+    (run.directory / PLAN_FILE).write_text(json.dumps(plan))
     with pytest.raises(RunError, match=r"plan .* is damaged .*: delete it and run the same command again"):
         shard_folders(run.directory)
 

@@ -203,6 +203,23 @@ def test_without_a_plan_receipts_say_how_many_shards_there_should_be(copy):
     assert faults(copy) == ["1 of 3 shards are missing: 1"]
 
 
+def test_a_receipt_that_speaks_of_endless_shards_is_no_burden(copy):
+    (copy / PLAN_FILE).unlink()
+    for index in range(3):
+        resealed(receipt(copy, "train", index), n_shards=10**12)
+    *_, missing = faults(copy)
+    assert missing == "999999999997 of 1000000000000 shards are missing: 3, 4, 5, 6, 7, 8, 9, 10, ..."
+
+
+def test_what_a_shard_says_of_itself_cannot_harm_the_terminal(copy):
+    place = {"model": "\x1b[31m", "dataset": "[red]", "split": "train"}
+    about = {"partition": place}
+    batch = mapped_batch(shard(copy, "train", 1))
+    (split,) = [part for part in plan(recorded_run(copy))[0].datasets[0].splits if part.partition.split == "train"]
+    publish_batch(shard(copy, "train", 1).parent, 1, 3, identity=split.identity, batch=batch, about=about)
+    assert "it belongs to \\x1b[31m, [red], train" in neg("verify", copy).stderr
+
+
 def test_nothing_is_parsed_whose_checksum_is_wrong(copy, monkeypatch):
     flip_a_bit(copy)
     parsed = []
