@@ -275,7 +275,7 @@ def serve(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+    runs: Annotated[list[str], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
 ) -> None:
     """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
 
@@ -289,13 +289,15 @@ def compare(
 
     if len(set(runs)) < 2:
         raise RunError("name at least two run directories: there is nothing to compare one with")
-    names = [run.name for run in runs]
+    places = [location(run) for run in runs]
+    names = [place.name for place in places]
     scores = {
-        run.name if names.count(run.name) == 1 else str(run): read_table(run / "accuracy.arrow", Score) for run in runs
+        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", Score)
+        for place in places
     }
     table = comparison_table(scores)
     if not table.row_count:
-        raise RunError(f"no dataset is in two of the runs {', '.join(map(str, runs))}, asked of the same model")
+        raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
     _out.print(table)
 
 

@@ -137,13 +137,16 @@ def whole(results: E) -> E:
     return results
 
 
-def under_prefect(work: Callable[[R, Stages], E], run: R) -> Any:
+_CANCELLED = "finished shards are kept, and the same run goes on from them"
+
+
+def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
     """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
 
     Returns
     -------
-    E or State
-        The results, or what a cancelled flow returns to end as such.
+    E
+        The results; of a cancelled flow run, the state in which Prefect is to end it.
 
     Raises
     ------
@@ -157,7 +160,7 @@ def under_prefect(work: Callable[[R, Stages], E], run: R) -> Any:
         except Stopped:
             if not cancelled.is_set():
                 raise
-            return Cancelled(message="finished shards are kept, and the same run goes on from them")
+            return Cancelled(message=_CANCELLED)  # type: ignore[no-any-return]
 
 
 @_prefect_flow(name="mceval8k")  # type: ignore[untyped-decorator]

@@ -112,8 +112,8 @@ def _changes(axes: Axes, one: DatasetFindings, check: tuple[str, str], distance:
         for shift, style, way in ((distance, "-", "towards"), (-distance, "--", "away")):
             wanted = (*check, neurons, shift)
             rows = [row for row in one.causal if (row.probe, row.direction, row.neurons, row.shift) == wanted]
-            look = {"color": _SET_COLOURS[neurons], "linestyle": style, "marker": "o"}
-            _curve(axes, [row.size for row in rows], rows, measure, label=f"{title}, {way}", **look)
+            sizes, label, colour = [row.size for row in rows], f"{title}, {way}", _SET_COLOURS[neurons]
+            _curve(axes, sizes, rows, measure, label=label, color=colour, linestyle=style, marker="o")
     _powers(axes, {row.size for row in one.causal})
 
 
@@ -121,7 +121,8 @@ def _with_check(findings: SkillFindings, what: str, height: float) -> tuple[Figu
     """A figure with a causal check below, and its upper part of that height (inches), to draw in."""
     check_height = 2.2 if len(findings.datasets) <= _MOST_NUMBERED else 2.8
     figure = Figure(figsize=(_WIDTH, height + check_height), layout="constrained")
-    body, check = figure.subfigures(2, 1, height_ratios=(height, check_height))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(height, check_height))
+    body, check = parts
     body.suptitle(_title(findings, what))
     size, shift = tops(findings)[len(tops(findings)) // 2], max(row.shift for row in findings.datasets[0].causal)
     check.suptitle(f"Causal check: {size} neurons shifted together by {shift:g} towards gold (bars: 95 %)", fontsize=9)
@@ -176,8 +177,8 @@ def efficiency(findings: SkillFindings) -> Figure:
             colour = _PROBE_COLOURS[probe]
             for order, style in (("best", "-"), ("random", ":")):
                 counts = [row for row in one.neuron_counts if (row.probe, row.order) == (probe, order)]
-                look = {"label": f"{PROBE_TITLES[probe]}, {order}", "color": colour, "linestyle": style}
-                _curve(by_neurons, [row.n_neurons for row in counts], counts, _ACCURACY, **look)
+                sizes, title = [row.n_neurons for row in counts], f"{PROBE_TITLES[probe]}, {order}"
+                _curve(by_neurons, sizes, counts, _ACCURACY, label=title, color=colour, linestyle=style)
             rows = [row for row in one.training_rows if row.probe == probe]
             _curve(by_rows, [row.n_train for row in rows], rows, _ACCURACY, color=colour, marker="o")
         for axes, label in ((by_neurons, "neurons"), (by_rows, "training rows")):
@@ -195,8 +196,8 @@ def bands(findings: SkillFindings) -> Figure:
     for axes, one in zip(panels, findings.datasets, strict=True):
         for probe in probes(findings):
             rows = [row for row in one.bands if row.probe == probe]
-            look = {"label": PROBE_TITLES[probe], "color": _PROBE_COLOURS[probe], "marker": "o"}
-            _curve(axes, range(len(rows)), rows, _ACCURACY, **look)
+            colour, title = _PROBE_COLOURS[probe], PROBE_TITLES[probe]
+            _curve(axes, range(len(rows)), rows, _ACCURACY, label=title, color=colour, marker="o")
         _accuracy_axes(axes, one, "rank of the band's first neuron")
         starts = list(dict.fromkeys(row.first_rank for row in one.bands))
         axes.set_xticks(range(len(starts)), [str(start) for start in starts], rotation=45, ha="right", fontsize=7)
@@ -215,8 +216,8 @@ def forests(findings: SkillFindings) -> Figure:
         for i, depth in enumerate(depths):
             rows = [row for row in one.forests if row.depth == depth]
             colour, shade = colours(0.1 + 0.9 * i / len(depths)), 0.15 if i == len(depths) - 1 else 0
-            look = {"label": f"depth: {depth_title(depth)}", "color": colour, "marker": "o"}
-            _curve(axes, [row.n_trees for row in rows], rows, _ACCURACY, shade=shade, **look)
+            trees, label = [row.n_trees for row in rows], f"depth: {depth_title(depth)}"
+            _curve(axes, trees, rows, _ACCURACY, shade=shade, label=label, color=colour, marker="o")
         for probe in probes(findings):
             voted = fitted(one, probe).accuracy
             axes.axhline(voted, color=_PROBE_COLOURS[probe], linestyle="-.", label=PROBE_TITLES[probe])
@@ -361,7 +362,8 @@ def _panels(body: Any, n: int, columns: int) -> list[Axes]:
 def _legend(body: Any, axes: Axes) -> None:
     """One legend for all panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
-    body.legend(handles, labels, loc="outside lower center", ncols=8, fontsize=7.5, columnspacing=1.2)
+    columns = len(labels) if len(labels) <= 8 else -(-len(labels) // 2)
+    body.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7.5, columnspacing=1.2)
 
 
 def _curve(

@@ -195,7 +195,7 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
     """
     (test,) = [split for split in planned.splits if split.partition.split == "test"]
     shifts = [sign * shift for shift in run.shift for sign in (1, -1)]
-    parts = {}
+    parts: dict[str, CausalPart] = {}
     for probe in run.probe:
         ranking = _shown_ranking(run, planned.dataset.name, scores.main[Vote(probe, "neg")])
         sets = skill_sets(ranking, tops(run, card), card.n_layers, card.n_neurons, draws=run.draws, seed=run.seed)

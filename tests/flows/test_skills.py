@@ -69,9 +69,7 @@ def test_the_curves_end_where_the_probes_of_the_pipeline_are(results):
             all_rows = next(r for r in one.training_rows if r.probe == probe and r.n_train == 24)
             own = next(r for r in one.transfers if r.probe == probe and r.trained_on == r.tested_on == "zero-shot")
             at_k = next(
-                r
-                for r in one.neuron_counts
-                if (r.probe, r.order, r.n_neurons) == (probe, "best", all_rows.n_neurons)
+                r for r in one.neuron_counts if (r.probe, r.order, r.n_neurons) == (probe, "best", all_rows.n_neurons)
             )
             assert all_rows.accuracy == own.accuracy == at_k.accuracy
             assert all_rows.n_neurons == own.n_neurons
