@@ -63,7 +63,7 @@ class CampaignResults:
 
 def _flow_run_name() -> str:
     run = CampaignRun.model_validate(runtime.flow_run.parameters["run"])
-    return f"campaign {', '.join(run.stage)} of {listed(run.model)}"
+    return f"campaign {', '.join(run.stage)} of {listed(list(run.folders.values()))}"
 
 
 @flow(  # type: ignore[untyped-decorator]

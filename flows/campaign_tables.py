@@ -71,7 +71,7 @@ def _record(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         row["genre"] = "all"
     if row.get("probe"):
         row["probe"] = _probe(row["probe"])
-    return {name.replace("_", " "): _json(value) for name, value in row.items()}
+    return {name.removeprefix("n_").replace("_", " "): _json(value) for name, value in row.items()}
 
 
 def _json(value: Any) -> Any:

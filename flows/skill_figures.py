@@ -27,7 +27,7 @@ from flows.skill_tables import (
     depth_title,
     few,
     fitted,
-    forests_checked,
+    has_forests,
     probes,
     times,
     tops,
@@ -76,7 +76,7 @@ def _drawings(findings: SkillFindings) -> Iterator[tuple[str, Callable[[], Figur
     if len(findings.conditions) > 1:
         yield "transfer", partial(transfer, findings)
     yield "bands", partial(bands, findings)
-    if forests_checked(findings):
+    if has_forests(findings):
         yield "forests", partial(forests, findings)
     if findings.overlaps:
         yield "overlap", partial(overlap, findings)

@@ -54,9 +54,9 @@ def tops(findings: SkillFindings) -> list[int]:
     return sorted({row.size for row in findings.datasets[0].causal})
 
 
-def forests_checked(findings: SkillFindings) -> bool:
-    """Whether Magn's ranking, from which the forests have their neurons, was checked causally."""
-    return "magn" in probes(findings)
+def has_forests(findings: SkillFindings) -> bool:
+    """Whether forests were grown: not without Magn's ranking, from which they have their neurons."""
+    return any(one.forests for one in findings.datasets)
 
 
 def fitted(one: DatasetFindings, probe: str) -> TrainingRowsRow:
@@ -88,7 +88,7 @@ def skill_tables(findings: SkillFindings) -> list[Table]:
     if len(findings.conditions) > 1:
         tables.append(_transfers(findings))
     tables.append(_bands(findings))
-    if forests_checked(findings):
+    if has_forests(findings):
         tables.append(_forests(findings))
     if findings.overlaps:
         tables += [_overlaps(findings), _genres(findings), _common(findings)]
@@ -340,7 +340,7 @@ class _Profile(NamedTuple):
 def _profile(one: DatasetFindings, probe: str, top: int) -> _Profile:
     shares = {row.layer: row.share for row in one.layers if (row.probe, row.top) == (probe, top)}
     thirds = [float(part.sum()) for part in np.array_split([shares[layer] for layer in sorted(shares)], 3)]
-    richest = sorted(shares, key=lambda layer: -shares[layer])[:_RICHEST]
+    richest = sorted((layer for layer in shares if shares[layer]), key=lambda layer: -shares[layer])[:_RICHEST]
     return _Profile(thirds, {layer: shares[layer] for layer in richest})
 
 
@@ -353,7 +353,7 @@ def artifact_tables(findings: SkillFindings) -> dict[str, tuple[str, list[dict[s
     tables = {
         key: (title, [{"dataset": one.dataset} | asdict(row) for one in findings.datasets for row in getattr(one, key)])
         for key, title in _OF_DATASETS.items()
-        if key != "forests" or forests_checked(findings)
+        if key != "forests" or has_forests(findings)
     }
     tables |= {key: (title, [asdict(row) for row in getattr(findings, key)]) for key, title in _OF_MODEL.items()}
     common = [row for probe in probes(findings) for row in best_common(findings, probe)]

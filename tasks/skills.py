@@ -50,7 +50,7 @@ from tasks.tables import write_table
 
 _BOOTSTRAP = 1000
 _FOREST = Vote("magn", "neg")
-"""By whose score a forest's neurons are chosen, as for the Tree-Probe."""
+"""By whose score a forest's neurons are chosen, as for the Tree-Probe: without a check of Magn's there is no forest."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def rank_dataset(
     Stopped
         If `stop` is set.
     """
-    votes = tuple(dict.fromkeys([*(Vote(name, "neg") for name in run.probe), _FOREST]))
+    votes = tuple(Vote(name, "neg") for name in run.probe)
     by_size: dict[int, Mapping[Vote, Ints]] = {}
     by_condition: dict[str, Mapping[Vote, Ints]] = {}
     for condition in run.conditions:
@@ -240,8 +240,9 @@ def analyse_dataset(
         found.bands.extend(bands(vote, scores_M, test, width=run.band))
         ranking = _shown_ranking(run, dataset, scores_M)
         found.layers.extend(layer_shares(probe, ranking, tops(run, card), n_layers=card.n_layers))
-    forest_order_K = Ranking.from_scores(scores.main[_FOREST]).top(run.tree_neurons).order_K
-    found.forests.extend(forest_grid(main["train"], test, forest_order_K, seed=run.seed))
+    if _FOREST in votes.values():
+        order_K = Ranking.from_scores(scores.main[_FOREST]).top(run.tree_neurons).order_K
+        found.forests.extend(forest_grid(main["train"], test, order_K, seed=run.seed))
     return found
 
 
