@@ -17,8 +17,6 @@ from prefect.client.schemas.objects import StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
 
-__all__ = ["stopped_by_cancellation"]
-
 logger = logging.getLogger(__name__)
 
 _POLL_S = 2.0

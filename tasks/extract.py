@@ -19,6 +19,7 @@ from negcore.shards import Partition, Place, Receipt, SetAside, finished_shards,
 from tasks.isolate import map_isolating
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
+from tasks.rundir import note_failures
 
 NonfinitePolicy = Literal["fail", "skip", "keep"]
 """What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
@@ -263,7 +264,7 @@ def compute(
         else:
             failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
         report(None)
-    return [
+    extracted = [
         Extracted(
             partition=part.partition,
             n_rows=sum(receipt.n_rows for receipt in receipts[part.partition].values()),
@@ -277,6 +278,9 @@ def compute(
         )
         for part in parts
     ]
+    for one in extracted:
+        note_failures(root, one.partition, {failure.index: failure.error for failure in one.failures})
+    return extracted
 
 
 def _finished(root: Path, part: Part, stands: Callable[[Receipt], bool]) -> dict[int, Receipt]:

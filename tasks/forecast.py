@@ -6,7 +6,8 @@ for each option's gradient; divided by a rate they give the time. What this mach
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -150,16 +151,27 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    torch.set_num_threads(run.cpus)
     lm = load_model(model.card.ref, dtype=run.dtype, device=run.worker_device, site=run.site)
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
     prompts, labels = [example.prompt for example in examples], [example.labels for example in examples]
-    neurgrad(lm, prompts[:1], labels[:1])  # what only the first call costs
-    started = time.perf_counter()
-    neurgrad(lm, prompts, labels, batch_size=run.batch_size)
-    seconds = time.perf_counter() - started
+    with _threads(run.cpus):
+        neurgrad(lm, prompts[:1], labels[:1])  # what only the first call costs
+        started = time.perf_counter()
+        neurgrad(lm, prompts, labels, batch_size=run.batch_size)
+        seconds = time.perf_counter() - started
     return _operations(model.card, size_of(model.card), encode_prompts(model.card, prompts), len(labels[0])) / seconds
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, as a worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def size_of(card: ModelCard) -> Size:

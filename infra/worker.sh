@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# A Prefect worker inside a Ray cluster: a Ray node that offers nothing, and on it the worker whose flow runs are the
+# drivers. Needs RAY_ADDRESS, RAY_AUTH_TOKEN_PATH, PREFECT_API_URL and PREFECT_API_AUTH_STRING. When either part ends,
+# the other is ended too, so that the container can be started again.
+set -euo pipefail
+: "${RAY_ADDRESS:?host:port of the Ray head}" "${PREFECT_API_URL:?address of the Prefect API}"
+
+trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+trap 'exit 143' TERM INT
+
+ray start --address "$RAY_ADDRESS" --num-cpus 0 --num-gpus 0 --object-store-memory 209715200 --block &
+prefect worker start --pool "${NEG_WORK_POOL:-neg}" --type process &
+wait -n
