@@ -117,7 +117,7 @@ def _accuracy(comparison: Comparison, shots: int) -> Table:
 def _add_floors(table: Table, means: Sequence[Average], genres: Sequence[str]) -> None:
     """One row, or several where models were asked different rows."""
     table.add_row("[bold]floors[/bold]")
-    rows = {}
+    rows: dict[tuple[str, ...], None] = {}
     for of_model in _by_model(means).values():
         cells = {mean.genre: f"{share(mean.random)}\n{share(mean.majority)}" for mean in of_model}
         rows[tuple(cells.get(genre, "") for genre in genres)] = None

@@ -204,9 +204,9 @@ def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
         n_neurons=n_neurons,
         linear_share=ranges[None].linear_share,
         positive_share=ranges[None].positive_share,
-        pearson=neurgrad and neurgrad.pearson,
-        pearson_low=neurgrad and neurgrad.pearson_low,
-        pearson_high=neurgrad and neurgrad.pearson_high,
+        pearson=neurgrad.pearson if neurgrad else None,
+        pearson_low=neurgrad.pearson_low if neurgrad else None,
+        pearson_high=neurgrad.pearson_high if neurgrad else None,
     )
     shares = {layer: row.linear_share for layer, row in ranges.items() if layer is not None}
     sizes = {row.layer: row.q50 for row in findings.sizes if row.layer is not None}
@@ -254,7 +254,8 @@ def _overlaps(n_layers: int) -> NDArray[np.int64]:
     """How much of each tenth each layer takes up, in whole numbers so that the ends meet: shape (D, L)."""
     begin_D, begin_L = np.arange(N_DEPTHS)[:, None] * n_layers, np.arange(n_layers)[None] * N_DEPTHS
     shared_DL = np.minimum(begin_D + n_layers, begin_L + N_DEPTHS) - np.maximum(begin_D, begin_L)
-    return np.maximum(shared_DL, 0)
+    overlaps_DL: NDArray[np.int64] = np.maximum(shared_DL, 0)
+    return overlaps_DL
 
 
 def _profile(

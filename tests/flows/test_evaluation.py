@@ -293,8 +293,9 @@ def small(model, tmp_path_factory):
     """Three datasets that work and one whose files are missing."""
     names = ["fever", "commonsenseqa", "mlama", "chunking"]
     root = tmp_path_factory.mktemp("benchmark")
-    for genre in ("fact", "multilingual"):
-        (root / genre).symlink_to(MCEVAL8K / genre)
+    for folder in ("fact", "multilingual", "linguistic/ner"):
+        (root / folder).parent.mkdir(exist_ok=True)
+        (root / folder).symlink_to(MCEVAL8K / folder)
     values = {**PLAIN, "model": [model], "dataset": [f"mceval8k/{name}" for name in names], "mceval8k": root}
     values |= {"limit": 20, "max_neurons": 16, "tree_neurons": 32, "out": tmp_path_factory.mktemp("mceval8k")}
     return read_run_file(EvaluationRun, None, values)
