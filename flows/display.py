@@ -39,6 +39,8 @@ class Display:
         self._whole = self._progress.add_task(escape(title), total=total, note="")
         self._bars: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
+        self._finished = 0
+        """Parts of stages that ended: another stage may come by the same name."""
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -54,7 +56,7 @@ class Display:
             self._bars[stage] = self._progress.add_task(f"  {escape(stage)}", total=total, note="")
         self._progress.update(self._bars[stage], completed=done, note=_note(status))
         self._done[stage] = done
-        self._progress.update(self._whole, completed=sum(self._done.values()))
+        self._progress.update(self._whole, completed=self._finished + sum(self._done.values()))
 
     def finish(self, stage: str, error: BaseException | None) -> None:
         if stage in self._bars:
@@ -64,6 +66,7 @@ class Display:
             self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
         elif not self._console.is_terminal and stage in self._done:
             self._console.print(f"finished {escape(stage)}", highlight=False)
+        self._finished += self._done.pop(stage, 0)
 
 
 def _note(status: PoolStatus | None) -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import ValidationError
 
 from negcore.errors import RunError
-from tasks.runfile import EvaluationRun, LinearityRun, RunFile, SkillRun, read_run_file
+from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-FlowName = Literal["pipeline", "extract", "probe", "mceval8k", "linearity"]
+FlowName = Literal["pipeline", "extract", "probe", "mceval8k", "linearity", "skills", "campaign"]
 
 
 class DeployedFlow(NamedTuple):
@@ -32,6 +32,8 @@ FLOWS: dict[FlowName, DeployedFlow] = {
     "probe": DeployedFlow("flows.pipeline", SkillRun),
     "mceval8k": DeployedFlow("flows.pipeline", EvaluationRun),
     "linearity": DeployedFlow("flows.linearity", LinearityRun),
+    "skills": DeployedFlow("flows.skills", SkillsRun),
+    "campaign": DeployedFlow("flows.campaign", CampaignRun),
 }
 
 
