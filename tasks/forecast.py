@@ -205,6 +205,9 @@ def _empty_file_bytes(schema: pa.Schema, split: PlannedSplit) -> int:
         "digest": split.identity.digest,
         "partition": split.partition._asdict(),
         "axes": dict(AXES[split.identity.storage]),
+        "n_options": len(split.examples[0].labels),
+        "index": len(split.shards),
+        "n_shards": len(split.shards),
     }
     batch = with_aligned_metadata(pa.RecordBatch.from_pylist([], schema=schema), canonical_json(about))
     sink = pa.MockOutputStream()
