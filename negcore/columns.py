@@ -3,21 +3,32 @@
 Axes: P prompts (rows), O options, L layers, N neurons a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from negcore.identity import text_hash
+from negcore.codes import encode
+from negcore.errors import NegError
+from negcore.identity import StorageLevel, text_hash
 
-AXES = {
+_COMMON_AXES = {
     "act_LL": "layer LL: row p holds N activations",
-    "neg_LL": "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation",
     "probs": "probability of each option's label, softmax over the vocabulary",
 }
+AXES: Mapping[StorageLevel, Mapping[str, str]] = MappingProxyType(
+    {
+        "values": _COMMON_AXES
+        | {"neg_LL": "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"},
+        "codes": _COMMON_AXES
+        | {"code_LL": "layer LL: row p holds N codes: order and signs of the options' NEGs, see negcore/codes.py"},
+    }
+)
+"""What the columns mean, said in every file."""
 ALIGNMENT_BYTES = 64
 
 
@@ -34,13 +45,16 @@ class StoredExample(Protocol):
     def group(self) -> str: ...
 
 
-def shard_schema(n_options: int, n_layers: int, n_neurons: int) -> pa.Schema:
+def shard_schema(n_options: int, n_layers: int, n_neurons: int, storage: StorageLevel = "values") -> pa.Schema:
     """Columns of every shard of such a model and dataset, without metadata."""
     columns = [("id", pa.string()), ("text_hash", pa.string()), ("group", pa.string()), ("gold", pa.int16())]
     columns += [("label_ids", lists(pa.int32(), n_options)), ("probs", lists(pa.float32(), n_options))]
     for layer in range(n_layers):
         columns.append((f"act_{layer:02d}", lists(pa.float32(), n_neurons)))
-        columns.append((f"neg_{layer:02d}", lists(pa.float32(), n_options * n_neurons)))
+        if storage == "codes":
+            columns.append((f"code_{layer:02d}", lists(pa.uint16(), n_neurons)))
+        else:
+            columns.append((f"neg_{layer:02d}", lists(pa.float32(), n_options * n_neurons)))
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
 
 
@@ -51,8 +65,15 @@ def record_batch(
     negs_POLN: npt.NDArray[np.float32],
     activations_PLN: npt.NDArray[np.float32],
     probs_PO: npt.NDArray[np.float32],
+    storage: StorageLevel = "values",
 ) -> pa.RecordBatch:
-    """The rows of one shard, perhaps none; of the prompts only a hash."""
+    """The rows of one shard, perhaps none; of the prompts only a hash.
+
+    Raises
+    ------
+    NegError
+        If NEGs cannot be stored as codes: there are too many options, or one is NaN or infinite.
+    """
     n_rows, n_options, n_layers, n_neurons = negs_POLN.shape
     assert len(examples) == n_rows, (len(examples), n_rows)
     assert label_ids_PO.shape == probs_PO.shape == (n_rows, n_options), (label_ids_PO.shape, probs_PO.shape)
@@ -69,8 +90,17 @@ def record_batch(
         column(probs_PO),
     ]
     for layer in range(n_layers):
-        columns += [column(activations_PLN[:, layer]), column(negs_POLN[:, :, layer])]
-    return pa.RecordBatch.from_arrays(columns, schema=shard_schema(n_options, n_layers, n_neurons))
+        negs_PON = negs_POLN[:, :, layer]
+        columns.append(column(activations_PLN[:, layer]))
+        columns.append(column(_codes(negs_PON, layer) if storage == "codes" else negs_PON))
+    return pa.RecordBatch.from_arrays(columns, schema=shard_schema(n_options, n_layers, n_neurons, storage))
+
+
+def _codes(negs_PON: npt.NDArray[np.float32], layer: int) -> npt.NDArray[np.uint16]:
+    try:
+        return encode(negs_PON)
+    except NegError as error:
+        raise NegError(f"layer {layer}: {error}") from None
 
 
 def with_aligned_metadata(batch: pa.RecordBatch, metadata_json: str) -> pa.RecordBatch:

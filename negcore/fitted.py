@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from negcore.errors import NegError
 from negcore.evaluation import Accuracy, accuracy, choose_n_neurons
 from negcore.probes import ActProbe, ActSplit, MagnProbe, PolarProbe, TreeProbe, neuron_counts
-from negcore.rankings import ActScores, Vote, chosen_effects
+from negcore.rankings import ActScores, Vote, chosen_effects, chosen_ordinals
 from negcore.reader import NegSplit
 from negcore.votes import Ints, Numbers, Ranking, Signs, argmax_features, halvings
 
@@ -77,14 +77,14 @@ class FittedVote(FittedProbe):
     def predict(self, split: NegSplit) -> Ints:
         probe, predicted_P = self.estimator, np.empty(split.n_rows, np.int64)
         for block in split.row_blocks():
-            predicted_P[block.rows] = probe.predict_kept(chosen_effects(block, self.vote.signal, probe.kept_))
+            predicted_P[block.rows] = probe.predict_kept(chosen_ordinals(block, self.vote.signal, probe.kept_))
         return predicted_P
 
     def accuracy_by_k(self, split: NegSplit) -> dict[int, Accuracy]:
         """Accuracy with the best 1, 2, 4, ... of the neurons."""
         probe, total = self.estimator, dict[int, Accuracy]()
         for block in split.row_blocks():
-            effects_POK = chosen_effects(block, self.vote.signal, probe.kept_)
+            effects_POK = chosen_ordinals(block, self.vote.signal, probe.kept_)
             for k, one in probe.accuracy_by_k(effects_POK, block.shard.numbers("gold")).items():
                 total[k] = total[k] + one if k in total else one
         return total
@@ -257,7 +257,7 @@ def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
     """For the given neurons of every prompt, the option with the largest NEG: shape (P, K); see `argmax_features`."""
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
     for block in split.row_blocks():
-        features_PK[block.rows] = argmax_features(block.negs(order_K))
+        features_PK[block.rows] = argmax_features(block.ordinals(order_K))
     return features_PK
 
 
@@ -310,7 +310,7 @@ def fit_logistic(vote: Vote, order_K: Ints, train: NegSplit) -> FittedLogistic:
     Raises
     ------
     NegError
-        If all training prompts have the same gold option.
+        If all training prompts have the same gold option, or the shards hold codes.
     """
     order_K = order_K[: max(1, LOGISTIC_VALUES // (train.n_rows * train.n_options))]
     values_POK = np.empty((train.n_rows, train.n_options, len(order_K)), np.float32)

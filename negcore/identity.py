@@ -3,12 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
 NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
+
+
+StorageLevel = Literal["values", "codes"]
+"""What is kept of NEGs: their values, or only the order and signs of each prompt's options (see `negcore.codes`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class RunIdentity:
         Hash of the examples the run was made from.
     number_format : int
         Version of what the stored numbers mean.
+    storage : StorageLevel
+        What is kept of the NEGs.
     versions : mapping of str to str
         Package versions. Informational: not part of the digest and not compared.
     """
@@ -47,6 +53,7 @@ class RunIdentity:
     prompt: Mapping[str, Any]
     dataset_fingerprint: str
     number_format: int = NUMBER_FORMAT
+    storage: StorageLevel = "values"
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,8 +62,9 @@ class RunIdentity:
         object.__setattr__(self, "versions", dict(self.versions))
 
     def comparable(self) -> dict[str, Any]:
-        """Everything but `versions`, as plain JSON values."""
-        return {key: value for key, value in asdict(self).items() if key != "versions"}
+        """Everything but `versions`, as plain JSON values; without `storage` where it is what was always stored."""
+        unsaid = {"versions"} | ({"storage"} if self.storage == "values" else set())
+        return {key: value for key, value in asdict(self).items() if key not in unsaid}
 
     @property
     def digest(self) -> str:
@@ -65,8 +73,9 @@ class RunIdentity:
 
     def difference(self, other: "RunIdentity | Mapping[str, Any]") -> str:
         """Every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
-        mine = _flat(self.comparable())
-        theirs = _flat(other if isinstance(other, Mapping) else other.comparable())
+        unsaid = {"storage": "values"}
+        mine = unsaid | _flat(self.comparable())
+        theirs = unsaid | _flat(other if isinstance(other, Mapping) else other.comparable())
         differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
         return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)
 

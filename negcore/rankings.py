@@ -85,9 +85,7 @@ def effect(signal: Signal, negs_PON: Numbers, activations_PN: Callable[[], Numbe
     """A signal's values, shape (P, O, N), from NEGs and, where it needs them, activations.
 
     As NEG is the gradient times s(a), with s(a) = 1 if a > 0 and else -1, the plain gradient is NEG * s(a), and
-    gradient x activation is NEG * |a|. Within a prompt the latter is NEG times a number that is no smaller than zero
-    and the same for every option: signs and order of the options are NEG's own. Polar and Magn on gradient x
-    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero and for underflow.
+    gradient x activation is NEG * |a|.
     """
     if signal == "neg":
         return negs_PON
@@ -97,9 +95,35 @@ def effect(signal: Signal, negs_PON: Numbers, activations_PN: Callable[[], Numbe
     return np.asarray(negs_PON * np.abs(activations))
 
 
+def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
+    """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
+
+    Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
+    option: signs and order of the options are NEG's own, unless the neuron is at exactly zero. Nothing is multiplied,
+    as a product's rounding could tie NEGs next to each other and lose small ones. Polar and Magn on gradient x
+    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero.
+
+    Raises
+    ------
+    NegError
+        If the signal needs activations and one is NaN or infinite.
+    """
+    if signal == "neg":
+        return ordinals_PON
+    activations = check_finite(activations_PN(), "activation", ("row", "neuron"))[:, None]
+    if signal == "gradient":
+        return np.where(activations > 0, ordinals_PON, -ordinals_PON)
+    return np.where(activations != 0, ordinals_PON, 0)
+
+
 def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
     """A signal's values for K chosen neurons of a block of rows: float32 (P, O, K)."""
     return effect(signal, block.negs(selection), lambda: block.activations(selection))
+
+
+def chosen_ordinals(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
+    """What stands for a signal's values in order and sign, for K chosen neurons of a block of rows: (P, O, K)."""
+    return ordinal_effect(signal, block.ordinals(selection), lambda: block.activations(selection))
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:
@@ -174,10 +198,10 @@ def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBloc
 
 
 def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slice, layer: int) -> None:
-    negs_PON, gold_P = block.shard.negs_PON(layer)[rows], block.shard.numbers("gold")[rows]
+    ordinals_PON, gold_P = block.shard.ordinals_PON(layer)[rows], block.shard.numbers("gold")[rows]
     for vote, scores_LN in scores.items():
-        values_PON = effect(vote.signal, negs_PON, lambda: block.shard.activations_PN(layer)[rows])
-        scores_LN[at] += SCORES[vote.rule](values_PON, gold_P)
+        effects_PON = ordinal_effect(vote.signal, ordinals_PON, lambda: block.shard.activations_PN(layer)[rows])
+        scores_LN[at] += SCORES[vote.rule](effects_PON, gold_P)
 
 
 def act_scores(split: NegSplit, layers: range) -> ActScores:

@@ -2,6 +2,8 @@
 
 Shards in a bucket are copied to this machine when they are first needed, and mapped there: see `local_shard`.
 
+Shards hold the values of NEGs, or codes of their order and signs: see `Shard.ordinals_PON`.
+
 Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer,
 K chosen neurons.
 """
@@ -9,15 +11,16 @@ K chosen neurons.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negcore.codes import decode
 from negcore.columns import shard_schema
 from negcore.errors import ShardError
-from negcore.identity import RunIdentity
+from negcore.identity import RunIdentity, StorageLevel
 from negcore.shards import Partition, Receipt, SetAside, checksum, receipts, shard_of, whole_shards
 from negcore.storage import (
     cache_directory,
@@ -33,6 +36,8 @@ from negcore.storage import (
 )
 
 FloatArray = npt.NDArray[np.float32]
+Ordinals = npt.NDArray[np.float32] | npt.NDArray[np.int8]
+"""NEGs, or numbers with their signs and their order."""
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
 """Neurons: flat layer-major indices (layer * N + neuron), or (layer, neuron) pairs."""
 
@@ -175,7 +180,7 @@ class NegSplit:
         Raises
         ------
         ShardError
-            If the model has no such layer.
+            If the model has no such layer, or the shards hold codes.
         """
         self._locate([(layer, 0)])
         if len(self._receipts) == 1:
@@ -195,7 +200,7 @@ class NegSplit:
         Raises
         ------
         ShardError
-            If a neuron does not exist.
+            If a neuron does not exist, or the shards hold codes.
         """
         places = self._locate(selection)
         negs_POK = np.empty((self.n_rows, self.n_options, len(places.layers_K)), dtype=np.float32)
@@ -210,6 +215,11 @@ class NegSplit:
         for rows, shard in self._placed_shards():
             _pick(shard.activations_PN, places, activations_PK[rows])
         return activations_PK
+
+    @property
+    def storage(self) -> StorageLevel:
+        """What the shards hold: values of NEGs, or codes of their order and signs."""
+        return self.identity.storage
 
     def __repr__(self) -> str:
         size = f"{self.n_rows} rows x {self.n_options} options x {self.n_layers} layers x {self.n_neurons} neurons"
@@ -246,8 +256,10 @@ class NegSplit:
 class Shard:
     """One mapped file; every array is a read-only view of it."""
 
+    path: Path
     batch: pa.RecordBatch
     n_options: int
+    storage: StorageLevel
 
     @property
     def n_rows(self) -> int:
@@ -256,8 +268,36 @@ class Shard:
         return rows
 
     def negs_PON(self, layer: int) -> FloatArray:
-        """NEGs of one layer: float32 (P, O, N), probability per unit of activation."""
+        """NEGs of one layer: float32 (P, O, N), probability per unit of activation.
+
+        Raises
+        ------
+        ShardError
+            If the shard holds codes.
+        """
+        if self.storage == "codes":
+            raise ShardError(
+                f"{str(self.path)!r} holds codes, not values: order and signs of the NEGs are all that can be asked; "
+                "run with --storage values"
+            )
         return self.numbers(f"neg_{layer:02d}").reshape(self.n_rows, self.n_options, -1)
+
+    def ordinals_PON(self, layer: int) -> Ordinals:
+        """What stands in one layer for NEGs in order and sign, ties included: shape (P, O, N).
+
+        The NEGs themselves, or from codes small whole numbers (int8, see `negcore.codes.decode`). What asks nothing
+        but order and sign finds the same in both.
+
+        Raises
+        ------
+        NegError
+            If a code is none: the shard is damaged.
+        """
+        return decode(self.codes_PN(layer), self.n_options) if self.storage == "codes" else self.negs_PON(layer)
+
+    def codes_PN(self, layer: int) -> npt.NDArray[np.uint16]:
+        """Codes of one layer, if the shard holds them: uint16 (P, N), see `negcore.codes`."""
+        return self.numbers(f"code_{layer:02d}")
 
     def activations_PN(self, layer: int) -> FloatArray:
         """Activations of one layer: float32 (P, N)."""
@@ -288,11 +328,26 @@ class RowBlock:
     _locate: Callable[[Selection], "_Places"]
 
     def negs(self, selection: Selection) -> FloatArray:
-        """NEGs of K chosen neurons: float32 (P, O, K)."""
+        """NEGs of K chosen neurons: float32 (P, O, K).
+
+        Raises
+        ------
+        ShardError
+            If the shard holds codes.
+        """
         places = self._locate(selection)
         negs_POK = np.empty((self.shard.n_rows, self.shard.n_options, len(places.layers_K)), dtype=np.float32)
         _pick(self.shard.negs_PON, places, negs_POK)
         return negs_POK
+
+    def ordinals(self, selection: Selection) -> Ordinals:
+        """What stands for the NEGs of K chosen neurons in order and sign: (P, O, K), see `Shard.ordinals_PON`."""
+        if self.shard.storage == "values":
+            return self.negs(selection)
+        places = self._locate(selection)
+        codes_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.uint16)
+        _pick(self.shard.codes_PN, places, codes_PK)
+        return decode(codes_PK, self.shard.n_options)
 
     def activations(self, selection: Selection) -> FloatArray:
         """Activations of K chosen neurons: float32 (P, K)."""
@@ -307,7 +362,7 @@ class _Places(NamedTuple):
     neurons_K: npt.NDArray[np.integer]
 
 
-def _pick(values_of: Callable[[int], FloatArray], places: _Places, out: FloatArray) -> None:
+def _pick(values_of: Callable[[int], npt.NDArray[Any]], places: _Places, out: npt.NDArray[Any]) -> None:
     """Fill `out` (..., K) with the chosen neurons of `values_of(layer)` (..., N)."""
     for layer in np.unique(places.layers_K):
         at = np.flatnonzero(places.layers_K == layer)
@@ -331,9 +386,13 @@ def complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
 
 def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
     try:
-        return RunIdentity(**receipt.identity, versions=receipt.versions)
+        identity = RunIdentity(**receipt.identity, versions=receipt.versions)
     except TypeError as error:
         raise ShardError(f"{str(folder)!r} was written by another version of this software ({error})") from error
+    if identity.storage not in get_args(StorageLevel):
+        named = f"storage {identity.storage!r}"
+        raise ShardError(f"{str(folder)!r} was written by another version of this software ({named})")
+    return identity
 
 
 def mapped_batch(path: Path) -> pa.RecordBatch:
@@ -388,11 +447,11 @@ def _n_options(folder: Path, receipt: Receipt) -> int:
 def _open_shard(folder: Path, receipt: Receipt, n_options: int, identity: RunIdentity) -> Shard:
     path = local_shard(folder, receipt)
     batch = mapped_batch(path)
-    if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)):
+    if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage)):
         raise _damaged(path, "its columns are not those of its receipt and of the first shard")
     if batch.num_rows != receipt.n_rows:
         raise _damaged(path, f"{batch.num_rows} rows, {receipt.n_rows} in its receipt")
-    return Shard(batch, n_options)
+    return Shard(shard_of(folder, receipt), batch, n_options, identity.storage)
 
 
 def _damaged(path: Path, reason: str) -> ShardError:

@@ -152,6 +152,8 @@ def write_shard(
         Run directory.
     index, n_shards : int
         Place of this shard among the partition's shards.
+    identity : RunIdentity
+        It also says what is kept of the NEGs: `storage`.
     examples : sequence of P examples
         Anything with ``id``, ``prompt``, ``answer`` and ``group``. Of the prompt only a hash is stored.
     label_ids_PO : int array (P, O)
@@ -167,6 +169,11 @@ def write_shard(
     Returns
     -------
     Receipt
+
+    Raises
+    ------
+    NegError
+        If the run stores codes, and there are too many options or a NEG is NaN or infinite.
     """
     batch = record_batch(
         examples,
@@ -174,16 +181,18 @@ def write_shard(
         negs_POLN=np.asarray(negs_POLN, dtype=np.float32),
         activations_PLN=np.asarray(activations_PLN, dtype=np.float32),
         probs_PO=np.asarray(probs_PO, dtype=np.float32),
+        storage=identity.storage,
     )
     n_options = np.shape(probs_PO)[1]
-    assert batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons)), identity
+    schema = shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage)
+    assert batch.schema.equals(schema), identity
     return publish_batch(
         partition.path(root),
         index,
         n_shards,
         identity=identity,
         batch=batch,
-        about={"partition": partition._asdict(), "n_options": n_options, "axes": AXES},
+        about={"partition": partition._asdict(), "n_options": n_options, "axes": dict(AXES[identity.storage])},
         set_aside=set_aside,
         n_nonfinite=n_nonfinite,
     )

@@ -196,7 +196,7 @@ def _negs_of(job: CausalJob) -> NegSplit:
 
 
 def _gold_negs(split: NegSplit, examples: Sequence[Example], neurons_K: Ints) -> NDArray[np.float32]:
-    """NEG of the neurons for the gold option of each example: shape (P, K)."""
+    """NEG of the neurons for the gold option of each example, or what has its sign: shape (P, K)."""
     rows = {example.id: row for row, example in enumerate(examples)}
     gold_P = np.array([example.answer for example in examples])
     gold_negs_PK = np.empty((len(examples), len(neurons_K)), np.float32)
@@ -204,7 +204,7 @@ def _gold_negs(split: NegSplit, examples: Sequence[Example], neurons_K: Ints) ->
         stored_P = [at for at, id_ in enumerate(split.ids[block.rows]) if id_ in rows]
         if stored_P:
             rows_P = [rows[split.ids[block.rows][at]] for at in stored_P]
-            gold_negs_PK[rows_P] = block.negs(neurons_K)[stored_P, gold_P[rows_P]]
+            gold_negs_PK[rows_P] = block.ordinals(neurons_K)[stored_P, gold_P[rows_P]]
     return gold_negs_PK
 
 

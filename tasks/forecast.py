@@ -8,7 +8,7 @@ for each option's gradient; divided by a rate they give the time. What this mach
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -34,8 +34,8 @@ _PROCESS_BYTES = 600 * 2**20
 """A worker's process before it holds a model."""
 _COPIES_OF_A_CACHE = 3
 """Of a batch's keys and values: its own, those that the probed token joins, and what making them takes."""
-_COPIES_OF_A_SHARD = 3
-"""Computed, as columns, and as bytes on their way to the disk."""
+_COPIES_OF_A_SHARD = 2
+"""As columns, and as bytes on their way to the disk; before that its values are computed."""
 _FOREST_BYTES_A_FEATURE = 5
 """One byte, and four in scikit-learn's copy."""
 _CALIBRATION_PROMPTS = 16
@@ -189,7 +189,7 @@ def size_of(card: ModelCard) -> Size:
 def shard_bytes(split: PlannedSplit) -> list[int]:
     """Bytes of each of a split's shards."""
     n_options = len(split.examples[0].labels)
-    schema = shard_schema(n_options, split.identity.n_layers, split.identity.n_neurons)
+    schema = shard_schema(n_options, split.identity.n_layers, split.identity.n_neurons, split.identity.storage)
     empty = _empty_file_bytes(schema, split)
     return [empty + _column_bytes(schema, len(shard)) + _text_bytes(shard) for shard in split.shards]
 
@@ -216,7 +216,10 @@ def _empty_file_bytes(schema: pa.Schema, split: PlannedSplit) -> int:
         "versions": split.identity.versions,
         "digest": split.identity.digest,
         "partition": split.partition._asdict(),
-        "axes": AXES,
+        "axes": dict(AXES[split.identity.storage]),
+        "n_options": len(split.examples[0].labels),
+        "index": len(split.shards),
+        "n_shards": len(split.shards),
     }
     batch = with_aligned_metadata(pa.RecordBatch.from_pylist([], schema=schema), canonical_json(about))
     sink = pa.MockOutputStream()
@@ -306,8 +309,13 @@ def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: PlannedSplit
         n_bytes_left=sum(sizes[index] for index in missing),
         operations=sum(_operations(card, size, shards_ids[index], n_options) for index in missing),
         batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_options),
-        assembly_bytes=_COPIES_OF_A_SHARD * max(sizes),
+        assembly_bytes=max(shard_bytes(_with_values(split))) + _COPIES_OF_A_SHARD * max(sizes),
     )
+
+
+def _with_values(split: PlannedSplit) -> PlannedSplit:
+    """The split as it is computed, whatever is stored of it."""
+    return replace(split, identity=replace(split.identity, storage="values"))
 
 
 def _operations(card: ModelCard, size: Size, ids: Sequence[Sequence[int]], n_options: int) -> float:

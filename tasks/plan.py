@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
+from negcore.codes import check_n_options
 from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import DatasetError, NegError
@@ -126,11 +127,14 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
         n_neurons=card.n_neurons,
         prompt={"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy},
         dataset_fingerprint=dataset.fingerprint,
+        storage=run.storage,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
     splits = []
     for split, examples in dataset.splits.items():
         _check(card, dataset.name, split, examples)
+        if run.storage == "codes":
+            _check_codes(dataset.name, examples)
         partition = Partition(card.name, dataset.name, split)
         splits.append(PlannedSplit(partition, examples, identity, run.shard_rows, _asked(dataset.settings)))
     if "tree" in run.probe:
@@ -144,6 +148,13 @@ def _asked(settings: PromptSettings) -> str:
     parts += [f"demonstrations {settings.demonstrations}"] if settings.demonstrations else []
     parts += [wording] if wording != "default" else []
     return "".join(f" {part}" for part in parts)
+
+
+def _check_codes(dataset: str, examples: Sequence[Example]) -> None:
+    try:
+        check_n_options(len(examples[0].labels))
+    except NegError as error:
+        raise DatasetError(f"{dataset}: {error}") from None
 
 
 def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:

@@ -5,7 +5,7 @@ Every field is also an option of the command line: its description is the option
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 from negcore.architectures import Dtype, SiteChoice
 from negcore.datasets import PromptSettings, list_datasets
 from negcore.errors import RunError
-from negcore.identity import content_digest
+from negcore.identity import StorageLevel, content_digest
 from negcore.storage import draft, is_dir, local_directory, location, read_bytes
 from tasks.pool import Resources
 from tasks.wordings import OwnWording, WordingChoice, check_wordings, wording_for
@@ -136,8 +136,12 @@ class RunFile(BaseModel):
     def name(self) -> str:
         """A name that is the same whenever the same numbers are asked for."""
         first = Path(self.model[0]).name.split("@")[0]
-        science = self.model_dump(mode="json", exclude=set(self.not_science))
-        return f"{first}-{content_digest(science)[:8]}"
+        return f"{first}-{content_digest(self.science)[:8]}"
+
+    @property
+    def science(self) -> dict[str, Any]:
+        """What decides the numbers, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(self.not_science))
 
     @property
     def worker_device(self) -> str | None:
@@ -182,8 +186,26 @@ class _PromptedRun(RunFile):
         "fail",
         description="NaN or infinity in a row's numbers: fail its shard, skip the row, or keep it (no probe reads it).",
     )
+    storage: StorageLevel = Field(
+        "values",
+        description="What is kept of NEGs: values, or codes (16 bits for order and signs of up to 5 options; every "
+        "probe but logistic regression gives the same on both).",
+    )
 
     not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "nonfinite"}
+
+    @property
+    def science(self) -> dict[str, Any]:
+        science = super().science
+        if self.storage == "values":
+            del science["storage"]  # runs have the names from before there was a choice
+        return science
+
+    @model_validator(mode="after")
+    def _check_nonfinite(self) -> Self:
+        if self.storage == "codes" and self.nonfinite == "keep":
+            raise ValueError("storage 'codes' has none for NaN and infinity: set nonfinite to fail or skip, not keep")
+        return self
 
 
 class _ProbedRun(_PromptedRun):
@@ -195,6 +217,13 @@ class _ProbedRun(_PromptedRun):
     confusion: bool = Field(False, description="Also count which option was answered for which.")
 
     not_science = _PromptedRun.not_science | {"confusion"}
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> Self:
+        for name in self.probe:
+            if self.storage == "codes" and name.endswith("-logistic"):
+                raise ValueError(f"probe {name!r} reads values, not codes: leave it out, or set storage to values")
+        return self
 
 
 class SkillRun(_ProbedRun):

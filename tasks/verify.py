@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from negcore.columns import shard_schema
+from negcore.columns import AXES, shard_schema
 from negcore.errors import ShardError
 from negcore.identity import content_digest
 from negcore.reader import mapped_batch
@@ -187,7 +187,8 @@ def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -
     n_layers, n_neurons = (receipt.identity.get(name) for name in ("n_layers", "n_neurons"))
     if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or n_layers > len(schema):
         return False
-    return bool(schema.equals(shard_schema(n_options, n_layers, n_neurons)))
+    storage = receipt.identity.get("storage", "values")
+    return storage in tuple(AXES) and bool(schema.equals(shard_schema(n_options, n_layers, n_neurons, storage)))
 
 
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:

@@ -9,13 +9,16 @@ from support import save_tiny_model
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from flows.stages import PlainStages
-from negcore.errors import LabelError, NegError, ShardError
+from negcore.errors import DatasetError, LabelError, NegError, ShardError
 from negcore.gradients import neurgrad
 from negcore.models import load_model
 from negcore.reader import open_negs
 from tasks.extract import ExtractWorker
+from tasks.forecast import forecast
 from tasks.plan import plan
+from tasks.rundir import shard_folders
 from tasks.runfile import SkillRun, read_run_file
+from tasks.verify import verify
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +116,37 @@ def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
     assert "shard 1, 8 rows lost: OSError: the disk is full" in results.problems[0]
     monkeypatch.undo()
     assert run_pipeline(run, PlainStages()).problems == []
+
+
+def test_a_run_that_stores_codes_scores_every_probe_as_one_that_stores_values(run, tmp_path):
+    probes = ("polar", "magn", "act", "tree", "polar-gradient", "magn-gradient", "polar-gxa", "magn-gxa", "magn-random")
+    run = run.model_copy(update={"probe": probes, "confusion": True})
+    codes = run.model_copy(update={"storage": "codes", "out": tmp_path / "codes"})
+    foreseen = forecast([(codes, plan(codes))])[0].n_bytes_left
+    expected, results = (run_pipeline(one, PlainStages()) for one in (run, codes))
+    assert (results.problems, len(results.scores)) == ([], 1 + len(probes))
+    assert (results.scores, results.confusion) == (expected.scores, expected.confusion)
+    assert foreseen == pytest.approx(sum(part.n_bytes for part in results.extracted), rel=0.01)
+    assert {split.storage for split in open_negs(codes.directory)} == {"codes"}
+    assert [fault for one in verify(shard_folders(codes.directory), lambda size: None) for fault in one.faults] == []
+
+
+def test_codes_in_a_directory_of_values_are_refused_with_the_difference(run):
+    run_extract(run, PlainStages())
+    before = contents(run.directory)
+    results = run_extract(run.model_copy(update={"storage": "codes"}), PlainStages())
+    assert "storage: 'codes' here, 'values' there" in results.problems[0]
+    assert contents(run.directory) == before
+
+
+def test_more_options_than_codes_hold_are_refused_before_any_model_is_loaded(run, tmp_path):
+    file = tmp_path / "six.jsonl"
+    row = {"labels": [" A", " B", " C", " D", " E", " yes"], "answer": 0}
+    file.write_text("\n".join(json.dumps(row | {"prompt": f"Question: {i}? Answer:"}) for i in range(10)))
+    six = run.model_copy(update={"dataset": (str(file),)})
+    assert len(plan(six)[0].datasets) == 1
+    with pytest.raises(DatasetError, match="6 options: codes hold 2..5 of them, use storage 'values'"):
+        plan(six.model_copy(update={"storage": "codes"}))
 
 
 def test_bad_labels_are_refused_before_any_model_is_loaded(run, tmp_path, monkeypatch):

@@ -74,3 +74,24 @@ def test_the_name_depends_on_what_decides_the_numbers_and_on_nothing_else(values
     run = read_run_file(SkillRun, None, values)
     assert run.model_copy(update={"workers": 7, "backend": "local"}).name == run.name
     assert run.model_copy(update={"seed": 1}).name != run.name
+
+
+def test_what_is_stored_is_part_of_the_name_unless_it_is_what_was_always_stored(values):
+    run, codes = (read_run_file(SkillRun, None, values | {"storage": storage}) for storage in ("values", "codes"))
+    assert "storage" not in run.science
+    assert codes.science == run.science | {"storage": "codes"}
+    assert codes.name != run.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"nonfinite": "keep"}, "none for NaN and infinity: set nonfinite to fail or skip, not keep"),
+        ({"probe": ["polar", "magn-logistic"]}, "probe 'magn-logistic' reads values, not codes: leave it out"),
+    ],
+)
+def test_what_codes_cannot_do_is_refused_before_anything_is_computed(values, settings, problem):
+    read_run_file(SkillRun, None, values | settings)
+    with pytest.raises(RunError, match=problem) as error:
+        read_run_file(SkillRun, None, values | settings | {"storage": "codes"})
+    assert "\n" not in str(error.value)
