@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from negcore.shards import Partition, Place, Receipt, SetAside, finished_shards,
 from tasks.isolate import map_isolating
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
-from tasks.rundir import note_failures
+from tasks.rundir import Part, note_failures
 
 NonfinitePolicy = Literal["fail", "skip", "keep"]
 """What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
@@ -172,17 +172,6 @@ class Extracted:
 
 Advance = Callable[[int, int, PoolStatus | None], None]
 """Told the finished shards, all shards, and what the pool is doing."""
-
-
-class Part(Protocol):
-    """The shards of one directory, planned."""
-
-    @property
-    def partition(self) -> Place: ...
-    @property
-    def identity(self) -> RunIdentity: ...
-    @property
-    def shards(self) -> Sequence[Sequence[Example]]: ...
 
 
 P = TypeVar("P", bound=Part)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote
 
+from negcore.datasets import Example
 from negcore.errors import RunError
 from negcore.identity import RunIdentity, canonical_json
 from negcore.shards import Place, Receipt, receipts, shard_path
@@ -93,7 +94,7 @@ class Part(Protocol):
     @property
     def identity(self) -> RunIdentity: ...
     @property
-    def shards(self) -> Sequence[Sequence[object]]: ...
+    def shards(self) -> Sequence[Sequence[Example]]: ...
 
 
 def write_plan_file(root: Path, parts: Iterable[Part]) -> None:
