@@ -421,9 +421,15 @@ NODES = {
 
 
 def test_a_slurm_job_starts_a_head_and_workers_and_one_driver_and_leaves_no_secret(tmp_path):
+    joined = 'until grep -q -- --exclude "$CALLS"; do sleep 0.1; done'  # the workers are started in the background
     driver = 'echo "neg $* at $RAY_ADDRESS $RAY_AUTH_MODE $(wc -c < $RAY_AUTH_TOKEN_PATH)" >> "$CALLS"; exit 3'
     ended, calls = run_script(
-        INFRA / "slurm.sh", "pipeline", "run.yaml", stand_ins=NODES | {"neg": driver}, tmp_path=tmp_path, **SLURM
+        INFRA / "slurm.sh",
+        "pipeline",
+        "run.yaml",
+        stand_ins=NODES | {"neg": f"{joined}; {driver}"},
+        tmp_path=tmp_path,
+        **SLURM,
     )
     assert ended.returncode == 3, ended.stderr
     assert "--nodes=1 --ntasks=1 --nodelist=localhost start --head --node-ip-address=127.0.0.1 --port=22345" in calls
