@@ -66,7 +66,7 @@ def _accuracy_table(
             " Averages count every dataset the same; their interval (MOVER of Wilson's) is for other rows "
             "of the same datasets."
         )
-    table.add_column("dataset")
+    table.add_column("dataset", overflow="fold")
     for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
         table.add_column(name, justify="right", no_wrap=True)
     means = {(mean.genre, mean.probe): mean for mean in averages}
@@ -123,8 +123,8 @@ def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
     probes = list(dict.fromkeys(score.probe for _, score in named))
     table = _table("Accuracy on test, run by run")
     table.caption = "After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson)."
-    table.add_column("dataset")
-    table.add_column("run")
+    table.add_column("dataset", overflow="fold")
+    table.add_column("run", overflow="fold")
     for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
         table.add_column(name, justify="right", no_wrap=True)
     asked: dict[tuple[str, int, str], dict[str, dict[str, Score]]] = {}
@@ -155,7 +155,7 @@ def rows_table(accounts: Sequence[SplitAccount]) -> Table:
     """How many rows of every dataset were used, and what became of the others (with demonstrations, if any)."""
     shots = max(account.shots for account in accounts)
     table = _table(f"Rows released and used, {SHOTS[shots]}, split policy {accounts[0].policy}")
-    table.add_column("dataset")
+    table.add_column("dataset", overflow="fold")
     for name in ("train", "valid", "test"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("left out, or drawn from elsewhere")

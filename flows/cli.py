@@ -43,6 +43,8 @@ app = typer.Typer(
 )
 _out = Console()
 _err = Console(stderr=True)
+if not _out.is_terminal and "COLUMNS" not in os.environ:
+    _out.width = 100  # into a file or a pipe, as wide as tables may get; rich would take 80
 
 Orchestrator = Annotated[
     Literal["prefect", "none"],

@@ -20,7 +20,7 @@ def forecast_tables(models: Sequence[ModelForecast], rates: Rates) -> Iterator[T
     """A table for every model."""
     for model in models:
         table = Table(title=escape(printable(model.name)), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column("dataset")
+        table.add_column("dataset", overflow="fold")
         for name in ("prompts", "tokens\na prompt", "shards", "size", "still to\nwrite", "device\ntime"):
             table.add_column(name, justify="right", no_wrap=True)
         for one in model.datasets:

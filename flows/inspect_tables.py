@@ -170,8 +170,8 @@ def _where(folder: ShardFolder, directory: Path) -> str:
 
 def _table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
     table = Table(title=escape(printable(title)), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("dataset")
-    table.add_column("part")
+    table.add_column("dataset", overflow="fold")
+    table.add_column("part", overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in words:
