@@ -21,9 +21,9 @@ from sklearn.linear_model import LogisticRegression
 from negcore.errors import NegError
 from negcore.evaluation import Accuracy, accuracy, choose_n_neurons
 from negcore.probes import ActProbe, ActSplit, MagnProbe, PolarProbe, TreeProbe, neuron_counts
-from negcore.rankings import ActScores, Vote, chosen_effects, chosen_ordinals
+from negcore.rankings import ActScores, chosen_effects, chosen_ordinals
 from negcore.reader import NegSplit
-from negcore.votes import Ints, Numbers, Ranking, Signs, argmax_features, halvings
+from negcore.votes import Ints, Numbers, Ranking, Signs, Vote, argmax_features, halvings
 
 VOTE_PROBES = MappingProxyType({"polar": PolarProbe, "magn": MagnProbe})
 
@@ -103,9 +103,14 @@ def fit_vote(vote: Vote, scores_M: Ints, valid: NegSplit, *, max_neurons: int) -
 
 def random_vote(best: FittedVote, scores_M: Ints, *, seed: int) -> FittedVote:
     """Baseline: as many neurons drawn at random, each with the polarity of its own score."""
-    order_K = np.random.default_rng(seed).choice(len(scores_M), size=best.n_neurons, replace=False)
+    order_K = random_neurons(len(scores_M), best.n_neurons, seed=seed)
     polarity_K: Signs = np.sign(scores_M[order_K]).astype(np.int8)
-    return FittedVote(best.vote, Ranking(order_K.astype(np.int64), polarity_K), best.n_options, best.n_all)
+    return FittedVote(best.vote, Ranking(order_K, polarity_K), best.n_options, best.n_all)
+
+
+def random_neurons(n_all: int, n_neurons: int, *, seed: int) -> Ints:
+    """The neurons that `random_vote` draws: flat indices, shape (K,)."""
+    return np.random.default_rng(seed).choice(n_all, size=n_neurons, replace=False).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """What makes the numbers of two runs comparable, and the digests that name it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
 
 
-StorageLevel = Literal["values", "codes"]
-"""What is kept of NEGs: their values, or only the order and signs of each prompt's options (see `negcore.codes`)."""
+StorageLevel = Literal["values", "codes", "stats"]
+"""What is kept of NEGs: their values; only the order and signs of each prompt's options (see `negcore.codes`); or vote
+sums of all neurons (see `negcore.votes.vote_sums`) and the values of those that these choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class RunIdentity:
         Version of what the stored numbers mean.
     storage : StorageLevel
         What is kept of the NEGs.
+    neurons : str or None
+        Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
+        chosen.
     versions : mapping of str to str
         Package versions. Informational: not part of the digest and not compared.
     """
@@ -54,6 +58,7 @@ class RunIdentity:
     dataset_fingerprint: str
     number_format: int = NUMBER_FORMAT
     storage: StorageLevel = "values"
+    neurons: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,8 +67,9 @@ class RunIdentity:
         object.__setattr__(self, "versions", dict(self.versions))
 
     def comparable(self) -> dict[str, Any]:
-        """Everything but `versions`, as plain JSON values; without `storage` where it is what was always stored."""
+        """Everything but `versions`, as plain JSON values; without what is as it was before there was a choice."""
         unsaid = {"versions"} | ({"storage"} if self.storage == "values" else set())
+        unsaid |= {"neurons"} if self.neurons is None else set()
         return {key: value for key, value in asdict(self).items() if key not in unsaid}
 
     @property
@@ -88,6 +94,11 @@ def canonical_json(value: Any) -> str:
 def content_digest(value: Any) -> str:
     """xxh3-128, in hex, of the canonical JSON of a value."""
     return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
+
+
+def choice_digest(neurons: Sequence[int]) -> str:
+    """Digest of chosen neurons, given by their flat layer-major indices."""
+    return content_digest(list(neurons))
 
 
 def text_hash(text: str) -> str:

@@ -13,35 +13,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
-from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from negcore.errors import NegError
 from negcore.reader import NegSplit, RowBlock, Selection
-from negcore.votes import Ints, Numbers, check_finite, halvings, magn_scores, polar_scores
-
-Rule = Literal["polar", "magn"]
-Signal = Literal["neg", "gradient", "gxa"]
-"""What stands for a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
-
-SCORES: Mapping[Rule, Callable[[Numbers, ArrayLike], Ints]] = MappingProxyType(
-    {"polar": polar_scores, "magn": magn_scores}
-)
-
-
-class Vote(NamedTuple):
-    """A way to score neurons: by the sign or the order of the options' values, and which value it is."""
-
-    rule: Rule
-    signal: Signal
-
-    @property
-    def name(self) -> str:
-        """As run files name the probe: the rule, and the signal unless that is NEG."""
-        return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
+from negcore.votes import Ints, Numbers, Signal, Vote, add_votes, check_finite, halvings, ordinal_effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,27 +73,6 @@ def effect(signal: Signal, negs_PON: Numbers, activations_PN: Callable[[], Numbe
     return np.asarray(negs_PON * np.abs(activations))
 
 
-def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
-    """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
-
-    Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
-    option: signs and order of the options are NEG's own, unless the neuron is at exactly zero. Nothing is multiplied,
-    as a product's rounding could tie NEGs next to each other and lose small ones. Polar and Magn on gradient x
-    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero.
-
-    Raises
-    ------
-    NegError
-        If the signal needs activations and one is NaN or infinite.
-    """
-    if signal == "neg":
-        return ordinals_PON
-    activations = check_finite(activations_PN(), "activation", ("row", "neuron"))[:, None]
-    if signal == "gradient":
-        return np.where(activations > 0, ordinals_PON, -ordinals_PON)
-    return np.where(activations != 0, ordinals_PON, 0)
-
-
 def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
     """A signal's values for K chosen neurons of a block of rows: float32 (P, O, K)."""
     return effect(signal, block.negs(selection), lambda: block.activations(selection))
@@ -127,7 +84,7 @@ def chosen_ordinals(block: RowBlock, signal: Signal, selection: Selection) -> Nu
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:
-    """Score every neuron of some layers on all prompts of a split.
+    """Score every neuron of some layers on all prompts of a split, or add up the vote sums that its shards hold.
 
     Parameters
     ----------
@@ -141,10 +98,23 @@ def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act:
     Raises
     ------
     NegError
-        If a NEG or activation is NaN or infinite: its prompt, layer and neuron are named.
+        If a NEG or activation is NaN or infinite: its prompt, layer and neuron are named. With storage "stats" also
+        if activations are to be scored, or the shards hold chosen neurons instead of sums.
     """
-    votes_M = training_scores(split, layers, votes, [split.n_rows])[split.n_rows].votes_M if votes else {}
+    if split.storage == "stats":
+        votes_M = _added_sums(split, layers, votes)
+    else:
+        votes_M = training_scores(split, layers, votes, [split.n_rows])[split.n_rows].votes_M if votes else {}
     return Rankings(votes_M, act_scores(split, layers) if act else None)
+
+
+def _added_sums(split: NegSplit, layers: range, votes: Collection[Vote]) -> Mapping[Vote, Ints]:
+    chosen = slice(layers.start * split.n_neurons, layers.stop * split.n_neurons)
+    scores_M = {vote: np.zeros(chosen.stop - chosen.start, np.int64) for vote in votes}
+    for shard in split.shards():
+        for vote, scores in scores_M.items():
+            scores += shard.sums_M(vote)[chosen]
+    return scores_M
 
 
 def training_scores(
@@ -199,9 +169,7 @@ def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBloc
 
 def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slice, layer: int) -> None:
     ordinals_PON, gold_P = block.shard.ordinals_PON(layer)[rows], block.shard.numbers("gold")[rows]
-    for vote, scores_LN in scores.items():
-        effects_PON = ordinal_effect(vote.signal, ordinals_PON, lambda: block.shard.activations_PN(layer)[rows])
-        scores_LN[at] += SCORES[vote.rule](effects_PON, gold_P)
+    add_votes(scores, at, ordinals_PON, lambda: block.shard.activations_PN(layer)[rows], gold_P)
 
 
 def act_scores(split: NegSplit, layers: range) -> ActScores:

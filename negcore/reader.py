@@ -2,7 +2,8 @@
 
 Shards in a bucket are copied to this machine when they are first needed, and mapped there: see `local_shard`.
 
-Shards hold the values of NEGs, or codes of their order and signs: see `Shard.ordinals_PON`.
+Shards hold the values of NEGs, or codes of their order and signs: see `Shard.ordinals_PON`. With storage "stats" they
+hold vote sums, or the values of chosen neurons alone.
 
 Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer,
 K chosen neurons.
@@ -18,9 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.codes import decode
-from negcore.columns import shard_schema
+from negcore.columns import count_chosen, of_shard, shard_schema, sum_column
 from negcore.errors import ShardError
-from negcore.identity import RunIdentity, StorageLevel
+from negcore.identity import RunIdentity, StorageLevel, choice_digest
 from negcore.shards import Partition, Receipt, SetAside, checksum, receipts, shard_of, whole_shards
 from negcore.storage import (
     cache_directory,
@@ -34,6 +35,7 @@ from negcore.storage import (
     n_bytes,
     read_bytes,
 )
+from negcore.votes import Vote
 
 FloatArray = npt.NDArray[np.float32]
 Ordinals = npt.NDArray[np.float32] | npt.NDArray[np.int8]
@@ -180,7 +182,7 @@ class NegSplit:
         Raises
         ------
         ShardError
-            If the model has no such layer, or the shards hold codes.
+            If the model has no such layer, or the shards do not hold the values of all neurons.
         """
         self._locate([(layer, 0)])
         if len(self._receipts) == 1:
@@ -200,12 +202,12 @@ class NegSplit:
         Raises
         ------
         ShardError
-            If a neuron does not exist, or the shards hold codes.
+            If a neuron does not exist, or the shards do not hold its values.
         """
         places = self._locate(selection)
         negs_POK = np.empty((self.n_rows, self.n_options, len(places.layers_K)), dtype=np.float32)
         for rows, shard in self._placed_shards():
-            _pick(shard.negs_PON, places, negs_POK[rows])
+            _pick(shard, shard.negs_PON, "neg", places, negs_POK[rows])
         return negs_POK
 
     def activations(self, selection: Selection) -> FloatArray:
@@ -213,12 +215,12 @@ class NegSplit:
         places = self._locate(selection)
         activations_PK = np.empty((self.n_rows, len(places.layers_K)), dtype=np.float32)
         for rows, shard in self._placed_shards():
-            _pick(shard.activations_PN, places, activations_PK[rows])
+            _pick(shard, shard.activations_PN, "act", places, activations_PK[rows])
         return activations_PK
 
     @property
     def storage(self) -> StorageLevel:
-        """What the shards hold: values of NEGs, or codes of their order and signs."""
+        """What the shards hold: values of NEGs, codes of their order and signs, or sums and chosen neurons."""
         return self.identity.storage
 
     def __repr__(self) -> str:
@@ -235,7 +237,7 @@ class NegSplit:
     def _locate(self, selection: Selection) -> "_Places":
         chosen = np.asarray(selection)
         if chosen.size == 0:
-            return _Places(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+            return _Places(*np.empty((3, 0), dtype=np.int64))
         if chosen.dtype.kind not in "iu" or not (chosen.ndim == 1 or (chosen.ndim == 2 and chosen.shape[1] == 2)):
             raise ShardError(
                 f"neurons are chosen by flat indices (K,) or pairs (K, 2) of whole numbers, "
@@ -249,7 +251,7 @@ class NegSplit:
                 f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}, "
                 f"in flat indices 0..{self.n_layers * self.n_neurons - 1}"
             )
-        return _Places(layers_K, neurons_K)
+        return _Places(layers_K, neurons_K, layers_K * self.n_neurons + neurons_K)
 
 
 @dataclass(frozen=True)
@@ -273,13 +275,14 @@ class Shard:
         Raises
         ------
         ShardError
-            If the shard holds codes.
+            If the shard holds codes, sums or chosen neurons.
         """
         if self.storage == "codes":
             raise ShardError(
                 f"{str(self.path)!r} holds codes, not values: order and signs of the NEGs are all that can be asked; "
                 "run with --storage values"
             )
+        self._check_has_layers()
         return self.numbers(f"neg_{layer:02d}").reshape(self.n_rows, self.n_options, -1)
 
     def ordinals_PON(self, layer: int) -> Ordinals:
@@ -300,8 +303,33 @@ class Shard:
         return self.numbers(f"code_{layer:02d}")
 
     def activations_PN(self, layer: int) -> FloatArray:
-        """Activations of one layer: float32 (P, N)."""
+        """Activations of one layer: float32 (P, N); `ShardError` if the shard holds sums or chosen neurons."""
+        self._check_has_layers()
         return self.numbers(f"act_{layer:02d}")
+
+    def sums_M(self, vote: Vote) -> npt.NDArray[np.int32]:
+        """A vote's score of every neuron, summed over the shard's rows: int32 (M,).
+
+        Raises
+        ------
+        ShardError
+            If the shard holds none.
+        """
+        name = sum_column(vote)
+        if name not in self.batch.schema.names:
+            raise ShardError(f"{str(self.path)!r} holds no vote sums: ask the partition that was written for ranking")
+        return of_shard(self.batch, name)
+
+    @property
+    def chosen_K(self) -> npt.NDArray[np.int32]:
+        """Flat indices, rising, of the neurons that a shard of storage "stats" holds: int32 (K,); none beside sums."""
+        return of_shard(self.batch, "neurons") if "neurons" in self.batch.schema.names else np.empty(0, np.int32)
+
+    def _check_has_layers(self) -> None:
+        if self.storage == "stats":
+            raise ShardError(
+                f"{str(self.path)!r} holds vote sums or chosen neurons, not whole layers: run with --storage values"
+            )
 
     def numbers(self, name: str) -> npt.NDArray[Any]:
         """A column of numbers: (P,), or (P, width of its lists)."""
@@ -333,40 +361,59 @@ class RowBlock:
         Raises
         ------
         ShardError
-            If the shard holds codes.
+            If the shard does not hold their values.
         """
         places = self._locate(selection)
         negs_POK = np.empty((self.shard.n_rows, self.shard.n_options, len(places.layers_K)), dtype=np.float32)
-        _pick(self.shard.negs_PON, places, negs_POK)
+        _pick(self.shard, self.shard.negs_PON, "neg", places, negs_POK)
         return negs_POK
 
     def ordinals(self, selection: Selection) -> Ordinals:
         """What stands for the NEGs of K chosen neurons in order and sign: (P, O, K), see `Shard.ordinals_PON`."""
-        if self.shard.storage == "values":
+        if self.shard.storage != "codes":
             return self.negs(selection)
         places = self._locate(selection)
         codes_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.uint16)
-        _pick(self.shard.codes_PN, places, codes_PK)
+        _pick(self.shard, self.shard.codes_PN, "code", places, codes_PK)
         return decode(codes_PK, self.shard.n_options)
 
     def activations(self, selection: Selection) -> FloatArray:
         """Activations of K chosen neurons: float32 (P, K)."""
         places = self._locate(selection)
         activations_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.float32)
-        _pick(self.shard.activations_PN, places, activations_PK)
+        _pick(self.shard, self.shard.activations_PN, "act", places, activations_PK)
         return activations_PK
 
 
 class _Places(NamedTuple):
     layers_K: npt.NDArray[np.integer]
     neurons_K: npt.NDArray[np.integer]
+    flat_K: npt.NDArray[np.integer]
 
 
-def _pick(values_of: Callable[[int], npt.NDArray[Any]], places: _Places, out: npt.NDArray[Any]) -> None:
-    """Fill `out` (..., K) with the chosen neurons of `values_of(layer)` (..., N)."""
+def _pick(
+    shard: Shard, values_of: Callable[[int], npt.NDArray[Any]], column: str, places: _Places, out: npt.NDArray[Any]
+) -> None:
+    """Fill `out` (..., K) with the chosen neurons of `values_of(layer)` (..., N), or of the column that holds them."""
+    if shard.storage == "stats":
+        at_K = _columns_of(shard, places.flat_K)
+        if at_K.size:
+            out[...] = shard.numbers(column).reshape(*out.shape[:-1], -1)[..., at_K]
+        return
     for layer in np.unique(places.layers_K):
         at = np.flatnonzero(places.layers_K == layer)
         out[..., at] = values_of(int(layer))[..., places.neurons_K[at]]
+
+
+def _columns_of(shard: Shard, flat_K: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Places of neurons among those that a shard of storage "stats" holds."""
+    absent_K = flat_K[~np.isin(flat_K, shard.chosen_K)]
+    if absent_K.size:
+        raise ShardError(
+            f"{str(shard.path)!r} does not hold neuron {absent_K[0]} (flat index): storage 'stats' keeps those that "
+            "the run's own probes can ask for; run with other probes in another directory, or with --storage values"
+        )
+    return np.searchsorted(shard.chosen_K, flat_K)
 
 
 # Files: all that touches the disk on the reading side
@@ -447,11 +494,15 @@ def _n_options(folder: Path, receipt: Receipt) -> int:
 def _open_shard(folder: Path, receipt: Receipt, n_options: int, identity: RunIdentity) -> Shard:
     path = local_shard(folder, receipt)
     batch = mapped_batch(path)
-    if not batch.schema.equals(shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage)):
+    shape, n_chosen = (n_options, identity.n_layers, identity.n_neurons), count_chosen(batch.schema)
+    if not batch.schema.equals(shard_schema(*shape, identity.storage, n_chosen)):
         raise _damaged(path, "its columns are not those of its receipt and of the first shard")
     if batch.num_rows != receipt.n_rows:
         raise _damaged(path, f"{batch.num_rows} rows, {receipt.n_rows} in its receipt")
-    return Shard(shard_of(folder, receipt), batch, n_options, identity.storage)
+    shard = Shard(shard_of(folder, receipt), batch, n_options, identity.storage)
+    if identity.neurons != (None if n_chosen is None else choice_digest(shard.chosen_K.tolist())):
+        raise _damaged(path, "its neurons are not those of its receipt")
+    return shard
 
 
 def _damaged(path: Path, reason: str) -> ShardError:

@@ -23,10 +23,9 @@ from negcore.errors import ProbeError, RunError
 from negcore.fitted import FittedAct, FittedForest, FittedLogistic, FittedProbe, FittedVote, Forest
 from negcore.identity import canonical_json, content_digest
 from negcore.probes import ActProbe, ActSplit
-from negcore.rankings import Vote
 from negcore.reader import NegSplit
 from negcore.storage import draft, location, read_bytes
-from negcore.votes import Ints, Ranking
+from negcore.votes import Ints, Ranking, Vote
 
 FORMAT = 1
 _KEY = b"neg_probe"

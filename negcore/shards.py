@@ -35,7 +35,7 @@ import xxhash
 
 from negcore.columns import AXES, StoredExample, record_batch, shard_schema, with_aligned_metadata
 from negcore.errors import ShardError
-from negcore.identity import RunIdentity, canonical_json, content_digest
+from negcore.identity import RunIdentity, canonical_json, choice_digest, content_digest
 from negcore.storage import (
     create,
     hidden,
@@ -128,6 +128,13 @@ class Receipt:
     file: str | None = None
     """Name of the shard's file where it carries the checksum, as in a bucket; None where it is `shard_path`'s."""
 
+    @property
+    def planned_digest(self) -> str:
+        """The digest that a plan knows: of a shard with chosen neurons, what it was before they were chosen."""
+        if "neurons" not in self.identity:
+            return self.digest
+        return content_digest({**self.identity, "neurons": ""})
+
 
 def write_shard(
     root: str | Path,
@@ -143,6 +150,7 @@ def write_shard(
     probs_PO: npt.ArrayLike,
     set_aside: Sequence[SetAside] = (),
     n_nonfinite: int = 0,
+    neurons: Sequence[int] | None = None,
 ) -> Receipt:
     """Publish one shard and then its receipt; the bytes of both depend on the arguments alone.
 
@@ -165,6 +173,9 @@ def write_shard(
         Rows that belong to this shard and are not among `examples`.
     n_nonfinite : int
         NaN and infinite values among the numbers.
+    neurons : sequence of int, optional
+        With storage "stats", the chosen neurons that `identity` has the digest of, in rising order of flat index:
+        their numbers are stored. Without them the vote sums are.
 
     Returns
     -------
@@ -173,8 +184,9 @@ def write_shard(
     Raises
     ------
     NegError
-        If the run stores codes, and there are too many options or a NEG is NaN or infinite.
+        If the run stores codes or sums, and there are too many options for codes or a NEG is NaN or infinite.
     """
+    assert identity.neurons == (None if neurons is None else choice_digest(neurons)), identity
     batch = record_batch(
         examples,
         label_ids_PO=np.asarray(label_ids_PO, dtype=np.int32),
@@ -182,9 +194,10 @@ def write_shard(
         activations_PLN=np.asarray(activations_PLN, dtype=np.float32),
         probs_PO=np.asarray(probs_PO, dtype=np.float32),
         storage=identity.storage,
+        neurons=neurons,
     )
-    n_options = np.shape(probs_PO)[1]
-    schema = shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage)
+    n_options, n_chosen = np.shape(probs_PO)[1], None if neurons is None else len(neurons)
+    schema = shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage, n_chosen)
     assert batch.schema.equals(schema), identity
     return publish_batch(
         partition.path(root),

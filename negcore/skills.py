@@ -25,9 +25,8 @@ from scipy.stats import hypergeom
 from negcore.evaluation import Accuracy, accuracy
 from negcore.fitted import FittedProbe, FittedVote, Forest, fit_vote, forest_features, random_vote
 from negcore.probes import MAX_NEURONS, TreeProbe
-from negcore.rankings import Vote
 from negcore.reader import NegSplit
-from negcore.votes import Ints, Ranking
+from negcore.votes import Ints, Ranking, Vote
 
 Order = Literal["best", "random"]
 

@@ -6,10 +6,13 @@ K neurons in rank order, best first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from math import prod
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,6 +58,94 @@ def magn_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
     Parameters, Returns, Raises: as `polar_scores`.
     """
     return _sum_over_rows(_magn_block, negs_POM, gold_P)
+
+
+Rule = Literal["polar", "magn"]
+Signal = Literal["neg", "gradient", "gxa"]
+"""What stands for a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
+
+SCORES: Mapping[Rule, Callable[[Numbers, ArrayLike], Ints]] = MappingProxyType(
+    {"polar": polar_scores, "magn": magn_scores}
+)
+
+
+class Vote(NamedTuple):
+    """A way to score neurons: by the sign or the order of the options' values, and which value it is."""
+
+    rule: Rule
+    signal: Signal
+
+    @property
+    def name(self) -> str:
+        """As run files name the probe: the rule, and the signal unless that is NEG."""
+        return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
+
+
+VOTES = tuple(Vote(rule, signal) for rule, signal in product(get_args(Rule), get_args(Signal)))
+"""All ways to score neurons."""
+
+
+def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -> dict[Vote, Ints]:
+    """Every neuron's score by every vote: all that ranking asks of some prompts.
+
+    Parameters
+    ----------
+    negs_POLN : array, shape (P, O, L, N), probability per unit of activation
+    activations_PLN : array, shape (P, L, N)
+    gold_P : array of int, shape (P,)
+        Index of each prompt's gold option.
+
+    Returns
+    -------
+    dict of Vote to array of int64, shape (M,)
+        They add up over blocks of prompts.
+
+    Raises
+    ------
+    NegError
+        As `polar_scores`, with the layer.
+    """
+    scores_LN = {vote: np.zeros(negs_POLN.shape[2:], np.int64) for vote in VOTES}
+    for layer in range(negs_POLN.shape[2]):
+        activations_PN = partial(activations_PLN.__getitem__, (slice(None), layer))
+        try:
+            add_votes(scores_LN, layer, negs_POLN[:, :, layer], activations_PN, gold_P)
+        except NegError as error:
+            raise NegError(f"layer {layer}: {error}") from None
+    return {vote: scores.ravel() for vote, scores in scores_LN.items()}
+
+
+def add_votes(
+    scores_LN: Mapping[Vote, Ints],
+    at: int,
+    ordinals_PON: Numbers,
+    activations_PN: Callable[[], Numbers],
+    gold_P: ArrayLike,
+) -> None:
+    """Add to row `at` of each vote's scores what one layer of some prompts says; see `ordinal_effect`."""
+    for vote, scores in scores_LN.items():
+        scores[at] += SCORES[vote.rule](ordinal_effect(vote.signal, ordinals_PON, activations_PN), gold_P)
+
+
+def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
+    """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
+
+    Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
+    option: signs and order of the options are NEG's own, unless the neuron is at exactly zero. Nothing is multiplied,
+    as a product's rounding could tie NEGs next to each other and lose small ones. Polar and Magn on gradient x
+    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero.
+
+    Raises
+    ------
+    NegError
+        If the signal needs activations and one is NaN or infinite.
+    """
+    if signal == "neg":
+        return ordinals_PON
+    activations = check_finite(activations_PN(), "activation", ("row", "neuron"))[:, None]
+    if signal == "gradient":
+        return np.where(activations > 0, ordinals_PON, -ordinals_PON)
+    return np.where(activations != 0, ordinals_PON, 0)
 
 
 def argmax_features(negs_POM: Numbers) -> NDArray[np.uint8]:

@@ -44,6 +44,8 @@ class ExtractJob:
     set_aside: tuple[SetAside, ...] = ()
     """Rows among `examples` that are not to be computed."""
     is_trial: bool = False
+    neurons: tuple[int, ...] | None = None
+    """Of which the numbers are stored, if not of all: see `negcore.shards.write_shard`."""
 
     @property
     def chosen(self) -> list[Example]:
@@ -115,6 +117,7 @@ def _publish(job: ExtractJob, examples: Sequence[Example], batch: NeurGradBatch)
         probs_PO=batch.probs_PO,
         set_aside=[set_aside[example.id] for example in job.examples if example.id in set_aside],
         n_nonfinite=sum(one.n_values for one in found if one.row not in skipped),
+        neurons=job.neurons,
     )
 
 
@@ -194,7 +197,16 @@ def extract_split(
 
     def job(split: PlannedSplit, index: int) -> ExtractJob:
         shards = split.shards
-        return ExtractJob(root, split.partition, split.identity, index, len(shards), shards[index], nonfinite)
+        return ExtractJob(
+            root,
+            split.partition,
+            split.identity,
+            index,
+            len(shards),
+            shards[index],
+            nonfinite,
+            neurons=split.neurons,
+        )
 
     def stands(receipt: Receipt) -> bool:
         has_skipped = any(row.cause == "nonfinite" for row in receipt.set_aside)

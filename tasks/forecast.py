@@ -21,7 +21,7 @@ from negcore.encoding import encode_prompts
 from negcore.errors import RunError
 from negcore.forward import TOKEN_BUDGET, common_prefix_length
 from negcore.gradients import neurgrad
-from negcore.identity import canonical_json
+from negcore.identity import canonical_json, choice_digest
 from negcore.models import DTYPES, ModelCard, load_model
 from negcore.shards import receipts
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit
@@ -60,6 +60,7 @@ class DatasetForecast:
     way: str
     """Of a run that asks in several ways: this way's folder; else empty."""
     n_rows: int
+    """Of all shards: with storage "stats" training prompts may be measured twice."""
     n_shards: int
     n_tokens: int
     n_bytes: int
@@ -188,16 +189,16 @@ def size_of(card: ModelCard) -> Size:
 
 def shard_bytes(split: PlannedSplit) -> list[int]:
     """Bytes of each of a split's shards."""
-    n_options = len(split.examples[0].labels)
-    schema = shard_schema(n_options, split.identity.n_layers, split.identity.n_neurons, split.identity.storage)
-    empty = _empty_file_bytes(schema, split)
-    return [empty + _column_bytes(schema, len(shard)) + _text_bytes(shard) for shard in split.shards]
+    n_options, n_layers, n_neurons = len(split.examples[0].labels), split.identity.n_layers, split.identity.n_neurons
+    schema = shard_schema(n_options, n_layers, n_neurons, split.identity.storage, split.n_chosen)
+    fixed = _empty_file_bytes(schema, split) + _shard_column_bytes(schema, split.n_chosen or n_layers * n_neurons)
+    return [fixed + _column_bytes(schema, len(shard)) + _text_bytes(shard) for shard in split.shards]
 
 
 def missing_shards(run: SkillRun, split: PlannedSplit) -> list[int]:
     """Shards that are not there yet."""
     there = receipts(split.partition.path(run.directory))
-    done = {receipt.index for receipt in there if receipt.digest == split.identity.digest}
+    done = {receipt.index for receipt in there if receipt.planned_digest == split.identity.digest}
     return [index for index in range(len(split.shards)) if index not in done]
 
 
@@ -211,8 +212,9 @@ def splits_of(model: PlannedModel) -> list[PlannedSplit]:
 
 def _empty_file_bytes(schema: pa.Schema, split: PlannedSplit) -> int:
     """Everything in a shard's file but its rows."""
+    chosen = {} if split.n_chosen is None else {"neurons": choice_digest(())}  # as long as the digest to come
     about = {
-        "identity": split.identity.comparable(),
+        "identity": split.identity.comparable() | chosen,
         "versions": split.identity.versions,
         "digest": split.identity.digest,
         "partition": split.partition._asdict(),
@@ -230,9 +232,14 @@ def _empty_file_bytes(schema: pa.Schema, split: PlannedSplit) -> int:
 
 def _column_bytes(schema: pa.Schema, n_rows: int) -> int:
     """Without the text of strings; numbers are padded, see `negcore.columns.column`."""
-    numbers = [field.type for field in schema if not pa.types.is_string(field.type)]
+    numbers = [type_ for type_ in schema.types if not (pa.types.is_string(type_) or pa.types.is_list(type_))]
     offsets = (len(schema) - len(numbers)) * 4 * n_rows
     return offsets + sum(_padded(n_rows * _bytes_a_row(type_)) for type_ in numbers)
+
+
+def _shard_column_bytes(schema: pa.Schema, n_values: int) -> int:
+    """Of the columns that hold so many values in a shard's first row alone."""
+    return sum(n_values * _bytes_a_row(type_.value_type) for type_ in schema.types if pa.types.is_list(type_))
 
 
 def _bytes_a_row(type_: pa.DataType) -> int:
@@ -315,7 +322,7 @@ def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: PlannedSplit
 
 def _with_values(split: PlannedSplit) -> PlannedSplit:
     """The split as it is computed, whatever is stored of it."""
-    return replace(split, identity=replace(split.identity, storage="values"))
+    return replace(split, identity=replace(split.identity, storage="values", neurons=None), n_chosen=None)
 
 
 def _operations(card: ModelCard, size: Size, ids: Sequence[Sequence[int]], n_options: int) -> float:

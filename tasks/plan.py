@@ -1,8 +1,8 @@
 """What a run will do, known and checked before any model is loaded."""
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 
@@ -11,13 +11,17 @@ from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
 from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import DatasetError, NegError
 from negcore.fitted import check_forest_size
-from negcore.identity import RunIdentity
+from negcore.identity import RunIdentity, choice_digest
 from negcore.models import ModelCard, describe_model
 from negcore.shards import Partition
+from tasks.recipes import n_stored, reads_training_values
 from tasks.runfile import SkillRun
 from tasks.wordings import wording_for
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
+
+SUMS = "train-sums"
+"""The split that holds vote sums of the training prompts, with storage "stats": neurons are chosen by them."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,15 @@ class PlannedSplit:
     shard_rows: int
     asked: str
     """How, as far as it is not the default: one-shot, another wording or other demonstrations."""
+    n_chosen: int | None = None
+    """Neurons whose numbers are stored, if these are chosen by the vote sums."""
+    neurons: tuple[int, ...] | None = None
+    """Which these are: flat indices, rising; None as long as they are not chosen."""
+
+    def choosing(self, neurons: tuple[int, ...]) -> "PlannedSplit":
+        """The split with its neurons chosen."""
+        assert len(neurons) == self.n_chosen, (len(neurons), self.n_chosen)
+        return replace(self, neurons=neurons, identity=replace(self.identity, neurons=choice_digest(neurons)))
 
     @property
     def name(self) -> str:
@@ -51,6 +64,7 @@ class PlannedDataset:
     model: str
     dataset: Dataset
     splits: tuple[PlannedSplit, ...]
+    """In the order they are made: what neurons are chosen by comes first."""
 
     @property
     def name(self) -> str:
@@ -130,16 +144,27 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
         storage=run.storage,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
-    splits = []
+    splits: list[PlannedSplit] = []
     for split, examples in dataset.splits.items():
         _check(card, dataset.name, split, examples)
         if run.storage == "codes":
             _check_codes(dataset.name, examples)
         partition = Partition(card.name, dataset.name, split)
-        splits.append(PlannedSplit(partition, examples, identity, run.shard_rows, _asked(dataset.settings)))
+        whole = PlannedSplit(partition, examples, identity, run.shard_rows, _asked(dataset.settings))
+        splits += _two_passes(run, whole) if run.storage == "stats" else [whole]
     if "tree" in run.probe:
         _check_forest(run, card, dataset)
     return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def _two_passes(run: SkillRun, split: PlannedSplit) -> Iterator[PlannedSplit]:
+    """What is made of a split with storage "stats": sums to choose neurons by, and the numbers of these."""
+    partition, identity, is_train = split.partition, split.identity, split.partition.split == "train"
+    if is_train:
+        yield replace(split, partition=partition._replace(split=SUMS))
+    if not is_train or reads_training_values(run):
+        n_chosen = n_stored(run, identity.n_layers * identity.n_neurons)
+        yield replace(split, identity=replace(identity, neurons=""), n_chosen=n_chosen)
 
 
 def _asked(settings: PromptSettings) -> str:

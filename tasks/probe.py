@@ -1,11 +1,11 @@
 """Fit skill-neuron probes to a dataset's NEG shards, keep them, and score them on its test split."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -13,42 +13,16 @@ import numpy as np
 from negcore.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
 from negcore.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
 from negcore.probes import LMProbe
-from negcore.rankings import Rankings, Vote
+from negcore.rankings import Rankings
 from negcore.reader import NegSplit, open_negs
 from negcore.saved_probes import save_probe
-from negcore.votes import Ints, Ranking
+from negcore.votes import Ints, Ranking, Vote
 from tasks.extract import Advance
-from tasks.plan import PlannedDataset
+from tasks.plan import SUMS, PlannedDataset
 from tasks.pool import Pool, Stopped
 from tasks.rank import rank_split
+from tasks.recipes import RECIPES, reads_training_values, votes_of
 from tasks.runfile import ProbeName, SkillRun
-
-
-class Recipe(NamedTuple):
-    """How a probe is made: which neurons it takes, if any are ranked, and what it does with them."""
-
-    kind: Literal["vote", "act", "tree", "random", "logistic"]
-    vote: Vote | None = None
-    """By which score its neurons are chosen."""
-
-
-RECIPES: Mapping[ProbeName, Recipe] = MappingProxyType(
-    {
-        "polar": Recipe("vote", Vote("polar", "neg")),
-        "magn": Recipe("vote", Vote("magn", "neg")),
-        "act": Recipe("act"),
-        "tree": Recipe("tree", Vote("magn", "neg")),
-        "polar-gradient": Recipe("vote", Vote("polar", "gradient")),
-        "magn-gradient": Recipe("vote", Vote("magn", "gradient")),
-        "polar-gxa": Recipe("vote", Vote("polar", "gxa")),
-        "magn-gxa": Recipe("vote", Vote("magn", "gxa")),
-        "polar-random": Recipe("random", Vote("polar", "neg")),
-        "magn-random": Recipe("random", Vote("magn", "neg")),
-        "polar-logistic": Recipe("logistic", Vote("polar", "neg")),
-        "magn-logistic": Recipe("logistic", Vote("magn", "neg")),
-    }
-)
-assert tuple(RECIPES) == get_args(ProbeName)
 
 
 @dataclass(frozen=True)
@@ -151,10 +125,13 @@ class Prober:
             raise Stopped("stopped on request")
 
     def _probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
-        negs, n_steps = open_negs(run.directory), probe_steps(run)
-        splits = Splits(*(negs.select(planned.model, planned.dataset.name, split) for split in Splits._fields))
+        select = partial(open_negs(run.directory).select, planned.model, planned.dataset.name)
+        n_steps, has_sums = probe_steps(run), run.storage == "stats"
+        ranked = select(SUMS if has_sums else "train")
+        train = select("train") if has_sums and reads_training_values(run) else ranked
+        splits = Splits(train, select("valid"), select("test"))
         advance(0, n_steps, None)
-        rankings = self._rank(run, splits.train, advance)
+        rankings = self._rank(run, ranked, advance)
         answers = [_lm_answers(splits)]
         workshop = Workshop(run, splits, rankings)
         for done, name in enumerate(run.probe, 1):
@@ -167,12 +144,11 @@ class Prober:
         return _probed(run, planned, splits, answers)
 
     def _rank(self, run: SkillRun, train: NegSplit, advance: Advance) -> Rankings:
-        votes = dict.fromkeys(recipe.vote for name in run.probe if (recipe := RECIPES[name]).vote)
         return rank_split(
             self._pool,
             run.directory,
             train,
-            [vote for vote in votes if vote],
+            votes_of(run),
             act="act" in run.probe,
             n_blocks=run.workers,
             stop=self._stop,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.rankings import Rankings, Vote, rank_layers, training_scores
+from negcore.rankings import Rankings, rank_layers, training_scores
 from negcore.reader import NegSplit, open_negs
 from negcore.shards import Partition
+from negcore.votes import Vote
 from tasks.pool import Pool, PoolStatus, Resources, open_pool
 from tasks.runfile import RunFile
 
@@ -29,7 +30,7 @@ class RankJob:
 
 
 class RankWorker:
-    """Reads one layer of one shard at a time; needs neither a model nor a GPU."""
+    """Reads one layer of one shard (or one vote's sums) at a time; needs neither a model nor a GPU."""
 
     def run(self, job: RankJob) -> dict[int, Rankings]:
         """Scores of the job's layers by number of rows: some bytes a neuron, whatever the number of prompts."""

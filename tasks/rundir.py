@@ -43,7 +43,7 @@ class PlannedShards:
     place: str
     """The directory below the run directory."""
     digest: str
-    """Of the run's identity."""
+    """Of the run's identity, as `Receipt.planned_digest`."""
     n_shards: int
     n_rows: int
 
@@ -173,14 +173,14 @@ def shard_folders(directory: Path) -> list[ShardFolder]:
 def receipts_of(folder: ShardFolder) -> Receipts:
     """The receipts in a directory; its own run is the planned one, else the one of most receipts."""
     found = receipts(folder.path)
-    runs = Counter((receipt.digest, receipt.n_shards) for receipt in found)
+    runs = Counter((receipt.planned_digest, receipt.n_shards) for receipt in found)
     if folder.planned is not None:
         own = folder.planned.digest, folder.planned.n_shards
     elif runs:
         own = runs.most_common(1)[0][0]
     else:
         return Receipts([], [], None)
-    is_own = [(receipt.digest, receipt.n_shards) == own for receipt in found]
+    is_own = [(receipt.planned_digest, receipt.n_shards) == own for receipt in found]
     return Receipts(list(compress(found, is_own)), list(compress(found, map(not_, is_own))), own[1])
 
 

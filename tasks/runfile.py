@@ -188,8 +188,9 @@ class _PromptedRun(RunFile):
     )
     storage: StorageLevel = Field(
         "values",
-        description="What is kept of NEGs: values, or codes (16 bits for order and signs of up to 5 options; every "
-        "probe but logistic regression gives the same on both).",
+        description="What is kept of NEGs: values; codes (16 bits for order and signs of up to 5 options; every "
+        "probe but logistic regression gives the same); or stats (vote sums, and in a second pass the values of the "
+        "neurons that the run's probes choose; every probe but act gives the same).",
     )
 
     not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "nonfinite"}
@@ -203,8 +204,9 @@ class _PromptedRun(RunFile):
 
     @model_validator(mode="after")
     def _check_nonfinite(self) -> Self:
-        if self.storage == "codes" and self.nonfinite == "keep":
-            raise ValueError("storage 'codes' has none for NaN and infinity: set nonfinite to fail or skip, not keep")
+        if self.storage != "values" and self.nonfinite == "keep":
+            level = f"storage {self.storage!r}"
+            raise ValueError(f"{level} has none for NaN and infinity: set nonfinite to fail or skip, not keep")
         return self
 
 
@@ -223,6 +225,11 @@ class _ProbedRun(_PromptedRun):
         for name in self.probe:
             if self.storage == "codes" and name.endswith("-logistic"):
                 raise ValueError(f"probe {name!r} reads values, not codes: leave it out, or set storage to values")
+            if self.storage == "stats" and name == "act":
+                raise ValueError(
+                    "probe 'act' reads the activations of all neurons, which storage 'stats' does not keep: leave it "
+                    "out, or set storage to values or codes"
+                )
         return self
 
 
@@ -328,6 +335,8 @@ class SkillsRun(_PromptedRun):
 
     @model_validator(mode="after")
     def _check(self) -> "SkillsRun":
+        if self.storage == "stats":
+            raise ValueError("storage 'stats' keeps too little to analyse skill neurons: set it to values or codes")
         check_wordings(self.wording, self.dataset)
         return self
 

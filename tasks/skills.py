@@ -16,7 +16,6 @@ from negcore.evaluation import accuracy, majority_floor, random_floor
 from negcore.fitted import fit_vote
 from negcore.models import ModelCard
 from negcore.probes import LMProbe
-from negcore.rankings import Vote
 from negcore.reader import NegSplit, open_negs
 from negcore.skills import (
     BandRow,
@@ -40,7 +39,7 @@ from negcore.skills import (
     training_sizes,
     transfer,
 )
-from negcore.votes import Ints, Ranking
+from negcore.votes import Ints, Ranking, Vote
 from tasks.causal import CausalPart, plan_causal, read_causal
 from tasks.plan import PlannedDataset, PlannedModel, plan
 from tasks.pool import Pool, PoolStatus

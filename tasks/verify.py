@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from negcore.columns import AXES, shard_schema
+from negcore.columns import AXES, count_chosen, of_shard, shard_schema
 from negcore.errors import ShardError
-from negcore.identity import content_digest
+from negcore.identity import choice_digest, content_digest
 from negcore.reader import mapped_batch
 from negcore.shards import Receipt, checksum, receipts, shard_of
 from negcore.storage import fetch, find, is_remote, n_bytes, remove, sizes
@@ -155,6 +155,8 @@ def _content_fault(folder: ShardFolder, receipt: Receipt, batch: pa.RecordBatch)
         return "what it says of itself is not what its receipt says"
     if not _has_its_columns(folder, receipt, batch.schema):
         return "its columns are not those of its model and dataset"
+    if not _has_its_neurons(receipt, batch):
+        return "its neurons are not those of its receipt"
     ids = batch.column("id").to_pylist()
     if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
         return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
@@ -185,10 +187,19 @@ def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -
         return False
     n_options = schema.field("probs").type.list_size
     n_layers, n_neurons = (receipt.identity.get(name) for name in ("n_layers", "n_neurons"))
-    if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or n_layers > len(schema):
+    storage, n_chosen = receipt.identity.get("storage", "values"), count_chosen(schema)
+    if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or storage not in tuple(AXES):
         return False
-    storage = receipt.identity.get("storage", "values")
-    return storage in tuple(AXES) and bool(schema.equals(shard_schema(n_options, n_layers, n_neurons, storage)))
+    if storage != "stats" and n_layers > len(schema) or (n_chosen is None) != ("neurons" not in receipt.identity):
+        return False
+    return bool(schema.equals(shard_schema(n_options, n_layers, n_neurons, storage, n_chosen)))
+
+
+def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
+    """Whether a shard with chosen neurons holds those that its receipt says; one without rows names none."""
+    if "neurons" not in receipt.identity or not batch.num_rows:
+        return True
+    return bool(choice_digest(of_shard(batch, "neurons").tolist()) == receipt.identity["neurons"])
 
 
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
