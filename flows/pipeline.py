@@ -17,14 +17,17 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.accuracy_tables import artifact_tables
 from flows.cancellation import stopped_by_cancellation
 from flows.stages import Pending, PrefectStages, Stages
+from flows.summary import run_summary
 from negcore.errors import ModelError, RunError
+from negcore.reader import NegSplit, open_negs
 from negcore.shards import SetAside, receipts
 from tasks.claim import claim
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
-from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit, plan
+from tasks.plan import SUMS, PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool
 from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
 from tasks.rank import rank_pool
+from tasks.recipes import choose_neurons
 from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.room import check_room
 from tasks.rundir import write_plan_file
@@ -56,6 +59,8 @@ class Results:
 class Ended(Protocol):
     """Results of any flow."""
 
+    directory: Path
+    extracted: list[Extracted]
     problems: list[str]
 
 
@@ -83,8 +88,9 @@ def _flow_run_name() -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names, as far as they fit a line."""
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+    """Names, as far as they fit a line; of files and folders only the last part."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return ", ".join(short) if len(short) <= 3 else f"{short[0]} and {len(short) - 1} more"
 
 
 _prefect_flow = partial(
@@ -156,7 +162,9 @@ def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
     stages = PrefectStages()
     with stopped_by_cancellation(stages.stop) as cancelled:
         try:
-            return whole(work(run, stages))
+            results = work(run, stages)
+            stages.note("summary", run_summary(results.directory, results.extracted, results.problems))
+            return whole(results)
         except Stopped:
             if not cancelled.is_set():
                 raise
@@ -293,9 +301,14 @@ def _pool(run: SkillRun, model: PlannedModel) -> AbstractContextManager[Pool]:
 
 def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
     """Whether every row of the dataset is there now, or set aside."""
-    whole = True
+    whole, neurons = True, tuple[int, ...]()
     for split in dataset.splits:
+        if split.n_chosen is not None and not (whole or neurons):
+            break  # there is no choice without all sums
         try:
+            if split.n_chosen is not None:
+                neurons = neurons or choose_neurons(run, _sums(run, split))
+                split = split.choosing(neurons)
             extracted = stages.run(split.name, "extract", _extraction(run, pool, split, stages))
         except (Stopped, KeyboardInterrupt, ModelError, RunError):
             raise
@@ -309,6 +322,11 @@ def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool
             results.problems.append(f"{split.name}: shard {failure.index}, {failure.n_rows} rows lost: {failure.error}")
         whole = whole and not extracted.failures
     return whole
+
+
+def _sums(run: SkillRun, split: PlannedSplit) -> NegSplit:
+    """What the neurons of a split are chosen by."""
+    return open_negs(run.directory).select(*split.partition._replace(split=SUMS))
 
 
 def _extraction(run: SkillRun, pool: Pool, split: PlannedSplit, stages: Stages) -> Callable[[Advance], Extracted]:
