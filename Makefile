@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: setup demo test lint check clean
+.PHONY: setup demo test faults lint check clean
 
 setup: $(VENV)/.installed
 
@@ -13,7 +13,11 @@ demo: $(VENV)/.installed
 	$(BIN)/neg demo --out $(DEMO)
 
 test: $(VENV)/.developing
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Kills, damages and starves real runs (see tests/fault_suite.py); disks can only be made by root.
+faults: $(VENV)/.developing
+	$(BIN)/python tests/fault_suite.py
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check

@@ -623,6 +623,7 @@ def _quiet_libraries() -> None:
     """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
     for name, value in {
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -71,7 +71,7 @@ def deployments(
             name=deployment,
             cron=cron,
             parameters={"run": run.model_copy(update={"out": run.directory}).model_dump(mode="json")},
-            tags=["neg"],
+            tags=["neg", flow_name],
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
             entrypoint_type=EntrypointType.MODULE_PATH,
         )

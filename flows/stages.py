@@ -4,6 +4,7 @@ A *stage* is a named piece of work that reports how far it is. Both kinds run st
 one task run with a progress artifact.
 """
 
+import logging
 import re
 import threading
 import time
@@ -21,7 +22,11 @@ T = TypeVar("T")
 R = TypeVar("R", covariant=True)
 Body = Callable[[Advance], T]
 
+logger = logging.getLogger(__name__)
+
 _ARTIFACT_INTERVAL_S = 2.0
+_SILENCE_S = 60.0
+"""A server that did not answer is left in peace for so long."""
 _STOP_S = 10.0
 _PROBE_THREADS = 8
 
@@ -124,12 +129,16 @@ class PlainStages(Stages):
 class PrefectStages(Stages):
     """Stages as Prefect task runs of the flow that this is created in."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._page = _Page()
+
     def submit(self, name: str, kind: str, body: Body[T]) -> Pending[T]:
         from prefect import get_run_logger, task
         from prefect.cache_policies import NO_CACHE
 
         def stage() -> T:
-            bar = _ProgressArtifact(f"{kind}-{name}")
+            bar = _ProgressArtifact(f"{kind}-{name}", self._page)
             result = self._watched(name, body, bar)
             get_run_logger().info("%s %s: %s", kind, name, bar.summary)
             return result
@@ -147,12 +156,12 @@ class PrefectStages(Stages):
     def table(self, key: str, rows: Sequence[dict[str, Any]], title: str) -> None:
         from prefect.artifacts import create_table_artifact
 
-        create_table_artifact(table=list(rows), key=artifact_key(key), description=title)
+        self._page.keep(lambda: create_table_artifact(list(rows), key=artifact_key(key), description=title))
 
     def note(self, key: str, markdown: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        create_markdown_artifact(markdown, key=artifact_key(key))
+        self._page.keep(lambda: create_markdown_artifact(markdown, key=artifact_key(key)))
 
     def _may_retry(self, task: Any, task_run: Any, state: Any) -> bool:
         """Another attempt helps against neither a stop nor an error that only the user can mend."""
@@ -160,10 +169,39 @@ class PrefectStages(Stages):
         return not self.stop.is_set() and not isinstance(error, (Stopped, NegError))
 
 
+class _Page:
+    """What the Prefect UI shows of a run. The run needs no server: one that is lost may come back."""
+
+    def __init__(self) -> None:
+        self._asked_again_at = float("-inf")
+
+    def keep(self, show: Callable[[], T]) -> T | None:
+        """Show something that is to stay, with the client's usual patience."""
+        import httpx
+        from prefect.exceptions import PrefectException
+
+        try:
+            return show()
+        except (httpx.HTTPError, PrefectException) as error:
+            self._asked_again_at = time.monotonic() + _SILENCE_S
+            logger.warning("Prefect does not answer (%s): the run goes on, unseen", " ".join(str(error).split()))
+            return None
+
+    def refresh(self, show: Callable[[], T]) -> T | None:
+        """Show something that will soon be shown anew: it is not tried twice, and not while the server is silent."""
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        if time.monotonic() < self._asked_again_at:
+            return None
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return self.keep(show)
+
+
 class _ProgressArtifact:
     """A progress bar in the Prefect UI, refreshed every few seconds."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, page: _Page) -> None:
+        self._page = page
         self._key = artifact_key(name)
         self._id: Any = None
         self._shown_at = float("-inf")
@@ -189,9 +227,9 @@ class _ProgressArtifact:
         self._shown_at = now
         progress, text = 100.0 * done / max(total, 1), self._text(done, total, note)
         if self._id is None:
-            self._id = create_progress_artifact(progress, key=self._key, description=text)
+            self._id = self._page.refresh(lambda: create_progress_artifact(progress, key=self._key, description=text))
         else:
-            update_progress_artifact(self._id, progress, description=text)
+            self._page.refresh(lambda: update_progress_artifact(self._id, progress, description=text))
 
     def _text(self, done: int, total: int, note: str) -> str:
         text = self._parts

@@ -102,15 +102,17 @@ def prefect_api(home: Path) -> Iterator[PrefectApi]:
     Raises
     ------
     RunError
-        If a private server is needed outside the main thread, with which it would end.
+        If a private server is needed outside the main thread, with which it would end, or a flow cannot begin or end
+        because the API does not answer.
     """
     configured = PREFECT_API_URL.value()
     if configured:
-        yield _ConfiguredApi(configured)
+        with _loss_told(configured):
+            yield _ConfiguredApi(configured)
         return
     server = _PrivateServer(home)
     try:
-        with _reporting_to(server.url, server.auth):
+        with _loss_told(server.url), _reporting_to(server.url, server.auth):
             try:
                 yield server
             finally:
@@ -130,6 +132,20 @@ class _ConfiguredApi:
             error = client.api_healthcheck()
         if error is not None:
             raise RunError(f"PREFECT_API_URL is {self.url!r}, but nothing healthy answers there: {error}")
+
+
+@contextlib.contextmanager
+def _loss_told(url: str) -> Iterator[None]:
+    """Say in one line that the API is gone."""
+    try:
+        yield
+    except httpx.RequestError as error:
+        if not str(error.request.url).startswith(url):
+            raise
+        raise RunError(
+            f"the Prefect API at {url!r} does not answer any more ({error}): what was computed is kept; run the same "
+            "command again when it does, or with --orchestrator none"
+        ) from error
 
 
 @contextlib.contextmanager

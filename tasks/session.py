@@ -49,7 +49,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     Raises
     ------
     RunError
-        If the cluster cannot be reached, or Ray was imported before with unsafe settings.
+        If Ray does not start, the cluster cannot be reached, or Ray was imported before with unsafe settings.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -110,7 +110,10 @@ def _initialised(**options: Any) -> Iterator[Any]:
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+    except Exception as error:  # Ray has no type for it
+        raise RunError(f"Ray cannot start or be joined: {' '.join(str(error).split())}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     try:

@@ -1,0 +1,304 @@
+"""`neg serve` with a real Prefect server: a schedule starts runs, one is cancelled in the middle, the next goes on.
+
+Everything happens once, in `story`; the tests look at what was seen of it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import psutil
+import pytest
+import yaml
+from support import NEG, REPOSITORY, save_tiny_model
+
+from flows.pipeline import run_pipeline
+from flows.stages import PlainStages
+from tasks.claim import CLAIM_FILE
+from tasks.runfile import SkillRun, read_run_file
+
+PATIENCE_S = 600.0
+"""Limit for each thing that is waited for: a quiet machine needs seconds."""
+N_PROMPTS = 150
+SECRET = "zebra"
+"""A word of every prompt."""
+EVERY_TEN_SECONDS = "* * * * * */10"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+Json = dict[str, Any]
+Popen = subprocess.Popen[bytes]
+
+
+class Prefect(NamedTuple):
+    """A Prefect server that asks for a password."""
+
+    url: str
+    auth: str
+
+    def __call__(self, method: str, path: str, body: Any = None) -> Any:
+        def answer() -> httpx.Response | None:
+            auth, url = tuple(self.auth.split(":")), f"{self.url}/{path}"
+            given = httpx.request(method, url, json=body, auth=auth, timeout=PATIENCE_S, trust_env=False)
+            return None if given.status_code == 503 else given  # it is to be asked again: SQLite was locked for long
+
+        given = wait_until(answer, f"an answer to {path}").raise_for_status()
+        return given.json() if given.content else None
+
+    def under_way(self) -> Json | None:
+        """The flow run that `neg serve` works on."""
+        states = {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}, "deployment_id": {"is_null_": False}}
+        return next(iter(self("POST", "flow_runs/filter", {"flow_runs": states})), None)
+
+    def reached(self, run: Json, *states: str) -> Json:
+        """The flow run, as soon as it is in one of the states."""
+
+        def now() -> Json | None:
+            known = self("GET", f"flow_runs/{run['id']}")
+            return known if known["state"]["type"] in states else None
+
+        return wait_until(now, f"{run['name']} to be {states}")
+
+    def of(self, run: Json, kind: str) -> list[Json]:
+        """Artifacts, logs or task runs of a flow run."""
+        return self("POST", f"{kind}/filter", {kind: {"flow_run_id": {"any_": [run["id"]]}}})
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> Any:
+    """The condition's value as soon as it is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    return pytest.fail(f"waited in vain for {what}")
+
+
+@contextlib.contextmanager
+def running(command: list[Any], log: Path, **environment: str) -> Iterator[Popen]:
+    """A process that is asked to end when the block is left, and made to end with all that it started."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=clean | environment, cwd=log.parent)
+    try:
+        yield process
+    finally:
+        family = below(process)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
+        for left in psutil.wait_procs(family, timeout=10)[1]:
+            left.kill()
+
+
+def below(process: Popen) -> list[psutil.Process]:
+    """All that a process started, and that they started."""
+    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory):
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    prefect = Prefect(f"http://127.0.0.1:{port}/api", f"test:{secrets.token_hex(8)}")
+    settings = {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_API_AUTH_STRING": prefect.auth,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
+    }
+    command = [NEG.parent / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+
+    def healthy() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{prefect.url}/health", timeout=5, trust_env=False).is_success
+        return False
+
+    with running(command, home / "server.log", **settings):
+        wait_until(healthy, "the server")
+        yield prefect
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Many small shards, to be probed too."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [
+        {"prompt": f"Question: which {SECRET} fits {n}? Answer:", "labels": [" A", " B"], "answer": n % 2}
+        for n in range(N_PROMPTS)
+    ]
+    lines = [json.dumps(row | {"split": ("train", "valid", "test")[n % 3]}) for n, row in enumerate(rows)]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    values = {
+        "model": [str(save_tiny_model("llama", folder / "tiny-llama"))],
+        "dataset": [str(folder / "questions.jsonl")],
+        "shard_rows": 1,
+        "workers": 2,
+        "max_neurons": 8,
+        "out": str(folder / "served"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return read_run_file(SkillRun, folder / "run.yaml", {})
+
+
+Shards = dict[Path, tuple[int, int]]
+"""Inode and time of change of finished shards."""
+
+
+def finished(run: SkillRun) -> Shards:
+    receipts = (run.directory / "negs").rglob("_receipts/part-*.json")
+    shards = [receipt.parent.parent / f"{receipt.stem}.arrow" for receipt in receipts]
+    return {shard: (shard.stat().st_ino, shard.stat().st_mtime_ns) for shard in shards}
+
+
+class Cancelled(NamedTuple):
+    """What was seen of a run that was cancelled."""
+
+    run: Json
+    kept: Shards
+    left: list[psutil.Process]
+    """Those of its processes that outlived it."""
+    was_claimed: bool
+    """Whether it still held the run directory after its end."""
+
+
+class Story(NamedTuple):
+    """All that was seen."""
+
+    cancelled: Cancelled
+    resumed: Json
+    interrupted: Json
+    crashed: Json
+    deployment: Json
+    exit_code: int
+    """Of `neg serve`."""
+
+
+@pytest.fixture(scope="module")
+def story(prefect, run):
+    folder = run.directory.parent
+    command = [NEG, "serve", folder / "run.yaml", "--cron", EVERY_TEN_SECONDS, "--name", "often"]
+    settings = {
+        "PREFECT_API_URL": prefect.url,
+        "PREFECT_API_AUTH_STRING": prefect.auth,
+        "PREFECT_HOME": str(folder / "home"),
+        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with running(command, folder / "serve.log", **settings) as serving:
+        first = wait_until(prefect.under_way, "a first run")
+        deployment = f"deployments/{first['deployment_id']}"
+        prefect("POST", f"{deployment}/pause_deployment")  # the schedule waits for what is looked at between the runs
+        lonely = beat_once(prefect, first["flow_id"])
+        cancelled = cancel_in_the_middle(prefect, first, run, serving)
+        prefect("POST", f"{deployment}/resume_deployment")
+        second = wait_until(prefect.under_way, "a second run")
+        resumed = prefect.reached(second, "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        third = wait_until(prefect.under_way, "a third run")
+        prefect.reached(third, "RUNNING")
+        serving.send_signal(signal.SIGTERM)
+        exit_code = serving.wait(PATIENCE_S)
+    interrupted = prefect("GET", f"flow_runs/{third['id']}")
+    crashed = prefect.reached(lonely, "CRASHED")
+    return Story(cancelled, resumed, interrupted, crashed, prefect("GET", deployment), exit_code)
+
+
+def cancel_in_the_middle(prefect: Prefect, flow_run: Json, run: SkillRun, serving: Popen) -> Cancelled:
+    """Do what the button on Prefect's pages does."""
+    wait_until(lambda: finished(run), "a finished shard")
+    processes = below(serving)
+    actors = [process for process in processes if process.is_running() and process.name().startswith("ray::_Host")]
+    for actor in actors:  # what they work on cannot end before the run does
+        actor.suspend()
+    kept = finished(run)
+    prefect("POST", f"flow_runs/{flow_run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    ended = prefect.reached(flow_run, "CANCELLED", "COMPLETED", "FAILED", "CRASHED")
+    left = psutil.wait_procs(processes, timeout=30)[1]
+    return Cancelled(ended, kept, left, (run.directory / CLAIM_FILE).exists())
+
+
+def beat_once(prefect: Prefect, flow: str) -> Json:
+    """A flow run that gives one sign of life, and the automation of the manifest, which here waits less for another."""
+    run = prefect("POST", "flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
+    place = {"prefect.resource.id": f"prefect.flow-run.{run['id']}"}
+    (automation,) = yaml.safe_load((REPOSITORY / "infra" / "automations.yaml").read_text())["automations"]
+    prefect("POST", "automations/", automation | {"trigger": automation["trigger"] | {"match": place, "within": 10}})
+    beat = {"id": str(uuid.uuid4()), "event": "prefect.flow-run.heartbeat", "resource": place}
+    prefect("POST", "events", [beat | {"occurred": datetime.now(UTC).isoformat()}])
+    return run
+
+
+def test_a_schedule_starts_runs_that_nobody_asked_for(story):
+    for run in (story.cancelled.run, story.resumed, story.interrupted):
+        assert run["auto_scheduled"]
+        assert run["created_by"]["type"] == "SCHEDULE"
+        assert run["name"] == "pipeline tiny-llama on questions.jsonl"
+    assert [one["schedule"]["cron"] for one in story.deployment["schedules"]] == [EVERY_TEN_SECONDS]
+
+
+def test_a_cancelled_run_stops_its_actors_and_gives_the_directory_back(story):
+    assert story.cancelled.run["state"]["type"] == "CANCELLED"
+    assert story.cancelled.left == []
+    assert not story.cancelled.was_claimed
+    assert 0 < len(story.cancelled.kept) < N_PROMPTS
+
+
+def test_the_next_run_computes_only_what_is_missing(story, run):
+    assert story.resumed["state"]["type"] == "COMPLETED"
+    shards = finished(run)
+    assert len(shards) == N_PROMPTS
+    assert {shard: shards[shard] for shard in story.cancelled.kept} == story.cancelled.kept
+
+
+def test_a_run_that_was_cancelled_and_resumed_has_the_bytes_of_an_undisturbed_one(story, run, tmp_path):
+    undisturbed = run.model_copy(update={"backend": "local", "out": tmp_path / "undisturbed"})
+    assert run_pipeline(undisturbed, PlainStages()).problems == []
+    for part in ("negs", "probes", "*.arrow"):
+        assert contents(run.directory, part) == contents(undisturbed.directory, part) != {}
+
+
+def contents(directory: Path, pattern: str) -> dict[Path, bytes]:
+    files = [path for found in directory.glob(pattern) for path in (found, *found.rglob("*")) if path.is_file()]
+    return {path.relative_to(directory): path.read_bytes() for path in files}
+
+
+def test_task_runs_are_named_by_stage_model_and_dataset(story, prefect, run):
+    names = sorted(one["name"] for one in prefect.of(story.resumed, "task_runs"))
+    stages = ("extract {} test", "extract {} train", "extract {} valid", "probe {} probes")
+    assert names == [stage.format(f"{run.model[0]} local/questions") for stage in stages]
+
+
+def test_the_server_is_told_results_but_no_prompts(story, prefect):
+    artifacts, logs = (prefect.of(story.resumed, kind) for kind in ("artifacts", "logs"))
+    assert {"accuracy", "rows", "summary"} <= {one["key"] for one in artifacts}
+    assert f"{N_PROMPTS} rows done" in json.dumps(artifacts)
+    assert "finished in" in json.dumps(logs)
+    told = [artifacts, logs, *(prefect.of(run, "task_runs") for run in (story.cancelled.run, story.resumed))]
+    assert SECRET not in json.dumps(told)
+
+
+def test_a_run_whose_heart_stops_is_marked_as_crashed(story, prefect):
+    assert story.crashed["state"]["type"] == "CRASHED"
+    assert "finished shards are kept" in story.crashed["state"]["message"].lower()
+    beats = prefect("POST", "events/filter", {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}}})["events"]
+    assert f"prefect.flow-run.{story.resumed['id']}" in {beat["resource"]["prefect.resource.id"] for beat in beats}
+
+
+def test_serving_that_is_ended_cancels_the_run_under_way_and_pauses_the_schedule(story):
+    assert story.exit_code == 0
+    assert story.interrupted["state"]["type"] == "CANCELLED"
+    assert story.deployment["paused"]
