@@ -1,6 +1,5 @@
 """What Prefect's pages say of a whole run: what became of its rows, and where its files are."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -35,18 +34,18 @@ def run_summary(directory: Path, extracted: Sequence[Extracted], problems: Seque
     Parameters
     ----------
     directory : Path
-        The run directory, on disk or in a bucket. A browser follows links to files only on the machine that has them,
-        and may refuse to, so that the path is written out too.
+        The run directory, on disk or in a bucket. Browsers follow a link to a file only on the machine that has it,
+        and not from every page, so the path is written out too.
     extracted : sequence of Extracted
     problems : sequence of str
-        One line for everything that is missing. They may quote names from data: they are escaped.
+        One line for everything that is missing.
     """
-    lines = [f"Run directory: {_link(directory, str(directory))}", "", *map(_file_line, _files(directory))]
+    lines = [f"Run directory: {_linked(directory, str(directory))}", "", *map(_file_line, _files(directory))]
     if extracted:
         lines = [f"**{_rows(extracted)}**", "", *lines]
     if problems:
         lines += ["", f"**Missing: {len(problems)}**", ""]
-        lines += [f"- {_text(problem[:_LONGEST_PROBLEM])}" for problem in problems[:_MOST_PROBLEMS]]
+        lines += [f"- {_code(problem[:_LONGEST_PROBLEM])}" for problem in problems[:_MOST_PROBLEMS]]
     return "\n".join(lines)
 
 
@@ -68,13 +67,13 @@ def _files(directory: Path) -> list[Path]:
 
 def _file_line(path: Path) -> str:
     what = _KNOWN.get(path.name)
-    return f"- {_link(path, path.name)}" + (f": {what}" if what else "")
+    return f"- {_linked(path, path.name)}" + (f": {what}" if what else "")
 
 
-def _link(path: Path, text: str) -> str:
-    return f"[{_text(text)}]({quote(str(path), safe=':/') if is_remote(path) else path.as_uri()})"
+def _linked(path: Path, text: str) -> str:
+    return f"{_code(text)} ([open]({quote(str(path), safe=':/') if is_remote(path) else path.as_uri()}))"
 
 
-def _text(text: str) -> str:
-    """Text in which nothing is read as markup."""
-    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(printable(text).split()))
+def _code(text: str) -> str:
+    """Text in which nothing is read as markup. (Prefect's pages show the backslashes of other ways to escape.)"""
+    return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"

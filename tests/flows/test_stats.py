@@ -251,7 +251,8 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
     assert dataset.n_shards == sum(part.n_computed for part in made)
     for split in plan(run)[0].datasets[0].splits:
         files = sorted(split.partition.path(run.directory).glob("*.arrow"))
-        assert shard_bytes(split) == pytest.approx([file.stat().st_size for file in files], rel=0.01)
+        # Buffers end at multiples of 64 bytes, which counts in files of 8 KiB.
+        assert shard_bytes(split) == pytest.approx([file.stat().st_size for file in files], rel=0.03)
         assert missing_shards(run, split) == []
     assert forecast(planned)[0].n_bytes_left == 0
     check_room(planned)

@@ -51,14 +51,15 @@ def test_rows_are_counted_over_all_parts(directory):
     assert "15 rows done, 1 set aside, 7 failed; 6 shards, of which 4 were there already" in text
 
 
-def test_hostile_names_and_errors_stay_text(directory):
+def test_hostile_names_and_errors_are_code(directory):
     place = directory / HOSTILE.replace("/", "_")
     place.mkdir()
     text = run_summary(place, [], [HOSTILE])
     html = rendered(text)
     assert links(text) == [place.as_uri()]
-    assert not {"<b>", "<code>", "<em>", "<table>"} & set(re.findall(r"<\w+>", html))
-    assert "[click](http://evil)" in html
+    assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "a", "strong", "ul", "li"}
+    assert html.count("<code>") == 2
+    assert "[click](http://evil) &lt;b&gt;bold" in html
     assert "\x1b" not in html
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from negcore import rankings
 from negcore.errors import NegError
 from negcore.evaluation import accuracy, choose_n_neurons
 from negcore.fitted import Forest, fit_forest, fit_vote
@@ -160,7 +159,7 @@ def test_scores_of_the_first_rows_read_every_row_once_and_none_behind_the_last_s
         seen.append(len(gold_P))
         return magn_scores(negs_PON, gold_P)
 
-    monkeypatch.setattr(rankings, "SCORES", {"magn": counting})
+    monkeypatch.setattr("negcore.votes.SCORES", {"magn": counting})
     training_scores(splits["train"], range(2, 3), [MAGN], [4, 16, 20])
     assert seen == [4, 12, 4]
 
