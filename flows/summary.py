@@ -76,4 +76,5 @@ def _linked(path: Path, text: str) -> str:
 
 def _code(text: str) -> str:
     """Text in which nothing is read as markup. (Prefect's pages show the backslashes of other ways to escape.)"""
-    return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
+    line = " ".join(printable(text).split())
+    return f"`{line.replace('`', '?')}`"

@@ -18,7 +18,7 @@ N_ROWS = 240
 SHARD_ROWS = 4
 N_SHARDS = N_ROWS // SHARD_ROWS
 LONGEST_RUN_S = 1800.0
-_LEFT_BEHIND_S = 30.0
+_LEFT_BEHIND_S = 120.0
 """What a killed driver started must be gone after this time."""
 POLL_S = 0.01
 
