@@ -136,7 +136,7 @@ class _Claim:
             self.loss = f"{holder} took it over"
             return
         self.holder = replace(self.holder, beat=self.holder.beat + 1)
-        _write(self.directory, self.holder)
+        _rewrite(self.directory, self.holder)
 
 
 _held: ContextVar[Mapping[str, _Claim]] = ContextVar("held")
@@ -246,6 +246,17 @@ def _create(directory: Path, holder: Holder) -> bool:
 def _write(directory: Path, holder: Holder) -> None:
     with draft(directory / CLAIM_FILE) as path:
         path.write_bytes(_encoded(holder))
+
+
+def _rewrite(directory: Path, holder: Holder) -> None:
+    """Write over one's own claim: a draft would need room, and a full disk must not cost a living driver its claim."""
+    file = directory / CLAIM_FILE
+    if is_remote(file):
+        _write(directory, holder)
+        return
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as held:
+        held.write(_encoded(holder))
+        held.truncate()
 
 
 def _delete(directory: Path) -> None:

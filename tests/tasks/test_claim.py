@@ -220,8 +220,18 @@ def test_a_claim_that_cannot_be_renewed_for_too_long_is_lost(tmp_path, hasty, mo
         pytest.raises(RunError, match=r"its claim could not be renewed for 0.2 s"),
         claim(tmp_path, when_lost=stop.set),
     ):
-        monkeypatch.setattr("tasks.claim._write", full)
+        monkeypatch.setattr("tasks.claim._rewrite", full)
         assert stop.wait(10)
+
+
+def test_a_claim_is_renewed_on_a_full_disk(tmp_path, hasty, monkeypatch):
+    def full(target):
+        raise OSError(28, "No space left on device")
+
+    with claim(tmp_path):
+        monkeypatch.setattr("tasks.claim.draft", full)
+        beat = recorded(tmp_path)["beat"]
+        wait_for(lambda: recorded(tmp_path)["beat"] > beat)
 
 
 def test_the_second_of_two_commands_is_refused_in_one_line_and_leaves_the_directory_as_it_is(tmp_path):
