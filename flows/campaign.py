@@ -7,16 +7,16 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import skills
-from flows.campaign_tables import artifact_tables
+from flows.campaign_tables import artifact_tables, campaign_tables
 from flows.linearity import LinearityResults, run_linearity
-from flows.pipeline import Results, alone, listed, n_parts, one_line, run_mceval8k, run_session, under_prefect
+from flows.pipeline import Results, listed, n_parts, one_line, run_mceval8k, run_session, run_work, under_prefect
+from flows.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import NegError
 from negcore.storage import n_bytes
@@ -49,16 +49,14 @@ from tasks.sweeps import plan_linearity
 
 
 @dataclass
-class CampaignResults:
-    """What a campaign produced, and what it could not."""
+class CampaignResults(RunResults):
+    """What a campaign produced, and what it could not: problems are named by model and stage."""
 
-    directory: Path
     comparison: Comparison = field(default_factory=Comparison)
-    extracted: list[Extracted] = field(default_factory=list)
-    set_aside: list[str] = field(default_factory=list)
-    """Rows that could not be computed, and why."""
-    problems: list[str] = field(default_factory=list)
-    """One line for everything that is missing, named by model and stage; empty if the campaign is whole."""
+
+    @property
+    def sections(self) -> list[Section]:
+        return [Section("", list(campaign_tables(self.comparison)))]
 
 
 def _flow_run_name() -> str:
@@ -86,7 +84,7 @@ def _n_parts(part: CampaignPart) -> int:
         return 0
 
 
-@alone
+@run_work
 def run_campaign(run: CampaignRun, stages: Stages) -> CampaignResults:
     """Carry out every stage with every model, then compare what there is."""
     _write_run_files(run)

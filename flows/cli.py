@@ -22,10 +22,7 @@ from negcore.storage import location
 from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
 
 if TYPE_CHECKING:
-    from flows.campaign import CampaignResults
-    from flows.linearity import LinearityResults
-    from flows.pipeline import Results
-    from flows.skills import SkillResults
+    from flows.report import RunResults
     from flows.stages import Stages
     from tasks.verify import Verified
 
@@ -177,7 +174,7 @@ def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", 
 
     with _reading():
         n_shards = sum(study.n_shards for study in plan_linearity(run))
-    _show_linearity(_carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
+    _show(_carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
 
 
 @app.command()
@@ -198,7 +195,7 @@ def skills(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **o
 
     with _reading():
         n_parts = flows.n_parts(run, plan_skills(run))
-    _show_skills(_carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
+    _show(_carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
 
 
 @app.command()
@@ -232,7 +229,7 @@ def campaign(
 
     with _reading():
         n_parts = flows.n_campaign_parts(run)
-    _show_campaign(_carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
+    _show(_carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
 
 
 @app.command()
@@ -451,7 +448,7 @@ def plan(
     Example: `neg plan --model smollm2-135m --dataset mceval8k/agnews --limit 200 --calibrate`
 
     Takes the options of `neg pipeline`, or the run file of any run on datasets. What is already in the run directory
-    is not counted again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
+    is not counted_now again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
     Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
     """
     _quiet_libraries()
@@ -552,63 +549,27 @@ def _carry_out(
         raise typer.Exit(130) from None
 
 
-def _show(results: "Results") -> None:
-    from flows.accuracy_tables import confusion_tables, result_tables, rows_table
-
-    for table in confusion_tables(results.confusion):
-        _out.print(table)
-    if results.scores:
-        _out.print(rows_table(results.splits))
-    for table in result_tables(results.scores, results.averages, results.n_datasets):
-        _out.print(table)
-    rows = sum(part.n_rows for part in results.extracted)
-    if results.extracted:
-        size = sum(part.n_bytes for part in results.extracted) / 2**20
-        reused = sum(part.n_reused for part in results.extracted)
-        shards = reused + sum(part.n_computed for part in results.extracted)
-        _out.print(f"{rows} prompts in {shards} shards ({reused} were there already), {size:.0f} MiB", highlight=False)
-    _end(results.directory, results.problems, results.set_aside)
-
-
-def _show_linearity(results: "LinearityResults") -> None:
-    from flows.linearity_tables import linearity_tables, summary
-
-    for findings in results.findings:
-        _out.print(escape(summary(findings)), highlight=False, soft_wrap=True)
-        for table in linearity_tables(findings):
-            _out.print(table)
-    _end(results.directory, results.problems)
-
-
-def _show_skills(results: "SkillResults") -> None:
-    from flows.skill_tables import skill_tables, summary
-
-    for findings in results.findings:
-        _out.print(escape(summary(findings)), highlight=False, soft_wrap=True)
-        for table in skill_tables(findings):
-            _out.print(table)
-    _end(results.directory, results.problems, results.set_aside)
-
-
-def _show_campaign(results: "CampaignResults") -> None:
-    from flows.campaign_tables import campaign_tables
-
-    for table in campaign_tables(results.comparison):
-        _out.print(table)
-    _end(results.directory, results.problems, results.set_aside)
-
-
-def _end(directory: Path, problems: Sequence[str], set_aside: Sequence[str] = ()) -> None:
-    """Say where everything is, and what is missing or was set aside."""
+def _show(results: "RunResults") -> None:
+    """Show a run's tables, say where everything is, and what is missing or was set aside."""
     from flows.display import printable
+    from flows.report import REPORT_FILE, counted_now
 
-    _out.print(f"written to {escape(str(directory))}", highlight=False, soft_wrap=True)
-    for problem in problems:
+    sections = results.sections
+    for section in sections:
+        if section.title:
+            _out.print(escape(section.title), highlight=False, soft_wrap=True)
+        for table in section.tables:
+            _out.print(table)
+    if results.extracted:
+        _out.print(counted_now(results.extracted), highlight=False, soft_wrap=True)
+    report = f"; the report is {REPORT_FILE} there" if sections else ""
+    _out.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
+    for problem in results.problems:
         _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
-    for row in set_aside:
+    for row in results.set_aside:
         _err.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
-    if problems or set_aside:
-        raise typer.Exit(1 if problems else 3)
+    if results.problems or results.set_aside:
+        raise typer.Exit(1 if results.problems else 3)
 
 
 def _reading() -> AbstractContextManager[object]:

@@ -1,6 +1,6 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,10 +10,11 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.figures import write_figures
-from flows.linearity_tables import artifact_tables, summary
-from flows.pipeline import alone, listed, one_line, under_prefect
+from flows.linearity_tables import artifact_tables, linearity_tables, summary
+from flows.pipeline import listed, one_line, run_work, under_prefect
+from flows.report import RunResults, Section
 from flows.stages import Stages
-from negcore.errors import NegError
+from negcore.errors import ModelError, NegError, RunError
 from negcore.sweepstore import Kind
 from tasks.extract import Advance, Extracted, compute
 from tasks.linearity import Findings, analyse, write_findings
@@ -28,15 +29,16 @@ _KINDS: tuple[Kind, ...] = ("interventions", "estimates", "sweeps")
 
 
 @dataclass
-class LinearityResults:
-    """What a run produced, and what it could not."""
+class LinearityResults(RunResults):
+    """What a study produced, and what it could not."""
 
-    directory: Path
-    extracted: list[Extracted] = field(default_factory=list)
     findings: list[Findings] = field(default_factory=list)
-    figures: list[Path] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    """One line for everything that is missing; empty if the run is whole."""
+    figures: dict[str, list[Path]] = field(default_factory=dict)
+    """By model, SVG before PNG."""
+
+    @property
+    def sections(self) -> list[Section]:
+        return [Section(summary(one), linearity_tables(one), self.figures[one.model]) for one in self.findings]
 
 
 def _flow_run_name() -> str:
@@ -52,7 +54,7 @@ def linearity(run: LinearityRun) -> LinearityResults:
     return under_prefect(run_linearity, run)
 
 
-@alone
+@run_work
 def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
     """Measure what is missing, then analyse every model that is whole."""
     studies = plan_linearity(run)
@@ -71,8 +73,12 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
 
 def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> bool:
     """Whether every shard of the study is there now."""
-    with _pool(run, study) as pool:
-        complete = [_measure(run, stages, results, study, pool, kind) for kind in _KINDS]
+    try:
+        with _pool(run, study) as pool:
+            complete = [_measure(run, stages, results, study, pool, kind) for kind in _KINDS]
+    except (ModelError, RunError) as error:  # no worker can have this model; the others go on
+        results.problems.append(f"{study.card.name}: {error}")
+        return False
     return all(complete)
 
 
@@ -93,7 +99,7 @@ def _measure(
     name = f"{study.card.name} {study.facts.name} {kind}"
     try:
         extracted = stages.run(name, kind, _computation(run, stages, study, pool, kind))
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt, ModelError, RunError):
         raise
     except Exception as error:
         results.problems.append(f"{name}: {one_line(error)}")
@@ -128,14 +134,6 @@ def _analyse(run: LinearityRun, stages: Stages, results: LinearityResults, study
 def _publish(run: LinearityRun, stages: Stages, results: LinearityResults) -> None:
     folder = write_findings(run, results.findings)
     for findings in results.findings:
-        results.figures += write_figures(findings, folder / "figures")
+        results.figures[findings.model] = write_figures(findings, folder / "figures")
         for key, (title, rows) in artifact_tables(findings).items():
             stages.table(f"{key}-{findings.model}", rows, title)
-    stages.note("linearity", _note(results.findings, results.figures))
-
-
-def _note(findings: Sequence[Findings], figures: Sequence[Path]) -> str:
-    """Markdown that holds names of models and files only, as code, so that none is read as markup."""
-    lines = [f"- {summary(one)}" for one in findings]
-    lines += [f"- `{path}`" for path in figures if path.suffix == ".svg"]
-    return "\n".join(lines)

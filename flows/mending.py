@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows import linearity, skills
-from flows.pipeline import Ended, Results, extract_planned, run_session
+from flows.pipeline import Results, extract_planned, run_session
+from flows.report import RunResults
 from flows.stages import Stages
 from negcore.errors import RunError
 from negcore.storage import n_bytes
@@ -22,7 +23,7 @@ class Mending(NamedTuple):
 
     n_parts: int
     """What its progress is counted in."""
-    work: Callable[..., Ended]
+    work: Callable[..., RunResults]
     """Takes the run and its `Stages`."""
 
 

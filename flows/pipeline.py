@@ -8,14 +8,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from prefect import flow, runtime
 from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.accuracy_tables import artifact_tables
+from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
 from flows.cancellation import stopped_by_cancellation
+from flows.report import RunResults, Section, write_report
 from flows.stages import Pending, PrefectStages, Stages
 from flows.summary import run_summary
 from negcore.errors import ModelError, RunError
@@ -37,11 +38,9 @@ from tasks.tables import write_table
 
 
 @dataclass
-class Results:
-    """What a run produced, and what it could not."""
+class Results(RunResults):
+    """What a run on datasets produced, and what it could not."""
 
-    directory: Path
-    extracted: list[Extracted] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
     """Of `scores`, where there are several datasets."""
@@ -50,21 +49,16 @@ class Results:
     """What became of the rows of the datasets in `scores`."""
     n_datasets: int = 0
     """Datasets that were asked for, whether or not they could be used."""
-    problems: list[str] = field(default_factory=list)
-    """One line for everything that is missing; empty if the run is whole."""
-    set_aside: list[str] = field(default_factory=list)
-    """One line for every row that could not be computed and without which the run went on."""
+
+    @property
+    def sections(self) -> list[Section]:
+        if not self.scores:
+            return []
+        accuracy = result_tables(self.scores, self.averages, self.n_datasets)
+        return [Section("", [rows_table(self.splits), *accuracy, *confusion_tables(self.confusion)])]
 
 
-class Ended(Protocol):
-    """Results of any flow."""
-
-    directory: Path
-    extracted: list[Extracted]
-    problems: list[str]
-
-
-E = TypeVar("E", bound=Ended)
+E = TypeVar("E", bound=RunResults)
 R = TypeVar("R", bound=RunFile)
 
 
@@ -119,13 +113,15 @@ def pipeline(run: SkillRun) -> Results:
     return under_prefect(run_pipeline, run)
 
 
-def alone(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
-    """A flow's work that only one driver at a time may do in a run directory, see `tasks.claim`."""
+def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
+    """A flow's work: one driver at a time does it in a run directory, see `tasks.claim`, and leaves a report there."""
 
     @wraps(work)
     def claimed(run: R, stages: Stages) -> E:
         with claim(run.directory, when_lost=stages.stop.set):
-            return work(run, stages)
+            results = work(run, stages)
+            write_report(results)
+            return results
 
     return claimed
 
@@ -163,7 +159,7 @@ def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
     with stopped_by_cancellation(stages.stop) as cancelled:
         try:
             results = work(run, stages)
-            stages.note("summary", run_summary(results.directory, results.extracted, results.problems))
+            stages.note("summary", run_summary(results))
             return whole(results)
         except Stopped:
             if not cancelled.is_set():
@@ -187,7 +183,7 @@ def n_parts(run: SkillRun, models: Sequence[PlannedModel], *, extract: bool = Tr
     return extract * sum(model.n_shards for model in models) + probe * steps
 
 
-@alone
+@run_work
 def run_extract(run: SkillRun, stages: Stages) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
@@ -196,7 +192,7 @@ def run_extract(run: SkillRun, stages: Stages) -> Results:
     return results
 
 
-@alone
+@run_work
 def run_probe(run: SkillRun, stages: Stages) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory, n_datasets=len(run.dataset))
@@ -211,7 +207,7 @@ def run_probe(run: SkillRun, stages: Stages) -> Results:
     return results
 
 
-@alone
+@run_work
 def run_pipeline(run: SkillRun, stages: Stages) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
@@ -221,7 +217,7 @@ def run_pipeline(run: SkillRun, stages: Stages) -> Results:
     return results
 
 
-@alone
+@run_work
 def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
     """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
     results = Results(run.directory, n_datasets=len(run.dataset))

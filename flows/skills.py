@@ -14,9 +14,10 @@ from typing import TypeVar
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline import Results, alone, extract_planned, listed, one_line, run_session, under_prefect
+from flows.pipeline import Results, extract_planned, listed, one_line, run_session, run_work, under_prefect
+from flows.report import RunResults, Section
 from flows.skill_figures import write_figures
-from flows.skill_tables import artifact_tables, summary
+from flows.skill_tables import artifact_tables, skill_tables, summary
 from flows.stages import Stages
 from negcore.models import ModelCard
 from tasks.causal import CausalPart, CausalWorker, causal_job
@@ -42,17 +43,16 @@ T = TypeVar("T")
 
 
 @dataclass
-class SkillResults:
+class SkillResults(RunResults):
     """What a run produced, and what it could not."""
 
-    directory: Path
-    extracted: list[Extracted] = field(default_factory=list)
     findings: list[SkillFindings] = field(default_factory=list)
-    figures: list[Path] = field(default_factory=list)
-    set_aside: list[str] = field(default_factory=list)
-    """Rows that could not be computed, and why."""
-    problems: list[str] = field(default_factory=list)
-    """One line for everything that is missing; empty if the run is whole."""
+    figures: dict[str, list[Path]] = field(default_factory=dict)
+    """By model, SVG before PNG."""
+
+    @property
+    def sections(self) -> list[Section]:
+        return [Section(summary(one), skill_tables(one), self.figures[one.model]) for one in self.findings]
 
 
 def _flow_run_name() -> str:
@@ -79,7 +79,7 @@ def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
     return 2 * len(planned.datasets) + len(run.probe) * sum(len(split.shards) for split in checked)
 
 
-@alone
+@run_work
 def run_skills(run: SkillsRun, stages: Stages) -> SkillResults:
     """Extract what is missing, then rank, check and analyse every dataset that is whole under all conditions."""
     planned = plan_skills(run)
@@ -226,14 +226,6 @@ def _attempt(stages: Stages, results: SkillResults, name: str, kind: str, body: 
 def _publish(run: SkillsRun, stages: Stages, results: SkillResults) -> None:
     folder = write_findings(run, results.findings)
     for findings in results.findings:
-        results.figures += write_figures(findings, folder / "figures")
+        results.figures[findings.model] = write_figures(findings, folder / "figures")
         for key, (title, rows) in artifact_tables(findings).items():
             stages.table(f"{key}-{findings.model}", rows, title)
-    stages.note("skills", _note(results))
-
-
-def _note(results: SkillResults) -> str:
-    """Markdown that holds names of models and files only, as code, so that none is read as markup."""
-    lines = [f"- `{summary(one)}`" for one in results.findings]
-    lines += [f"- `{path}`" for path in results.figures if path.suffix == ".svg"]
-    return "\n".join(lines)

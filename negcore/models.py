@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -239,18 +240,14 @@ def load_model(
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = (
-            _auto_class(card.arch)
-            .from_pretrained(
-                card.source,
-                config=card.config,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                trust_remote_code=False,
-                revision=card.ref.partition("@")[2] or "main",
-            )
-            .to(target)
-        )
+        model = _whole(
+            _auto_class(card.arch),
+            card.source,
+            config=card.config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            revision=card.ref.partition("@")[2] or "main",
+        ).to(target)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
     return LanguageModel(_prepared(model), card, resolved)
@@ -269,6 +266,37 @@ def as_language_model(
     arch = architecture(model.config.model_type)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
     return LanguageModel(_prepared(model), card, arch.site(site))
+
+
+def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
+    """A model all of whose weights come from its files: transformers makes up what it does not find, at random.
+
+    Raises
+    ------
+    ValueError
+        If some are not there, or have other shapes than the configuration says.
+    """
+    model, loading = kind.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+    )
+    if loading["mismatched_keys"]:
+        name, there, wanted = min(loading["mismatched_keys"])
+        raise ValueError(
+            f"its weights do not fit its configuration: {name} is {_shape(there)} in its files, {_shape(wanted)} by "
+            f"config.json{_and_more(loading['mismatched_keys'])}"
+        )
+    if loading["missing_keys"]:
+        missing = loading["missing_keys"]
+        raise ValueError(f"its files lack the weights {min(missing)}{_and_more(missing)}: fetch or save it again")
+    return model
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _and_more(names: Collection[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _prepared(model: Any) -> Any:
@@ -330,11 +358,11 @@ def _convert_gguf(file: Path) -> Path:
 
 
 def _write_safetensors(file: Path, directory: Path) -> None:
-    options = {"gguf_file": file.name, "trust_remote_code": False}
+    options = {"gguf_file": file.name}
     folder = file.parent or Path()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"GGUF file {str(file)!r} could not be converted: {_one_line(error)}") from error
     # The weights are plain floats by now, but transformers refuses to save what it still marks as quantized.

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import sqlite3
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -110,7 +112,8 @@ def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
 
 
 def test_figures_are_drawn_twice_each_and_show_no_prompt(run):
-    figures = run_linearity(run, PlainStages()).figures
+    results = run_linearity(run, PlainStages())
+    (figures,) = results.figures.values()
     assert [figure.suffix for figure in figures] == [".svg", ".png"] * 5
     for figure in figures:
         assert figure.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
@@ -182,6 +185,15 @@ def test_lost_prompts_are_reported_and_their_model_has_no_tables(run, monkeypatc
     assert results.findings == []
     (problem,) = results.problems
     assert "estimator=gradient: shard 1, 2 prompts lost: RuntimeError: poison row" in problem
+
+
+def test_a_model_that_cannot_be_loaded_is_one_problem_and_the_others_go_on(run, models, tmp_path):
+    torn = Path(shutil.copytree(models["bert"], tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    results = run_linearity(run.model_copy(update={"model": (str(torn), *run.model)}), PlainStages())
+    (problem,) = results.problems
+    assert "could not be loaded" in problem
+    assert [findings.model for findings in results.findings] == list(run.model)
 
 
 def test_other_neurons_in_the_same_directory_are_refused_with_the_difference(run, undrawn):

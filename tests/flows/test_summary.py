@@ -6,7 +6,8 @@ import pytest
 from markdown_it import MarkdownIt
 from upath import UPath
 
-from flows import summary
+from flows import report
+from flows.report import RunResults
 from flows.summary import run_summary
 from negcore.shards import Partition, SetAside
 from tasks.extract import Extracted, Failure
@@ -38,7 +39,7 @@ def links(text: str) -> list[str]:
 
 
 def test_every_file_is_linked_and_known_ones_are_explained(directory):
-    text = run_summary(directory, [], [])
+    text = run_summary(RunResults(directory))
     places = (directory, *(directory / name for name in ("accuracy.arrow", "negs", "run.yaml")))
     assert links(text) == [place.as_uri() for place in places]
     assert "NEG shards" in text
@@ -47,14 +48,15 @@ def test_every_file_is_linked_and_known_ones_are_explained(directory):
 def test_rows_are_counted_over_all_parts(directory):
     failure = Failure(Partition("tiny", "mini/fact", "train"), 0, 7, "lost")
     aside = SetAside(id="row", cause="error", reason="a reason")
-    text = run_summary(directory, [extracted(10), extracted(5, failures=(failure,), set_aside=(aside,))], [])
-    assert "15 rows done, 1 set aside, 7 failed; 6 shards, of which 4 were there already" in text
+    parts = [extracted(10), extracted(5, failures=(failure,), set_aside=(aside,))]
+    text = run_summary(RunResults(directory, extracted=parts))
+    assert "15 rows done, 1 set aside, 7 failed; 6 shards, 0 MiB; 4 shards were there already" in text
 
 
 def test_hostile_names_and_errors_are_code(directory):
     place = directory / HOSTILE.replace("/", "_")
     place.mkdir()
-    text = run_summary(place, [], [HOSTILE])
+    text = run_summary(RunResults(place, problems=[HOSTILE]))
     html = rendered(text)
     assert links(text) == [place.as_uri()]
     assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "a", "strong", "ul", "li"}
@@ -65,5 +67,5 @@ def test_hostile_names_and_errors_are_code(directory):
 
 def test_a_place_in_a_bucket_is_linked_by_its_url(monkeypatch):
     bucket = UPath("s3://bucket/my runs)")
-    monkeypatch.setattr(summary, "find", lambda folder, pattern: [folder / "negs"])
-    assert links(run_summary(bucket, [], [])) == ["s3://bucket/my%20runs%29", "s3://bucket/my%20runs%29/negs"]
+    monkeypatch.setattr(report, "find", lambda folder, pattern: [folder / "negs"])
+    assert links(run_summary(RunResults(bucket))) == ["s3://bucket/my%20runs%29", "s3://bucket/my%20runs%29/negs"]

@@ -4,10 +4,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import CONFIGS, save_tiny_model, tiny_model, tiny_tokenizer
 
 from negcore.errors import ModelError
 from negcore.models import describe_model, load_model
+
+UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,37 @@ def test_pickled_weights_are_refused(llama, tmp_path):
     torch.save(tiny_model("llama").model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(tmp_path))
+
+
+def resaved(directory, change):
+    """A model directory whose weights were changed behind its configuration's back."""
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return str(directory)
+
+
+def test_missing_weights_are_never_made_up(tmp_path):
+    lacking = resaved(save_tiny_model("llama", tmp_path), lambda weights: weights.pop(UP_PROJECTION))
+    with pytest.raises(ModelError, match=rf"its files lack the weights {UP_PROJECTION}: fetch or save it again"):
+        load_model(lacking)
+
+
+def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):
+    def cut(weights):
+        weights[UP_PROJECTION] = weights[UP_PROJECTION][:12].clone()
+
+    message = f"do not fit its configuration: {UP_PROJECTION} is 12 x 16 in its files, 24 x 16 by config.json$"
+    with pytest.raises(ModelError, match=message):
+        load_model(resaved(save_tiny_model("llama", tmp_path), cut))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_finds_all_its_weights_in_what_it_saved(family, tmp_path):
+    saved, loaded = tiny_model(family, dtype=torch.float32), load_model(str(save_tiny_model(family, tmp_path)))
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in saved.model.state_dict().items())
 
 
 def test_an_unknown_dtype_is_refused_with_the_known_ones(llama):
