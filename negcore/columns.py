@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negcore.bfloat16 import to_bits
 from negcore.codes import encode
 from negcore.errors import NegError
 from negcore.identity import StorageLevel, text_hash
@@ -25,10 +26,12 @@ _COMMON_AXES = {
     "act_LL": "layer LL: row p holds N activations",
     "probs": "probability of each option's label, softmax over the vocabulary",
 }
+_NEG_AXES = "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"
+_BFLOAT16 = "; as bfloat16: the upper 16 bits of a float32"
 AXES: Mapping[StorageLevel, Mapping[str, str]] = MappingProxyType(
     {
-        "values": _COMMON_AXES
-        | {"neg_LL": "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"},
+        "values": _COMMON_AXES | {"neg_LL": _NEG_AXES},
+        "bfloat16": _COMMON_AXES | {"act_LL": _COMMON_AXES["act_LL"] + _BFLOAT16, "neg_LL": _NEG_AXES + _BFLOAT16},
         "codes": _COMMON_AXES
         | {"code_LL": "layer LL: row p holds N codes: order and signs of the options' NEGs, see negcore/codes.py"},
         "stats": {
@@ -76,12 +79,13 @@ def shard_schema(
     columns += [("label_ids", lists(pa.int32(), n_options)), ("probs", lists(pa.float32(), n_options))]
     if n_chosen is not None:
         columns += [("act", lists(pa.float32(), n_chosen)), ("neg", lists(pa.float32(), n_options * n_chosen))]
+    number = pa.uint16() if storage == "bfloat16" else pa.float32()
     for layer in range(n_layers) if storage != "stats" else ():
-        columns.append((f"act_{layer:02d}", lists(pa.float32(), n_neurons)))
+        columns.append((f"act_{layer:02d}", lists(number, n_neurons)))
         if storage == "codes":
             columns.append((f"code_{layer:02d}", lists(pa.uint16(), n_neurons)))
         else:
-            columns.append((f"neg_{layer:02d}", lists(pa.float32(), n_options * n_neurons)))
+            columns.append((f"neg_{layer:02d}", lists(number, n_options * n_neurons)))
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in columns])
 
 
@@ -135,9 +139,12 @@ def _of_layers(
     negs_POLN: npt.NDArray[np.float32], activations_PLN: npt.NDArray[np.float32], storage: StorageLevel
 ) -> Iterator[pa.Array]:
     for layer in range(negs_POLN.shape[2]):
-        negs_PON = negs_POLN[:, :, layer]
-        yield column(activations_PLN[:, layer])
-        yield column(_codes(negs_PON, layer) if storage == "codes" else negs_PON)
+        negs_PON, activations_PN = negs_POLN[:, :, layer], activations_PLN[:, layer]
+        yield column(to_bits(activations_PN) if storage == "bfloat16" else activations_PN)
+        if storage == "codes":
+            yield column(_codes(negs_PON, layer))
+        else:
+            yield column(to_bits(negs_PON) if storage == "bfloat16" else negs_PON)
 
 
 def _of_neurons(
@@ -186,15 +193,21 @@ def _codes(negs_PON: npt.NDArray[np.float32], layer: int) -> npt.NDArray[np.uint
 
 
 def with_aligned_metadata(batch: pa.RecordBatch, metadata_json: str) -> pa.RecordBatch:
-    """The batch with metadata under ``neg``, padded so that in the file every column of numbers starts at 64 bytes.
+    """The batch with metadata under ``neg``, padded so that in the file every column of numbers starts at 64 bytes."""
+    schema = aligned_schema(batch.schema, metadata_json, pa.ipc.get_record_batch_size(batch))
+    return batch.replace_schema_metadata(schema.metadata)
+
+
+def aligned_schema(schema: pa.Schema, metadata_json: str, batch_bytes: int) -> pa.Schema:
+    """The schema with metadata that ends a batch of so many bytes at a multiple of 64 bytes of the file.
 
     Arrow's file writer aligns to 8 bytes only. It writes our padded buffers whole, so from the first column of
     numbers to the end of the batch all lengths are multiples of 64: blanks behind the JSON move that end to one.
     """
-    batch = batch.replace_schema_metadata({"neg": metadata_json})
+    schema = schema.with_metadata({"neg": metadata_json})
     magic_bytes = 8
-    end = magic_bytes + batch.schema.serialize().size + pa.ipc.get_record_batch_size(batch)
-    return batch.replace_schema_metadata({"neg": metadata_json + " " * (-end % ALIGNMENT_BYTES)})
+    end = magic_bytes + schema.serialize().size + batch_bytes
+    return schema.with_metadata({"neg": metadata_json + " " * (-end % ALIGNMENT_BYTES)})
 
 
 def column(values: npt.NDArray[Any]) -> pa.Array:

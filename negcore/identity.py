@@ -11,9 +11,10 @@ NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
 
 
-StorageLevel = Literal["values", "codes", "stats"]
-"""What is kept of NEGs: their values; only the order and signs of each prompt's options (see `negcore.codes`); or vote
-sums of all neurons (see `negcore.votes.vote_sums`) and the values of those that these choose."""
+StorageLevel = Literal["values", "bfloat16", "codes", "stats"]
+"""What is kept of NEGs: their values; the values rounded to 16 bits (see `negcore.bfloat16`), and activations too; only
+the order and signs of each prompt's options (see `negcore.codes`); or vote sums of all neurons (see
+`negcore.votes.vote_sums`) and the values of those that these choose."""
 
 
 @dataclass(frozen=True, kw_only=True)

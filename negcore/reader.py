@@ -2,8 +2,8 @@
 
 Shards in a bucket are copied to this machine when they are first needed, and mapped there: see `local_shard`.
 
-Shards hold the values of NEGs, or codes of their order and signs: see `Shard.ordinals_PON`. With storage "stats" they
-hold vote sums, or the values of chosen neurons alone.
+Shards hold the values of NEGs, in 32 or 16 bits, or codes of their order and signs: see `Shard.ordinals_PON`. With
+storage "stats" they hold vote sums, or the values of chosen neurons alone.
 
 Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer,
 K chosen neurons.
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negcore.bfloat16 import from_bits
 from negcore.codes import decode
 from negcore.columns import count_chosen, of_shard, shard_schema, sum_column
 from negcore.errors import ShardError
@@ -38,6 +39,8 @@ from negcore.storage import (
 from negcore.votes import Vote
 
 FloatArray = npt.NDArray[np.float32]
+Stored = npt.NDArray[Any]
+"""float32, or the bits of bfloat16."""
 Ordinals = npt.NDArray[np.float32] | npt.NDArray[np.int8]
 """NEGs, or numbers with their signs and their order."""
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
@@ -177,7 +180,7 @@ class NegSplit:
     def layer(self, layer: int) -> FloatArray:
         """NEGs of one layer: float32 (P, O, N), probability per unit of activation.
 
-        With one shard a read-only view of the mapped file, else a new array.
+        With one shard of storage "values" a read-only view of the mapped file, else a new array.
 
         Raises
         ------
@@ -207,7 +210,7 @@ class NegSplit:
         places = self._locate(selection)
         negs_POK = np.empty((self.n_rows, self.n_options, len(places.layers_K)), dtype=np.float32)
         for rows, shard in self._placed_shards():
-            _pick(shard, shard.negs_PON, "neg", places, negs_POK[rows])
+            negs_POK[rows] = _picked_negs(shard, places)
         return negs_POK
 
     def activations(self, selection: Selection) -> FloatArray:
@@ -215,7 +218,7 @@ class NegSplit:
         places = self._locate(selection)
         activations_PK = np.empty((self.n_rows, len(places.layers_K)), dtype=np.float32)
         for rows, shard in self._placed_shards():
-            _pick(shard, shard.activations_PN, "act", places, activations_PK[rows])
+            activations_PK[rows] = _picked_activations(shard, places)
         return activations_PK
 
     @property
@@ -256,7 +259,7 @@ class NegSplit:
 
 @dataclass(frozen=True)
 class Shard:
-    """One mapped file; every array is a read-only view of it."""
+    """One mapped file; every array is a read-only view of it, but what must be put together from 16 bits."""
 
     path: Path
     batch: pa.RecordBatch
@@ -277,6 +280,10 @@ class Shard:
         ShardError
             If the shard holds codes, sums or chosen neurons.
         """
+        return _as_float32(self.stored_negs_PON(layer))
+
+    def stored_negs_PON(self, layer: int) -> Stored:
+        """The same as it is stored: float32, or bits of bfloat16; a view of the mapped file."""
         if self.storage == "codes":
             raise ShardError(
                 f"{str(self.path)!r} holds codes, not values: order and signs of the NEGs are all that can be asked; "
@@ -304,6 +311,10 @@ class Shard:
 
     def activations_PN(self, layer: int) -> FloatArray:
         """Activations of one layer: float32 (P, N); `ShardError` if the shard holds sums or chosen neurons."""
+        return _as_float32(self.stored_activations_PN(layer))
+
+    def stored_activations_PN(self, layer: int) -> Stored:
+        """The same as it is stored: float32, or bits of bfloat16; a view of the mapped file."""
         self._check_has_layers()
         return self.numbers(f"act_{layer:02d}")
 
@@ -363,26 +374,19 @@ class RowBlock:
         ShardError
             If the shard does not hold their values.
         """
-        places = self._locate(selection)
-        negs_POK = np.empty((self.shard.n_rows, self.shard.n_options, len(places.layers_K)), dtype=np.float32)
-        _pick(self.shard, self.shard.negs_PON, "neg", places, negs_POK)
-        return negs_POK
+        return _picked_negs(self.shard, self._locate(selection))
 
     def ordinals(self, selection: Selection) -> Ordinals:
         """What stands for the NEGs of K chosen neurons in order and sign: (P, O, K), see `Shard.ordinals_PON`."""
         if self.shard.storage != "codes":
             return self.negs(selection)
-        places = self._locate(selection)
-        codes_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.uint16)
-        _pick(self.shard, self.shard.codes_PN, "code", places, codes_PK)
+        places, shape = self._locate(selection), (self.shard.n_rows,)
+        codes_PK = _picked(self.shard, self.shard.codes_PN, "code", places, shape).astype(np.uint16, copy=False)
         return decode(codes_PK, self.shard.n_options)
 
     def activations(self, selection: Selection) -> FloatArray:
         """Activations of K chosen neurons: float32 (P, K)."""
-        places = self._locate(selection)
-        activations_PK = np.empty((self.shard.n_rows, len(places.layers_K)), dtype=np.float32)
-        _pick(self.shard, self.shard.activations_PN, "act", places, activations_PK)
-        return activations_PK
+        return _picked_activations(self.shard, self._locate(selection))
 
 
 class _Places(NamedTuple):
@@ -391,18 +395,36 @@ class _Places(NamedTuple):
     flat_K: npt.NDArray[np.integer]
 
 
-def _pick(
-    shard: Shard, values_of: Callable[[int], npt.NDArray[Any]], column: str, places: _Places, out: npt.NDArray[Any]
-) -> None:
-    """Fill `out` (..., K) with the chosen neurons of `values_of(layer)` (..., N), or of the column that holds them."""
-    if shard.storage == "stats":
+def _picked_negs(shard: Shard, places: _Places) -> FloatArray:
+    return _as_float32(_picked(shard, shard.stored_negs_PON, "neg", places, (shard.n_rows, shard.n_options)))
+
+
+def _picked_activations(shard: Shard, places: _Places) -> FloatArray:
+    return _as_float32(_picked(shard, shard.stored_activations_PN, "act", places, (shard.n_rows,)))
+
+
+def _picked(
+    shard: Shard,
+    stored_of: Callable[[int], npt.NDArray[Any]],
+    column: str,
+    places: _Places,
+    shape: tuple[int, ...],
+) -> npt.NDArray[Any]:
+    """Chosen neurons of `stored_of(layer)` (*shape, N), or of the column that holds them: (*shape, K), as stored."""
+    if shard.storage == "stats" and places.flat_K.size:
         at_K = _columns_of(shard, places.flat_K)
-        if at_K.size:
-            out[...] = shard.numbers(column).reshape(*out.shape[:-1], -1)[..., at_K]
-        return
-    for layer in np.unique(places.layers_K):
+        return shard.numbers(column).reshape(*shape, -1)[..., at_K]
+    stored = {int(layer): stored_of(int(layer)) for layer in np.unique(places.layers_K)}
+    dtype = next((values.dtype for values in stored.values()), np.dtype(np.float32))
+    picked = np.empty((*shape, len(places.layers_K)), dtype)
+    for layer, values in stored.items():
         at = np.flatnonzero(places.layers_K == layer)
-        out[..., at] = values_of(int(layer))[..., places.neurons_K[at]]
+        picked[..., at] = values[..., places.neurons_K[at]]
+    return picked
+
+
+def _as_float32(stored: Stored) -> FloatArray:
+    return from_bits(stored) if stored.dtype == np.uint16 else stored
 
 
 def _columns_of(shard: Shard, flat_K: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

@@ -11,21 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import torch
 import transformers
 
-from negcore.columns import ALIGNMENT_BYTES, AXES, shard_schema, with_aligned_metadata
-from negcore.datasets import Example
 from negcore.encoding import encode_prompts
 from negcore.errors import RunError
 from negcore.forward import TOKEN_BUDGET, common_prefix_length
 from negcore.gradients import neurgrad
-from negcore.identity import canonical_json, choice_digest
 from negcore.models import DTYPES, ModelCard, load_model
 from negcore.shards import receipts
 from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit
 from tasks.runfile import EvaluationRun, RunFile, SkillRun, SkillsRun
+from tasks.sizes import shard_bytes
 
 Planned = Sequence[tuple[SkillRun, Sequence[PlannedModel]]]
 """Runs with their plans: one, or several that ask the same models in different ways."""
@@ -187,14 +184,6 @@ def size_of(card: ModelCard) -> Size:
     )
 
 
-def shard_bytes(split: PlannedSplit) -> list[int]:
-    """Bytes of each of a split's shards."""
-    n_options, n_layers, n_neurons = len(split.examples[0].labels), split.identity.n_layers, split.identity.n_neurons
-    schema = shard_schema(n_options, n_layers, n_neurons, split.identity.storage, split.n_chosen)
-    fixed = _empty_file_bytes(schema, split) + _shard_column_bytes(schema, split.n_chosen or n_layers * n_neurons)
-    return [fixed + _column_bytes(schema, len(shard)) + _text_bytes(shard) for shard in split.shards]
-
-
 def missing_shards(run: SkillRun, split: PlannedSplit) -> list[int]:
     """Shards that are not there yet."""
     there = receipts(split.partition.path(run.directory))
@@ -205,56 +194,6 @@ def missing_shards(run: SkillRun, split: PlannedSplit) -> list[int]:
 def splits_of(model: PlannedModel) -> list[PlannedSplit]:
     """Every split of every dataset of a model."""
     return [split for dataset in model.datasets for split in dataset.splits]
-
-
-# Bytes on disk
-
-
-def _empty_file_bytes(schema: pa.Schema, split: PlannedSplit) -> int:
-    """Everything in a shard's file but its rows."""
-    chosen = {} if split.n_chosen is None else {"neurons": choice_digest(())}  # as long as the digest to come
-    about = {
-        "identity": split.identity.comparable() | chosen,
-        "versions": split.identity.versions,
-        "digest": split.identity.digest,
-        "partition": split.partition._asdict(),
-        "axes": dict(AXES[split.identity.storage]),
-        "n_options": len(split.examples[0].labels),
-        "index": len(split.shards),
-        "n_shards": len(split.shards),
-    }
-    batch = with_aligned_metadata(pa.RecordBatch.from_pylist([], schema=schema), canonical_json(about))
-    sink = pa.MockOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return int(sink.size())
-
-
-def _column_bytes(schema: pa.Schema, n_rows: int) -> int:
-    """Without the text of strings; numbers are padded, see `negcore.columns.column`."""
-    numbers = [type_ for type_ in schema.types if not (pa.types.is_string(type_) or pa.types.is_list(type_))]
-    offsets = (len(schema) - len(numbers)) * 4 * n_rows
-    return offsets + sum(_padded(n_rows * _bytes_a_row(type_)) for type_ in numbers)
-
-
-def _shard_column_bytes(schema: pa.Schema, n_values: int) -> int:
-    """Of the columns that hold so many values in a shard's first row alone."""
-    return sum(n_values * _bytes_a_row(type_.value_type) for type_ in schema.types if pa.types.is_list(type_))
-
-
-def _bytes_a_row(type_: pa.DataType) -> int:
-    if pa.types.is_fixed_size_list(type_):
-        return int(type_.list_size) * _bytes_a_row(type_.value_type)
-    return int(type_.bit_width) // 8
-
-
-def _text_bytes(shard: Sequence[Example]) -> int:
-    hash_bytes = 32
-    return sum(len(f"{example.id}{example.group}".encode()) + hash_bytes for example in shard)
-
-
-def _padded(n_bytes: int) -> int:
-    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 # Models and datasets

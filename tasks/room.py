@@ -10,8 +10,9 @@ import torch
 
 from negcore.errors import RunError
 from negcore.storage import is_remote
-from tasks.forecast import ModelForecast, Planned, missing_shards, shard_bytes, splits_of
+from tasks.forecast import ModelForecast, Planned, missing_shards, splits_of
 from tasks.runfile import SkillRun
+from tasks.sizes import shard_bytes
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ class _PromptedRun(RunFile):
     )
     storage: StorageLevel = Field(
         "values",
-        description="What is kept of NEGs: values; codes (16 bits for order and signs of up to 5 options; every "
+        description="What is kept of NEGs: values; bfloat16 (values and activations in half the room: their range, "
+        "and 2 to 3 digits); codes (16 bits for order and signs of up to 5 options; every "
         "probe but logistic regression gives the same); or stats (vote sums, and in a second pass the values of the "
         "neurons that the run's probes choose; every probe but act gives the same).",
     )
@@ -204,7 +205,7 @@ class _PromptedRun(RunFile):
 
     @model_validator(mode="after")
     def _check_nonfinite(self) -> Self:
-        if self.storage != "values" and self.nonfinite == "keep":
+        if self.storage in ("codes", "stats") and self.nonfinite == "keep":
             level = f"storage {self.storage!r}"
             raise ValueError(f"{level} has none for NaN and infinity: set nonfinite to fail or skip, not keep")
         return self

@@ -93,8 +93,9 @@ def node_kills(bench: Bench) -> Outcome:
             if run.wait_for(n_shards):
                 run.look()
                 node = bench.random.choice(sorted(cluster.worker_nodes, key=lambda node: node.unique_id))
-                cluster.remove_node(node, allow_graceful=False)
-                cluster.add_node(num_cpus=1)
+                with run.paused():  # it takes seconds, in which the other node would do all that is left
+                    cluster.remove_node(node, allow_graceful=False)
+                    cluster.add_node(num_cpus=1)
                 kills += 1
         return run.outcome(kills, ok=run.end() == 0)
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: a process, its output and its exit code."""
 
 import json
+import re
 import sqlite3
 
 import pytest
@@ -81,7 +82,9 @@ def test_a_pipeline_under_a_private_prefect_server_on_ray_ends_in_a_table_and_is
     assert {"progress", "table"} <= kinds
     again = neg("pipeline", tmp_path / "run" / "run.yaml", "--orchestrator", "none", "--backend", "local")
     assert again.returncode == 0, again.stderr
-    assert "0 were there already" not in again.stdout
+    assert re.search(r"; (\d+) shards, .*; \1 shards were there already", again.stdout)
+    assert "the report is report.html there" in again.stdout
+    assert "questions" in (tmp_path / "run" / "report.html").read_text()
     assert table(again.stdout) == table(ran.stdout)
 
 

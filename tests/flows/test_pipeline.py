@@ -126,9 +126,23 @@ def test_a_run_that_stores_codes_scores_every_probe_as_one_that_stores_values(ru
     expected, results = (run_pipeline(one, PlainStages()) for one in (run, codes))
     assert (results.problems, len(results.scores)) == ([], 1 + len(probes))
     assert (results.scores, results.confusion) == (expected.scores, expected.confusion)
-    assert foreseen == pytest.approx(sum(part.n_bytes for part in results.extracted), rel=0.01)
+    assert foreseen == sum(part.n_bytes for part in results.extracted)
     assert {split.storage for split in open_negs(codes.directory)} == {"codes"}
     assert [fault for one in verify(shard_folders(codes.directory), lambda size: None) for fault in one.faults] == []
+
+
+def test_a_bfloat16_model_loses_nothing_in_16_bits_and_takes_half_the_room(run, tmp_path):
+    probes = ("polar", "magn", "act", "tree", "magn-logistic")
+    run = run.model_copy(update={"probe": probes, "dtype": "bfloat16"})
+    halves = run.model_copy(update={"storage": "bfloat16", "out": tmp_path / "halves"})
+    foreseen = forecast([(halves, plan(halves))])[0].n_bytes_left
+    expected, results = (run_pipeline(one, PlainStages()) for one in (run, halves))
+    assert (results.problems, len(results.scores)) == ([], 1 + len(probes))
+    assert results.scores == expected.scores
+    assert foreseen == sum(part.n_bytes for part in results.extracted)
+    whole, half = (open_negs(one.directory).select(split="test") for one in (run, halves))
+    assert all(np.array_equal(whole.layer(layer), half.layer(layer)) for layer in range(whole.n_layers))
+    assert [fault for one in verify(shard_folders(halves.directory), lambda size: None) for fault in one.faults] == []
 
 
 def test_codes_in_a_directory_of_values_are_refused_with_the_difference(run):

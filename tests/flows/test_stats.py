@@ -17,12 +17,13 @@ from negcore.identity import RunIdentity, choice_digest
 from negcore.reader import open_negs
 from negcore.shards import Partition, write_shard
 from tasks.extract import ExtractWorker
-from tasks.forecast import forecast, missing_shards, shard_bytes
+from tasks.forecast import forecast, missing_shards
 from tasks.plan import SUMS, plan
 from tasks.recipes import RECIPES, choose_neurons, n_stored
 from tasks.room import check_room
 from tasks.rundir import shard_folders
 from tasks.runfile import EvaluationRun, SkillRun, SkillsRun, read_run_file
+from tasks.sizes import shard_bytes
 from tasks.status import run_status
 from tasks.verify import unpublish, verify
 
@@ -246,13 +247,12 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
     planned = [(run, plan(run))]
     ((dataset,),) = [of_model.datasets for of_model in forecast(planned)]
     made = run_extract(run, PlainStages()).extracted
-    assert dataset.n_bytes == dataset.n_bytes_left == pytest.approx(sum(part.n_bytes for part in made), rel=0.01)
+    assert dataset.n_bytes == dataset.n_bytes_left == sum(part.n_bytes for part in made)
     assert dataset.n_rows == sum(part.n_rows for part in made)
     assert dataset.n_shards == sum(part.n_computed for part in made)
     for split in plan(run)[0].datasets[0].splits:
         files = sorted(split.partition.path(run.directory).glob("*.arrow"))
-        # Buffers end at multiples of 64 bytes, which counts in files of 8 KiB.
-        assert shard_bytes(split) == pytest.approx([file.stat().st_size for file in files], rel=0.03)
+        assert shard_bytes(split) == [file.stat().st_size for file in files]
         assert missing_shards(run, split) == []
     assert forecast(planned)[0].n_bytes_left == 0
     check_room(planned)

@@ -648,7 +648,8 @@ def test_a_pipeline_into_a_bucket_is_read_from_there_and_computes_nothing_again(
     assert ran.returncode == 0, ran.stderr
     assert f"written to {bucket}" in ran.stdout
     names = {path.name for path in find(location(bucket), "*.*")}
-    assert {"run.yaml", "accuracy.arrow", "splits.arrow"} <= names
+    assert {"run.yaml", "accuracy.arrow", "splits.arrow", "report.html"} <= names
+    assert b'href="accuracy.arrow"' in read_bytes(location(bucket) / "report.html")
     assert [split.n_rows for split in open_negs(bucket, verify=True)] == [12, 12, 12]
     (probe,) = find(location(bucket), "probes/*/*/polar.arrow")
     assert load_probe(str(probe)).name == "polar"

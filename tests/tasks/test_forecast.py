@@ -12,10 +12,11 @@ from flows.pipeline import run_extract
 from flows.stages import PlainStages
 from negcore.errors import RunError
 from tasks import forecast as forecasting
-from tasks.forecast import Size, forecast, measured_rate, shard_bytes, size_of, skill_runs
+from tasks.forecast import Size, forecast, measured_rate, size_of, skill_runs
 from tasks.plan import plan
 from tasks.room import check_room, free_bytes, rooms
 from tasks.runfile import EvaluationRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.sizes import shard_bytes
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
@@ -62,7 +63,7 @@ def test_rows_shards_and_bytes_are_those_of_the_run_itself(run):
     made = run_extract(run, PlainStages()).extracted
     assert dataset.n_rows == sum(split.n_rows for split in made)
     assert dataset.n_shards == sum(split.n_computed for split in made)
-    assert dataset.n_bytes == pytest.approx(sum(split.n_bytes for split in made), rel=0.01)
+    assert dataset.n_bytes == sum(split.n_bytes for split in made)
 
 
 @needs_mceval8k
@@ -74,7 +75,7 @@ def test_bytes_of_a_real_dataset_are_foreseen_shard_by_shard(run, name):
     for dataset in plan(run)[0].datasets:
         for split in dataset.splits:
             files = sorted(split.partition.path(run.directory).glob("*.arrow"))
-            assert shard_bytes(split) == pytest.approx([file.stat().st_size for file in files], rel=0.01)
+            assert shard_bytes(split) == [file.stat().st_size for file in files]
 
 
 def test_what_is_there_already_is_not_counted_again(run):
@@ -83,7 +84,7 @@ def test_what_is_there_already_is_not_counted_again(run):
     lost = next(run.directory.rglob("split=train/_receipts/part-00001.json"))
     lost.unlink()
     (left,) = [dataset for of_model in forecast(planned) for dataset in of_model.datasets]
-    assert left.n_bytes_left == pytest.approx(lost.parents[1].joinpath("part-00001.arrow").stat().st_size, rel=0.01)
+    assert left.n_bytes_left == lost.parents[1].joinpath("part-00001.arrow").stat().st_size
     assert left.n_bytes_left < left.n_bytes
     assert left.operations > 0
 
