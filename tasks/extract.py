@@ -1,7 +1,10 @@
 """Compute and publish the NEG shards of a split: the worker, its jobs, and the loop that hands them out."""
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,7 +14,7 @@ import torch
 
 from negcore.architectures import Dtype, SiteChoice
 from negcore.datasets import Example
-from negcore.errors import NegError
+from negcore.errors import NegError, RunError
 from negcore.gradients import NeurGradBatch, Nonfinite, neurgrad
 from negcore.identity import RunIdentity
 from negcore.models import load_model
@@ -25,6 +28,9 @@ NonfinitePolicy = Literal["fail", "skip", "keep"]
 """What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
 
 No part of a run's identity: it decides which rows are stored, never a number of theirs."""
+
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""The disk is full, or this user's share of it, or it cannot be written to any more."""
 
 _MOST_NAMED = 8
 """Rows, or layers of a row, that a message names."""
@@ -242,6 +248,8 @@ def compute(
         If a directory holds shards of another run.
     Stopped
         If `stop` is set; what is published by then stays.
+    RunError
+        If the run directory is full or cannot be written any more: what would be computed from then on is lost.
     """
     finished = {part.partition: _finished(root, part, stands) for part in parts}
     receipts = {place: dict(known) for place, known in finished.items()}
@@ -258,13 +266,15 @@ def compute(
         if index not in finished[part.partition]
     ]
     report(None)
-    for outcome in map_isolating(pool, jobs, stop=stop, on_tick=report) if jobs else ():
-        job = outcome.job
-        if outcome.result is not None:
-            receipts[job.partition][job.index] = outcome.result
-        else:
-            failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
-        report(None)
+    with closing(map_isolating(pool, jobs, stop=stop, on_tick=report)) as outcomes:
+        for outcome in outcomes if jobs else ():
+            job = outcome.job
+            if outcome.result is not None:
+                receipts[job.partition][job.index] = outcome.result
+            else:
+                _check_place(root, outcome.exception)
+                failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
+            report(None)
     extracted = [
         Extracted(
             partition=part.partition,
@@ -282,6 +292,16 @@ def compute(
     for one in extracted:
         note_failures(root, one.partition, {failure.index: failure.error for failure in one.failures})
     return extracted
+
+
+def _check_place(root: Path, error: Exception | None) -> None:
+    """Stop where no shard can be written: the next ones would be computed for nothing."""
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        reason = os.strerror(error.errno)
+        raise RunError(
+            f"run directory {str(root)!r} takes no more shards ({reason}): finished ones are kept; make room there, or "
+            "make it writable, and run the same command again"
+        ) from error
 
 
 def _finished(root: Path, part: Part, stands: Callable[[Receipt], bool]) -> dict[int, Receipt]:

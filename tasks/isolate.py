@@ -7,7 +7,7 @@ however it came about.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
@@ -38,7 +38,9 @@ class Divisible(Protocol):
         """The job with some of its rows set aside."""
 
 
-def map_isolating(pool: Pool, jobs: Sequence[object], *, stop: threading.Event, on_tick: Tick) -> Iterator[Outcome]:
+def map_isolating(
+    pool: Pool, jobs: Sequence[object], *, stop: threading.Event, on_tick: Tick
+) -> Generator[Outcome, None, None]:
     """`Pool.map`, but a job that fails because of single rows is done without them.
 
     As long as nothing could be computed, a failure is not taken for a row's: the first job that fails is then searched

@@ -1,6 +1,7 @@
 """Extraction survives what rows do: a row at fault is set aside with its reason, and every other number is the same."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -155,12 +156,26 @@ def test_nothing_is_set_aside_where_nothing_can_be_computed(run_with, faulty):
     assert files(run) == {}
 
 
-@pytest.mark.parametrize("fault", ["!refuse", "!disk"])
-def test_errors_that_are_no_rows_fault_lose_the_shard(run_with, faulty, fault):
-    run = run_with({5: fault})
+def test_an_error_that_is_no_rows_fault_loses_the_shard(run_with, faulty):
+    run = run_with({5: "!refuse"})
     results = run_extract(run, PlainStages())
     assert results.set_aside == []
     assert len(results.problems) == 1
+    assert len(files(run)) == 2 * 8
+
+
+def test_a_full_disk_ends_the_extraction_instead_of_computing_for_nothing(run_with, faulty, monkeypatch):
+    run = run_with({5: "!disk"})
+    results = run_extract(run, PlainStages())
+    (problem,) = results.problems
+    assert re.search("takes no more shards .No space left on device.: finished ones are kept; make room", problem)
+    assert results.set_aside == []
+    kept = files(run)
+    assert len(kept) < 2 * 8  # the other splits are not even begun
+    monkeypatch.undo()
+    assert run_extract(run, PlainStages()).problems == []
+    assert len(files(run)) == 2 * 9
+    assert {name: files(run)[name] for name in kept} == kept
 
 
 def test_the_pipeline_goes_on_without_the_row(run_with, faulty):
