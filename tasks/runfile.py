@@ -108,7 +108,9 @@ class RunFile(BaseModel):
         description="Ray actors a model. By default one a core.",
     )
     cpus: int = Field(1, ge=1, description="Cores for each worker.")
-    gpus: float = Field(0, ge=0, description="GPUs for each actor: a fraction of one, or several; 0 is the CPU.")
+    gpus: float = Field(
+        0, ge=0, le=1, description="Share of a GPU for each actor, up to a whole one: a model is on one device. 0: CPU."
+    )
     job_timeout_s: float | None = Field(
         None, gt=0, description="A worker silent for so long is replaced. By default never."
     )

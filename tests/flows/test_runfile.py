@@ -41,6 +41,7 @@ def test_an_unknown_field_is_refused_with_the_known_ones(values, tmp_path):
         ("shots", 3, "shots is 3"),
         ("dtype", "int4", "dtype is 'int4'"),
         ("model", [], "model is"),
+        ("gpus", 4, "gpus is 4.*less than or equal to 1"),
     ],
 )
 def test_a_bad_value_is_refused_with_field_and_value(values, field, value, problem):
