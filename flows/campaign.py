@@ -14,8 +14,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import skills
 from flows.campaign_tables import artifact_tables, campaign_tables
+from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
 from flows.linearity import LinearityResults, run_linearity
-from flows.pipeline import Results, listed, n_parts, one_line, run_mceval8k, run_session, run_work, under_prefect
+from flows.pipeline import Results, n_parts, run_mceval8k
 from flows.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import NegError

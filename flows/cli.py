@@ -521,7 +521,7 @@ def _carry_out(
     from prefect.exceptions import CancelledRun
 
     from flows.display import Display
-    from flows.pipeline import IncompleteRun
+    from flows.flow_run import IncompleteRun
     from flows.stages import PlainStages, current_watcher
     from tasks.claim import claim
     from tasks.server import prefect_api

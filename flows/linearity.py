@@ -1,7 +1,7 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,8 +10,8 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.figures import write_figures
+from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
 from flows.linearity_tables import artifact_tables, linearity_tables, summary
-from flows.pipeline import listed, one_line, run_work, under_prefect
 from flows.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import ModelError, NegError, RunError
@@ -21,7 +21,6 @@ from tasks.linearity import Findings, analyse, write_findings
 from tasks.pool import Pool, Stopped, open_pool
 from tasks.rundir import write_plan_file
 from tasks.runfile import LinearityRun, write_run_file
-from tasks.session import ray_session
 from tasks.sweeps import PlannedStudy, SweepWorker, plan_linearity, study_job
 
 _KINDS: tuple[Kind, ...] = ("interventions", "estimates", "sweeps")
@@ -61,8 +60,7 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
     write_run_file(run)
     write_plan_file(run.directory, [part for study in studies for part in study.parts])
     results = LinearityResults(run.directory)
-    session = ray_session(run.ray_address) if run.backend == "ray" else nullcontext()
-    with session:
+    with run_session(run):
         measured = [study for study in studies if _measure_study(run, stages, results, study)]
     for study in measured:
         _analyse(run, stages, results, study)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flows import linearity, skills
-from flows.pipeline import Results, extract_planned, run_session
+from flows.flow_run import run_session
+from flows.pipeline import Results, extract_planned
 from flows.report import RunResults
 from flows.stages import Stages
 from negcore.errors import RunError

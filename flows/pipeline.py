@@ -4,25 +4,20 @@ The functions that do the work take their `Stages`, so that the same steps run u
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial, wraps
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import partial
 
 from prefect import flow, runtime
-from prefect.states import Cancelled
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
-from flows.cancellation import stopped_by_cancellation
-from flows.report import RunResults, Section, write_report
-from flows.stages import Pending, PrefectStages, Stages
-from flows.summary import run_summary
+from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.report import RunResults, Section
+from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError
 from negcore.reader import NegSplit, open_negs
 from negcore.shards import SetAside, receipts
-from tasks.claim import claim
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.plan import SUMS, PlannedDataset, PlannedModel, PlannedSplit, plan
 from tasks.pool import Pool, Stopped, open_pool
@@ -32,8 +27,7 @@ from tasks.recipes import choose_neurons
 from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.room import check_room
 from tasks.rundir import write_plan_file
-from tasks.runfile import EvaluationRun, RunFile, SkillRun, write_run_file
-from tasks.session import ray_session
+from tasks.runfile import EvaluationRun, SkillRun, write_run_file
 from tasks.tables import write_table
 
 
@@ -58,33 +52,12 @@ class Results(RunResults):
         return [Section("", [rows_table(self.splits), *accuracy, *confusion_tables(self.confusion)])]
 
 
-E = TypeVar("E", bound=RunResults)
-R = TypeVar("R", bound=RunFile)
-
-
-class IncompleteRun(RunError):
-    """A run ended with something missing; what there is, is in `results`."""
-
-    def __init__(self, results: Any) -> None:
-        count = len(results.problems)
-        super().__init__(
-            f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {results.problems[0]}"
-        )
-        self.results = results
-
-
 def _flow_run_name() -> str:
     """Flow, models and datasets, as far as they fit a line."""
     values = runtime.flow_run.parameters["run"]
     kind = EvaluationRun if runtime.flow_run.flow_name == "mceval8k" else SkillRun
     run = values if isinstance(values, (SkillRun, EvaluationRun)) else kind.model_validate(values)
     return f"{runtime.flow_run.flow_name} {listed(run.model)} on {listed(run.dataset)}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names, as far as they fit a line; of files and folders only the last part."""
-    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
-    return ", ".join(short) if len(short) <= 3 else f"{short[0]} and {len(short) - 1} more"
 
 
 _prefect_flow = partial(
@@ -111,60 +84,6 @@ def probe(run: SkillRun) -> Results:
 def pipeline(run: SkillRun) -> Results:
     """Extract the NEGs of models on datasets and probe them."""
     return under_prefect(run_pipeline, run)
-
-
-def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
-    """A flow's work: one driver at a time does it in a run directory, see `tasks.claim`, and leaves a report there."""
-
-    @wraps(work)
-    def claimed(run: R, stages: Stages) -> E:
-        with claim(run.directory, when_lost=stages.stop.set):
-            results = work(run, stages)
-            write_report(results)
-            return results
-
-    return claimed
-
-
-def whole(results: E) -> E:
-    """The results, if nothing is missing.
-
-    Raises
-    ------
-    IncompleteRun
-        Otherwise.
-    """
-    if results.problems:
-        raise IncompleteRun(results)
-    return results
-
-
-_CANCELLED = "finished shards are kept, and the same run goes on from them"
-
-
-def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
-    """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
-
-    Returns
-    -------
-    E
-        The results; of a cancelled flow run, the state in which Prefect is to end it.
-
-    Raises
-    ------
-    IncompleteRun
-        If something is missing from the results.
-    """
-    stages = PrefectStages()
-    with stopped_by_cancellation(stages.stop) as cancelled:
-        try:
-            results = work(run, stages)
-            stages.note("summary", run_summary(results))
-            return whole(results)
-        except Stopped:
-            if not cancelled.is_set():
-                raise
-            return Cancelled(message=_CANCELLED)  # type: ignore[no-any-return]
 
 
 @_prefect_flow(name="mceval8k")  # type: ignore[untyped-decorator]
@@ -229,13 +148,6 @@ def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
     with _probing(planned[0][0], stages, results) as probe:
         extract_planned(planned, stages, results, when_extracted=probe)
     return results
-
-
-@contextmanager
-def run_session(run: RunFile) -> Iterator[None]:
-    """Ray, where the run's workers are actors."""
-    with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
-        yield
 
 
 Probe = Callable[[SkillRun, PlannedDataset], None]
@@ -377,8 +289,3 @@ def _publish(stages: Stages, results: Results) -> None:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])
     for key, (title, rows) in artifact_tables(results.scores, results.averages, results.splits).items():
         stages.table(key, rows, title)
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -14,7 +14,8 @@ from typing import TypeVar
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.pipeline import Results, extract_planned, listed, one_line, run_session, run_work, under_prefect
+from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.pipeline import Results, extract_planned
 from flows.report import RunResults, Section
 from flows.skill_figures import write_figures
 from flows.skill_tables import artifact_tables, skill_tables, summary

@@ -75,7 +75,7 @@ def label_id(tokenizer: Any, label: str) -> int:
 
 
 def _check_prompt(card: ModelCard, index: int, prompt: str, tokens: Sequence[int]) -> None:
-    where = f"prompt {index} ({prompt[:40]!r}...)" if len(prompt) > 40 else f"prompt {index} ({prompt!r})"
+    where = f"prompt {index}"  # without its text: messages end up in logs and on pages
     if not tokens or not prompt:
         raise PromptError(f"{where} is empty; a prompt needs at least one token")
     if len(tokens) > card.context_tokens:

@@ -19,7 +19,7 @@ from negcore.gradients import NeurGradBatch, Nonfinite, neurgrad
 from negcore.identity import RunIdentity
 from negcore.models import load_model
 from negcore.shards import Partition, Place, Receipt, SetAside, finished_shards, write_shard
-from tasks.isolate import map_isolating
+from tasks.isolate import map_isolating, without_text
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
 from tasks.rundir import Part, note_failures
@@ -273,7 +273,8 @@ def compute(
                 receipts[job.partition][job.index] = outcome.result
             else:
                 _check_place(root, outcome.exception)
-                failures.append(Failure(job.partition, job.index, len(job.examples), str(outcome.error)))
+                error = without_text(str(outcome.error), job.examples)
+                failures.append(Failure(job.partition, job.index, len(job.examples), error))
             report(None)
     extracted = [
         Extracted(

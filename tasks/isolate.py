@@ -22,6 +22,8 @@ Tick = Callable[[PoolStatus], None]
 
 _TICK_S = 2.0
 _LONGEST_REASON = 300
+_QUOTED = 24
+"""Characters of a prompt's line that make a quotation."""
 
 
 @runtime_checkable
@@ -138,10 +140,10 @@ def _halves(job: Divisible) -> tuple[Divisible, Divisible]:
 
 
 def _set_aside(row: Example, outcome: Outcome) -> SetAside:
-    return SetAside(id=row.id, cause="failure", reason=_without_text(str(outcome.error), row.prompt)[:_LONGEST_REASON])
+    return SetAside(id=row.id, cause="failure", reason=without_text(str(outcome.error), [row])[:_LONGEST_REASON])
 
 
-def _without_text(error: str, prompt: str) -> str:
-    """An error, in so far as it does not quote the prompt: receipts and messages never hold its text."""
-    quotes = any(line.strip() and line.strip() in error for line in prompt.splitlines())
-    return error.split(":", 1)[0] if quotes else error
+def without_text(error: str, rows: Sequence[Example]) -> str:
+    """An error, in so far as it quotes no prompt: receipts, logs and pages never hold their text."""
+    lines = (line.strip()[:_QUOTED] for row in rows for line in row.prompt.splitlines())
+    return error.split(":", 1)[0] if any(line and line in error for line in lines) else error

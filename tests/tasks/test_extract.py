@@ -164,6 +164,17 @@ def test_an_error_that_is_no_rows_fault_loses_the_shard(run_with, faulty):
     assert len(files(run)) == 2 * 8
 
 
+def test_an_error_that_quotes_a_prompt_loses_its_message(run_with, monkeypatch):
+    class Quoting(ExtractWorker):
+        def run(self, job):
+            raise OSError(f"cannot keep {job.examples[0].prompt!r}")
+
+    monkeypatch.setattr("flows.pipeline.ExtractWorker", Quoting)
+    problems = run_extract(run_with(), PlainStages()).problems
+    assert len(problems) == 9
+    assert all(problem.endswith("4 rows lost: OSError") for problem in problems)
+
+
 def test_a_full_disk_ends_the_extraction_instead_of_computing_for_nothing(run_with, faulty, monkeypatch):
     run = run_with({5: "!disk"})
     results = run_extract(run, PlainStages())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from faults import Row, RowsJob, RowsWorker, by_value
 
-from tasks.isolate import map_isolating
+from tasks.isolate import map_isolating, without_text
 from tasks.pool import Outcome, PoolStatus, Resources, Stopped, open_pool
 from tasks.session import ray_session
 
@@ -130,6 +130,13 @@ def test_the_reason_says_the_error_and_never_quotes_the_prompt():
     with open_pool("local", Quoting, {}, Resources(), label="rows") as pool:
         (outcome,) = map_isolating(pool, [RowsJob(rows)], stop=threading.Event(), on_tick=lambda status: None)
     assert [(row.id, row.cause, row.reason) for row in outcome.result] == [("0/1", "failure", "KeyError")]
+
+
+def test_the_beginning_of_a_line_is_a_quotation_too():
+    rows = [Row("0/0", "harmless"), Row("0/1", "A long secret that nobody is to read.\n\n Nor this one, ever, at all.")]
+    assert without_text("KeyError: 'A long secret that nobody'...", rows) == "KeyError"
+    assert without_text("KeyError: at Nor this one, ever, at all.", rows) == "KeyError"
+    assert without_text("KeyError: at row 0/1", rows) == "KeyError: at row 0/1"
 
 
 # What only actors survive

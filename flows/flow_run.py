@@ -1,0 +1,125 @@
+"""What all flows have in common: one driver a run directory, a report at the end, and how Prefect is told of it."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled
+
+from flows.cancellation import stopped_by_cancellation
+from flows.display import printable
+from flows.report import RunResults, write_report
+from flows.stages import PrefectStages, Stages
+from flows.summary import run_summary
+from negcore.errors import RunError
+from tasks.claim import claim
+from tasks.pool import Stopped
+from tasks.runfile import RunFile
+from tasks.session import ray_session
+
+E = TypeVar("E", bound=RunResults)
+R = TypeVar("R", bound=RunFile)
+
+_CANCELLED = "finished shards are kept, and the same run goes on from them"
+_MOST_LOGGED = 20
+"""Problems, and rows set aside, that are named in the log."""
+
+
+class IncompleteRun(RunError):
+    """A run ended with something missing; what there is, is in `results`."""
+
+    def __init__(self, results: Any) -> None:
+        count = len(results.problems)
+        super().__init__(
+            f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {results.problems[0]}"
+        )
+        self.results = results
+
+
+def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
+    """A flow's work: one driver at a time does it in a run directory, see `tasks.claim`, and leaves a report there."""
+
+    @wraps(work)
+    def claimed(run: R, stages: Stages) -> E:
+        with claim(run.directory, when_lost=stages.stop.set):
+            results = work(run, stages)
+            write_report(results)
+            return results
+
+    return claimed
+
+
+def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
+    """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
+
+    Returns
+    -------
+    E
+        The results; of a cancelled flow run, the state in which Prefect is to end it.
+
+    Raises
+    ------
+    IncompleteRun
+        If something is missing from the results.
+    """
+    stages = PrefectStages()
+    with stopped_by_cancellation(stages.stop) as cancelled:
+        try:
+            results = work(run, stages)
+        except Stopped:
+            if not cancelled.is_set():
+                raise
+            return Cancelled(message=_CANCELLED)  # type: ignore[no-any-return]
+    stages.note("summary", run_summary(results))
+    _log(results)
+    if results.problems:
+        raise IncompleteRun(results)
+    return results
+
+
+def _log(results: RunResults) -> None:
+    """Name in the flow run's log what is missing."""
+    logger = get_run_logger()
+    logging.getLogger("prefect.flow_runs").addFilter(_WITHOUT_TRACEBACK)
+    for level, what, lines in (
+        (logging.ERROR, "missing", results.problems),
+        (logging.WARNING, "set aside", results.set_aside),
+    ):
+        for line in lines[:_MOST_LOGGED]:
+            logger.log(level, "%s: %s", what, printable(line))
+        if len(lines) > _MOST_LOGGED:
+            logger.log(level, "%s: %d more, see %s", what, len(lines) - _MOST_LOGGED, results.directory)
+
+
+class _WithoutTraceback(logging.Filter):
+    """Takes from Prefect's messages where in the code a run was found not to be whole: its problems say all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], IncompleteRun):
+            record.exc_info = None
+        return True
+
+
+_WITHOUT_TRACEBACK = _WithoutTraceback()
+
+
+@contextmanager
+def run_session(run: RunFile) -> Iterator[None]:
+    """Ray, where the run's workers are actors."""
+    with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
+        yield
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names, as far as they fit a line; of files and folders only the last part."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return ", ".join(short) if len(short) <= 3 else f"{short[0]} and {len(short) - 1} more"
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
