@@ -1,6 +1,7 @@
-"""`neg serve` with a real Prefect server: a schedule starts runs, one is cancelled in the middle, the next goes on.
+"""With a real Prefect server: a schedule starts runs of `neg serve`, one is cancelled in the middle, the next goes on.
+And the manifest's deployments: `prefect deploy`, and a run by a process worker.
 
-Everything happens once, in `story`; the tests look at what was seen of it.
+Everything happens once, in `story` and in `deployed`; the tests look at what was seen of it.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from support import NEG, REPOSITORY, save_tiny_model
 
 from flows.pipeline import run_pipeline
 from flows.stages import PlainStages
+from negcore.reader import open_negs
 from tasks.claim import CLAIM_FILE
 from tasks.runfile import SkillRun, read_run_file
 
@@ -242,6 +244,41 @@ def beat_once(prefect: Prefect, flow: str) -> Json:
     return run
 
 
+class Deployed(NamedTuple):
+    """What `prefect deploy` made of the manifest, and a run that a worker was asked for."""
+
+    deployments: list[Json]
+    run: Json
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def deployed(prefect, run, tmp_path_factory):
+    place = tmp_path_factory.mktemp("worker")
+    settings = {
+        "PREFECT_API_URL": prefect.url,
+        "PREFECT_API_AUTH_STRING": prefect.auth,
+        "PREFECT_HOME": str(place / "home"),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    program, manifest = NEG.parent / "prefect", REPOSITORY / "infra" / "prefect.yaml"
+    for command in (
+        ["work-pool", "create", "neg", "--type", "process"],
+        ["--no-prompt", "deploy", "--all", "--prefect-file", manifest],
+    ):
+        subprocess.run([program, *command], check=True, capture_output=True, env=os.environ | settings, cwd=REPOSITORY)
+    deployments = prefect("POST", "deployments/filter", {"work_pools": {"name": {"any_": ["neg"]}}})
+    (shards,) = [one for one in deployments if one["name"] == "shards"]
+    with running([program, "worker", "start", "--pool", "neg", "--type", "process"], place / "worker.log", **settings):
+        # The parameters of the manifest, but for what takes long; a relative directory is below the working directory.
+        values = run.model_dump(mode="json", include={"model", "dataset"}) | {"out": "runs/shards", "shard_rows": 64}
+        wanted = {"parameters": {"run": values}, "job_variables": {"working_dir": str(place)}}
+        asked = prefect("POST", f"deployments/{shards['id']}/create_flow_run", wanted)
+        ended = prefect.reached(asked, "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    return Deployed(deployments, ended, place / "runs" / "shards")
+
+
 def test_a_schedule_starts_runs_that_nobody_asked_for(story):
     for run in (story.cancelled.run, story.resumed, story.interrupted):
         assert run["auto_scheduled"]
@@ -302,3 +339,24 @@ def test_serving_that_is_ended_cancels_the_run_under_way_and_pauses_the_schedule
     assert story.exit_code == 0
     assert story.interrupted["state"]["type"] == "CANCELLED"
     assert story.deployment["paused"]
+
+
+def test_the_manifest_deploys_every_flow_as_it_says(deployed):
+    manifest = yaml.safe_load((REPOSITORY / "infra" / "prefect.yaml").read_text())["deployments"]
+    made = {one["name"]: one for one in deployed.deployments}
+    assert made.keys() == {one["name"] for one in manifest}
+    for one in manifest:
+        found = made[one["name"]]
+        assert found["entrypoint"] == one["entrypoint"]
+        assert (found["tags"], found["parameters"]) == (one["tags"], one["parameters"])
+        assert [(plan["schedule"]["cron"], plan["active"]) for plan in found["schedules"]] == [
+            (plan["cron"], plan["active"]) for plan in one["schedules"]
+        ]
+        assert found["global_concurrency_limit"]["limit"] == 1
+        assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_a_worker_carries_out_a_run_of_a_deployment(deployed):
+    assert deployed.run["state"]["type"] == "COMPLETED", deployed.run["state"]
+    assert deployed.run["name"] == "extract tiny-llama on questions.jsonl"
+    assert sum(split.n_rows for split in open_negs(deployed.directory)) == N_PROMPTS
