@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from flows.display import printable
 from flows.stages import artifact_key
-from negcore.storage import draft
+from negcore.storage import output
 
 Axes = Any
 
@@ -28,14 +28,14 @@ _STYLE = {
 
 
 def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, model: str) -> list[Path]:
-    """Draw and write every figure of one model; the files, SVG before PNG."""
+    """Draw and write every figure of one model; the files, SVG before PNG. `RunError` if they cannot be written."""
     paths = []
     with matplotlib.rc_context(_STYLE):
         for name, draw in drawings.items():
             figure = draw()
             for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 paths.append(folder / f"{artifact_key(model)}-{name}.{kind}")
-                with draft(paths[-1]) as file:
+                with output(paths[-1]) as file:
                     figure.savefig(file, format=kind, metadata=metadata, dpi=150)
     return paths
 

@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.display import printable
-from negcore.errors import RunError
-from negcore.storage import draft, find
+from negcore.storage import find, output
 from tasks.extract import Extracted
 
 REPORT_FILE = "report.html"
@@ -82,11 +81,8 @@ def write_report(results: RunResults) -> Path | None:
     if not sections:
         return None
     path, page = results.directory / REPORT_FILE, _page(results, sections)
-    try:
-        with draft(path) as file:
-            file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+    with output(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 

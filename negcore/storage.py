@@ -171,6 +171,22 @@ def draft(target: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def output(target: Path) -> Iterator[Path]:
+    """A `draft` of what a run is asked for: tables, figures, pages.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    try:
+        with draft(target) as path:
+            yield path
+    except OSError as error:
+        raise RunError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
+
+
 def hidden(target: Path) -> Path:
     """A name beside `target` that no other writer takes and no reader looks at."""
     return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.errors import NegError
 from tasks.linearity import Findings
 from tasks.probe import Score
 from tasks.results import Average, averages
@@ -281,12 +280,9 @@ def write_comparison(run: CampaignRun, comparison: Comparison) -> None:
 
     Raises
     ------
-    NegError
+    RunError
         If they cannot be written.
     """
-    folder = run.directory / "campaign"
-    try:
-        for name, kind in _TABLES.items():
-            write_table(folder / f"{name}.arrow", kind, [asdict(row) for row in getattr(comparison, name)])
-    except OSError as error:
-        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    for name, kind in _TABLES.items():
+        rows = [asdict(row) for row in getattr(comparison, name)]
+        write_table(run.directory / "campaign" / f"{name}.arrow", kind, rows)

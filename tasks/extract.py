@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from negcore.gradients import NeurGradBatch, Nonfinite, neurgrad
 from negcore.identity import RunIdentity
 from negcore.models import load_model
 from negcore.shards import Partition, Place, Receipt, SetAside, finished_shards, write_shard
+from negcore.storage import is_remote
 from tasks.isolate import map_isolating, without_text
 from tasks.plan import PlannedSplit
 from tasks.pool import Pool, PoolStatus
@@ -277,27 +278,31 @@ def compute(
                 failures.append(Failure(job.partition, job.index, len(job.examples), error))
             report(None)
     extracted = [
-        Extracted(
-            partition=part.partition,
-            n_rows=sum(receipt.n_rows for receipt in receipts[part.partition].values()),
-            n_reused=len(finished[part.partition]),
-            n_computed=len(receipts[part.partition]) - len(finished[part.partition]),
-            n_bytes=sum(receipt.n_bytes for receipt in receipts[part.partition].values()),
-            failures=tuple(failure for failure in failures if failure.partition == part.partition),
-            set_aside=tuple(
-                row for _, receipt in sorted(receipts[part.partition].items()) for row in receipt.set_aside
-            ),
-        )
-        for part in parts
+        _extracted(part.partition, len(finished[part.partition]), receipts[part.partition], failures) for part in parts
     ]
     for one in extracted:
         note_failures(root, one.partition, {failure.index: failure.error for failure in one.failures})
     return extracted
 
 
+def _extracted(place: Place, n_reused: int, known: Mapping[int, Receipt], failures: Sequence[Failure]) -> Extracted:
+    return Extracted(
+        partition=place,
+        n_rows=sum(receipt.n_rows for receipt in known.values()),
+        n_reused=n_reused,
+        n_computed=len(known) - n_reused,
+        n_bytes=sum(receipt.n_bytes for receipt in known.values()),
+        failures=tuple(failure for failure in failures if failure.partition == place),
+        set_aside=tuple(row for _, receipt in sorted(known.items()) for row in receipt.set_aside),
+    )
+
+
 def _check_place(root: Path, error: Exception | None) -> None:
-    """Stop where no shard can be written: the next ones would be computed for nothing."""
-    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+    """Stop where no shard can be written: the next ones would be computed for nothing.
+
+    A bucket has no such end; there the disk that is full is one of a worker, where shards wait to be put.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_PLACE and not is_remote(root):
         reason = os.strerror(error.errno)
         raise RunError(
             f"run directory {str(root)!r} takes no more shards ({reason}): finished ones are kept; make room there, or "

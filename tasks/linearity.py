@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.errors import NegError
 from negcore.linearity import (
     AgreementRow,
     Facts,
@@ -115,18 +114,13 @@ def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
 
     Raises
     ------
-    NegError
+    RunError
         If they cannot be written.
     """
     folder = run.directory / "linearity"
-    try:
-        for name, (kind, _) in findings[0].tables.items():
-            rows = [
-                {"model": f.model, "dataset": f.dataset, **asdict(row)} for f in findings for row in f.tables[name][1]
-            ]
-            write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
-    except OSError as error:
-        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    for name, (kind, _) in findings[0].tables.items():
+        rows = [{"model": f.model, "dataset": f.dataset, **asdict(row)} for f in findings for row in f.tables[name][1]]
+        write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
     return folder
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from negcore.causal import CausalRow, causal_rows, skill_sets
-from negcore.errors import NegError
 from negcore.evaluation import accuracy, majority_floor, random_floor
 from negcore.fitted import fit_vote
 from negcore.models import ModelCard
@@ -310,22 +309,19 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
 
     Raises
     ------
-    NegError
+    RunError
         If they cannot be written.
     """
     folder = run.directory / "skills"
-    try:
-        for name, kind in _OF_DATASET.items():
-            rows: list[dict[str, Any]] = [
-                {"model": of_model.model, "dataset": one.dataset, **asdict(row)}
-                for of_model in findings
-                for one in of_model.datasets
-                for row in getattr(one, name)
-            ]
-            write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
-        for name, kind in _OF_MODEL.items():
-            rows = [{"model": one.model, **asdict(row)} for one in findings for row in getattr(one, name)]
-            write_table(folder / f"{name}.arrow", kind, rows, names=("model",))
-    except OSError as error:
-        raise NegError(f"{str(folder)!r} cannot be written: {error.strerror or error}") from error
+    for name, kind in _OF_DATASET.items():
+        rows: list[dict[str, Any]] = [
+            {"model": of_model.model, "dataset": one.dataset, **asdict(row)}
+            for of_model in findings
+            for one in of_model.datasets
+            for row in getattr(one, name)
+        ]
+        write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
+    for name, kind in _OF_MODEL.items():
+        rows = [{"model": one.model, **asdict(row)} for one in findings for row in getattr(one, name)]
+        write_table(folder / f"{name}.arrow", kind, rows, names=("model",))
     return folder

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 import pyarrow as pa
 
 from negcore.errors import RunError
-from negcore.storage import draft
+from negcore.storage import output
 
 _TYPES = {
     str: pa.string(),
@@ -34,11 +34,16 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
     rows : sequence of mapping of column to value
     names : sequence of str
         Columns of strings before those of `kind`.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
     """
     hints = get_type_hints(kind)
     columns = [(name, pa.string()) for name in names] + [(item.name, _type(hints[item.name])) for item in fields(kind)]
     schema = pa.schema(columns)
-    with draft(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with output(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
 
 

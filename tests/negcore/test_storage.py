@@ -25,7 +25,18 @@ from negcore.identity import RunIdentity, canonical_json, content_digest
 from negcore.reader import local_shard, open_negs
 from negcore.saved_probes import load_probe
 from negcore.shards import Partition, Receipt, finished_shards, is_whole, receipts, shard_of, write_shard
-from negcore.storage import draft, find, hidden, is_remote, local_directory, location, n_bytes, read_bytes, sizes
+from negcore.storage import (
+    draft,
+    find,
+    hidden,
+    is_remote,
+    local_directory,
+    location,
+    n_bytes,
+    output,
+    read_bytes,
+    sizes,
+)
 from negcore.sweepstore import StudyPlace, write_seconds
 from tasks.runfile import SkillRun, read_run_file, write_run_file
 
@@ -449,6 +460,16 @@ def test_what_needs_local_files_has_a_directory_of_its_own_for_each_run(bucket, 
 
 
 # Other files in a bucket
+
+
+def test_an_output_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match="/file/table.arrow' cannot be written: ") as told,
+        output(tmp_path / "file" / "table.arrow") as path,
+    ):
+        path.touch()
+    one_line(told)
 
 
 def test_a_draft_appears_whole_or_not_at_all(bucket, tmp_path):
