@@ -554,15 +554,14 @@ def _show(results: "RunResults") -> None:
     from flows.display import printable
     from flows.report import REPORT_FILE, counted_now
 
-    sections = results.sections
-    for section in sections:
+    for section in results.sections:
         if section.title:
             _out.print(escape(section.title), highlight=False, soft_wrap=True)
         for table in section.tables:
             _out.print(table)
     if results.extracted:
         _out.print(counted_now(results.extracted), highlight=False, soft_wrap=True)
-    report = f"; the report is {REPORT_FILE} there" if sections else ""
+    report = f"; the report is {REPORT_FILE} there" if results.has_report else ""
     _out.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
     for problem in results.problems:
         _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)

@@ -68,22 +68,24 @@ class RunResults:
         """What there is to show; nothing if the run only makes shards."""
         return []
 
+    @property
+    def has_report(self) -> bool:
+        """Whether there is something to report. Else an earlier run's report stays."""
+        return bool(self.problems or self.sections)
 
-def write_report(results: RunResults) -> Path | None:
-    """Write the page of a run that has something to show; where it is.
+
+def write_report(results: RunResults) -> None:
+    """Write the page of a run that has something to report.
 
     Raises
     ------
     RunError
         If it cannot be written.
     """
-    sections = results.sections
-    if not sections:
-        return None
-    path, page = results.directory / REPORT_FILE, _page(results, sections)
-    with output(path) as file:
-        file.write_text(page, encoding="utf-8")
-    return path
+    if results.has_report:
+        page = _page(results)
+        with output(results.directory / REPORT_FILE) as file:
+            file.write_text(page, encoding="utf-8")
 
 
 def counted(extracted: Sequence[Extracted]) -> str:
@@ -137,7 +139,7 @@ class _Link(NamedTuple):
     about: str = ""
 
 
-def _page(results: RunResults, sections: Sequence[Section]) -> str:
+def _page(results: RunResults) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name(REPORT_FILE).read_text(encoding="utf-8"))
     directory = results.directory
@@ -147,7 +149,7 @@ def _page(results: RunResults, sections: Sequence[Section]) -> str:
         counted=counted(results.extracted) if results.extracted else "",
         problems=[printable(problem) for problem in results.problems],
         set_aside=[printable(row) for row in results.set_aside],
-        sections=[_shown(section, directory) for section in sections],
+        sections=[_shown(section, directory) for section in results.sections],
         parts=[_link(path, directory) for path in find(directory, _REPORTS_OF_PARTS)],
         data=[_link(path, directory, KNOWN_FILES.get(path.name, "")) for path in data],
     )

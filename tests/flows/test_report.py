@@ -59,9 +59,12 @@ class Shown(RunResults):
 
 
 def page_of(results: RunResults) -> Page:
-    path = write_report(results)
-    assert path == results.directory / REPORT_FILE
-    return Page(path.read_text(encoding="utf-8"))
+    return Page(report_of(results).decode())
+
+
+def report_of(results: RunResults) -> bytes:
+    write_report(results)
+    return (results.directory / REPORT_FILE).read_bytes()
 
 
 @pytest.fixture
@@ -143,10 +146,19 @@ def test_the_page_runs_nothing_and_fetches_nothing_from_elsewhere(tmp_path, tabl
 
 def test_the_same_results_make_the_same_bytes(tmp_path, table):
     results = Shown(tmp_path, shown=[Section("", [table])])
-    first = write_report(results).read_bytes()
-    assert write_report(results).read_bytes() == first
+    first = report_of(results)
+    assert report_of(results) == first
 
 
-def test_a_run_without_anything_to_show_has_no_report(tmp_path):
-    assert write_report(RunResults(tmp_path)) is None
+def test_a_run_without_anything_to_report_leaves_an_earlier_report_as_it_is(tmp_path, table):
+    write_report(RunResults(tmp_path))
     assert list(tmp_path.iterdir()) == []
+    before = report_of(Shown(tmp_path, shown=[Section("", [table])]))
+    assert report_of(RunResults(tmp_path)) == before
+
+
+def test_a_run_that_failed_as_a_whole_replaces_the_report(tmp_path, table):
+    write_report(Shown(tmp_path, shown=[Section("", [table])]))
+    page = page_of(RunResults(tmp_path, problems=["everything is lost"]))
+    assert "everything is lost" in page.text
+    assert page.rows == []
