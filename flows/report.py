@@ -100,7 +100,7 @@ def counted(extracted: Sequence[Extracted]) -> str:
 
 def counted_now(extracted: Sequence[Extracted]) -> str:
     """The same, and how much of it was done before."""
-    return f"{counted(extracted)}; {sum(one.n_reused for one in extracted)} shards were there already"
+    return f"{counted(extracted)}; {sum(one.n_reused for one in extracted)} shards reused"
 
 
 def files_of(directory: Path) -> list[Path]:

@@ -82,7 +82,7 @@ def test_a_pipeline_under_a_private_prefect_server_on_ray_ends_in_a_table_and_is
     assert {"progress", "table"} <= kinds
     again = neg("pipeline", tmp_path / "run" / "run.yaml", "--orchestrator", "none", "--backend", "local")
     assert again.returncode == 0, again.stderr
-    assert re.search(r"; (\d+) shards, .*; \1 shards were there already", again.stdout)
+    assert re.search(r"; (\d+) shards, .*; \1 shards reused", again.stdout)
     assert "the report is report.html there" in again.stdout
     assert "questions" in (tmp_path / "run" / "report.html").read_text()
     assert table(again.stdout) == table(ran.stdout)

@@ -50,7 +50,7 @@ def test_rows_are_counted_over_all_parts(directory):
     aside = SetAside(id="row", cause="error", reason="a reason")
     parts = [extracted(10), extracted(5, failures=(failure,), set_aside=(aside,))]
     text = run_summary(RunResults(directory, extracted=parts))
-    assert "15 rows done, 1 set aside, 7 failed; 6 shards, 0 MiB; 4 shards were there already" in text
+    assert "15 rows done, 1 set aside, 7 failed; 6 shards, 0 MiB; 4 shards reused" in text
 
 
 def test_hostile_names_and_errors_are_code(directory):

@@ -186,7 +186,10 @@ def test_towards_gold_raises_it_and_away_lowers_it():
     changes_PM = gold_PM - result.base_probs_PO[np.arange(3), GOLD][:, None]
     signs = {one: np.sign(changes_PM[:, at]) for at, one in enumerate(result.conditions)}
     assert all((found == np.sign(one.shift)).all() for one, found in signs.items() if one.direction == "gold")
-    assert len({*np.concatenate([found for one, found in signs.items() if one.direction == "polarity"])}) == 2
+    by_polarity = np.concatenate([found for one, found in signs.items() if one.direction == "polarity"])
+    assert {-1, 1} <= {
+        *by_polarity
+    }  # and 0 where a set's one neuron has no polarity, on some processors to the last bit
 
 
 @pytest.mark.parametrize("family", ["opt", "bert"])

@@ -678,7 +678,7 @@ def test_a_pipeline_into_a_bucket_is_read_from_there_and_computes_nothing_again(
     server.requests.clear()
     again = neg("pipeline", f"{bucket}/run.yaml", "--orchestrator", "none")
     assert again.returncode == 0, again.stderr
-    assert "; 6 shards were there already" in again.stdout
+    assert "; 6 shards reused" in again.stdout
     assert [request for request in server.requests if request.method == "PUT" and "/negs/" in request.key] == []
     assert table(again.stdout) == table(ran.stdout) != []
 
