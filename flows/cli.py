@@ -2,32 +2,22 @@
 
 import inspect
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flows.serve import FlowName
+from flows.terminal import carry_out, console, errors, mend, quiet_libraries, reading, show
 from negcore.errors import NegError, RunError
 from negcore.storage import location
 from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
-
-if TYPE_CHECKING:
-    from flows.report import RunResults
-    from flows.stages import Stages
-    from tasks.verify import Verified
-
-R = TypeVar("R", bound=RunFile)
-T = TypeVar("T")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,10 +28,6 @@ app = typer.Typer(
     epilog="Exit codes of runs: 0 whole; 1 something is missing, and named; 2 refused, in one line; 3 whole but for "
     "rows that could not be computed and were set aside; 130 stopped. The same command goes on where a run ended.",
 )
-_out = Console()
-_err = Console(stderr=True)
-if not _out.is_terminal and "COLUMNS" not in os.environ:
-    _out.width = 100  # into a file or a pipe, as wide as tables may get; rich would take 80
 
 Orchestrator = Annotated[
     Literal["prefect", "none"],
@@ -61,7 +47,7 @@ def main() -> None:
     try:
         app()
     except NegError as error:
-        _err.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
 
 
@@ -147,14 +133,14 @@ def mceval8k(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", *
     fitted probes. A dataset that cannot be used is left out and named at the end; the exit code is then 1.
     `neg mceval8k DIR/run.yaml` repeats the run and computes only what is missing.
     """
-    _quiet_libraries()
+    quiet_libraries()
     run = read_run_file(EvaluationRun, run_file, overrides)
     from flows import pipeline as flows
     from tasks.plan import plan
 
-    with _reading():
+    with reading():
         n_parts = sum(flows.n_parts(settings, plan(settings, tolerant=True)) for settings in run.settings)
-    _show(_carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k))
+    show(carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k))
 
 
 @app.command()
@@ -167,14 +153,14 @@ def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", 
     Tables and figures are in DIR/linearity. `neg linearity DIR/run.yaml` repeats the run and measures only what is
     missing.
     """
-    _quiet_libraries()
+    quiet_libraries()
     run = read_run_file(LinearityRun, run_file, overrides)
     from flows import linearity as flows
     from tasks.sweeps import plan_linearity
 
-    with _reading():
+    with reading():
         n_shards = sum(study.n_shards for study in plan_linearity(run))
-    _show(_carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
+    show(carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
 
 
 @app.command()
@@ -188,14 +174,14 @@ def skills(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **o
     DIR/demonstrations. Tables and figures are in DIR/skills. Rankings are shown with their causal check only: the
     effect of shifting the best, random and last neurons. `neg skills DIR/run.yaml` computes only what is missing.
     """
-    _quiet_libraries()
+    quiet_libraries()
     run = read_run_file(SkillsRun, run_file, overrides)
     from flows import skills as flows
     from tasks.skills import plan_skills
 
-    with _reading():
+    with reading():
         n_parts = flows.n_parts(run, plan_skills(run))
-    _show(_carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
+    show(carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
 
 
 @app.command()
@@ -223,13 +209,13 @@ def campaign(
     linearity, layer profiles. A model that cannot be loaded or measured is named there and at the end, all others go
     on; the exit code is then 1. `neg campaign DIR` repeats the campaign and computes only what is missing.
     """
-    _quiet_libraries()
+    quiet_libraries()
     run = read_run_file(CampaignRun, run_file, overrides)
     from flows import campaign as flows
 
-    with _reading():
+    with reading():
         n_parts = flows.n_campaign_parts(run)
-    _show(_carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
+    show(carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
 
 
 @app.command()
@@ -266,7 +252,7 @@ def serve(
     while the one before still goes on is dropped. Ctrl-C cancels the run under way and pauses the schedules.
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # the log is all there is to see here
-    _quiet_libraries()
+    quiet_libraries()
     from flows.serve import deployments, serve_runs
 
     serve_runs(deployments(run_files, flow, cron=cron, name=name))
@@ -297,7 +283,7 @@ def compare(
     table = comparison_table(scores)
     if not table.row_count:
         raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
-    _out.print(table)
+    console.print(table)
 
 
 @app.command()
@@ -312,7 +298,7 @@ def benchmark(
 
     Example: `neg benchmark --repeats 5`
     """
-    _quiet_libraries()
+    quiet_libraries()
     import torch
 
     from flows.linearity_tables import benchmark_table
@@ -322,7 +308,7 @@ def benchmark(
     from negcore.models import describe_model, load_model
 
     card = describe_model(model)
-    with _reading():
+    with reading():
         dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
         example = dataset.splits["test"][0]
         n_tokens = len(encode_prompts(card, [example.prompt])[0])
@@ -330,7 +316,7 @@ def benchmark(
     comparisons = compare(
         load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
     )
-    _out.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
+    console.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
 
 
 @app.command()
@@ -343,14 +329,14 @@ def models() -> None:
     from negcore.models import EMBEDDED
 
     for alias, (_, _, command) in EMBEDDED.items():
-        _out.print(f"[bold]{alias}[/bold]  embedded: {command}", highlight=False)
+        console.print(f"[bold]{alias}[/bold]  embedded: {command}", highlight=False)
     table = Table(
         "family", "prediction", "sites (paper = first)", title="Families: any safetensors model of these types"
     )
     for name, arch in sorted(ARCHITECTURES.items()):
         sites = "up, act, gate" if arch.gated else "act"
         table.add_row(name, "masked token" if arch.masked else "next token", sites)
-    _out.print(table)
+    console.print(table)
 
 
 @app.command()
@@ -365,19 +351,19 @@ def datasets(
 
     Examples: `neg datasets`, `neg datasets mini/fact --shots 1`
     """
-    _quiet_libraries()
+    quiet_libraries()
     from flows.display import dataset_table, describe_dataset
     from negcore.datasets import PromptSettings, list_datasets, load_dataset
 
     if name is None:
-        _out.print(dataset_table(list_datasets()))
+        console.print(dataset_table(list_datasets()))
         return
     from negcore.models import describe_model
 
     card = describe_model(model)
     settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
     dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
-    describe_dataset(_out, dataset)
+    describe_dataset(console, dataset)
 
 
 @app.command()
@@ -393,19 +379,19 @@ def verify(
     or belongs to another run. With --repair, the receipts of damaged shards are removed, never those of good ones, and
     the run of DIR/run.yaml is started again: it computes exactly what has no receipt. Then everything is checked again.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from flows.inspect_tables import checked, verified_lines, verified_tables
 
     place = location(directory).absolute()
-    found = checked(place, _out)
+    found = checked(place, console)
     if repair and any(one.faults for one in found):
-        _mend(found)
-        found = checked(place, _out)
+        mend(found)
+        found = checked(place, console)
     for table in verified_tables(found, place):
-        _out.print(table)
+        console.print(table)
     problems = verified_lines(found, place)
     for problem in problems:
-        _err.print(f"[red]wrong:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+        errors.print(f"[red]wrong:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
     if problems:
         raise typer.Exit(1)
 
@@ -426,9 +412,9 @@ def status(directory: RunDirectory) -> None:
     place = location(directory).absolute()
     found = run_status(place)
     for table in status_tables(found, place):
-        _out.print(table)
+        console.print(table)
     for line in status_lines(found, place):
-        _out.print(escape(line), soft_wrap=True, highlight=False)
+        console.print(escape(line), soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -451,7 +437,7 @@ def plan(
     is not counted_now again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
     Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from flows.forecast_tables import forecast_lines, forecast_tables
     from tasks.forecast import forecast, measured_rate, skill_runs
     from tasks.plan import plan as plan_run
@@ -459,7 +445,7 @@ def plan(
     from tasks.rundir import recorded_run
 
     run = recorded_run(run_file, overrides) if run_file else read_run_file(SkillRun, None, overrides)
-    with _reading():
+    with reading():
         planned = [(one, plan_run(one, tolerant=isinstance(run, EvaluationRun))) for one in skill_runs(run)]
         models = forecast(planned)
     first, of_first = planned[0]
@@ -467,127 +453,22 @@ def plan(
     rates |= {model.name: gflops * 1e9 for model in models} if gflops else {}
     needed = rooms(first, models)
     for table in forecast_tables(models, rates):
-        _out.print(table)
+        console.print(table)
     left_out = {f"left out: {problem}" for _, of_run in planned for model in of_run for problem in model.problems}
     for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
-        _out.print(escape(line), soft_wrap=True, highlight=False)
+        console.print(escape(line), soft_wrap=True, highlight=False)
     for room in needed:
         room.check()
 
 
 def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
     """Run one of the pipeline's flows and show its results."""
-    _quiet_libraries()
+    quiet_libraries()
     from flows import pipeline as flows
     from tasks.plan import plan
 
-    with _reading():
+    with reading():
         n_parts = flows.n_parts(run, plan(run), extract=flow_name != "probe", probe=flow_name != "extract")
     plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
     prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
-    _show(_carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow))
-
-
-def _mend(found: "Sequence[Verified]") -> None:
-    """Remove the receipts of damaged shards, and start the runs again that make what then is missing."""
-    from flows.mending import drivers_places, mending, mending_runs
-    from tasks.claim import claim
-    from tasks.verify import unpublish
-
-    with _reading():
-        runs = [(run, mending(run)) for run in mending_runs(found)]  # all of them, before anything is removed
-    with ExitStack() as claims:
-        for directory in drivers_places(found):
-            claims.enter_context(claim(directory))
-        for one in found:
-            unpublish(one)
-        for run, (n_parts, work) in runs:
-            for problem in _carry_out(run, "none", "repair", n_parts, work, work).problems:
-                _err.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
-
-
-def _carry_out(
-    run: R,
-    orchestrator: str,
-    title: str,
-    n_parts: int,
-    plain: Callable[[R, "Stages"], T],
-    prefect_flow: Callable[[R], T],
-) -> T:
-    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private.
-
-    Of a run that is not whole, the results are what there is.
-    """
-    from prefect.exceptions import CancelledRun
-
-    from flows.display import Display
-    from flows.flow_run import IncompleteRun
-    from flows.stages import PlainStages, current_watcher
-    from tasks.claim import claim
-    from tasks.server import prefect_api
-
-    signal.signal(signal.SIGTERM, _terminated)
-    _out.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
-    try:
-        # Claimed before anything is started: a private server would get in the way of another driver's.
-        with claim(run.directory), Display(_out, title, n_parts) as display:
-            current_watcher.set(display)
-            if orchestrator == "none":
-                return plain(run, PlainStages())
-            with prefect_api(run.local_directory / "prefect") as api:
-                api.wait_ready()
-                page = api.url.removesuffix("/api")
-                hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
-                _out.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
-                return prefect_flow(run)
-    except IncompleteRun as incomplete:
-        results: T = incomplete.results
-        return results
-    except (KeyboardInterrupt, CancelledRun) as end:
-        what = "cancelled" if isinstance(end, CancelledRun) else "stopped"
-        _err.print(f"{what}; finished shards are kept, and the same command goes on from them")
-        raise typer.Exit(130) from None
-
-
-def _show(results: "RunResults") -> None:
-    """Show a run's tables, say where everything is, and what is missing or was set aside."""
-    from flows.display import printable
-    from flows.report import REPORT_FILE, counted_now
-
-    for section in results.sections:
-        if section.title:
-            _out.print(escape(section.title), highlight=False, soft_wrap=True)
-        for table in section.tables:
-            _out.print(table)
-    if results.extracted:
-        _out.print(counted_now(results.extracted), highlight=False, soft_wrap=True)
-    report = f"; the report is {REPORT_FILE} there" if results.has_report else ""
-    _out.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
-    for problem in results.problems:
-        _err.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
-    for row in results.set_aside:
-        _err.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
-    if results.problems or results.set_aside:
-        raise typer.Exit(1 if results.problems else 3)
-
-
-def _reading() -> AbstractContextManager[object]:
-    return _out.status("reading tokenizers and datasets") if _out.is_terminal else nullcontext()
-
-
-def _terminated(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _quiet_libraries() -> None:
-    """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
-    for name, value in {
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
+    show(carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow))
