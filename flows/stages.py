@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
@@ -173,28 +174,32 @@ class _Page:
     """What the Prefect UI shows of a run. The run needs no server: one that is lost may come back."""
 
     def __init__(self) -> None:
-        self._asked_again_at = float("-inf")
+        self._silent_until = float("-inf")
 
     def keep(self, show: Callable[[], T]) -> T | None:
-        """Show something that is to stay, with the client's usual patience."""
-        import httpx
-        from prefect.exceptions import PrefectException
-
-        try:
-            return show()
-        except (httpx.HTTPError, PrefectException) as error:
-            self._asked_again_at = time.monotonic() + _SILENCE_S
-            logger.warning("Prefect does not answer (%s): the run goes on, unseen", " ".join(str(error).split()))
-            return None
+        """Show something that is to stay: with the client's usual patience, unless the server is silent anyway."""
+        return self._tried(show, patient=not self._is_silent)
 
     def refresh(self, show: Callable[[], T]) -> T | None:
         """Show something that will soon be shown anew: it is not tried twice, and not while the server is silent."""
+        return None if self._is_silent else self._tried(show, patient=False)
+
+    @property
+    def _is_silent(self) -> bool:
+        return time.monotonic() < self._silent_until
+
+    def _tried(self, show: Callable[[], T], *, patient: bool) -> T | None:
+        import httpx
+        from prefect.exceptions import PrefectException
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-        if time.monotonic() < self._asked_again_at:
+        try:
+            with nullcontext() if patient else temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                return show()
+        except (httpx.HTTPError, PrefectException) as error:
+            self._silent_until = time.monotonic() + _SILENCE_S
+            logger.warning("Prefect does not answer (%s): the run goes on, unseen", " ".join(str(error).split()))
             return None
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            return self.keep(show)
 
 
 class _ProgressArtifact:

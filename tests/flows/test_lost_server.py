@@ -4,7 +4,7 @@ import logging
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.stages import PrefectStages, _Page
 from negcore.errors import RunError
@@ -37,6 +37,14 @@ def test_a_silent_server_is_not_asked_to_refresh_anything_for_a_while(monkeypatc
     page.keep(lose)
     page.refresh(lambda: asked.append("after"))
     assert asked == ["before", "after"]
+
+
+def test_a_silent_server_is_not_waited_for_again():
+    page = _Page()
+    patience = [PREFECT_CLIENT_MAX_RETRIES.value()]
+    page.refresh(lose)
+    page.keep(lambda: patience.append(PREFECT_CLIENT_MAX_RETRIES.value()))
+    assert patience[0] > patience[1] == 0
 
 
 def test_a_mistake_of_ours_is_no_lost_server():
