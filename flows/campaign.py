@@ -14,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import skills
 from flows.campaign_tables import artifact_tables, campaign_tables
-from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.linearity import LinearityResults, run_linearity
 from flows.pipeline import Results, n_parts, run_mceval8k
 from flows.report import RunResults, Section
@@ -99,7 +99,8 @@ def run_campaign(run: CampaignRun, stages: Stages) -> CampaignResults:
             outcomes.append(outcome(part, found, problems))
             results.problems += [f"{part.folder}, {part.stage}: {problem}" for problem in problems]
     results.comparison = compare(outcomes, compared)
-    _publish(run, stages, results.comparison)
+    with noted(results):
+        _publish(run, stages, results.comparison)
     return results
 
 

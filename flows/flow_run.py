@@ -47,10 +47,20 @@ def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
     def claimed(run: R, stages: Stages) -> E:
         with claim(run.directory, when_lost=stages.stop.set):
             results = work(run, stages)
-            write_report(results)
+            with noted(results):
+                write_report(results)
             return results
 
     return claimed
+
+
+@contextmanager
+def noted(results: RunResults) -> Iterator[None]:
+    """Make it one more problem of the results that something cannot be written: they are shown all the same."""
+    try:
+        yield
+    except RunError as error:
+        results.problems.append(str(error))
 
 
 def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:

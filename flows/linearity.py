@@ -10,7 +10,7 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.figures import write_figures
-from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.linearity_tables import artifact_tables, linearity_tables, summary
 from flows.report import RunResults, Section
 from flows.stages import Stages
@@ -37,7 +37,7 @@ class LinearityResults(RunResults):
 
     @property
     def sections(self) -> list[Section]:
-        return [Section(summary(one), linearity_tables(one), self.figures[one.model]) for one in self.findings]
+        return [Section(summary(one), linearity_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
 
 def _flow_run_name() -> str:
@@ -65,7 +65,8 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
     for study in measured:
         _analyse(run, stages, results, study)
     if results.findings:
-        _publish(run, stages, results)
+        with noted(results):
+            _publish(run, stages, results)
     return results
 
 

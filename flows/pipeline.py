@@ -12,7 +12,7 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
-from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.report import RunResults, Section
 from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError
@@ -275,7 +275,8 @@ def _collect(stages: Stages, results: Results, pending: Sequence[_PendingProbe])
         if (one.dataset.dataset.name, one.run.shots) not in known:
             results.splits += split_accounts(one.dataset, one.run.shots)
     if results.scores:
-        _publish(stages, results)
+        with noted(results):
+            _publish(stages, results)
 
 
 def _publish(stages: Stages, results: Results) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.flow_run import listed, one_line, run_session, run_work, under_prefect
+from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.pipeline import Results, extract_planned
 from flows.report import RunResults, Section
 from flows.skill_figures import write_figures
@@ -53,7 +53,7 @@ class SkillResults(RunResults):
 
     @property
     def sections(self) -> list[Section]:
-        return [Section(summary(one), skill_tables(one), self.figures[one.model]) for one in self.findings]
+        return [Section(summary(one), skill_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
 
 def _flow_run_name() -> str:
@@ -92,7 +92,8 @@ def run_skills(run: SkillsRun, stages: Stages) -> SkillResults:
             datasets = [one for one in of_model.datasets if (one.model, one.dataset.name) in whole]
             _analyse_model(run, stages, results, of_model.card, datasets)
     if results.findings:
-        _publish(run, stages, results)
+        with noted(results):
+            _publish(run, stages, results)
     return results
 
 

@@ -1,5 +1,6 @@
 """The flows on a tiny model and a small file of prompts: plain, on Ray actors, and under Prefect."""
 
+import html
 import json
 import random
 
@@ -63,6 +64,17 @@ def test_a_pipeline_writes_the_negs_of_every_row_and_scores_every_probe(run, mod
     expected = neurgrad(load_model(model), [e.prompt for e in examples], [e.labels for e in examples])
     negs_POLN = np.stack([test.layer(layer) for layer in range(test.n_layers)], axis=2)
     np.testing.assert_allclose(negs_POLN, expected.negs_POLN, rtol=1e-5, atol=1e-6 * np.abs(expected.negs_POLN).max())
+
+
+@pytest.mark.parametrize("name", ["report.html", "accuracy.arrow"])
+def test_what_cannot_be_written_is_a_problem_and_all_else_is_shown(run, name):
+    (run.directory / name).mkdir(parents=True)
+    results = run_pipeline(run, PlainStages())
+    (problem,) = results.problems
+    assert f"/{name}' cannot be written: Is a directory" in problem
+    assert len(results.scores) == 3
+    assert sum(part.n_rows for part in results.extracted) == 60
+    assert name == "report.html" or problem in html.unescape((run.directory / "report.html").read_text())
 
 
 def test_the_same_command_again_computes_nothing(run):
