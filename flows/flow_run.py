@@ -32,26 +32,26 @@ _MOST_LOGGED = 20
 class IncompleteRun(RunError):
     """A run ended with something missing; what there is, is in `results`."""
 
-    def __init__(self, results: Any) -> None:
+    def __init__(self, results: RunResults) -> None:
         count = len(results.problems)
         super().__init__(
             f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {results.problems[0]}"
         )
-        self.results = results
+        self.results: Any = results  # of the flow's own kind
 
 
 def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
     """A flow's work: one driver at a time does it in a run directory, see `tasks.claim`, and leaves a report there."""
 
     @wraps(work)
-    def claimed(run: R, stages: Stages) -> E:
+    def worked(run: R, stages: Stages) -> E:
         with claim(run.directory, when_lost=stages.stop.set):
             results = work(run, stages)
             with noted(results):
                 write_report(results)
             return results
 
-    return claimed
+    return worked
 
 
 @contextmanager

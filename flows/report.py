@@ -62,30 +62,30 @@ class RunResults:
     """One line for every row that could not be computed and without which the run went on."""
     problems: list[str] = field(default_factory=list)
     """One line for everything that is missing; empty if the run is whole."""
+    report: Path | None = None
+    """The page of this run; None as long as there is none."""
 
     @property
     def sections(self) -> list[Section]:
         """What there is to show; nothing if the run only makes shards."""
         return []
 
-    @property
-    def has_report(self) -> bool:
-        """Whether there is something to report. Else an earlier run's report stays."""
-        return bool(self.problems or self.sections)
-
 
 def write_report(results: RunResults) -> None:
-    """Write the page of a run that has something to report.
+    """Write the page of a run that has something to report; else an earlier run's page stays.
 
     Raises
     ------
     RunError
         If it cannot be written.
     """
-    if results.has_report:
-        page = _page(results)
-        with output(results.directory / REPORT_FILE) as file:
-            file.write_text(page, encoding="utf-8")
+    sections = results.sections
+    if not (sections or results.problems):
+        return
+    page, path = _page(results, sections), results.directory / REPORT_FILE
+    with output(path) as file:
+        file.write_text(page, encoding="utf-8")
+    results.report = path
 
 
 def counted(extracted: Sequence[Extracted]) -> str:
@@ -139,7 +139,7 @@ class _Link(NamedTuple):
     about: str = ""
 
 
-def _page(results: RunResults) -> str:
+def _page(results: RunResults, sections: Sequence[Section]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name(REPORT_FILE).read_text(encoding="utf-8"))
     directory = results.directory
@@ -149,7 +149,7 @@ def _page(results: RunResults) -> str:
         counted=counted(results.extracted) if results.extracted else "",
         problems=[printable(problem) for problem in results.problems],
         set_aside=[printable(row) for row in results.set_aside],
-        sections=[_shown(section, directory) for section in results.sections],
+        sections=[_shown(section, directory) for section in sections],
         parts=[_link(path, directory) for path in find(directory, _REPORTS_OF_PARTS)],
         data=[_link(path, directory, KNOWN_FILES.get(path.name, "")) for path in data],
     )

@@ -90,7 +90,7 @@ def carry_out(
 def show(results: "RunResults") -> None:
     """Show a run's tables, say where everything is, and what is missing or was set aside."""
     from flows.display import printable
-    from flows.report import REPORT_FILE, counted_now
+    from flows.report import counted_now
 
     for section in results.sections:
         if section.title:
@@ -99,7 +99,7 @@ def show(results: "RunResults") -> None:
             console.print(table)
     if results.extracted:
         console.print(counted_now(results.extracted), highlight=False, soft_wrap=True)
-    report = f"; the report is {REPORT_FILE} there" if results.has_report else ""
+    report = f"; the report is {results.report.name} there" if results.report else ""
     console.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
     for problem in results.problems:
         errors.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)

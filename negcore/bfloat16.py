@@ -15,7 +15,7 @@ _QUIET_NAN = 0x7FC0
 def to_bits(values: npt.NDArray[np.float32]) -> Bits:
     """Bits of the nearest bfloat16 numbers, of two that are as near the even one: uint16, of the same shape.
 
-    Infinity and NaN stay what they are; nothing but a number below 2^-134 becomes zero.
+    Infinity and NaN stay what they are, and nothing above 2^-134 in size becomes zero.
     """
     words = np.ascontiguousarray(values, np.float32).view(np.uint32)
     half = ((words >> 16) & 1) + np.uint32(0x7FFF)

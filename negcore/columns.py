@@ -138,13 +138,11 @@ def record_batch(
 def _of_layers(
     negs_POLN: npt.NDArray[np.float32], activations_PLN: npt.NDArray[np.float32], storage: StorageLevel
 ) -> Iterator[pa.Array]:
+    stored = to_bits if storage == "bfloat16" else np.asarray
     for layer in range(negs_POLN.shape[2]):
-        negs_PON, activations_PN = negs_POLN[:, :, layer], activations_PLN[:, layer]
-        yield column(to_bits(activations_PN) if storage == "bfloat16" else activations_PN)
-        if storage == "codes":
-            yield column(_codes(negs_PON, layer))
-        else:
-            yield column(to_bits(negs_PON) if storage == "bfloat16" else negs_PON)
+        negs_PON = negs_POLN[:, :, layer]
+        yield column(stored(activations_PLN[:, layer]))
+        yield column(_codes(negs_PON, layer) if storage == "codes" else stored(negs_PON))
 
 
 def _of_neurons(

@@ -74,6 +74,7 @@ def test_what_cannot_be_written_is_a_problem_and_all_else_is_shown(run, name):
     assert f"/{name}' cannot be written: Is a directory" in problem
     assert len(results.scores) == 3
     assert sum(part.n_rows for part in results.extracted) == 60
+    assert (results.report is None) == (name == "report.html")
     assert name == "report.html" or problem in html.unescape((run.directory / "report.html").read_text())
 
 

@@ -57,6 +57,11 @@ class Prefect(NamedTuple):
         given = wait_until(answer, f"an answer to {path}").raise_for_status()
         return given.json() if given.content else None
 
+    def settings(self, place: Path) -> dict[str, str]:
+        """What a program needs to report to it, and to leave its own files in a place."""
+        api = {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.auth}
+        return api | {"PREFECT_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1"}
+
     def under_way(self) -> Json | None:
         """The flow run that `neg serve` works on."""
         states = {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}, "deployment_id": {"is_null_": False}}
@@ -194,13 +199,7 @@ class Story(NamedTuple):
 def story(prefect, run):
     folder = run.directory.parent
     command = [NEG, "serve", folder / "run.yaml", "--cron", EVERY_TEN_SECONDS, "--name", "often"]
-    settings = {
-        "PREFECT_API_URL": prefect.url,
-        "PREFECT_API_AUTH_STRING": prefect.auth,
-        "PREFECT_HOME": str(folder / "home"),
-        "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    settings = prefect.settings(folder) | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"}
     with running(command, folder / "serve.log", **settings) as serving:
         first = wait_until(prefect.under_way, "a first run")
         deployment = f"deployments/{first['deployment_id']}"
@@ -255,13 +254,7 @@ class Deployed(NamedTuple):
 @pytest.fixture(scope="module")
 def deployed(prefect, run, tmp_path_factory):
     place = tmp_path_factory.mktemp("worker")
-    settings = {
-        "PREFECT_API_URL": prefect.url,
-        "PREFECT_API_AUTH_STRING": prefect.auth,
-        "PREFECT_HOME": str(place / "home"),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    settings = prefect.settings(place) | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
     program, manifest = NEG.parent / "prefect", REPOSITORY / "infra" / "prefect.yaml"
     for command in (
         ["work-pool", "create", "neg", "--type", "process"],

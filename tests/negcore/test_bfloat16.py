@@ -64,7 +64,6 @@ def test_a_nan_stays_one_whatever_its_bits():
 def test_negs_of_improbable_answers_keep_their_sign_and_three_digits():
     values = np.float32(10.0 ** np.random.default_rng(0).uniform(-12, -6, 10_000))
     assert (np.abs(from_bits(to_bits(values)) / values - 1) <= 2**-8).all()
-    assert (values.astype(np.float16) == 0).mean() > 0.2  # what would be lost otherwise
 
 
 @pytest.fixture
