@@ -13,14 +13,14 @@ from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import skills
-from flows.campaign_tables import artifact_tables, campaign_tables
 from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.linearity import LinearityResults, run_linearity
 from flows.pipeline import Results, n_parts, run_mceval8k
-from flows.report import RunResults, Section
+from flows.show.campaign_tables import artifact_tables, campaign_tables
+from flows.show.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import NegError
-from negcore.storage import n_bytes
+from negcore.store.files import n_bytes
 from tasks.campaign import (
     Compared,
     Comparison,
@@ -32,10 +32,7 @@ from tasks.campaign import (
     skill_rows,
     write_comparison,
 )
-from tasks.extract import Extracted
-from tasks.plan import plan
-from tasks.pool import Stopped
-from tasks.runfile import (
+from tasks.config.run_file import (
     RUN_FILE,
     CampaignPart,
     CampaignRun,
@@ -45,6 +42,9 @@ from tasks.runfile import (
     StageName,
     write_run_file,
 )
+from tasks.extract import Extracted
+from tasks.plan import plan
+from tasks.pool.base import Stopped
 from tasks.skills import plan_skills
 from tasks.sweeps import plan_linearity
 

@@ -11,15 +11,15 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from flows.cancellation import stopped_by_cancellation
-from flows.display import printable
-from flows.report import RunResults, write_report
+from flows.show.display import printable
+from flows.show.report import RunResults, write_report
+from flows.show.summary import run_summary
 from flows.stages import PrefectStages, Stages
-from flows.summary import run_summary
 from negcore.errors import RunError
-from tasks.claim import claim
-from tasks.pool import Stopped
-from tasks.runfile import RunFile
-from tasks.session import ray_session
+from tasks.config.run_file import RunFile
+from tasks.pool.base import Stopped
+from tasks.pool.ray_session import ray_session
+from tasks.rundir.claim import claim
 
 E = TypeVar("E", bound=RunResults)
 R = TypeVar("R", bound=RunFile)
@@ -41,7 +41,7 @@ class IncompleteRun(RunError):
 
 
 def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
-    """A flow's work: one driver at a time does it in a run directory, see `tasks.claim`, and leaves a report there."""
+    """Do a flow's work under the claim of its run directory, and leave a report there."""
 
     @wraps(work)
     def worked(run: R, stages: Stages) -> E:

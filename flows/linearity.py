@@ -9,18 +9,18 @@ from pathlib import Path
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.figures import write_figures
 from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
-from flows.linearity_tables import artifact_tables, linearity_tables, summary
-from flows.report import RunResults, Section
+from flows.show.linearity_figures import write_figures
+from flows.show.linearity_tables import artifact_tables, linearity_tables, summary
+from flows.show.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import ModelError, NegError, RunError
-from negcore.sweepstore import Kind
+from negcore.store.study import Kind
+from tasks.config.run_file import LinearityRun, write_run_file
 from tasks.extract import Advance, Extracted, compute
 from tasks.linearity import Findings, analyse, write_findings
-from tasks.pool import Pool, Stopped, open_pool
-from tasks.rundir import write_plan_file
-from tasks.runfile import LinearityRun, write_run_file
+from tasks.pool.base import Pool, Stopped, open_pool
+from tasks.rundir.layout import write_plan_file
 from tasks.sweeps import PlannedStudy, SweepWorker, plan_linearity, study_job
 
 _KINDS: tuple[Kind, ...] = ("interventions", "estimates", "sweeps")

@@ -11,24 +11,24 @@ from functools import partial
 from prefect import flow, runtime
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
 from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
-from flows.report import RunResults, Section
+from flows.show.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
+from flows.show.report import RunResults, Section
 from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError
-from negcore.reader import NegSplit, open_negs
-from negcore.shards import SetAside, receipts
+from negcore.store.publish import SetAside, receipts
+from negcore.store.reader import NegSplit, open_negs
+from tasks.config.recipes import choose_neurons
+from tasks.config.run_file import EvaluationRun, SkillRun, write_run_file
 from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
+from tasks.forecast.capacity import check_room
 from tasks.plan import SUMS, PlannedDataset, PlannedModel, PlannedSplit, plan
-from tasks.pool import Pool, Stopped, open_pool
+from tasks.pool.base import Pool, Stopped, open_pool
 from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
 from tasks.rank import rank_pool
-from tasks.recipes import choose_neurons
 from tasks.results import Average, SplitAccount, averages, split_accounts
-from tasks.room import check_room
-from tasks.rundir import write_plan_file
-from tasks.runfile import EvaluationRun, SkillRun, write_run_file
-from tasks.tables import write_table
+from tasks.rundir.layout import write_plan_file
+from tasks.rundir.tables import write_table
 
 
 @dataclass

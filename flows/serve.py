@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import ValidationError
 
 from negcore.errors import RunError
-from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
+from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment

@@ -16,17 +16,17 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
 from flows.pipeline import Results, extract_planned
-from flows.report import RunResults, Section
-from flows.skill_figures import write_figures
-from flows.skill_tables import artifact_tables, skill_tables, summary
+from flows.show.report import RunResults, Section
+from flows.show.skill_figures import write_figures
+from flows.show.skill_tables import artifact_tables, skill_tables, summary
 from flows.stages import Stages
-from negcore.models import ModelCard
+from negcore.model.language_model import ModelCard
 from tasks.causal import CausalPart, CausalWorker, causal_job
+from tasks.config.run_file import SkillRun, SkillsRun, write_run_file
 from tasks.extract import Advance, Extracted, compute
 from tasks.plan import PlannedDataset, plan
-from tasks.pool import Pool, Stopped, open_pool
+from tasks.pool.base import Pool, Stopped, open_pool
 from tasks.rank import rank_pool
-from tasks.runfile import SkillRun, SkillsRun, write_run_file
 from tasks.skills import (
     DatasetFindings,
     PlannedSkills,

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from negcore.errors import NegError
 from tasks.extract import Advance
-from tasks.pool import PoolStatus, Stopped
+from tasks.pool.base import PoolStatus, Stopped
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from negcore.errors import NegError
-    from negcore.estimators import ESTIMATORS, estimate
-    from negcore.gradients import NeurGradBatch, neurgrad
-    from negcore.interventions import intervene
-    from negcore.models import LanguageModel, load_model
-    from negcore.reader import open_negs
-    from negcore.sweeps import sweep
+    from negcore.measure.estimators import ESTIMATORS, estimate
+    from negcore.measure.interventions import intervene
+    from negcore.measure.neurgrad import NeurGradBatch, neurgrad
+    from negcore.measure.sweeps import sweep
+    from negcore.model.language_model import LanguageModel, load_model
+    from negcore.store.reader import open_negs
 
 __all__ = [
     "ESTIMATORS",
@@ -31,16 +31,16 @@ __all__ = [
 
 _HOMES = MappingProxyType(
     {
-        "ESTIMATORS": "negcore.estimators",
-        "LanguageModel": "negcore.models",
+        "ESTIMATORS": "negcore.measure.estimators",
+        "LanguageModel": "negcore.model.language_model",
         "NegError": "negcore.errors",
-        "NeurGradBatch": "negcore.gradients",
-        "estimate": "negcore.estimators",
-        "intervene": "negcore.interventions",
-        "load_model": "negcore.models",
-        "neurgrad": "negcore.gradients",
-        "open_negs": "negcore.reader",
-        "sweep": "negcore.sweeps",
+        "NeurGradBatch": "negcore.measure.neurgrad",
+        "estimate": "negcore.measure.estimators",
+        "intervene": "negcore.measure.interventions",
+        "load_model": "negcore.model.language_model",
+        "neurgrad": "negcore.measure.neurgrad",
+        "open_negs": "negcore.store.reader",
+        "sweep": "negcore.measure.sweeps",
     }
 )
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.config.run_file import CampaignPart, CampaignRun
 from tasks.linearity import Findings
 from tasks.probe import Score
 from tasks.results import Average, averages
-from tasks.runfile import CampaignPart, CampaignRun
+from tasks.rundir.tables import write_table
 from tasks.skills import SkillFindings
-from tasks.tables import write_table
 
 N_DEPTHS = 10
 """Parts of equal size that a model's layers are put into."""

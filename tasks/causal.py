@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from negcore.architectures import Dtype, SiteChoice
-from negcore.causal import CausalResult, Condition, SkillSet, chosen_neurons, conditions_of, shift_sets
+from negcore.analysis.causal import CausalResult, Condition, SkillSet, chosen_neurons, conditions_of, shift_sets
 from negcore.datasets import Example
 from negcore.errors import ShardError
-from negcore.identity import RunIdentity, content_digest
-from negcore.models import load_model
-from negcore.reader import NegSplit, open_negs
-from negcore.shards import Partition, Receipt
-from negcore.sweepstore import Columns, StudyIdentity, StudyPlace, read_study, write_study_shard
-from negcore.votes import Ints
+from negcore.measure.votes import Ints
+from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.language_model import load_model
+from negcore.store.identity import RunIdentity, content_digest
+from negcore.store.publish import Partition, Receipt
+from negcore.store.reader import NegSplit, open_negs
+from negcore.store.study import Columns, StudyIdentity, StudyPlace, read_study, write_study_shard
 from tasks.plan import PlannedSplit
 
 
@@ -70,7 +70,7 @@ def plan_causal(split: PlannedSplit, probe: str, sets: Sequence[SkillSet], shift
     probe : str
         Name of the probe whose ranking it is.
     sets : sequence of SkillSet
-        From `negcore.causal.skill_sets`.
+        From `negcore.analysis.causal.skill_sets`.
     shifts : sequence of float
         In units of activation; positive is towards the gold option.
     """

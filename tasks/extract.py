@@ -12,18 +12,18 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from negcore.architectures import Dtype, SiteChoice
 from negcore.datasets import Example
 from negcore.errors import NegError, RunError
-from negcore.gradients import NeurGradBatch, Nonfinite, neurgrad
-from negcore.identity import RunIdentity
-from negcore.models import load_model
-from negcore.shards import Partition, Place, Receipt, SetAside, finished_shards, write_shard
-from negcore.storage import is_remote
-from tasks.isolate import map_isolating, without_text
+from negcore.measure.neurgrad import NeurGradBatch, Nonfinite, neurgrad
+from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.language_model import load_model
+from negcore.store.files import is_remote
+from negcore.store.identity import RunIdentity
+from negcore.store.publish import Partition, Place, Receipt, SetAside, finished_shards, write_shard
 from tasks.plan import PlannedSplit
-from tasks.pool import Pool, PoolStatus
-from tasks.rundir import Part, note_failures
+from tasks.pool.base import Pool, PoolStatus
+from tasks.pool.isolate import map_isolating, without_text
+from tasks.rundir.layout import Part, note_failures
 
 NonfinitePolicy = Literal["fail", "skip", "keep"]
 """What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
@@ -52,7 +52,7 @@ class ExtractJob:
     """Rows among `examples` that are not to be computed."""
     is_trial: bool = False
     neurons: tuple[int, ...] | None = None
-    """Of which the numbers are stored, if not of all: see `negcore.shards.write_shard`."""
+    """Of which the numbers are stored, if not of all: see `negcore.store.publish.write_shard`."""
 
     @property
     def chosen(self) -> list[Example]:

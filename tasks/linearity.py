@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.linearity import (
+from negcore.analysis.linearity import (
     AgreementRow,
     Facts,
     InterventionRow,
@@ -21,11 +21,11 @@ from negcore.linearity import (
     sizes_table,
     stability_table,
 )
-from negcore.sweeps import SweepResult
-from negcore.sweepstore import read_study, read_sweep
-from tasks.runfile import LinearityRun
+from negcore.measure.sweeps import SweepResult
+from negcore.store.study import read_study, read_sweep
+from tasks.config.run_file import LinearityRun
+from tasks.rundir.tables import write_table
 from tasks.sweeps import PlannedPart, PlannedStudy, fact_of
-from tasks.tables import write_table
 
 MEASURED = "sweep"
 
@@ -40,7 +40,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study says about one model; the rows are those of `negcore.linearity`."""
+    """What a study says about one model; the rows are those of `negcore.analysis.linearity`."""
 
     model: str
     dataset: str

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 
-from negcore.codes import check_n_options
 from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
-from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import DatasetError, NegError
-from negcore.fitted import check_forest_size
-from negcore.identity import RunIdentity, choice_digest
-from negcore.models import ModelCard, describe_model
-from negcore.shards import Partition
-from tasks.recipes import n_stored, reads_training_values
-from tasks.runfile import SkillRun
-from tasks.wordings import wording_for
+from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.language_model import ModelCard, describe_model
+from negcore.probing.fitted import check_forest_size
+from negcore.store.codes import check_n_options
+from negcore.store.identity import RunIdentity, choice_digest
+from negcore.store.publish import Partition
+from tasks.config.recipes import n_stored, reads_training_values
+from tasks.config.run_file import SkillRun
+from tasks.config.wordings import wording_for
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 

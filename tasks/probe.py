@@ -10,19 +10,19 @@ from urllib.parse import quote
 
 import numpy as np
 
-from negcore.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
-from negcore.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
-from negcore.probes import LMProbe
-from negcore.rankings import Rankings
-from negcore.reader import NegSplit, open_negs
-from negcore.saved_probes import save_probe
-from negcore.votes import Ints, Ranking, Vote
+from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
+from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
+from negcore.probing.probes import LMProbe
+from negcore.probing.rankings import Rankings
+from negcore.probing.saved_probes import save_probe
+from negcore.store.reader import NegSplit, open_negs
+from tasks.config.recipes import RECIPES, reads_training_values, votes_of
+from tasks.config.run_file import ProbeName, SkillRun
 from tasks.extract import Advance
 from tasks.plan import SUMS, PlannedDataset
-from tasks.pool import Pool, Stopped
+from tasks.pool.base import Pool, Stopped
 from tasks.rank import rank_split
-from tasks.recipes import RECIPES, reads_training_values, votes_of
-from tasks.runfile import ProbeName, SkillRun
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Workshop:
 
 
 def probe_path(root: Path, model: str, dataset: str, probe: str) -> Path:
-    """The file of a saved probe; read it with `negcore.saved_probes.load_probe`."""
+    """The file of a saved probe; read it with `negcore.probing.saved_probes.load_probe`."""
     return root / "probes" / f"model={quote(model, safe='')}" / f"dataset={quote(dataset, safe='')}" / f"{probe}.arrow"
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.rankings import Rankings, rank_layers, training_scores
-from negcore.reader import NegSplit, open_negs
-from negcore.shards import Partition
-from negcore.votes import Vote
-from tasks.pool import Pool, PoolStatus, Resources, open_pool
-from tasks.runfile import RunFile
+from negcore.measure.votes import Vote
+from negcore.probing.rankings import Rankings, rank_layers, training_scores
+from negcore.store.publish import Partition
+from negcore.store.reader import NegSplit, open_negs
+from tasks.config.run_file import RunFile
+from tasks.pool.base import Pool, PoolStatus, Resources, open_pool
 
 
 @dataclass(frozen=True)

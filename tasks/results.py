@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from negcore.datasets import SPLITS, SplitReport
-from negcore.evaluation import Accuracy, macro_average
+from negcore.probing.evaluation import Accuracy, macro_average
 from tasks.plan import PlannedDataset
 from tasks.probe import Score
 
@@ -20,7 +20,7 @@ class Average:
     probe: str
     accuracy: float
     low: float
-    """Lower end of the 95 % interval of `negcore.evaluation.macro_average`: rows vary, datasets do not."""
+    """Lower end of the 95 % interval of `negcore.probing.evaluation.macro_average`: rows vary, datasets do not."""
     high: float
     n_datasets: int
     majority: float

@@ -1,6 +1,6 @@
 """What `neg skills` finds: rankings of the neurons, their causal check, and every analysis of what they say.
 
-The analyses themselves are in `negcore.skills`; here they are put together for a dataset and for all of a model's.
+The analyses themselves are in `negcore.analysis.skills`; here they are put together for a dataset and for a model.
 """
 
 import threading
@@ -10,13 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from negcore.causal import CausalRow, causal_rows, skill_sets
-from negcore.evaluation import accuracy, majority_floor, random_floor
-from negcore.fitted import fit_vote
-from negcore.models import ModelCard
-from negcore.probes import LMProbe
-from negcore.reader import NegSplit, open_negs
-from negcore.skills import (
+from negcore.analysis.causal import CausalRow, causal_rows, skill_sets
+from negcore.analysis.skills import (
     BandRow,
     CommonNeuronRow,
     ForestRow,
@@ -38,13 +33,18 @@ from negcore.skills import (
     training_sizes,
     transfer,
 )
-from negcore.votes import Ints, Ranking, Vote
+from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.model.language_model import ModelCard
+from negcore.probing.evaluation import accuracy, majority_floor, random_floor
+from negcore.probing.fitted import fit_vote
+from negcore.probing.probes import LMProbe
+from negcore.store.reader import NegSplit, open_negs
 from tasks.causal import CausalPart, plan_causal, read_causal
+from tasks.config.run_file import SkillsRun
 from tasks.plan import PlannedDataset, PlannedModel, plan
-from tasks.pool import Pool, PoolStatus
+from tasks.pool.base import Pool, PoolStatus
 from tasks.rank import rank_rows, rank_split
-from tasks.runfile import SkillsRun
-from tasks.tables import write_table
+from tasks.rundir.tables import write_table
 
 _BOOTSTRAP = 1000
 _FOREST = Vote("magn", "neg")
@@ -68,7 +68,7 @@ class ReferenceRow:
 
 @dataclass(frozen=True)
 class DatasetFindings:
-    """What the skill neurons of one dataset are like; the rows are those of `negcore.skills`."""
+    """What the skill neurons of one dataset are like; the rows are those of `negcore.analysis.skills`."""
 
     dataset: str
     references: list[ReferenceRow]

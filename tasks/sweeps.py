@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from negcore.architectures import Dtype, SiteChoice
+from negcore.analysis.linearity import draw_neurons, nested_grid
 from negcore.datasets import Example, FactSet, load_facts
-from negcore.encoding import encode_labels, encode_prompts
 from negcore.errors import NegError
-from negcore.estimators import Target, estimate
-from negcore.gradients import neurgrad
-from negcore.identity import content_digest
-from negcore.interventions import SET_SIZES, intervene, random_sets
-from negcore.linearity import draw_neurons, nested_grid
-from negcore.models import LanguageModel, ModelCard, describe_model, load_model
-from negcore.shards import Receipt
-from negcore.sweeps import sweep
-from negcore.sweepstore import (
+from negcore.measure.estimators import Target, estimate
+from negcore.measure.interventions import SET_SIZES, intervene, random_sets
+from negcore.measure.neurgrad import neurgrad
+from negcore.measure.sweeps import sweep
+from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.language_model import LanguageModel, ModelCard, describe_model, load_model
+from negcore.store.identity import content_digest
+from negcore.store.publish import Receipt
+from negcore.store.study import (
     Columns,
     Kind,
     StudyIdentity,
@@ -36,8 +36,8 @@ from negcore.sweepstore import (
     write_seconds,
     write_study_shard,
 )
+from tasks.config.run_file import LinearityRun
 from tasks.plan import PACKAGES
-from tasks.runfile import LinearityRun
 
 Neurons = NDArray[np.int64]
 

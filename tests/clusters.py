@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tasks.session import _ENVIRONMENT, _local_environment, _short_directory
+from tasks.pool.ray_session import _ENVIRONMENT, _local_environment, _short_directory
 
 
 @contextmanager

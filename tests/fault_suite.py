@@ -45,13 +45,13 @@ from support import NEG
 
 from flows.pipeline import run_extract
 from flows.stages import PlainStages
-from negcore.shards import receipts
+from negcore.store.publish import receipts
+from tasks.config.run_file import SkillRun, read_run_file
 from tasks.extract import ExtractWorker
 from tasks.plan import plan
-from tasks.rundir import ShardFolder, shard_folders
-from tasks.runfile import SkillRun, read_run_file
-from tasks.session import ray_session
-from tasks.verify import verify
+from tasks.pool.ray_session import ray_session
+from tasks.rundir.layout import ShardFolder, shard_folders
+from tasks.rundir.verify import verify
 
 _SERVER_START_S = 900.0
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from negcore.errors import PromptError
-from negcore.shards import SetAside
+from negcore.store.publish import SetAside
 from tasks.extract import ExtractWorker
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from negcore.datasets import PromptSettings, load_dataset
-from negcore.gradients import neurgrad
-from negcore.models import describe_model, load_model
-from negcore.sweeps import sweep
+from negcore.measure.neurgrad import neurgrad
+from negcore.measure.sweeps import sweep
+from negcore.model.language_model import describe_model, load_model
 
 FACTS = {
     "The capital of France is": " Paris",

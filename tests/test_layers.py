@@ -8,7 +8,7 @@ import pytest
 from support import REPOSITORY
 
 ALLOWED_TOP = {"negcore": {"negcore"}, "tasks": {"negcore", "tasks"}, "flows": {"negcore", "tasks", "flows"}}
-HEAVY = {"ray": {"tasks/actors.py", "tasks/session.py"}}
+HEAVY = {"ray": {"tasks/pool/ray_pool.py", "tasks/pool/ray_session.py"}}
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 MODULES = sorted(path for top in ALLOWED_TOP for path in (REPOSITORY / top).rglob("*.py"))
 
@@ -49,5 +49,5 @@ for module in pkgutil.walk_packages(negcore.__path__, "negcore."):
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import sys, flows.cli; assert not {'torch', 'transformers', 'ray', 'prefect'} & set(sys.modules)"
+    code = "import sys, flows.cli.app; assert not {'torch', 'transformers', 'ray', 'prefect'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)

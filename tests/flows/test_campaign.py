@@ -13,15 +13,15 @@ from rich.console import Console
 from support import neg, save_tiny_model
 
 from flows.campaign import n_campaign_parts, run_campaign
-from flows.campaign_tables import artifact_tables, campaign_tables
+from flows.show.campaign_tables import artifact_tables, campaign_tables
 from flows.stages import PlainStages, current_watcher
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
+from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, read_run_file, write_run_file
 from tasks.extract import ExtractWorker
 from tasks.plan import plan
-from tasks.pool import Stopped
+from tasks.pool.base import Stopped
 from tasks.results import Average
-from tasks.runfile import CampaignRun, EvaluationRun, LinearityRun, read_run_file, write_run_file
 
 DATASETS = ["mini/fact", "mini/nli"]
 STAGES = {

@@ -11,20 +11,20 @@ import pytest
 from rich.console import Console
 from support import SHARED, neg, save_tiny_model
 
-from flows.accuracy_tables import artifact_tables, comparison_table, confusion_tables, result_tables, rows_table
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
+from flows.show.accuracy_tables import artifact_tables, comparison_table, confusion_tables, result_tables, rows_table
 from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError, RunError
-from negcore.evaluation import Accuracy, accuracy, macro_average
-from negcore.reader import open_negs
-from negcore.saved_probes import load_probe
+from negcore.probing.evaluation import Accuracy, accuracy, macro_average
+from negcore.probing.saved_probes import load_probe
+from negcore.store.reader import open_negs
+from tasks.config.run_file import EvaluationRun, SkillRun, read_run_file, write_run_file
 from tasks.plan import plan
-from tasks.pool import Stopped
+from tasks.pool.base import Stopped
 from tasks.probe import RECIPES, Confusion, Prober, Score, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
-from tasks.runfile import EvaluationRun, SkillRun, read_run_file, write_run_file
-from tasks.tables import write_table
+from tasks.rundir.tables import write_table
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")

@@ -15,11 +15,11 @@ from support import neg, save_tiny_model
 from flows.linearity import run_linearity
 from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError
-from negcore.estimators import ESTIMATORS, estimate
-from negcore.interventions import intervene, random_sets
-from negcore.models import load_model
-from negcore.sweeps import sweep
-from tasks.runfile import EstimatorName, LinearityRun, read_run_file, write_run_file
+from negcore.measure.estimators import ESTIMATORS, estimate
+from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.sweeps import sweep
+from negcore.model.language_model import load_model
+from tasks.config.run_file import EstimatorName, LinearityRun, read_run_file, write_run_file
 from tasks.sweeps import SweepWorker, plan_linearity
 
 CHEAP = ["neurgrad", "gradient"]

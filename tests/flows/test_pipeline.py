@@ -11,15 +11,15 @@ from support import save_tiny_model
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import DatasetError, LabelError, NegError, ShardError
-from negcore.gradients import neurgrad
-from negcore.models import load_model
-from negcore.reader import open_negs
+from negcore.measure.neurgrad import neurgrad
+from negcore.model.language_model import load_model
+from negcore.store.reader import open_negs
+from tasks.config.run_file import SkillRun, read_run_file
 from tasks.extract import ExtractWorker
-from tasks.forecast import forecast
+from tasks.forecast.needs import forecast
 from tasks.plan import plan
-from tasks.rundir import shard_folders
-from tasks.runfile import SkillRun, read_run_file
-from tasks.verify import verify
+from tasks.rundir.layout import shard_folders
+from tasks.rundir.verify import verify
 
 
 @pytest.fixture(scope="module")

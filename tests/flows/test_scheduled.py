@@ -26,9 +26,9 @@ from support import NEG, REPOSITORY, save_tiny_model
 
 from flows.pipeline import run_pipeline
 from flows.stages import PlainStages
-from negcore.reader import open_negs
-from tasks.claim import CLAIM_FILE
-from tasks.runfile import SkillRun, read_run_file
+from negcore.store.reader import open_negs
+from tasks.config.run_file import SkillRun, read_run_file
+from tasks.rundir.claim import CLAIM_FILE
 
 PATIENCE_S = 600.0
 """Limit for each thing that is waited for: a quiet machine needs seconds."""

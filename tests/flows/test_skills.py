@@ -9,10 +9,10 @@ from support import neg, save_tiny_model
 
 from flows.skills import n_parts, run_skills
 from flows.stages import PlainStages
-from negcore.reader import open_negs
+from negcore.store.reader import open_negs
 from tasks.causal import CausalWorker
+from tasks.config.run_file import SkillsRun, read_run_file, write_run_file
 from tasks.plan import plan
-from tasks.runfile import SkillsRun, read_run_file, write_run_file
 from tasks.skills import plan_skills
 
 DATASETS = ("mini/fact", "mini/nli", "mini/classification")

@@ -9,23 +9,23 @@ import pytest
 from support import save_tiny_model
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.app import app
 from flows.pipeline import run_extract, run_mceval8k, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import RunError
-from negcore.identity import RunIdentity, choice_digest
-from negcore.reader import open_negs
-from negcore.shards import Partition, write_shard
+from negcore.store.identity import RunIdentity, choice_digest
+from negcore.store.publish import Partition, write_shard
+from negcore.store.reader import open_negs
+from tasks.config.recipes import RECIPES, choose_neurons, n_stored
+from tasks.config.run_file import EvaluationRun, SkillRun, SkillsRun, read_run_file
 from tasks.extract import ExtractWorker
-from tasks.forecast import forecast, missing_shards
+from tasks.forecast.capacity import check_room
+from tasks.forecast.needs import forecast, missing_shards
+from tasks.forecast.shard_size import shard_bytes
 from tasks.plan import SUMS, plan
-from tasks.recipes import RECIPES, choose_neurons, n_stored
-from tasks.room import check_room
-from tasks.rundir import shard_folders
-from tasks.runfile import EvaluationRun, SkillRun, SkillsRun, read_run_file
-from tasks.sizes import shard_bytes
-from tasks.status import run_status
-from tasks.verify import unpublish, verify
+from tasks.rundir.layout import shard_folders
+from tasks.rundir.status import run_status
+from tasks.rundir.verify import unpublish, verify
 
 SERVED = tuple(name for name in RECIPES if name != "act")
 N_ALL = 3 * 24

@@ -24,7 +24,7 @@ from prefect.settings.models.root import Settings
 from rich.console import Console
 from support import REPOSITORY
 
-from flows.cli import app
+from flows.cli.app import app
 from flows.serve import FLOWS, FlowName
 
 INFRA = REPOSITORY / "infra"

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from support import save_tiny_model
 
-from negcore.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
+from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
 from negcore.errors import ShardError
-from negcore.models import load_model
-from negcore.rankings import Vote, rank_layers
-from negcore.reader import open_negs
-from negcore.shards import SetAside, write_shard
-from negcore.votes import Ranking
+from negcore.measure.votes import Ranking
+from negcore.model.language_model import load_model
+from negcore.probing.rankings import Vote, rank_layers
+from negcore.store.publish import SetAside, write_shard
+from negcore.store.reader import open_negs
 from tasks.causal import CausalWorker, causal_job, plan_causal, read_causal
+from tasks.config.run_file import SkillRun, read_run_file
 from tasks.extract import ExtractWorker, compute, extract_split
 from tasks.plan import plan
-from tasks.pool import Resources, open_pool
-from tasks.runfile import SkillRun, read_run_file
+from tasks.pool.base import Resources, open_pool
 
 SHIFTS = (-1.0, 0.5)
 MAGN = Vote("magn", "neg")

@@ -13,13 +13,13 @@ from support import neg, save_tiny_model, tiny_model
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import ShardError
-from negcore.reader import open_negs
-from negcore.shards import receipts
+from negcore.store.publish import receipts
+from negcore.store.reader import open_negs
+from tasks.config.run_file import SkillRun, read_run_file
 from tasks.extract import ExtractJob, ExtractWorker, extract_split
 from tasks.plan import plan
-from tasks.pool import Resources, open_pool
-from tasks.runfile import SkillRun, read_run_file
-from tasks.session import ray_session
+from tasks.pool.base import Resources, open_pool
+from tasks.pool.ray_session import ray_session
 
 SHARD_ROWS = 4
 N_ROWS = 36

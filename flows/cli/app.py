@@ -1,0 +1,474 @@
+"""The command line: `neg`."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.markup import escape
+from rich.table import Table
+
+from flows.cli.terminal import carry_out, console, errors, mend, quiet_libraries, reading, show
+from flows.serve import FlowName
+from negcore.errors import NegError, RunError
+from negcore.store.files import location
+from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Neuron empirical gradients at scale: how much every feed-forward neuron of a language model moves the "
+    "probability of an answer, and what that says about the model's skills.",
+    epilog="Exit codes of runs: 0 whole; 1 something is missing, and named; 2 refused, in one line; 3 whole but for "
+    "rows that could not be computed and were set aside; 130 stopped. The same command goes on where a run ended.",
+)
+
+Orchestrator = Annotated[
+    Literal["prefect", "none"],
+    typer.Option(help="prefect: a flow run with its UI; a private server for the run unless PREFECT_API_URL is set."),
+]
+# Text, not a Path: that would take one of the slashes of s3://.
+RunDirectory = Annotated[
+    str, typer.Argument(metavar="DIR", help="Run directory, or a part of one; on disk or s3://BUCKET/PREFIX.")
+]
+RunPath = Annotated[
+    str | None, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence over it.")
+]
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    try:
+        app()
+    except NegError as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+Command = Callable[..., None]
+
+
+def _run_options(kind: type[RunFile]) -> Callable[[Command], Command]:
+    """Give a command every field of a kind of run file as an option, so that each is written down once."""
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = kind.model_fields.items()  # a mapping is for run files only
+        options = [_option(name, field) for name, field in fields if get_origin(field.annotation) is not dict]
+
+        def wrapped(**values: Any) -> None:
+            command(**{name: value for name, value in values.items() if value is not None})
+
+        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+        wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind: Any = field.annotation
+    help_text = field.description or ""
+    if get_origin(kind) is tuple:  # several values; the run file checks each
+        kind = list[str]
+    elif Path in get_args(kind) or (get_origin(kind) is Union and NoneType not in get_args(kind)):
+        kind = str  # it may be a URL; or it has several forms, like a number or "all"
+    has_default = not field.is_required() and field.default is not None and field.default_factory is None
+    if has_default and name not in ("dataset", "confusion"):  # a long list, and a switch
+        default = field.default
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        help_text += f" [default: {shown}]"
+    option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+@app.command()
+@_run_options(SkillRun)
+def pipeline(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Extract NEGs and probe them.
+
+    Example: `neg pipeline --model smollm2-135m --dataset mceval8k/agnews --limit 200 --shots 1`
+
+    The run directory holds run.yaml; `neg pipeline DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+    _execute("pipeline", read_run_file(SkillRun, run_file, overrides), orchestrator)
+
+
+@app.command()
+@_run_options(SkillRun)
+def extract(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Compute the NEG of every neuron for every option and write Arrow shards.
+
+    Example: `neg extract --model smollm2-135m --dataset mini/fact --out runs/facts`
+    """
+    _execute("extract", read_run_file(SkillRun, run_file, overrides), orchestrator)
+
+
+@app.command()
+@_run_options(SkillRun)
+def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Fit and score probes on shards that `neg extract` wrote.
+
+    Example: `neg probe runs/facts --probe magn`
+    """
+    _execute("probe", read_run_file(SkillRun, run_file, overrides), orchestrator)
+
+
+@app.command()
+@_run_options(EvaluationRun)
+def mceval8k(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Evaluate probes on all 22 datasets of MCEval8K, without demonstrations and with one of each class.
+
+    Example: `neg mceval8k --model smollm2-135m --mceval8k data/MCEval8K --limit 200 --out runs/mceval8k`
+
+    DIR holds the tables (accuracy, averages, splits) as Arrow files, DIR/shots-0 and DIR/shots-1 the NEGs and the
+    fitted probes. A dataset that cannot be used is left out and named at the end; the exit code is then 1.
+    `neg mceval8k DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+    quiet_libraries()
+    run = read_run_file(EvaluationRun, run_file, overrides)
+    from flows import pipeline as flows
+    from tasks.plan import plan
+
+    with reading():
+        n_parts = sum(flows.n_parts(settings, plan(settings, tolerant=True)) for settings in run.settings)
+    show(carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k))
+
+
+@app.command()
+@_run_options(LinearityRun)
+def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Measure NEGs by shifting neurons step by step, and compare every estimator with them.
+
+    Example: `neg linearity --model smollm2-135m --prompts 10 --neurons 60 --out runs/linearity`
+
+    Tables and figures are in DIR/linearity. `neg linearity DIR/run.yaml` repeats the run and measures only what is
+    missing.
+    """
+    quiet_libraries()
+    run = read_run_file(LinearityRun, run_file, overrides)
+    from flows import linearity as flows
+    from tasks.sweeps import plan_linearity
+
+    with reading():
+        n_shards = sum(study.n_shards for study in plan_linearity(run))
+    show(carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
+
+
+@app.command()
+@_run_options(SkillsRun)
+def skills(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+    """Analyse skill neurons: how many are enough, how far they carry over, which are shared, what they cause.
+
+    Example: `neg skills --model smollm2-135m --dataset mini/fact --dataset mini/nli --limit 60 --out runs/skills`
+
+    Every dataset is asked in several ways, so the NEGs of each are extracted: DIR/main, DIR/wording, DIR/shots and
+    DIR/demonstrations. Tables and figures are in DIR/skills. Rankings are shown with their causal check only: the
+    effect of shifting the best, random and last neurons. `neg skills DIR/run.yaml` computes only what is missing.
+    """
+    quiet_libraries()
+    run = read_run_file(SkillsRun, run_file, overrides)
+    from flows import skills as flows
+    from tasks.skills import plan_skills
+
+    with reading():
+        n_parts = flows.n_parts(run, plan_skills(run))
+    show(carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
+
+
+@app.command()
+@_run_options(CampaignRun)
+def campaign(
+    run_file: Annotated[str, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence.")],
+    orchestrator: Orchestrator = "prefect",
+    **overrides: Any,
+) -> None:
+    """Take several models through several stages, and compare them.
+
+    Example: `neg campaign campaign.yaml --model smollm2-135m --model org/other`
+
+    The file names models and stages, and holds the options of every stage as a mapping, such as
+
+        model: [smollm2-135m, org/other]
+
+        stage: [mceval8k, linearity]
+
+        mceval8k: {dataset: [mceval8k/agnews, mceval8k/paws], limit: 200, shots: [0]}
+
+        linearity: {prompts: 10, neurons: 60}
+
+    The runs are in DIR/MODEL/STAGE, the comparison in DIR/campaign: accuracy by genre, the best probe beside LM-Prob,
+    linearity, layer profiles. A model that cannot be loaded or measured is named there and at the end, all others go
+    on; the exit code is then 1. `neg campaign DIR` repeats the campaign and computes only what is missing.
+    """
+    quiet_libraries()
+    run = read_run_file(CampaignRun, run_file, overrides)
+    from flows import campaign as flows
+
+    with reading():
+        n_parts = flows.n_campaign_parts(run)
+    show(carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Run directory, or s3://BUCKET/PREFIX.")] = "runs/demo",
+    orchestrator: Orchestrator = "prefect",
+) -> None:
+    """Measure the embedded model on six small datasets and probe it: a first real result, without network.
+
+    Example: `neg demo`
+    """
+    from negcore.datasets import list_datasets
+
+    names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
+    values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 60}
+    _execute("pipeline", read_run_file(SkillRun, None, values), orchestrator)
+
+
+@app.command()
+def serve(
+    run_files: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (YAML), or run directories.")],
+    flow: Annotated[FlowName, typer.Option(help="The flow that the run files are for.")] = "pipeline",
+    cron: Annotated[
+        str | None,
+        typer.Option(help="When runs are due, in UTC: minute hour day month weekday. By default on request."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the deployment. By default the run directory's.")] = None,
+) -> None:
+    """Run run files on a schedule, or when asked to in the Prefect UI, one at a time, on this machine.
+
+    Example: `neg serve runs/NAME --cron "0 2 * * *"`
+
+    Needs a Prefect server that stays (`prefect server start`) and its address in PREFECT_API_URL. A run that is due
+    while the one before still goes on is dropped. Ctrl-C cancels the run under way and pauses the schedules.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # the log is all there is to see here
+    quiet_libraries()
+    from flows.serve import deployments, serve_runs
+
+    serve_runs(deployments(run_files, flow, cron=cron, name=name))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+) -> None:
+    """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
+
+    Example: `neg compare runs/clean runs/released`
+
+    Every dataset that two of the runs have is shown, with a line for each run.
+    """
+    from flows.show.accuracy_tables import comparison_table
+    from tasks.probe import Score
+    from tasks.rundir.tables import read_table
+
+    if len(set(runs)) < 2:
+        raise RunError("name at least two run directories: there is nothing to compare one with")
+    places = [location(run) for run in runs]
+    names = [place.name for place in places]
+    scores = {
+        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", Score)
+        for place in places
+    }
+    table = comparison_table(scores)
+    if not table.row_count:
+        raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
+    console.print(table)
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Option(help="Model, as for `neg pipeline`.")] = "smollm2-135m",
+    device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
+    neurons: Annotated[int, typer.Option(min=1, help="Neurons that are swept.")] = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
+    cpus: Annotated[int, typer.Option(min=1, help="Threads, as of a worker.")] = 1,
+) -> None:
+    """Time the fast paths beside their plain twins, in turns, on one question.
+
+    Example: `neg benchmark --repeats 5`
+    """
+    quiet_libraries()
+    import torch
+
+    from flows.show.linearity_tables import benchmark_table
+    from negcore.datasets import PromptSettings, load_dataset
+    from negcore.measure.benchmark import benchmark as compare
+    from negcore.model.encoding import encode_prompts
+    from negcore.model.language_model import describe_model, load_model
+
+    card = describe_model(model)
+    with reading():
+        dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
+        example = dataset.splits["test"][0]
+        n_tokens = len(encode_prompts(card, [example.prompt])[0])
+    torch.set_num_threads(cpus)
+    comparisons = compare(
+        load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
+    )
+    console.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
+
+
+@app.command()
+def models() -> None:
+    """List the models that ship as packages and the model families that can be measured.
+
+    Example: `neg models`
+    """
+    from negcore.model.architectures import ARCHITECTURES
+    from negcore.model.language_model import EMBEDDED
+
+    for alias, (_, _, command) in EMBEDDED.items():
+        console.print(f"[bold]{alias}[/bold]  embedded: {command}", highlight=False)
+    table = Table(
+        "family", "prediction", "sites (paper = first)", title="Families: any safetensors model of these types"
+    )
+    for name, arch in sorted(ARCHITECTURES.items()):
+        sites = "up, act, gate" if arch.gated else "act"
+        table.add_row(name, "masked token" if arch.masked else "next token", sites)
+    console.print(table)
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="A dataset to look at more closely; needs --model.")] = None,
+    model: Annotated[str, typer.Option(help="Model whose tokenizer makes the prompts.")] = "smollm2-135m",
+    shots: Annotated[Literal["0", "1"], typer.Option(help="Demonstrations of each class.")] = "0",
+    wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
+    mceval8k: Annotated[Path | None, typer.Option(help="Folder with MCEval8K.")] = None,
+) -> None:
+    """List the datasets, or show one as a model will read it: rows of its splits, label rule, a prompt.
+
+    Examples: `neg datasets`, `neg datasets mini/fact --shots 1`
+    """
+    quiet_libraries()
+    from flows.show.display import dataset_table, describe_dataset
+    from negcore.datasets import PromptSettings, list_datasets, load_dataset
+
+    if name is None:
+        console.print(dataset_table(list_datasets()))
+        return
+    from negcore.model.language_model import describe_model
+
+    card = describe_model(model)
+    settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
+    dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
+    describe_dataset(console, dataset)
+
+
+@app.command()
+def verify(
+    directory: RunDirectory,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute what is damaged or missing again.")] = False,
+) -> None:
+    """Check every shard against its receipt: size, checksum, place, columns, row ids.
+
+    Examples: `neg verify runs/NAME`, `neg verify runs/NAME --repair`
+
+    Reads every byte and changes nothing. The exit code is 1 if a shard is damaged or missing, lies in the wrong place
+    or belongs to another run. With --repair, the receipts of damaged shards are removed, never those of good ones, and
+    the run of DIR/run.yaml is started again: it computes exactly what has no receipt. Then everything is checked again.
+    """
+    quiet_libraries()
+    from flows.show.inspect_tables import checked, verified_lines, verified_tables
+
+    place = location(directory).absolute()
+    found = checked(place, console)
+    if repair and any(one.faults for one in found):
+        mend(found)
+        found = checked(place, console)
+    for table in verified_tables(found, place):
+        console.print(table)
+    problems = verified_lines(found, place)
+    for problem in problems:
+        errors.print(f"[red]wrong:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(directory: RunDirectory) -> None:
+    """Tell what a run has done, what is missing or set aside, how fast it is, and the time left.
+
+    Example: `neg status runs/NAME`
+
+    Reads receipts alone and loads no model, so it can be asked at any time, also while the run goes on. Shards are
+    not opened: `neg verify` does that. The pace is that of the present session: every shard counts with the time since
+    the one before it, and where that is a pause of the run, neither counts.
+    """
+    from flows.show.inspect_tables import status_lines, status_tables
+    from tasks.rundir.status import run_status
+
+    place = location(directory).absolute()
+    found = run_status(place)
+    for table in status_tables(found, place):
+        console.print(table)
+    for line in status_lines(found, place):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+
+
+@app.command()
+@_run_options(SkillRun)
+def plan(
+    run_file: RunPath = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the rate of a worker: load each model, run a few prompts.")
+    ] = False,
+    gflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Rate of one worker, in 10^9 operations a second.")
+    ] = None,
+    **overrides: Any,
+) -> None:
+    """Foresee what a run will need: prompts, shards, bytes, memory, time; nothing is computed or written.
+
+    Example: `neg plan --model smollm2-135m --dataset mceval8k/agnews --limit 200 --calibrate`
+
+    Takes the options of `neg pipeline`, or the run file of any run on datasets. What is already in the run directory
+    is not counted_now again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
+    Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
+    """
+    quiet_libraries()
+    from flows.show.forecast_tables import forecast_lines, forecast_tables
+    from tasks.forecast.capacity import rooms
+    from tasks.forecast.needs import forecast, measured_rate, skill_runs
+    from tasks.plan import plan as plan_run
+    from tasks.rundir.layout import recorded_run
+
+    run = recorded_run(run_file, overrides) if run_file else read_run_file(SkillRun, None, overrides)
+    with reading():
+        planned = [(one, plan_run(one, tolerant=isinstance(run, EvaluationRun))) for one in skill_runs(run)]
+        models = forecast(planned)
+    first, of_first = planned[0]
+    rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
+    rates |= {model.name: gflops * 1e9 for model in models} if gflops else {}
+    needed = rooms(first, models)
+    for table in forecast_tables(models, rates):
+        console.print(table)
+    left_out = {f"left out: {problem}" for _, of_run in planned for model in of_run for problem in model.problems}
+    for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
+        console.print(escape(line), soft_wrap=True, highlight=False)
+    for room in needed:
+        room.check()
+
+
+def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
+    """Run one of the pipeline's flows and show its results."""
+    quiet_libraries()
+    from flows import pipeline as flows
+    from tasks.plan import plan
+
+    with reading():
+        n_parts = flows.n_parts(run, plan(run), extract=flow_name != "probe", probe=flow_name != "extract")
+    plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
+    prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
+    show(carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow))

@@ -1,0 +1,131 @@
+"""A run in front of a person: its progress while it goes on, its results at the end, and the exit code."""
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tasks.config.run_file import RunFile
+
+if TYPE_CHECKING:
+    from flows.show.report import RunResults
+    from flows.stages import Stages
+    from tasks.rundir.verify import Verified
+
+R = TypeVar("R", bound=RunFile)
+T = TypeVar("T")
+
+console = Console()
+errors = Console(stderr=True)
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 100  # into a file or a pipe, as wide as tables may get; rich would take 80
+
+
+def mend(found: "Sequence[Verified]") -> None:
+    """Remove the receipts of damaged shards, and start the runs again that make what then is missing."""
+    from flows.repair import drivers_places, mending, mending_runs
+    from tasks.rundir.claim import claim
+    from tasks.rundir.verify import unpublish
+
+    with reading():
+        runs = [(run, mending(run)) for run in mending_runs(found)]  # all of them, before anything is removed
+    with ExitStack() as claims:
+        for directory in drivers_places(found):
+            claims.enter_context(claim(directory))
+        for one in found:
+            unpublish(one)
+        for run, (n_parts, work) in runs:
+            for problem in carry_out(run, "none", "repair", n_parts, work, work).problems:
+                errors.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+
+
+def carry_out(
+    run: R,
+    orchestrator: str,
+    title: str,
+    n_parts: int,
+    plain: Callable[[R, "Stages"], T],
+    prefect_flow: Callable[[R], T],
+) -> T:
+    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private.
+
+    Of a run that is not whole, the results are what there is.
+    """
+    from prefect.exceptions import CancelledRun
+
+    from flows.flow_run import IncompleteRun
+    from flows.show.display import Display
+    from flows.stages import PlainStages, current_watcher
+    from tasks.rundir.claim import claim
+    from tasks.server import prefect_api
+
+    signal.signal(signal.SIGTERM, _terminated)
+    console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
+    try:
+        # Claimed before anything is started: a private server would get in the way of another driver's.
+        with claim(run.directory), Display(console, title, n_parts) as display:
+            current_watcher.set(display)
+            if orchestrator == "none":
+                return plain(run, PlainStages())
+            with prefect_api(run.local_directory / "prefect") as api:
+                api.wait_ready()
+                page = api.url.removesuffix("/api")
+                hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
+                console.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
+                return prefect_flow(run)
+    except IncompleteRun as incomplete:
+        results: T = incomplete.results
+        return results
+    except (KeyboardInterrupt, CancelledRun) as end:
+        what = "cancelled" if isinstance(end, CancelledRun) else "stopped"
+        errors.print(f"{what}; finished shards are kept, and the same command goes on from them")
+        raise typer.Exit(130) from None
+
+
+def show(results: "RunResults") -> None:
+    """Show a run's tables, say where everything is, and what is missing or was set aside."""
+    from flows.show.display import printable
+    from flows.show.report import counted_now
+
+    for section in results.sections:
+        if section.title:
+            console.print(escape(section.title), highlight=False, soft_wrap=True)
+        for table in section.tables:
+            console.print(table)
+    if results.extracted:
+        console.print(counted_now(results.extracted), highlight=False, soft_wrap=True)
+    report = f"; the report is {results.report.name} there" if results.report else ""
+    console.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
+    for problem in results.problems:
+        errors.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
+    for row in results.set_aside:
+        errors.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
+    if results.problems or results.set_aside:
+        raise typer.Exit(1 if results.problems else 3)
+
+
+def reading() -> AbstractContextManager[object]:
+    return console.status("reading tokenizers and datasets") if console.is_terminal else nullcontext()
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def quiet_libraries() -> None:
+    """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
+    for name, value in {
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)

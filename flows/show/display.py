@@ -1,0 +1,109 @@
+"""What a person at a terminal sees of a run: progress while it goes on, a table at its end."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from negcore.datasets import Dataset, DatasetInfo
+from tasks.pool.base import PoolStatus
+
+
+class Display:
+    """Progress bars: the whole run and each stage under way; without a terminal, a plain line a stage."""
+
+    def __init__(self, console: Console, title: str, total: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._whole = self._progress.add_task(escape(title), total=total, note="")
+        self._bars: dict[str, TaskID] = {}
+        self._done: dict[str, int] = {}
+        self._finished = 0
+        """Parts of stages that ended: another stage may come by the same name."""
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, stage: str, done: int, total: int, status: PoolStatus | None) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(f"  {escape(stage)}", total=total, note="")
+        self._progress.update(self._bars[stage], completed=done, note=_note(status))
+        self._done[stage] = done
+        self._progress.update(self._whole, completed=self._finished + sum(self._done.values()))
+
+    def finish(self, stage: str, error: BaseException | None) -> None:
+        if stage in self._bars:
+            self._progress.remove_task(self._bars[stage])
+            del self._bars[stage]
+        if error is not None:
+            self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
+        elif not self._console.is_terminal and stage in self._done:
+            self._console.print(f"finished {escape(stage)}", highlight=False)
+        self._finished += self._done.pop(stage, 0)
+
+
+def _note(status: PoolStatus | None) -> str:
+    if status is None:
+        return ""
+    if status.note:
+        return escape(status.note)
+    return "" if status.ready else "workers load the model"
+
+
+def dataset_table(infos: Sequence[DatasetInfo]) -> Table:
+    """The datasets that have a name."""
+    table = Table("dataset", "genre", "options", "wordings", box=SIMPLE_HEAD)
+    for info in infos:
+        table.add_row(info.name, info.genre, str(info.n_options), ", ".join(info.wordings))
+    return table
+
+
+def describe_dataset(console: Console, dataset: Dataset) -> None:
+    """Show how a dataset's splits came about and what a prompt looks like."""
+    report = dataset.split_report
+    table = Table("split", "released", "damaged", "available", "used", box=SIMPLE_HEAD)
+    table.title = f"{dataset.name}, split policy {report.policy}"
+    for split in dataset.splits:
+        counts = (report.n_released, report.n_damaged, report.n_available, report.n_used)
+        table.add_row(split, *(str(count.get(split, 0)) for count in counts))
+    console.print(table)
+    for change in report.dropped:
+        console.print(f"dropped {change.n_rows} rows of {change.split}: {change.reason}", markup=False)
+    for change in report.drawn:
+        console.print(f"drew {change.n_rows} rows into {change.split}: {change.reason}", markup=False)
+    console.print(dataset.label_rule, markup=False)
+    example = dataset.splits["test"][0]
+    console.rule(f"prompt {escape(example.id)}, gold {escape(repr(example.labels[example.answer]))}")
+    console.print(printable(example.prompt), markup=False, highlight=False)
+
+
+def printable(text: str) -> str:
+    """Text of a dataset or model without what a terminal would obey: control characters are spelled out."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

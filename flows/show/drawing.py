@@ -1,0 +1,45 @@
+"""What all figures have in common: how they look, how they show text, and how they are written as SVG and PNG."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from flows.show.display import printable
+from flows.stages import artifact_key
+from negcore.store.files import output
+
+Axes = Any
+
+BLUE, ORANGE, GREY = "#1f5f99", "#d95f02", "#8a8a8a"
+_STYLE = {
+    "svg.hashsalt": "neg",  # the same figure is the same file
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, model: str) -> list[Path]:
+    """Draw and write every figure of one model; the files, SVG before PNG. `RunError` if they cannot be written."""
+    paths = []
+    with matplotlib.rc_context(_STYLE):
+        for name, draw in drawings.items():
+            figure = draw()
+            for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                paths.append(folder / f"{artifact_key(model)}-{name}.{kind}")
+                with output(paths[-1]) as file:
+                    figure.savefig(file, format=kind, metadata=metadata, dpi=150)
+    return paths
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is: no control characters, and no formula between dollar signs."""
+    return printable(text).replace("\n", " ").replace("$", r"\$")

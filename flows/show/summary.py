@@ -1,0 +1,42 @@
+"""What Prefect's pages say of a whole run: what became of its rows, and where its report and files are."""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from flows.show.display import printable
+from flows.show.report import KNOWN_FILES, RunResults, counted_now, files_of
+from negcore.store.files import is_remote
+
+_MOST_PROBLEMS = 20
+_LONGEST_PROBLEM = 300
+
+
+def run_summary(results: RunResults) -> str:
+    """Markdown that counts a run's rows and names its report and files, with links; no prompt is in it.
+
+    Browsers follow a link to a file only on the machine that has it, and not from every page, so paths are written out
+    too.
+    """
+    lines = [f"**{counted_now(results.extracted)}**", ""] if results.extracted else []
+    lines += [f"- {_code(section.title)}" for section in results.sections if section.title]
+    lines += ["", f"Run directory: {_linked(results.directory, str(results.directory))}", ""]
+    lines += map(_file_line, files_of(results.directory))
+    if results.problems:
+        lines += ["", f"**Missing: {len(results.problems)}**", ""]
+        lines += [f"- {_code(problem[:_LONGEST_PROBLEM])}" for problem in results.problems[:_MOST_PROBLEMS]]
+    return "\n".join(lines)
+
+
+def _file_line(path: Path) -> str:
+    what = KNOWN_FILES.get(path.name)
+    return f"- {_linked(path, path.name)}" + (f": {what}" if what else "")
+
+
+def _linked(path: Path, text: str) -> str:
+    return f"{_code(text)} ([open]({quote(str(path), safe=':/') if is_remote(path) else path.as_uri()}))"
+
+
+def _code(text: str) -> str:
+    """Text in which nothing is read as markup. (Prefect's pages show the backslashes of other ways to escape.)"""
+    line = " ".join(printable(text).split())
+    return f"`{line.replace('`', '?')}`"

@@ -1,0 +1,1 @@
+"""Analyses of stored numbers: linearity, skill neurons, causal checks."""

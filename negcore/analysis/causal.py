@@ -1,0 +1,356 @@
+"""The causal check of a ranking: do its best neurons move the answer more than random ones, or than its last?
+
+The best k neurons are shifted together towards or away from the gold option, and so are as many random neurons of
+the same layers and the last k. A probe can read an answer from neurons that do not make it: only what the best do
+beyond the random ones speaks for the ranking. Which way is towards gold is asked in two ways: of each neuron's NEG for
+the prompt's gold option, which moves the answer with any neurons and tells how much these could do; and of the
+ranking's polarities, which do not know the answer and are what the ranking claims.
+
+Shapes: P prompts, O options, M conditions (a set of neurons and a shift), K neurons, L layers, N neurons a layer,
+B bootstrap samples. Neurons are flat indices, layer-major: neuron n of layer l is l*N + n.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from negcore.analysis.linearity import bootstrap_weights
+from negcore.errors import NegError
+from negcore.measure.interventions import JointShift, check_shift, shift_together
+from negcore.measure.votes import Ints, Ranking, Signs, check_finite, check_gold
+from negcore.model.encoding import Labels, encode_labels, encode_prompts
+from negcore.model.language_model import LanguageModel
+
+Array = NDArray[Any]
+Floats = NDArray[np.float64]
+SetKind = Literal["top", "random", "bottom"]
+Direction = Literal["gold", "polarity"]
+DIRECTIONS: tuple[Direction, ...] = ("gold", "polarity")
+
+
+@dataclass(frozen=True)
+class CausalRow:
+    """What shifting the neurons of one kind and number did; intervals hold the middle 95 % of bootstrap samples."""
+
+    probe: str
+    """Whose ranking it is."""
+    neurons: str
+    """top: the best of the ranking; random: of the same layers, averaged over the draws; bottom: its last."""
+    size: int
+    """Neurons that were shifted together."""
+    direction: str
+    """Where towards gold is. gold: as each neuron's NEG for the prompt's gold option says; polarity: as the ranking
+    says, the same way in every prompt."""
+    shift: float
+    """In units of activation; positive is towards the gold option, negative away from it."""
+    n_prompts: int
+    base_accuracy: float
+    """Share of prompts whose most probable option is the gold one, without a shift."""
+    accuracy: float
+    """The same with the shift."""
+    accuracy_change: float
+    change_low: float
+    change_high: float
+    prob_change: float
+    """Mean change of the gold option's probability."""
+    prob_low: float
+    prob_high: float
+    share_change: float
+    """Mean change of the gold option's share of the probability of all options."""
+
+
+class SkillSet(NamedTuple):
+    """Neurons that are shifted together."""
+
+    kind: SetKind
+    size: int
+    draw: int
+    """Which of the random draws; 0 for the others."""
+    neurons_K: Ints
+    """Flat indices."""
+    polarity_K: Signs
+    """Their polarities in the ranking."""
+
+
+class Condition(NamedTuple):
+    """A set of neurons, and which way and how far it is shifted."""
+
+    neurons: SetKind
+    size: int
+    draw: int
+    direction: Direction
+    shift: float
+
+
+@dataclass(frozen=True, eq=False)
+class CausalResult:
+    """Probabilities of every option under every condition; float32, or float64 from a float64 model."""
+
+    conditions: tuple[Condition, ...]
+    """What the columns M are."""
+    gold_P: Ints
+    """Index of each prompt's gold option."""
+    base_probs_PO: Array
+    """Without a shift."""
+    probs_PMO: Array
+    """With the condition's neurons shifted; softmax over the whole vocabulary."""
+
+
+def skill_sets(
+    ranking: Ranking, sizes: Sequence[int], n_layers: int, n_neurons: int, *, draws: int, seed: int
+) -> list[SkillSet]:
+    """The sets that a ranking is checked with: of each size the best, random ones of the same layers, and the last.
+
+    A random set has as many neurons in each layer as the best have there, and none of the best. Where a layer has
+    too few others, all of them are taken and the rest are drawn from the best: there, and only there, the two share
+    neurons.
+
+    Parameters
+    ----------
+    ranking : Ranking
+        Of all L*N neurons.
+    sizes : sequence of int
+        Each at most half of the neurons, so that the best and the last share none.
+    draws : int
+        Random sets of each size. A set depends on the ranking, its size, its draw and the seed only.
+
+    Returns
+    -------
+    list of SkillSet
+        By size; of each size the best, the draws, the last. The last are those of the smallest absolute score, of
+        equal ones those that the ranking puts last.
+
+    Raises
+    ------
+    NegError
+        If the ranking leaves neurons out, a size or the number of draws is out of range.
+    """
+    n_total = n_layers * n_neurons
+    if len(ranking.order_K) != n_total:
+        raise NegError(f"the ranking holds {len(ranking.order_K)} neurons of {n_total}; give one of all neurons")
+    if draws < 1:
+        raise NegError(f"{draws} random draws leave nothing to compare the best neurons with; give at least 1")
+    for size in sizes:
+        if not 1 <= size <= n_total // 2:
+            raise NegError(f"a set of {size} neurons cannot be checked; of {n_total} neurons take 1 to {n_total // 2}")
+    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, n_neurons, draws, seed)]
+
+
+def chosen_neurons(sets: Sequence[SkillSet]) -> Ints:
+    """The neurons that are in any of the sets, in ascending order: flat indices, shape (K,)."""
+    return np.unique(np.concatenate([one.neurons_K for one in sets]))
+
+
+def conditions_of(sets: Sequence[SkillSet], shifts: Sequence[float]) -> tuple[Condition, ...]:
+    """What `shift_sets` measures, in its order: by set, then by direction, then by shift."""
+    return tuple(
+        Condition(one.kind, one.size, one.draw, direction, float(shift))
+        for one in sets
+        for direction in DIRECTIONS
+        for shift in shifts
+    )
+
+
+def shift_sets(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    labels: Labels,
+    *,
+    gold_P: ArrayLike,
+    gold_negs_PK: ArrayLike,
+    sets: Sequence[SkillSet],
+    shifts: Sequence[float],
+) -> CausalResult:
+    """Shift sets of neurons together, towards each prompt's gold option or away from it.
+
+    A shift d moves a neuron's activation a to a + d * g * s(a), where s(a) is +1 where a > 0, else -1, and g is the
+    sign of its NEG for the gold option, or its polarity in the ranking: a positive shift asks every neuron to raise
+    the gold option, of which the NEG is sure for each neuron alone, and which the polarity guesses without knowing the
+    answer. A neuron whose g is zero stays. Directions are those of the unshifted pass.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+    prompts : sequence of str, length P
+    labels : sequence of str, or one such sequence for each prompt
+        Of the options; encoded exactly as given.
+    gold_P : int array of shape (P,)
+        Index of each prompt's gold option.
+    gold_negs_PK : float array of shape (P, K), probability per unit of activation
+        NEG for the gold option of the neurons in `chosen_neurons(sets)`, in that order. Only signs matter.
+    sets : sequence of SkillSet
+    shifts : sequence of float
+        Sizes other than zero, in units of activation.
+
+    Returns
+    -------
+    CausalResult
+        Rows in the order of `prompts`; conditions as in `conditions_of`.
+
+    Raises
+    ------
+    PromptError, LabelError
+        As for `neurgrad`.
+    NegError
+        If there are no sets or shifts, a shift is zero or not finite, a neuron does not exist, a gold option is none
+        of the options, or the NEGs do not fit or are not finite.
+    """
+    _check_settings(lm, sets, shifts)
+    ids = encode_prompts(lm.card, prompts)
+    label_ids_PO = encode_labels(lm.tokenizer, labels, len(prompts))
+    gold = _checked_gold(gold_P, *label_ids_PO.shape)
+    chosen_K = chosen_neurons(sets)
+    signs_PK = np.sign(_checked_negs(gold_negs_PK, (len(ids), len(chosen_K))))
+    conditions = conditions_of(sets, shifts)
+    kind = np.float64 if lm.dtype == "float64" else np.float32
+    result = CausalResult(
+        conditions=conditions,
+        gold_P=gold,
+        base_probs_PO=np.empty(label_ids_PO.shape, kind),
+        probs_PMO=np.empty((len(ids), len(conditions), label_ids_PO.shape[1]), kind),
+    )
+    places = [(*np.divmod(one.neurons_K, lm.n_neurons), np.searchsorted(chosen_K, one.neurons_K)) for one in sets]
+
+    def rows_of(prompt: int) -> list[JointShift]:
+        return [
+            JointShift(layers, neurons, shift * signs_K)
+            for one, (layers, neurons, at) in zip(sets, places, strict=True)
+            for signs_K in (signs_PK[prompt, at], one.polarity_K)
+            for shift in shifts
+        ]
+
+    for prompt, base_probs_O, probs_MO in shift_together(lm, ids, label_ids_PO, rows_of):
+        result.base_probs_PO[prompt] = base_probs_O
+        result.probs_PMO[prompt] = probs_MO
+    return result
+
+
+def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int = 0) -> list[CausalRow]:
+    """What each kind and number of neurons did under each shift, over all prompts.
+
+    The model answers with its most probable option (ties: the lowest, as LM-Prob does). Each prompt is compared with
+    itself, and random draws are averaged within a prompt before anything else: the percentile bootstrap draws
+    prompts, so its intervals say how the change would vary with other prompts, not with other draws.
+
+    Parameters
+    ----------
+    probe : str
+        Name of the probe whose ranking it is.
+    n_bootstrap : int
+        Samples of prompts behind the intervals.
+
+    Raises
+    ------
+    NegError
+        If there are no prompts, or a probability is NaN or infinite.
+    """
+    if not len(result.gold_P):
+        raise NegError(f"no prompts were shifted for the ranking of {probe!r}; a mean needs at least one")
+    base = _answers(result.base_probs_PO[:, None], result.gold_P)
+    shifted = _answers(result.probs_PMO, result.gold_P)
+    weights_BP = bootstrap_weights(len(result.gold_P), n_bootstrap, seed)
+    rows = []
+    kinds = [one._replace(draw=0) for one in result.conditions]
+    for kind in dict.fromkeys(kinds):
+        drawn_M = [one == kind for one in kinds]
+        right_P, prob_P, share_P = (values_PM[:, drawn_M].mean(axis=1) for values_PM in shifted)
+        accuracy = _interval(right_P - base.right_PM[:, 0], weights_BP)
+        prob = _interval(prob_P - base.prob_PM[:, 0], weights_BP)
+        rows.append(
+            CausalRow(
+                probe=probe,
+                neurons=kind.neurons,
+                size=kind.size,
+                direction=kind.direction,
+                shift=kind.shift,
+                n_prompts=len(right_P),
+                base_accuracy=float(base.right_PM.mean()),
+                accuracy=float(right_P.mean()),
+                accuracy_change=accuracy.mean,
+                change_low=accuracy.low,
+                change_high=accuracy.high,
+                prob_change=prob.mean,
+                prob_low=prob.low,
+                prob_high=prob.high,
+                share_change=float((share_P - base.share_PM[:, 0]).mean()),
+            )
+        )
+    return rows
+
+
+def _sets_of_size(ranking: Ranking, size: int, n_neurons: int, draws: int, seed: int) -> list[SkillSet]:
+    top_K, bottom_K = ranking.order_K[:size], ranking.order_K[-size:]
+    polarity_M = np.empty_like(ranking.polarity_K)
+    polarity_M[ranking.order_K] = ranking.polarity_K
+    drawn = [_layer_matched(top_K, n_neurons, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
+    return [
+        SkillSet("top", size, 0, top_K, polarity_M[top_K]),
+        *(SkillSet("random", size, draw, one_K, polarity_M[one_K]) for draw, one_K in enumerate(drawn)),
+        SkillSet("bottom", size, 0, bottom_K, polarity_M[bottom_K]),
+    ]
+
+
+def _layer_matched(top_K: Ints, n_neurons: int, random: np.random.Generator) -> Ints:
+    """As many neurons of each layer as are in the top, others before those of the top."""
+    drawn = []
+    for layer, count in zip(*np.unique(top_K // n_neurons, return_counts=True), strict=True):
+        shuffled_N = layer * n_neurons + random.permutation(n_neurons)
+        others_first = np.argsort(np.isin(shuffled_N, top_K), kind="stable")
+        drawn.append(shuffled_N[others_first[:count]])
+    return np.concatenate(drawn)
+
+
+def _check_settings(lm: LanguageModel, sets: Sequence[SkillSet], shifts: Sequence[float]) -> None:
+    if not sets or not shifts:
+        raise NegError(f"{len(sets)} sets and {len(shifts)} shifts were given; at least one of each is needed")
+    for shift in shifts:
+        check_shift(shift)
+    n_total = lm.n_layers * lm.n_neurons
+    for one in sets:
+        for neuron in one.neurons_K[(one.neurons_K < 0) | (one.neurons_K >= n_total)]:
+            raise NegError(f"neuron {neuron} does not exist; {lm.card.name} has neurons 0 to {n_total - 1}")
+
+
+def _checked_gold(gold_P: ArrayLike, n_prompts: int, n_options: int) -> Ints:
+    gold = check_gold(gold_P, n_options)
+    if len(gold) != n_prompts:
+        raise NegError(f"{len(gold)} gold options for {n_prompts} prompts: give one a prompt")
+    return gold
+
+
+def _checked_negs(gold_negs_PK: ArrayLike, expected: tuple[int, int]) -> Array:
+    negs = np.asarray(gold_negs_PK)
+    if negs.shape != expected:
+        raise NegError(f"NEGs of shape {negs.shape} do not fit; these prompts and sets need {expected}")
+    return check_finite(negs, "NEG", ("row", "chosen neuron"))
+
+
+class _Answers(NamedTuple):
+    right_PM: Floats
+    prob_PM: Floats
+    share_PM: Floats
+
+
+def _answers(probs_PMO: Array, gold_P: Ints) -> _Answers:
+    check_finite(probs_PMO, "probability", ("row", "condition", "option"))
+    probs = probs_PMO.astype(np.float64)
+    gold_PM = np.take_along_axis(probs, gold_P[:, None, None], axis=2)[:, :, 0]
+    total_PM = probs.sum(axis=2)
+    # A far shift can make all options too improbable for a float32: then none is ahead.
+    share_PM = np.divide(gold_PM, total_PM, out=np.full_like(total_PM, 1 / probs.shape[2]), where=total_PM > 0)
+    return _Answers((probs.argmax(axis=2) == gold_P[:, None]).astype(np.float64), gold_PM, share_PM)
+
+
+class _Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+def _interval(changes_P: Floats, weights_BP: Floats) -> _Interval:
+    samples_B = weights_BP[1:] @ changes_P / len(changes_P)  # row 0 is the sample itself
+    low, high = np.quantile(samples_B, (0.025, 0.975))
+    return _Interval(float(changes_P.mean()), float(low), float(high))

@@ -1,0 +1,365 @@
+"""What sweeps say about neurons: how many are linear, how stable their NEG is, and which estimator foretells it.
+
+Every result is a list of plain rows, one for each line of a table; `layer` is None for the whole model.
+
+Shapes: P prompts, K chosen neurons, S shifts, B bootstrap samples (the first is the sample itself), M sets, D shifts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from negcore.errors import NegError
+from negcore.measure.sweeps import Floats, SweepResult
+
+Array = NDArray[Any]
+
+TOP_SHARE = 0.01
+"""Share of a prompt's neurons that count as its top."""
+PER_ACTIVATION = frozenset({"neurgrad", "gradient"})
+"""Estimators in probability per unit of activation, the unit of NEG: only theirs is an error in size."""
+
+
+def draw_neurons(n_layers: int, n_neurons: int, n_chosen: int, *, seed: int = 0) -> NDArray[np.int64]:
+    """Neurons at random without repetition, as many in each layer as in another, or one more: shape (K, 2).
+
+    Raises
+    ------
+    NegError
+        If the model has not so many.
+    """
+    if not 1 <= n_chosen <= n_layers * n_neurons:
+        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * n_neurons}")
+    random = np.random.default_rng(seed)
+    counts_L = np.full(n_layers, n_chosen // n_layers)
+    counts_L[random.choice(n_layers, n_chosen % n_layers, replace=False)] += 1
+    drawn = [np.sort(random.choice(n_neurons, count, replace=False)) for count in counts_L]
+    return np.stack([np.repeat(np.arange(n_layers), counts_L), np.concatenate(drawn)], axis=1)
+
+
+def nested_grid(ranges: Sequence[float], points: int) -> Floats:
+    """Shifts that hold, for every range, `points` evenly spaced sizes on each side of zero."""
+    sizes = np.unique(np.round([largest * step / points for largest in ranges for step in range(1, points + 1)], 12))
+    return np.concatenate([-sizes[::-1], sizes])
+
+
+@dataclass(frozen=True)
+class RangeRow:
+    """Linearity within a range of shifts."""
+
+    range: float
+    """Largest size of a shift, in units of activation."""
+    layer: int | None
+    n: int
+    """Prompts times neurons."""
+    n_constant: int
+    """Of these, how many the label's probability never answers to. They have no r and count as not linear."""
+    linear_share: float
+    """Share of all n with |Pearson r| >= 0.95 between shift and change."""
+    positive_share: float
+    """Share of positive NEGs among those that are not zero."""
+
+
+def ranges_table(sweep: SweepResult, ranges: Sequence[float]) -> list[RangeRow]:
+    """Share of linear neurons and of positive NEG by range, for the model and each layer."""
+    return [
+        _range_row(sweep.within(largest), largest, layer, chosen_K)
+        for largest in ranges
+        for layer, chosen_K in layers_of(sweep.neurons_K2)
+    ]
+
+
+def _range_row(part: SweepResult, largest: float, layer: int | None, chosen_K: Array) -> RangeRow:
+    negs, pearson = part.negs_PK[:, chosen_K], part.pearson_PK[:, chosen_K]
+    moved = negs[negs != 0]
+    return RangeRow(
+        range=largest,
+        layer=layer,
+        n=negs.size,
+        n_constant=int(np.isnan(pearson).sum()),
+        linear_share=float(part.linear_PK[:, chosen_K].mean()),
+        positive_share=float((moved > 0).mean()) if moved.size else float("nan"),
+    )
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Distribution of |NEG|, probability per unit of activation, over prompts and neurons."""
+
+    layer: int | None
+    n: int
+    mean: float
+    q05: float
+    q25: float
+    q50: float
+    q75: float
+    q95: float
+    largest: float
+
+
+def sizes_table(negs_PK: Array, neurons_K2: NDArray[np.int64]) -> list[SizeRow]:
+    """How large NEGs are, in the model and each layer."""
+    rows = []
+    for layer, chosen_K in layers_of(neurons_K2):
+        sizes = np.abs(negs_PK[:, chosen_K])
+        q05, q25, q50, q75, q95 = map(float, np.quantile(sizes, (0.05, 0.25, 0.5, 0.75, 0.95)))
+        rows.append(SizeRow(layer, sizes.size, float(sizes.mean()), q05, q25, q50, q75, q95, float(sizes.max())))
+    return rows
+
+
+class Facts(NamedTuple):
+    """What tells which prompts belong together; each a sequence of P strings."""
+
+    facts: Sequence[str]
+    """Subject and relation: MyriadLAMA's whole `uuid`. Its first part names the relation alone."""
+    wordings: Sequence[str]
+    """Template that words the fact, such as `P37-d2cd...`: MyriadLAMA's `tpl`, an example's `group`."""
+    answers: Sequence[str]
+
+    @property
+    def relations(self) -> list[str]:
+        """The wording's part before its dash, such as `P37`."""
+        return [wording.split("-", 1)[0] for wording in self.wordings]
+
+
+@dataclass(frozen=True)
+class StabilityRow:
+    """How alike the NEGs of two prompts are, over pairs of prompts; the same neurons in both."""
+
+    pairs: str
+    n_pairs: int
+    sign_agreement: float
+    """Share of neurons whose NEG has the same sign, mean over pairs; where either is zero, left out."""
+    sign_agreement_sd: float
+    """Standard deviation over pairs."""
+    pearson: float
+    """r between the two prompts' NEGs, mean over pairs."""
+    size_spearman: float
+    """Rank correlation between the two prompts' |NEG|, mean over pairs."""
+
+
+def stability_table(negs_PK: Array, facts: Facts) -> list[StabilityRow]:
+    """Stability of sign and size of NEG across prompts, and across wordings.
+
+    Pairs of prompts are: all; those of one fact in different wordings; those of one relation and answer in different
+    wordings (where a source words each fact once, as the released files of MyriadLAMA do, these are the nearest to
+    the former); those of one wording, whatever the fact; those of different relations. A kind without a pair has no
+    row. Every pair has equal weight.
+    """
+    alike = _pairwise(negs_PK)
+    rows = []
+    for name, pairs_PP in _kinds_of_pairs(facts).items():
+        upper = np.triu(pairs_PP, 1)
+        if upper.any():
+            signs = alike.signs_PP[upper]
+            pearson, sizes = (float(np.nanmean(r_PP[upper])) for r_PP in (alike.pearson_PP, alike.sizes_PP))
+            rows.append(StabilityRow(name, int(upper.sum()), float(signs.mean()), float(signs.std()), pearson, sizes))
+    return rows
+
+
+def _kinds_of_pairs(facts: Facts) -> dict[str, Array]:
+    def same(values: Sequence[str]) -> Array:
+        array = np.array(values)
+        equal: Array = array[:, None] == array
+        return equal
+
+    fact, wording, relation = same(facts.facts), same(facts.wordings), same(facts.relations)
+    return {
+        "all": np.ones_like(fact),
+        "same fact, other wording": fact & ~wording,
+        "same relation and answer, other wording": relation & same(facts.answers) & ~wording,
+        "same wording": wording,
+        "other relation": ~relation,
+    }
+
+
+class _Alike(NamedTuple):
+    signs_PP: Floats
+    pearson_PP: Floats
+    sizes_PP: Floats
+
+
+def _pairwise(negs_PK: Array) -> _Alike:
+    signs_PK = np.sign(negs_PK).astype(np.float64)
+    both_PP = np.abs(signs_PK) @ np.abs(signs_PK).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        agreeing_PP = (signs_PK @ signs_PK.T / both_PP + 1) / 2
+        sizes_PP = np.corrcoef(rankdata(np.abs(negs_PK), axis=1))
+        return _Alike(agreeing_PP, np.corrcoef(negs_PK), sizes_PP)
+
+
+@dataclass(frozen=True)
+class AgreementRow:
+    """How well an estimator agrees with the measured NEG; `_low` and `_high` end the 95 % interval over prompts."""
+
+    estimator: str
+    range: float
+    """Range of shifts of the measured NEG."""
+    layer: int | None
+    n: int
+    """Prompts times neurons."""
+    pearson: float
+    pearson_low: float
+    pearson_high: float
+    spearman: float
+    spearman_low: float
+    spearman_high: float
+    signs: float
+    """Share of pairs with the same sign, of those where neither is zero."""
+    signs_low: float
+    signs_high: float
+    mae: float | None
+    """Mean absolute error, probability per unit of activation; None where the estimator has another unit."""
+    mae_low: float | None
+    mae_high: float | None
+    top: float
+    """Overlap between the prompt's 1 % (at least 1) of neurons by |NEG| and by |estimate|, mean over prompts."""
+    top_low: float
+    top_high: float
+
+
+def agreement_table(
+    estimator: str,
+    range_: float,
+    negs_PK: Array,
+    scores_PK: Array,
+    neurons_K2: NDArray[np.int64],
+    *,
+    n_bootstrap: int,
+    seed: int = 0,
+) -> list[AgreementRow]:
+    """Compare an estimator with the measured NEG over all prompts and neurons together, in the model and each layer.
+
+    Prompts are drawn anew `n_bootstrap` times, each with all its neurons; the interval holds the middle 95 %. In the
+    samples' rank correlations the ranks stay those of the whole sample.
+    """
+    weights_BP = bootstrap_weights(len(negs_PK), n_bootstrap, seed)
+    rows = []
+    for layer, chosen_K in layers_of(neurons_K2):
+        x_PK, y_PK = scores_PK[:, chosen_K].astype(np.float64), negs_PK[:, chosen_K].astype(np.float64)
+        statistics = _agreement(x_PK, y_PK, weights_BP)
+        if estimator not in PER_ACTIVATION:
+            statistics |= dict.fromkeys(("mae", "mae_low", "mae_high"))
+        rows.append(AgreementRow(estimator=estimator, range=range_, layer=layer, n=x_PK.size, **statistics))
+    return rows
+
+
+def _agreement(x_PK: Floats, y_PK: Floats, weights_BP: Floats) -> dict[str, Any]:
+    same_PK = (np.sign(x_PK) == np.sign(y_PK)) & (x_PK != 0)
+    either_PK = (x_PK != 0) & (y_PK != 0)
+    samples = {
+        "pearson": weighted_pearson(x_PK, y_PK, weights_BP),
+        "spearman": weighted_pearson(_ranks(x_PK), _ranks(y_PK), weights_BP),
+        "signs": _ratio(weights_BP @ same_PK.sum(1), weights_BP @ either_PK.sum(1)),
+        "mae": weights_BP @ np.abs(x_PK - y_PK).mean(1) / weights_BP.sum(1),
+        "top": weights_BP @ top_overlap(x_PK, y_PK) / weights_BP.sum(1),
+    }
+    return {key: value for name, values_B in samples.items() for key, value in _with_interval(name, values_B)}
+
+
+def bootstrap_weights(n_prompts: int, n_samples: int, seed: int) -> Floats:
+    """How often each prompt is in each sample: shape (B, P); the first row is the sample itself."""
+    drawn = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=n_samples)
+    return np.concatenate([np.ones((1, n_prompts)), drawn])
+
+
+def weighted_pearson(x_PK: Array, y_PK: Array, weights_BP: Floats) -> Floats:
+    """Pearson r over all values of each sample of prompts: shape (B,); NaN where either is constant."""
+    x, y = _standard(x_PK), _standard(y_PK)
+    moments_P5 = np.stack([values.sum(1) for values in (x, y, x * x, y * y, x * y)], axis=1)
+    means_B5 = weights_BP @ moments_P5 / (weights_BP.sum(1, keepdims=True) * x.shape[1])
+    mx, my, xx, yy, xy = means_B5.T
+    spread = (xx - mx**2) * (yy - my**2)
+    return _ratio(xy - mx * my, np.sqrt(np.maximum(spread, 0)))
+
+
+def top_overlap(x_PK: Array, y_PK: Array) -> Floats:
+    """Share of each prompt's top neurons by |x| that are top by |y| too: shape (P,); ties go to the first."""
+    n_top = max(1, round(TOP_SHARE * x_PK.shape[1]))
+    tops = [_top(values, n_top) for values in (x_PK, y_PK)]
+    shares: Floats = (tops[0] & tops[1]).sum(1) / n_top
+    return shares
+
+
+@dataclass(frozen=True)
+class InterventionRow:
+    """Whether the sum of single NEGs foretells what a set of neurons does together."""
+
+    shift: float
+    """What each neuron is shifted by, in the direction of its NEG, in units of activation."""
+    set_size: int
+    n: int
+    """Prompts times sets."""
+    pearson: float
+    """r between predicted and true change of the probability."""
+    pearson_low: float
+    pearson_high: float
+    signs: float
+    """Share of changes in the predicted direction."""
+    ratio: float
+    """Sum of true over sum of predicted changes."""
+
+
+def interventions_table(
+    shifts_D: Sequence[float],
+    sizes_M: NDArray[np.int64],
+    predicted_PDM: Array,
+    changes_PDM: Array,
+    *,
+    n_bootstrap: int,
+    seed: int = 0,
+) -> list[InterventionRow]:
+    """Correlation of predicted and true changes by shift and set size, with bootstrap intervals over prompts."""
+    weights_BP = bootstrap_weights(len(predicted_PDM), n_bootstrap, seed)
+    rows = []
+    for index, shift in enumerate(shifts_D):
+        for size in np.unique(sizes_M):
+            predicted, true = (values[:, index, sizes_M == size] for values in (predicted_PDM, changes_PDM))
+            pearson = dict(_with_interval("pearson", weighted_pearson(predicted, true, weights_BP)))
+            signs = float((np.sign(predicted) == np.sign(true)).mean())
+            ratio = float(_ratio(true.sum(), predicted.sum()))
+            rows.append(InterventionRow(shift, int(size), predicted.size, **pearson, signs=signs, ratio=ratio))
+    return rows
+
+
+def layers_of(neurons_K2: NDArray[np.int64]) -> Iterator[tuple[int | None, Array]]:
+    """Which neurons are the model's (None: all) and each layer's."""
+    yield None, np.ones(len(neurons_K2), bool)
+    for layer in np.unique(neurons_K2[:, 0]).tolist():
+        yield layer, neurons_K2[:, 0] == layer
+
+
+def _with_interval(name: str, values_B: Floats) -> list[tuple[str, float]]:
+    samples = values_B[1:][~np.isnan(values_B[1:])]
+    low, high = np.quantile(samples, (0.025, 0.975)) if samples.size else (np.nan, np.nan)
+    return [(name, float(values_B[0])), (f"{name}_low", float(low)), (f"{name}_high", float(high))]
+
+
+def _ranks(values_PK: Floats) -> Floats:
+    ranks: Floats = rankdata(values_PK).reshape(values_PK.shape)
+    return ranks
+
+
+def _standard(values: Array) -> Floats:
+    """Centred and scaled: probabilities are so small that their squares would lose digits."""
+    if np.ptp(values) == 0:  # exactly: the mean of equal numbers may differ from them
+        return np.zeros(values.shape)
+    centred = values.astype(np.float64) - values.mean(dtype=np.float64)
+    standard: Floats = centred / np.abs(centred).max()
+    return standard
+
+
+def _top(values_PK: Array, n_top: int) -> Array:
+    order_PK = np.argsort(-np.abs(values_PK), axis=1, kind="stable")
+    top_PK = np.zeros(values_PK.shape, bool)
+    np.put_along_axis(top_PK, order_PK[:, :n_top], True, axis=1)
+    return top_PK
+
+
+def _ratio(above: Any, below: Any) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(below > 0, np.divide(above, below), np.nan)

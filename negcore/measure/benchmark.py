@@ -1,0 +1,109 @@
+"""How much the fast paths gain: each is timed beside its plain twin, in turns, on the same prompt and neurons.
+
+Shapes: B rows of the batch, N neurons a layer.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from negcore.analysis.linearity import draw_neurons
+from negcore.measure.hooks import tapped
+from negcore.measure.neurgrad import neurgrad
+from negcore.measure.sweeps import shift_grid, sweep
+from negcore.measure.virtual_tokens import Method
+from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.language_model import LanguageModel
+
+N_SHIFTS = 20
+"""Shifts of a neuron in the timed sweeps: -2 to 2 by 0.2."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of a fast path and its plain twin, one a repeat."""
+
+    what: str
+    fast_s: list[float]
+    plain_s: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times the plain way takes longer, by the medians."""
+        return median(self.plain_s) / median(self.fast_s)
+
+
+def benchmark(
+    lm: LanguageModel, prompt: str, labels: Sequence[str], *, neurons: int = 16, repeats: int = 3
+) -> list[Comparison]:
+    """Time sweeps and gradients both ways.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        The first is the sweep's target; gradients are taken for all.
+    neurons : int
+        Neurons that are swept, the same both ways. The prompt's own pass is in the time: with more neurons, each costs
+        the fast path less.
+    """
+    chosen_K2 = draw_neurons(lm.n_layers, lm.n_neurons, neurons)
+    shifts = shift_grid(2)
+    assert len(shifts) == N_SHIFTS
+
+    def swept(method: Method) -> float:
+        return _time(lambda: sweep(lm, [prompt], labels[0], neurons=chosen_K2, shifts=shifts, method=method))
+
+    return [
+        _compare(
+            f"sweep of {N_SHIFTS} shifts, s a neuron",
+            lambda: swept("auto") / neurons,
+            lambda: swept("hooks") / neurons,
+            repeats,
+        ),
+        _compare(
+            f"gradients for {len(labels)} labels, s a prompt",
+            lambda: _time(lambda: neurgrad(lm, [prompt], labels)),
+            lambda: _time(lambda: plain_gradients(lm, prompt, labels)),
+            repeats,
+        ),
+    ]
+
+
+def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> torch.Tensor:
+    """Gradients of each label's probability by every neuron: a pass over the whole prompt with a graph for each label.
+
+    Returns
+    -------
+    Tensor of shape (O, L, N)
+    """
+    (tokens,) = encode_prompts(lm.card, [prompt])
+    position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+    ids_1T = torch.tensor([tokens], device=lm.device)
+    positions_1 = torch.tensor([position], device=lm.device)
+    gradients = []
+    for label_id in encode_labels(lm.tokenizer, labels, 1)[0].tolist():
+        shifts = [
+            torch.zeros(1, lm.n_neurons, dtype=lm.model.dtype, device=lm.device, requires_grad=True)
+            for _ in range(lm.n_layers)
+        ]
+        with torch.enable_grad(), tapped(lm, positions_1, dict(enumerate(shifts))):
+            probability = lm.model(input_ids=ids_1T).logits[0, position].softmax(0)[label_id]
+            gradients.append(torch.cat(torch.autograd.grad(probability, shifts)))
+    return torch.stack(gradients)
+
+
+def _compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int) -> Comparison:
+    fast()  # the first call allocates
+    times = [(fast(), plain()) for _ in range(repeats)]
+    return Comparison(what, [a for a, _ in times], [b for _, b in times])
+
+
+def _time(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,239 @@
+"""Run prompts up to their probed token, batched, so that only the probed token's own path is left to measure.
+
+Causal models: nothing but the last token's own path leads from its activations to its prediction, so every earlier
+token runs without a graph into a key/value cache, and the tokens that all prompts begin with run once. The result is
+the same gradient as a full pass gives, not an approximation. Masked models see both sides and run whole.
+
+Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from negcore.measure.hooks import tapped
+from negcore.model.language_model import LanguageModel
+
+# Tokens of a batch, cached ones included: 16 prompts of 512 tokens.
+TOKEN_BUDGET = 8192
+
+
+class Prediction(NamedTuple):
+    """What one forward pass of the probed tokens gives."""
+
+    logits_BV: Tensor
+    activations_BLN: Tensor
+    """Before any shift, detached."""
+
+
+class ProbedBatch(ABC):
+    """Some prompts, run up to their probed tokens.
+
+    Attributes
+    ----------
+    rows : indices of its prompts in the sequence that was given
+    """
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[int]) -> None:
+        self.lm, self.rows = lm, list(rows)
+
+    def predict(self, shifts: Mapping[int, Tensor] | None = None) -> Prediction:
+        """Predict from the probed tokens, their neurons shifted.
+
+        Parameters
+        ----------
+        shifts : mapping of layer to Tensor of shape (B, N), in units of activation, optional
+
+        Returns
+        -------
+        Prediction
+            With a graph from the shifts to the logits where gradients are enabled.
+        """
+        with tapped(self.lm, self.positions_B, shifts) as activations:
+            logits_BV = self._logits()
+        stacked = torch.stack([activations[layer] for layer in range(self.lm.n_layers)], dim=1)
+        return Prediction(logits_BV, stacked)
+
+    @property
+    @abstractmethod
+    def positions_B(self) -> Tensor:
+        """Where the probed tokens are in the tokens that `_logits` runs."""
+
+    @abstractmethod
+    def _logits(self) -> Tensor: ...
+
+
+class CausalBatch(ProbedBatch):
+    """Prompts of a causal model: everything before the last token lies in a cache.
+
+    Slot p of the cache holds position p; shorter prompts leave slots unused behind their own tokens. Masks are made
+    from positions, so padding never changes a distance, whatever the window of an attention layer.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]], prefix: Any, n_prefix: int
+    ) -> None:
+        super().__init__(lm, rows)
+        own = [tokens[n_prefix:-1] for tokens in ids]
+        self._last_B1 = torch.tensor([[tokens[-1]] for tokens in ids], device=lm.device)
+        self._lengths_B = torch.tensor([len(tokens) - 1 for tokens in ids], device=lm.device)
+        self._cache = _expanded(prefix, len(own))
+        if any(own):
+            self._run_own(own, n_prefix)
+
+    @property
+    def positions_B(self) -> Tensor:
+        return torch.zeros(len(self.rows), dtype=torch.long, device=self.lm.device)
+
+    @property
+    def cache(self) -> Any:
+        """Keys and values of every token before the last; slot = position, unused behind a prompt's own."""
+        return self._cache
+
+    def _run_own(self, own: Sequence[Sequence[int]], n_prefix: int) -> None:
+        n_slots = max(map(len, own))
+        padded_BT = torch.tensor([[*tokens, *[0] * (n_slots - len(tokens))] for tokens in own])
+        slots = torch.arange(n_prefix, n_prefix + n_slots, device=self.lm.device)
+        positions_BT = slots.expand(len(own), -1)
+        with torch.no_grad():
+            self.lm.model.base_model(
+                input_ids=padded_BT.to(self.lm.device),
+                attention_mask=self._masks(positions_BT, slots),
+                position_ids=positions_BT,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+
+    @property
+    def last_token(self) -> dict[str, Any]:
+        """The model's inputs for the last token behind the cache, without the cache."""
+        positions_B1 = self._lengths_B[:, None]
+        own_slot = torch.tensor([self._cache.get_seq_length()], device=self.lm.device)
+        return {
+            "input_ids": self._last_B1,
+            "attention_mask": self._masks(positions_B1, own_slot),
+            "position_ids": positions_B1,
+        }
+
+    def _logits(self) -> Tensor:
+        output = self.lm.model(**self.last_token, past_key_values=_shared(self._cache), use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _masks(self, positions_BT: Tensor, slots_T: Tensor) -> Any:
+        """Boolean masks (B, 1, T, K) for queries that fill the newest slots; each sees earlier tokens and itself."""
+        keys_K = torch.arange(int(slots_T[-1]) + 1, device=self.lm.device)
+        used_BK = keys_K < self._lengths_B[:, None]
+        distance_BTK = positions_BT[:, :, None] - keys_K
+        itself_TK = keys_K == slots_T[:, None]
+        full = (used_BK[:, None] & (distance_BTK > 0)) | itself_TK
+        window = getattr(self.lm.card.text_config, "sliding_window", None)
+        sliding = full if window is None else full & ((distance_BTK < window) | itself_TK)
+        if self.lm.arch.mask_by_layer_type:
+            return {"full_attention": full[:, None], "sliding_attention": sliding[:, None]}
+        return sliding[:, None]
+
+
+class MaskedBatch(ProbedBatch):
+    """Prompts of a masked model, padded behind."""
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+        super().__init__(lm, rows)
+        pad = lm.tokenizer.pad_token_id
+        longest = max(map(len, ids))
+        padded_BT = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in ids])
+        lengths_B = torch.tensor([len(tokens) for tokens in ids])
+        self._ids_BT = padded_BT.to(lm.device)
+        self._used_BT = (torch.arange(longest) < lengths_B[:, None]).long().to(lm.device)
+        self._positions_B: Tensor = (self._ids_BT == lm.tokenizer.mask_token_id).long().argmax(1)
+
+    @property
+    def positions_B(self) -> Tensor:
+        return self._positions_B
+
+    def _logits(self) -> Tensor:
+        output = self.lm.model(input_ids=self._ids_BT, attention_mask=self._used_BT)
+        logits: Tensor = output.logits[torch.arange(len(self.rows)), self._positions_B]
+        return logits
+
+
+def probed_batches(
+    lm: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    *,
+    batch_size: int | None = None,
+    max_rows: int | None = None,
+) -> Iterator[ProbedBatch]:
+    """Run prompts up to their probed tokens, in batches of similar length.
+
+    Parameters
+    ----------
+    ids : token ids of every prompt
+    batch_size : int, optional
+        Prompts a batch; by default as many as `TOKEN_BUDGET` tokens hold.
+    max_rows : int, optional
+        Upper bound on the default batch size, where the caller's own memory grows with rows.
+    """
+    groups = _by_length([len(tokens) for tokens in ids], batch_size, max_rows)
+    if lm.arch.masked:
+        for rows in groups:
+            yield MaskedBatch(lm, rows, [ids[row] for row in rows])
+        return
+    n_prefix = common_prefix_length(ids)
+    prefix = _run_prefix(lm, ids[0][:n_prefix])
+    for rows in groups:
+        yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)
+
+
+def common_prefix_length(ids: Sequence[Sequence[int]]) -> int:
+    """Number of token ids that all prompts begin with, leaving each at least its last token."""
+    shortest = min(map(len, ids)) - 1
+    first, last = min(map(list, ids)), max(map(list, ids))  # in lexicographic order these two differ first
+    return next((n for n in range(shortest) if first[n] != last[n]), shortest)
+
+
+def label_probabilities(logits_BV: Tensor, label_ids_BO: Tensor) -> Tensor:
+    """Probability of each label under the softmax over the whole vocabulary: shape (B, O), at least float32."""
+    logits = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
+    return (logits.gather(1, label_ids_BO) - logits.logsumexp(1, keepdim=True)).exp()
+
+
+def _by_length(lengths: Sequence[int], batch_size: int | None, max_rows: int | None) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:  # ascending, so the newest row is the longest of its group
+        limit = batch_size or min(max(1, TOKEN_BUDGET // lengths[row]), max_rows or len(order))
+        if not groups or len(groups[-1]) >= limit:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def _run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
+    cache = DynamicCache()
+    if tokens:
+        with torch.no_grad():
+            ids_1T = torch.tensor([list(tokens)], device=lm.device)
+            lm.model.base_model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _expanded(cache: Any, n_rows: int) -> Any:
+    """A cache that shares one prompt's keys and values between rows, without a copy."""
+    return _mapped(cache, lambda tensor: tensor.expand(n_rows, -1, -1, -1))
+
+
+def _shared(cache: Any) -> Any:
+    """A cache that can grow without changing the one it shares its tensors with."""
+    return _mapped(cache, lambda tensor: tensor)
+
+
+def _mapped(cache: Any, change: Any) -> Any:
+    result = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        result.update(change(layer.keys), change(layer.values), index)
+    return result

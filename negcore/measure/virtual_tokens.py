@@ -1,0 +1,228 @@
+"""One prompt, measured with single neurons shifted: a fast path of virtual tokens and its plain twin of hooked passes.
+
+Fast path (causal models): a shift at one layer leaves everything before that layer, and every earlier token, as it
+was. So all shifted copies of the last token go side by side through one forward pass, as virtual tokens at the same
+position that see the prompt's cache and themselves only. A copy joins at the layer of its neuron, where it is still
+equal to the unshifted token; the cost is linear in the copies, and independent of the prompt's length but for the
+attention to it.
+
+Shapes: R shifted rows, O options (labels), L layers, N neurons a layer, T tokens, V vocabulary, H hidden width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from negcore.errors import ModelError
+from negcore.measure.forward import CausalBatch, probed_batches
+from negcore.measure.hooks import tapped
+from negcore.model.language_model import LanguageModel
+
+Method = Literal["auto", "virtual", "hooks"]
+
+# Virtual tokens of one forward pass.
+_VIRTUAL_ROWS = 1024
+# Tokens of one hooked forward pass: each row is a whole prompt.
+_HOOKED_TOKENS = 2048
+# Bytes of logits that are held at once.
+_LOGIT_BYTES = 2**25
+
+
+class Shifts(NamedTuple):
+    """Rows to measure, each with one neuron shifted."""
+
+    layers_R: NDArray[np.int64]
+    neurons_R: NDArray[np.int64]
+    sizes_R: NDArray[Any]
+    """Added to the neuron, in units of activation, sign included."""
+
+    def rows(self, which: Any) -> "Shifts":
+        return Shifts(self.layers_R[which], self.neurons_R[which], self.sizes_R[which])
+
+
+def label_log_probs(logits_RV: Tensor, label_ids_RO: Tensor) -> Tensor:
+    """Log-probability of each label under the softmax over the whole vocabulary: shape (R, O), at least float32."""
+    kind = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
+    # The fused kernel is several times faster than a log-sum-exp, though it writes what is thrown away.
+    return logits_RV.log_softmax(1, dtype=kind).gather(1, label_ids_RO)
+
+
+def head_rows(lm: LanguageModel) -> int:
+    """Rows whose logits are held at once."""
+    return max(1, _LOGIT_BYTES // (4 * int(lm.card.text_config.vocab_size)))
+
+
+class ShiftedPrompt(ABC):
+    """A prompt whose neurons can be shifted, one a row.
+
+    Attributes
+    ----------
+    activations_LN : Tensor of shape (L, N)
+        At the probed token, unshifted.
+    log_probs_O : Tensor of shape (O,)
+        Log-probabilities of the labels, unshifted.
+    """
+
+    activations_LN: Tensor
+    log_probs_O: Tensor
+
+    def __init__(self, lm: LanguageModel, label_ids_O: Sequence[int] | NDArray[np.int64], max_rows: int) -> None:
+        self.lm, self.max_rows = lm, max_rows
+        self.label_ids_O = torch.as_tensor(np.asarray(label_ids_O), device=lm.device)
+
+    def measure(self, shifts: Shifts) -> Tensor:
+        """Log-probabilities of the labels with each row's neuron shifted: shape (R, O), on the CPU."""
+        order = np.argsort(shifts.layers_R, kind="stable")
+        chunks = [order[start : start + self.max_rows] for start in range(0, len(order), self.max_rows)]
+        with torch.no_grad():
+            log_probs_RO = torch.cat([self._measure(shifts.rows(chunk)).cpu() for chunk in chunks])
+        return log_probs_RO[np.argsort(order)]
+
+    def _log_probs(self, logits_RV: Tensor) -> Tensor:
+        return label_log_probs(logits_RV, self.label_ids_O.expand(len(logits_RV), -1))
+
+    @abstractmethod
+    def _measure(self, shifts: Shifts) -> Tensor:
+        """The same for at most `max_rows` rows, in the order of their layers."""
+
+
+class VirtualPrompt(ShiftedPrompt):
+    """The fast path: rows are virtual tokens behind the prompt's cache."""
+
+    def __init__(self, batch: CausalBatch, label_ids_O: Any, max_rows: int | None = None) -> None:
+        super().__init__(batch.lm, label_ids_O, max_rows or _VIRTUAL_ROWS)
+        assert len(batch.rows) == 1
+        self._batch = batch
+        with torch.no_grad():
+            logits_1V, activations_1LN = batch.predict()
+        self.activations_LN = activations_1LN[0]
+        self.log_probs_O = self._log_probs(logits_1V)[0]
+
+    def _measure(self, shifts: Shifts) -> Tensor:
+        with _joining(self.lm, shifts):
+            output = self.lm.model.base_model(
+                **self._batch.last_token, use_cache=False, virtual_prompt=self._batch.cache
+            )
+        hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[1:]
+        return torch.cat([self._log_probs(self._head(part)) for part in hidden_RH.split(head_rows(self.lm))])
+
+    def _head(self, hidden_RH: Tensor) -> Tensor:
+        logits: Tensor = self.lm.model.get_output_embeddings()(hidden_RH)
+        cap = getattr(self.lm.card.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class HookedPrompt(ShiftedPrompt):
+    """The plain path, for every model: each row is a forward pass of the whole prompt, without any cache."""
+
+    def __init__(self, lm: LanguageModel, tokens: Sequence[int], label_ids_O: Any, max_rows: int | None = None) -> None:
+        super().__init__(lm, label_ids_O, max_rows or max(1, _HOOKED_TOKENS // len(tokens)))
+        self._tokens_T = torch.tensor(tokens, device=lm.device)
+        self._position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+        with torch.no_grad():
+            log_probs_1O, activations = self._run(1, {})
+        self.log_probs_O = log_probs_1O[0]
+        self.activations_LN = torch.cat([activations[layer] for layer in range(lm.n_layers)])
+
+    def _measure(self, shifts: Shifts) -> Tensor:
+        n_rows = len(shifts.layers_R)
+        steps_LRN = {}
+        for layer in np.unique(shifts.layers_R).tolist():
+            rows = np.flatnonzero(shifts.layers_R == layer)
+            steps_RN = torch.zeros(n_rows, self.lm.n_neurons, dtype=self.lm.model.dtype)
+            steps_RN[rows, shifts.neurons_R[rows]] = torch.as_tensor(shifts.sizes_R[rows]).to(steps_RN.dtype)
+            steps_LRN[layer] = steps_RN.to(self.lm.device)
+        return self._run(n_rows, steps_LRN)[0]
+
+    def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        positions_R = torch.full((n_rows,), self._position, device=self.lm.device)
+        with tapped(self.lm, positions_R, steps_LRN) as activations:
+            output = self.lm.model(input_ids=self._tokens_T.expand(n_rows, -1))
+        return self._log_probs(output.logits[:, self._position]), activations
+
+
+def shifted_prompts(
+    lm: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    label_ids_PO: NDArray[np.int64],
+    *,
+    method: Method = "auto",
+    max_rows: int | None = None,
+) -> Iterator[tuple[int, ShiftedPrompt]]:
+    """Make prompts ready for shifts, one at a time; tokens that all begin with are run once.
+
+    Parameters
+    ----------
+    ids : token ids of every prompt
+    label_ids_PO : int array of shape (P, O)
+    method : {"auto", "virtual", "hooks"}
+        `auto` takes virtual tokens where the model is causal.
+    max_rows : int, optional
+        Shifted rows of one forward pass. It changes memory and speed, not the result.
+
+    Yields
+    ------
+    int, ShiftedPrompt
+        The prompt's index, in no particular order.
+
+    Raises
+    ------
+    ModelError
+        If the method is unknown, or virtual tokens are asked of a masked model.
+    """
+    if method not in ("auto", "virtual", "hooks"):
+        raise ModelError(f"method {method!r} is not known; choose one of auto, virtual, hooks")
+    if method == "virtual" and lm.arch.masked:
+        raise ModelError(f"method 'virtual' needs a causal model and {lm.card.name} is masked; choose auto or hooks")
+    if method == "hooks" or lm.arch.masked:
+        for index, tokens in enumerate(ids):
+            yield index, HookedPrompt(lm, tokens, label_ids_PO[index], max_rows)
+        return
+    for batch in probed_batches(lm, ids, batch_size=1):
+        assert isinstance(batch, CausalBatch)
+        yield batch.rows[0], VirtualPrompt(batch, label_ids_PO[batch.rows[0]], max_rows)
+
+
+@contextmanager
+def _joining(lm: LanguageModel, shifts: Shifts) -> Iterator[None]:
+    """Let rows join the unshifted token, which stays row 0, each at the layer where it is shifted."""
+    with ExitStack() as hooks:
+        for layer in np.unique(shifts.layers_R).tolist():
+            first_row = 1 + int(np.searchsorted(shifts.layers_R, layer))
+            joining = _Joining(lm, first_row, shifts.rows(shifts.layers_R == layer))
+            for handle in joining.attach(layer):
+                hooks.callback(handle.remove)
+        yield
+
+
+class _Joining:
+    """The hooks of one layer: rows join at its input and are shifted at its site."""
+
+    def __init__(self, lm: LanguageModel, first_row: int, shifts: Shifts) -> None:
+        self.lm = lm
+        self.rows = torch.arange(first_row, first_row + len(shifts.neurons_R), device=lm.device)
+        self.neurons = torch.from_numpy(shifts.neurons_R).to(lm.device)
+        self.sizes = torch.from_numpy(shifts.sizes_R).to(lm.device, lm.model.dtype)
+
+    def attach(self, layer: int) -> list[Any]:
+        site = self.lm.site_module(layer)
+        if self.lm.site == "act":
+            at_site = site.register_forward_pre_hook(lambda _, args: (self._shift(args[0]), *args[1:]))
+        else:
+            at_site = site.register_forward_hook(lambda _, args, output: self._shift(output))
+        return [self.lm.layers[layer].register_forward_pre_hook(self._join), at_site]
+
+    def _join(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_1RH = args[0]
+        return (torch.cat([hidden_1RH, hidden_1RH[:, :1].expand(-1, len(self.rows), -1)], dim=1), *args[1:])
+
+    def _shift(self, values: Tensor) -> Tensor:
+        flat_RN = values.reshape(-1, values.shape[-1])  # some layers (OPT) drop the batch axis
+        columns = self.neurons + (flat_RN.shape[1] - self.lm.n_neurons)  # a fused projection holds `up` last
+        return flat_RN.index_put((self.rows, columns), self.sizes, accumulate=True).view_as(values)

@@ -1,0 +1,319 @@
+"""Vote-probe arithmetic: pure functions of a block of prompts and a block of neurons, in numpy alone.
+
+Shapes: P prompts, O options, M = L*N neurons (flat index, layer-major: neuron n of layer l is l*N + n),
+K neurons in rank order, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from math import prod
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from negcore.errors import NegError
+
+Numbers = NDArray[Any]
+Ints = NDArray[np.int64]
+Signs = NDArray[np.int8]
+
+# Values worked on at once: bounds every temporary, and keeps sums of +-1 exact in float32.
+_BLOCK_VALUES = 2**22
+
+
+def polar_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
+    """Polar-Probe's score of each neuron: sum over prompts of 2*sign(v_gold) - sum over options of sign(v).
+
+    Parameters
+    ----------
+    negs_POM : array, shape (P, O, M), probability per unit of activation
+        NEGs of a block of prompts and a block of neurons.
+    gold_P : array of int, shape (P,)
+        Index of each prompt's gold option.
+
+    Returns
+    -------
+    array of int64, shape (M,)
+        Adds up over blocks of prompts, concatenates over blocks of neurons.
+
+    Raises
+    ------
+    NegError
+        If a NEG is NaN or infinite (row and neuron are counted within the block), a gold option is not an
+        option, or the shapes disagree.
+    """
+    return _sum_over_rows(_polar_block, negs_POM, gold_P)
+
+
+def magn_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
+    """Magn-Probe's score of each neuron: sum over prompts and options of sign(v_gold - v_option).
+
+    Parameters, Returns, Raises: as `polar_scores`.
+    """
+    return _sum_over_rows(_magn_block, negs_POM, gold_P)
+
+
+Rule = Literal["polar", "magn"]
+Signal = Literal["neg", "gradient", "gxa"]
+"""What stands for a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
+
+SCORES: Mapping[Rule, Callable[[Numbers, ArrayLike], Ints]] = MappingProxyType(
+    {"polar": polar_scores, "magn": magn_scores}
+)
+
+
+class Vote(NamedTuple):
+    """A way to score neurons: by the sign or the order of the options' values, and which value it is."""
+
+    rule: Rule
+    signal: Signal
+
+    @property
+    def name(self) -> str:
+        """As run files name the probe: the rule, and the signal unless that is NEG."""
+        return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
+
+
+VOTES = tuple(Vote(rule, signal) for rule, signal in product(get_args(Rule), get_args(Signal)))
+"""All ways to score neurons."""
+
+
+def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -> dict[Vote, Ints]:
+    """Every neuron's score by every vote: all that ranking asks of some prompts.
+
+    Parameters
+    ----------
+    negs_POLN : array, shape (P, O, L, N), probability per unit of activation
+    activations_PLN : array, shape (P, L, N)
+    gold_P : array of int, shape (P,)
+        Index of each prompt's gold option.
+
+    Returns
+    -------
+    dict of Vote to array of int64, shape (M,)
+        They add up over blocks of prompts.
+
+    Raises
+    ------
+    NegError
+        As `polar_scores`, with the layer.
+    """
+    scores_LN = {vote: np.zeros(negs_POLN.shape[2:], np.int64) for vote in VOTES}
+    for layer in range(negs_POLN.shape[2]):
+        activations_PN = partial(activations_PLN.__getitem__, (slice(None), layer))
+        try:
+            add_votes(scores_LN, layer, negs_POLN[:, :, layer], activations_PN, gold_P)
+        except NegError as error:
+            raise NegError(f"layer {layer}: {error}") from None
+    return {vote: scores.ravel() for vote, scores in scores_LN.items()}
+
+
+def add_votes(
+    scores_LN: Mapping[Vote, Ints],
+    at: int,
+    ordinals_PON: Numbers,
+    activations_PN: Callable[[], Numbers],
+    gold_P: ArrayLike,
+) -> None:
+    """Add to row `at` of each vote's scores what one layer of some prompts says; see `ordinal_effect`."""
+    for vote, scores in scores_LN.items():
+        scores[at] += SCORES[vote.rule](ordinal_effect(vote.signal, ordinals_PON, activations_PN), gold_P)
+
+
+def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
+    """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
+
+    Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
+    option: signs and order of the options are NEG's own, unless the neuron is at exactly zero. Nothing is multiplied,
+    as a product's rounding could tie NEGs next to each other and lose small ones. Polar and Magn on gradient x
+    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero.
+
+    Raises
+    ------
+    NegError
+        If the signal needs activations and one is NaN or infinite.
+    """
+    if signal == "neg":
+        return ordinals_PON
+    activations = check_finite(activations_PN(), "activation", ("row", "neuron"))[:, None]
+    if signal == "gradient":
+        return np.where(activations > 0, ordinals_PON, -ordinals_PON)
+    return np.where(activations != 0, ordinals_PON, 0)
+
+
+def argmax_features(negs_POM: Numbers) -> NDArray[np.uint8]:
+    """Tree-Probe's features: of each prompt and neuron, the index of the option with the largest NEG.
+
+    Parameters
+    ----------
+    negs_POM : array, shape (P, O, M), probability per unit of activation
+        NEGs of a block of prompts and a block of neurons; O in 2..256.
+
+    Returns
+    -------
+    array of uint8, shape (P, M)
+        Ties: the lowest option. With two options: 1 where option 0's NEG is larger, else 0.
+
+    Raises
+    ------
+    NegError
+        If a NEG is NaN or infinite, or the options do not fit in one byte.
+    """
+    n_options = check_negs(negs_POM).shape[1]
+    if not 2 <= n_options <= 256:
+        raise NegError(f"{n_options} options: features of one byte need 2..256 of them")
+    if n_options == 2:
+        return (negs_POM[:, 0] > negs_POM[:, 1]).view(np.uint8)
+    largest_PM = negs_POM[:, 0].copy()
+    features_PM = np.zeros(largest_PM.shape, np.uint8)
+    for option in range(1, n_options):
+        features_PM[negs_POM[:, option] > largest_PM] = option
+        np.maximum(largest_PM, negs_POM[:, option], out=largest_PM)
+    return features_PM
+
+
+def _sum_over_rows(score_block: Callable[[Numbers, Ints], Ints], negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
+    n_rows, n_options, n_neurons = check_negs(negs_POM).shape
+    gold = check_gold(gold_P, n_options)
+    if gold.size != n_rows:
+        raise NegError(f"{gold.size} gold options for {n_rows} rows of NEGs: give one a row")
+    scores_M = np.zeros(n_neurons, np.int64)
+    for rows in row_blocks(negs_POM.shape):
+        scores_M += score_block(negs_POM[rows], gold[rows])
+    return scores_M
+
+
+def _polar_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
+    n_rows, n_options, n_neurons = negs_POM.shape
+    # 2*sign(v_gold) - sum of all signs: the gold option counts +1, every other -1; a product does the sum.
+    weights_PO = np.where(gold_P[:, None] == np.arange(n_options), 1, -1).astype(np.float32)
+    signs = _signs(negs_POM).astype(np.float32).reshape(n_rows * n_options, n_neurons)
+    return (weights_PO.ravel() @ signs).astype(np.int64)
+
+
+def _magn_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
+    gold_P1M = negs_POM[np.arange(len(gold_P)), gold_P][:, None]
+    # Compared, not subtracted: a difference of tiny NEGs may be flushed to zero.
+    ahead_POM = (gold_P1M > negs_POM).view(np.int8) - (gold_P1M < negs_POM).view(np.int8)
+    return np.asarray(ahead_POM.sum(axis=(0, 1), dtype=np.int64))
+
+
+def polar_votes(negs_POK: Numbers, polarity_K: Signs) -> Signs:
+    return _signs(negs_POK) * polarity_K
+
+
+def magn_votes(negs_POK: Numbers, polarity_K: Signs) -> Signs:
+    # Polarity 0 makes all options equal: each gets the neuron's vote, which decides nothing.
+    directed_POK = negs_POK * polarity_K.astype(negs_POK.dtype)
+    wins_POK: Numbers = directed_POK == directed_POK.max(axis=1, keepdims=True)
+    return wins_POK.view(np.int8)
+
+
+def _signs(values: Numbers) -> Signs:
+    # A quarter of np.sign's memory for float32.
+    return (values > 0).view(np.int8) - (values < 0).view(np.int8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """Neurons in rank order: largest \\|score\\| first, of equal ones the lower flat index first.
+
+    Attributes
+    ----------
+    order_K : array of int64, shape (K,)
+        Flat indices of the neurons, best first.
+    polarity_K : array of int8, shape (K,)
+        Sign of each one's score: -1, 0 or 1.
+    """
+
+    order_K: Ints
+    polarity_K: Signs
+
+    @classmethod
+    def from_scores(cls, scores_M: ArrayLike) -> Self:
+        """Rank all neurons by their scores, array of int, shape (M,); `NegError` if they are not that."""
+        scores = np.asarray(scores_M)
+        if scores.ndim != 1 or scores.dtype.kind != "i":
+            raise NegError(f"scores have shape {scores.shape} and type {scores.dtype}: give one integer a neuron")
+        order = np.argsort(-np.abs(scores.astype(np.int64)), kind="stable")
+        return cls(order, np.sign(scores[order]).astype(np.int8))
+
+    def top(self, k: int) -> Ranking:
+        """The k best neurons (all, if there are fewer); `NegError` unless k is at least 1."""
+        if k < 1:
+            raise NegError(f"n_neurons is {k}: keep at least 1 neuron")
+        return Ranking(self.order_K[:k], self.polarity_K[:k])
+
+
+def halvings(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Act-Probe's binary questions over the classes [start, stop): (start, middle, stop), each before its halves'."""
+    if stop - start < 2:
+        return
+    middle = (start + stop) // 2
+    yield start, middle, stop
+    yield from halvings(start, middle)
+    yield from halvings(middle, stop)
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of rows that hold about `_BLOCK_VALUES` values each, at least one row."""
+    step = max(1, _BLOCK_VALUES // max(1, prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def check_negs(negs_POM: Numbers, neurons_M: Ints | None = None) -> Numbers:
+    """The NEGs, or `NegError` if they have not three axes or are not finite; see `check_finite`."""
+    if negs_POM.ndim != 3:
+        raise NegError(f"NEGs have shape {negs_POM.shape}: give (prompts, options, neurons)")
+    return check_finite(negs_POM, "NEG", ("row", "option", "neuron"), neurons_M)
+
+
+def check_finite(values: Numbers, what: str, axes: tuple[str, ...], neurons_M: Ints | None = None) -> Numbers:
+    """The values, or `NegError` naming the first NaN or infinity; ``neurons_M``: names for the last axis."""
+    for rows in row_blocks(values.shape):
+        finite = np.isfinite(values[rows])
+        if not finite.all():
+            place = np.argwhere(~finite)[0]
+            value = values[rows][tuple(place)]
+            place[0] += rows.start
+            place[-1] = place[-1] if neurons_M is None else neurons_M[place[-1]]
+            where = ", ".join(f"{axis} {i}" for axis, i in zip(axes, place, strict=True))
+            raise NegError(f"{what} of {where} is {value}: NaN and inf are refused, compute this row again")
+    return values
+
+
+def check_gold(gold_P: ArrayLike, n_options: int) -> NDArray[np.int64]:
+    """Gold options as int64, refused unless every one is the index of an option.
+
+    Parameters
+    ----------
+    gold_P : array of int, shape (P,)
+        Index of the gold option of each prompt.
+    n_options : int
+        Options of every prompt.
+
+    Raises
+    ------
+    NegError
+        If ``gold_P`` is not a vector of integers in 0..n_options-1.
+    """
+    gold = np.asarray(gold_P)
+    if gold.ndim != 1 or gold.dtype.kind not in "iu":
+        raise NegError(
+            f"gold options have shape {gold.shape} and type {gold.dtype}: give one integer a prompt, "
+            f"its gold option's index in 0..{n_options - 1}"
+        )
+    wrong = np.flatnonzero((gold < 0) | (gold >= n_options))
+    if wrong.size:
+        raise NegError(
+            f"row {wrong[0]}: gold option {gold[wrong[0]]} is not one of the {n_options} options: "
+            f"give an index in 0..{n_options - 1}"
+        )
+    return gold.astype(np.int64)

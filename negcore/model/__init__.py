@@ -1,0 +1,1 @@
+"""A language model to measure: its families, its tokenizer, its attention, and how it is loaded."""

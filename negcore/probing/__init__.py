@@ -1,0 +1,1 @@
+"""Skill-neuron probes: rankings of neurons, fitted probes, accuracy."""

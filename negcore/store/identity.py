@@ -1,0 +1,121 @@
+"""What makes the numbers of two runs comparable, and the digests that name it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import xxhash
+
+NUMBER_FORMAT = 1
+"""Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
+
+
+StorageLevel = Literal["values", "bfloat16", "codes", "stats"]
+"""What is kept of NEGs: their values; values and activations rounded to 16 bits (`negcore.store.bfloat16`); only the
+order and signs of each prompt's options (see `negcore.store.codes`); or vote sums of all neurons (see
+`negcore.measure.votes.vote_sums`) and the values of those that these choose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What makes numbers comparable: two shards may stand side by side only when their digests are equal.
+
+    Parameters
+    ----------
+    model, model_revision : str
+        Name and exact revision (commit or content hash) of the weights.
+    tokenizer_hash : str
+        Hash of the tokenizer's content.
+    site : str
+        Resolved site of the neurons: ``up``, ``act`` or ``gate``, never ``paper``.
+    dtype : str
+        Number type the model was computed in.
+    n_layers, n_neurons : int
+        Shape of the model: L, and N per layer.
+    prompt : mapping
+        Prompt settings, as JSON: wording, demonstrations, seed.
+    dataset_fingerprint : str
+        Hash of the examples the run was made from.
+    number_format : int
+        Version of what the stored numbers mean.
+    storage : StorageLevel
+        What is kept of the NEGs.
+    neurons : str or None
+        Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
+        chosen.
+    versions : mapping of str to str
+        Package versions. Informational: not part of the digest and not compared.
+    """
+
+    model: str
+    model_revision: str
+    tokenizer_hash: str
+    site: str
+    dtype: str
+    n_layers: int
+    n_neurons: int
+    prompt: Mapping[str, Any]
+    dataset_fingerprint: str
+    number_format: int = NUMBER_FORMAT
+    storage: StorageLevel = "values"
+    neurons: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        # Through JSON once, so that a tuple and the list it is read back as are the same setting.
+        object.__setattr__(self, "prompt", json.loads(canonical_json(self.prompt)))
+        object.__setattr__(self, "versions", dict(self.versions))
+
+    def comparable(self) -> dict[str, Any]:
+        """Everything but `versions`, as plain JSON values; without what is as it was before there was a choice."""
+        unsaid = {"versions"} | ({"storage"} if self.storage == "values" else set())
+        unsaid |= {"neurons"} if self.neurons is None else set()
+        return {key: value for key, value in asdict(self).items() if key not in unsaid}
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128, in hex, of the canonical JSON of everything but `versions`."""
+        return content_digest(self.comparable())
+
+    def difference(self, other: "RunIdentity | Mapping[str, Any]") -> str:
+        """Every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
+        unsaid = {"storage": "values"}
+        mine = unsaid | _flat(self.comparable())
+        theirs = unsaid | _flat(other if isinstance(other, Mapping) else other.comparable())
+        differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for each value: sorted keys, no blanks, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def content_digest(value: Any) -> str:
+    """xxh3-128, in hex, of the canonical JSON of a value."""
+    return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
+
+
+def choice_digest(neurons: Sequence[int]) -> str:
+    """Digest of chosen neurons, given by their flat layer-major indices."""
+    return content_digest(list(neurons))
+
+
+def text_hash(text: str) -> str:
+    """xxh3-128, in hex, of a prompt (lone surrogates, which hostile JSON can hold, included)."""
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    if key not in settings:
+        return "nothing"
+    shown = repr(settings[key])
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,0 +1,504 @@
+"""Arrow shards on disk: how they are published, and which shards of a run are already finished.
+
+Layout of a run directory (names quoted, so that pyarrow's hive partitioning gives them back)::
+
+    negs/model=meta-llama%2FLlama-2-7b/dataset=agnews/split=test/part-00003.arrow
+    negs/model=meta-llama%2FLlama-2-7b/dataset=agnews/split=test/_receipts/part-00003.json
+
+A shard counts only once its receipt exists, and the receipt is written last: a crash at any point leaves
+nothing, or a shard without a receipt, which is computed again. A shard's columns are in `negcore.store.schema`,
+reading is in `negcore.store.reader`.
+
+In a bucket a shard's name carries its checksum (``part-00003-CHECKSUM.arrow``), and of several writers of one receipt
+the server lets one win: what is under a name never changes, so a receipt cannot come to stand for another's shard.
+
+Axes: P prompts (rows), O options, L layers, N neurons a layer.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+from urllib.parse import quote, unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from negcore.errors import ShardError
+from negcore.store.files import (
+    create,
+    hidden,
+    hold,
+    is_remote,
+    location,
+    locked,
+    n_bytes,
+    objects,
+    read_all,
+    read_bytes,
+    remove,
+    replace,
+    sizes,
+    upload,
+)
+from negcore.store.identity import RunIdentity, canonical_json, choice_digest, content_digest
+from negcore.store.schema import AXES, StoredExample, record_batch, shard_schema, with_aligned_metadata
+
+_ABANDONED_S = 24 * 3600
+"""Age at which a temporary file has no writer any more, where the file system has no locks to tell by."""
+
+
+class Partition(NamedTuple):
+    """One (model, dataset, split): the unit of a hive directory, of resuming and of reading."""
+
+    model: str
+    dataset: str
+    split: str
+
+    def path(self, root: str | Path) -> Path:
+        """Directory of this partition's shards under the run directory `root`."""
+        assert all(self), self
+        pairs = (f"{key}={quote(value, safe='')}" for key, value in self._asdict().items())
+        return location(root).joinpath("negs", *pairs)
+
+    @classmethod
+    def is_path(cls, folder: Path) -> bool:
+        """Whether `path` could have put something at `folder`."""
+        return [part.partition("=")[0] for part in folder.parts[-3:]] == list(cls._fields)
+
+    @classmethod
+    def of_path(cls, folder: Path) -> "Partition":
+        """The partition that `path` would put at `folder`."""
+        assert cls.is_path(folder), folder
+        return cls(*(unquote(part.partition("=")[2]) for part in folder.parts[-3:]))
+
+
+class Place(Protocol):
+    """Names a directory of shards that belong together."""
+
+    def path(self, root: str | Path) -> Path:
+        """That directory under the run directory `root`."""
+
+
+Cause = Literal["failure", "nonfinite"]
+"""Why a row is set aside: computing it failed or killed its worker, or its numbers are not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetAside:
+    """A planned row that is not stored."""
+
+    id: str
+    cause: Cause
+    reason: str
+    """The error, in one line and without the prompt's text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """Proof that a shard was published whole; `identity` stays as written, so that any version can compare it.
+
+    A shard whose rows are all set aside is a file of no rows.
+    """
+
+    index: int
+    n_shards: int
+    n_rows: int
+    n_bytes: int
+    file_xxh3: str
+    digest: str
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str]
+    first_id: str
+    last_id: str
+    ids_xxh3: str
+    set_aside: tuple[SetAside, ...] = ()
+    """Rows of this shard that are not in it."""
+    n_nonfinite: int = 0
+    """NaN and infinite values stored."""
+    file: str | None = None
+    """Name of the shard's file where it carries the checksum, as in a bucket; None where it is `shard_path`'s."""
+
+    @property
+    def planned_digest(self) -> str:
+        """The digest that a plan knows: of a shard with chosen neurons, what it was before they were chosen."""
+        if "neurons" not in self.identity:
+            return self.digest
+        return content_digest({**self.identity, "neurons": ""})
+
+
+def write_shard(
+    root: str | Path,
+    partition: Partition,
+    index: int,
+    n_shards: int,
+    *,
+    identity: RunIdentity,
+    examples: Sequence[StoredExample],
+    label_ids_PO: npt.ArrayLike,
+    negs_POLN: npt.ArrayLike,
+    activations_PLN: npt.ArrayLike,
+    probs_PO: npt.ArrayLike,
+    set_aside: Sequence[SetAside] = (),
+    n_nonfinite: int = 0,
+    neurons: Sequence[int] | None = None,
+) -> Receipt:
+    """Publish one shard and then its receipt; the bytes of both depend on the arguments alone.
+
+    Parameters
+    ----------
+    root : path
+        Run directory.
+    index, n_shards : int
+        Place of this shard among the partition's shards.
+    identity : RunIdentity
+        It also says what is kept of the NEGs: `storage`.
+    examples : sequence of P examples
+        Anything with ``id``, ``prompt``, ``answer`` and ``group``. Of the prompt only a hash is stored.
+    label_ids_PO : int array (P, O)
+        Token id of every option's label.
+    negs_POLN : float32 array (P, O, L, N), probability per unit of activation
+    activations_PLN : float32 array (P, L, N)
+    probs_PO : float32 array (P, O)
+    set_aside : sequence of SetAside
+        Rows that belong to this shard and are not among `examples`.
+    n_nonfinite : int
+        NaN and infinite values among the numbers.
+    neurons : sequence of int, optional
+        With storage "stats", the chosen neurons that `identity` has the digest of, in rising order of flat index:
+        their numbers are stored. Without them the vote sums are.
+
+    Returns
+    -------
+    Receipt
+
+    Raises
+    ------
+    NegError
+        If the run stores codes or sums, and there are too many options for codes or a NEG is NaN or infinite.
+    """
+    assert identity.neurons == (None if neurons is None else choice_digest(neurons)), identity
+    batch = record_batch(
+        examples,
+        label_ids_PO=np.asarray(label_ids_PO, dtype=np.int32),
+        negs_POLN=np.asarray(negs_POLN, dtype=np.float32),
+        activations_PLN=np.asarray(activations_PLN, dtype=np.float32),
+        probs_PO=np.asarray(probs_PO, dtype=np.float32),
+        storage=identity.storage,
+        neurons=neurons,
+    )
+    n_options, n_chosen = np.shape(probs_PO)[1], None if neurons is None else len(neurons)
+    schema = shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage, n_chosen)
+    assert batch.schema.equals(schema), identity
+    return publish_batch(
+        partition.path(root),
+        index,
+        n_shards,
+        identity=identity,
+        batch=batch,
+        about={"partition": partition._asdict(), "n_options": n_options, "axes": dict(AXES[identity.storage])},
+        set_aside=set_aside,
+        n_nonfinite=n_nonfinite,
+    )
+
+
+def publish_batch(
+    folder: Path,
+    index: int,
+    n_shards: int,
+    *,
+    identity: RunIdentity,
+    batch: pa.RecordBatch,
+    about: Mapping[str, Any],
+    set_aside: Sequence[SetAside] = (),
+    n_nonfinite: int = 0,
+) -> Receipt:
+    """Publish a batch as one shard of a directory, and then its receipt; the bytes depend on the arguments alone.
+
+    Parameters
+    ----------
+    folder : Path
+        Directory of the shards that belong together.
+    index, n_shards : int
+        Place of this shard among them.
+    batch : RecordBatch
+        With a column ``id`` of strings.
+    about : mapping
+        Said in the file's metadata beside identity, versions and place, as JSON.
+    set_aside, n_nonfinite
+        Said in the receipt alone.
+
+    Returns
+    -------
+    Receipt
+        In a bucket it is that of another writer who published the same shard first, if it came to that.
+
+    Raises
+    ------
+    ShardError
+        If another run publishes there at the same time, in a bucket.
+    """
+    assert 0 <= index < n_shards, (index, n_shards)
+    place: dict[str, Any] = {"index": index, "n_shards": n_shards}
+    made_by: dict[str, Any] = {
+        "identity": identity.comparable(),
+        "digest": identity.digest,
+        "versions": identity.versions,
+    }
+    ids = batch.column("id").to_pylist()
+    in_bucket = is_remote(folder)
+    with _temporary_elsewhere() if in_bucket else _temporary(shard_path(folder, index)) as temporary:
+        _write_batch(with_aligned_metadata(batch, canonical_json({**about, **place, **made_by})), temporary)
+        file_xxh3 = checksum(temporary)
+        receipt = Receipt(
+            **place,
+            n_rows=len(ids),
+            n_bytes=temporary.stat().st_size,
+            file_xxh3=file_xxh3,
+            **made_by,
+            first_id=ids[0] if ids else "",
+            last_id=ids[-1] if ids else "",
+            ids_xxh3=content_digest(ids),
+            set_aside=tuple(set_aside),
+            n_nonfinite=n_nonfinite,
+            file=_name_with_checksum(index, file_xxh3) if in_bucket else None,
+        )
+        return _publish_in_bucket(temporary, folder, receipt) if in_bucket else _publish(temporary, folder, receipt)
+
+
+def finished_shards(
+    root: str | Path,
+    partition: Place,
+    identity: RunIdentity,
+    shard_ids: Sequence[Sequence[str]],
+    *,
+    verify: bool = False,
+) -> dict[int, Receipt]:
+    """Shards of this very run that need not be computed again, by index.
+
+    Damaged receipts and shards that are missing or of another length are left out, and so computed again. Rows that
+    were set aside count as done.
+
+    Parameters
+    ----------
+    shard_ids : sequence of sequences of str
+        The example ids of every shard this run would write, in order: other rows are refused.
+    verify : bool
+        Also compare every file's checksum.
+
+    Raises
+    ------
+    ShardError
+        If the partition holds shards of another run, or of the same run cut into other rows.
+    """
+    folder = partition.path(root)
+    known = receipts(folder)
+    for receipt in known:
+        if receipt.digest != identity.digest:
+            raise _other_run(folder, identity, receipt)
+        planned = shard_ids[receipt.index] if receipt.index < len(shard_ids) else []
+        set_aside = {row.id for row in receipt.set_aside}
+        stored = [id_ for id_ in planned if id_ not in set_aside]
+        is_same_cut = receipt.n_shards == len(shard_ids) and len(stored) + len(set_aside) == len(planned)
+        if not is_same_cut or receipt.ids_xxh3 != content_digest(stored):
+            raise _other_rows(folder, shard_ids, receipt)
+    return {receipt.index: receipt for receipt in whole_shards(folder, known, verify=verify)}
+
+
+def receipts(folder: Path) -> list[Receipt]:
+    """The undamaged receipts of a partition's directory, in order of index, whatever run they belong to."""
+    found = (_parsed_receipt(path.name, content) for path, content in read_all(folder, "_receipts/part-*.json").items())
+    return sorted((receipt for receipt in found if receipt is not None), key=lambda receipt: receipt.index)
+
+
+def whole_shards(folder: Path, known: Sequence[Receipt], *, verify: bool) -> list[Receipt]:
+    """Those of a directory's receipts whose shard is whole, as `is_whole` says; the directory is listed once."""
+    found = sizes(folder, "part-*.arrow")
+    return [
+        receipt for receipt in known if _is_whole(folder, receipt, found.get(shard_of(folder, receipt).name), verify)
+    ]
+
+
+def is_whole(folder: Path, receipt: Receipt, *, verify: bool) -> bool:
+    """Whether the receipt's shard has the length (with `verify`: also the checksum) that was published."""
+    return _is_whole(folder, receipt, n_bytes(shard_of(folder, receipt)), verify)
+
+
+def shard_of(folder: Path, receipt: Receipt) -> Path:
+    """The file of the shard that a receipt is about."""
+    return folder / receipt.file if receipt.file else shard_path(folder, receipt.index)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """The shard's file in its partition's directory, if that is no bucket; see `shard_of`."""
+    return folder / f"part-{index:05d}.arrow"
+
+
+# Files: all that touches the disk on the writing side
+
+
+def _write_batch(batch: pa.RecordBatch, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def checksum(path: Path) -> str:
+    """xxh3-128, in hex, of a file's content, as in receipts."""
+    if is_remote(path):
+        return xxhash.xxh3_128_hexdigest(read_bytes(path))
+    with path.open("rb") as handle:
+        return str(hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest())
+
+
+def _is_whole(folder: Path, receipt: Receipt, size: int | None, verify: bool) -> bool:
+    return size == receipt.n_bytes and (not verify or checksum(shard_of(folder, receipt)) == receipt.file_xxh3)
+
+
+def _lock(folder: Path) -> Path:
+    return folder / "_receipts" / ".lock"
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A hidden file beside `target`, locked as long as its writer lives, gone on leaving."""
+    (target.parent / "_receipts").mkdir(parents=True, exist_ok=True)
+    path = hidden(target)
+    with locked(_lock(target.parent)):
+        _remove_abandoned(target.parent)
+        handle = path.open("xb")
+        hold(handle)
+    try:
+        with handle:
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary_elsewhere() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="neg-") as folder:
+        yield Path(folder, "part.arrow")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove dead writers' temporary files: those nobody holds a lock on. (Process ids differ between containers.)"""
+    for path in [*folder.glob(".part-*.tmp"), *folder.glob("_receipts/.part-*.tmp")]:
+        with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as handle:
+            if hold(handle, wait=False) or time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
+
+
+def _publish(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
+    """Show the shard, then its receipt. Locked, so that of two writers one shard and *its* receipt remain."""
+    receipt_path = _receipt_path(folder, receipt.index)
+    hidden_receipt = hidden(receipt_path)
+    _sync(temporary)
+    with locked(_lock(folder)):
+        receipt_path.unlink(missing_ok=True)
+        temporary.replace(shard_of(folder, receipt))
+        hidden_receipt.write_text(_sealed(receipt), encoding="ascii")
+        _sync(hidden_receipt)
+        hidden_receipt.replace(receipt_path)
+    return receipt
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
+    """Put the shard under its own name, then be the one who puts the receipt, or take the receipt that is there."""
+    shard, receipt_path = shard_of(folder, receipt), _receipt_path(folder, receipt.index)
+    content = _sealed(receipt).encode("ascii")
+    upload(temporary, shard)
+    standing = create(receipt_path, content)
+    while standing is not None:
+        other = _parsed_receipt(receipt_path.name, standing.content)
+        if other == receipt:
+            return receipt
+        if other is not None and (other.digest, other.n_shards) != (receipt.digest, receipt.n_shards):
+            remove(shard)
+            raise _run_beside(folder, receipt, other)
+        if other is not None and is_whole(folder, other, verify=True):
+            if other.file != receipt.file:
+                remove(shard)
+            return other
+        standing = replace(receipt_path, content, standing)
+    _remove_rivals(folder, receipt)
+    return receipt
+
+
+def _remove_rivals(folder: Path, receipt: Receipt) -> None:
+    """Remove what writers of the same shard left who died or lost: nobody else's receipt can come to name it."""
+    plain = shard_path(folder, receipt.index)
+    for path in [plain, *objects(folder, f"{plain.stem}-")]:
+        if path.name != receipt.file:
+            remove(path)
+
+
+def _name_with_checksum(index: int, file_xxh3: str) -> str:
+    return f"part-{index:05d}-{file_xxh3}.arrow"
+
+
+def _receipt_path(folder: Path, index: int) -> Path:
+    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
+
+
+def _sealed(receipt: Receipt) -> str:
+    record = asdict(receipt)
+    return canonical_json(record | {"seal": content_digest(record)}) + "\n"
+
+
+def _parsed_receipt(name: str, content: bytes) -> Receipt | None:
+    """The receipt, or None if it is damaged: its shard is then computed again."""
+    try:
+        record = json.loads(content)
+        seal = record.pop("seal")
+        known = {item.name: record[item.name] for item in fields(Receipt) if item.name in record}
+        receipt = Receipt(**known | {"set_aside": tuple(SetAside(**row) for row in record.get("set_aside", ()))})
+        in_place = _receipt_path(Path(), receipt.index).name == name
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return receipt if in_place and seal == content_digest(record) and _names_its_own(receipt) else None
+
+
+def _names_its_own(receipt: Receipt) -> bool:
+    """Whether its checksum and its file's name are such: they become names of files."""
+    xxh3 = receipt.file_xxh3
+    is_checksum = isinstance(xxh3, str) and re.fullmatch("[0-9a-f]{32}", xxh3) is not None
+    return is_checksum and receipt.file in (None, _name_with_checksum(receipt.index, xxh3))
+
+
+# Messages
+
+
+def _other_run(folder: Path, identity: RunIdentity, receipt: Receipt) -> ShardError:
+    return ShardError(
+        f"{str(folder)!r} holds shards of another run (this run here, that one there: "
+        f"{identity.difference(receipt.identity)}): write to another output directory, or delete that partition"
+    )
+
+
+def _other_rows(folder: Path, shard_ids: Sequence[Sequence[str]], receipt: Receipt) -> ShardError:
+    return ShardError(
+        f"{str(folder)!r} was cut into other rows: its shard {receipt.index} of {receipt.n_shards} holds "
+        f"{receipt.n_rows} rows, {receipt.first_id!r} to {receipt.last_id!r}, and this run makes {len(shard_ids)} "
+        "shards: use that run's rows and shard size, write to another output directory, or delete that partition"
+    )
+
+
+def _run_beside(folder: Path, receipt: Receipt, other: Receipt) -> ShardError:
+    return ShardError(
+        f"{str(folder)!r}: another run published shard {other.index} at the same time ({other.n_shards} shards, digest "
+        f"{other.digest}; this run {receipt.n_shards}, {receipt.digest}): give each run an output directory of its own"
+    )

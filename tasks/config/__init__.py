@@ -1,0 +1,1 @@
+"""Run files: everything that a run depends on."""

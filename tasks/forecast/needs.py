@@ -1,0 +1,293 @@
+"""What a run will need, known before it starts: rows, bytes, memory and operations.
+
+Rows, shards and bytes follow from the prompts and the shards' columns. Memory is an estimate: it was 8 % and 24 % above
+the peaks of two measured runs of SmolLM2-135M. Operations are 2 for each parameter and token that is run, and as many
+for each option's gradient; divided by a rate they give the time. What this machine has is in `tasks.forecast.capacity`.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from negcore.errors import RunError
+from negcore.measure.forward import TOKEN_BUDGET, common_prefix_length
+from negcore.measure.neurgrad import neurgrad
+from negcore.model.encoding import encode_prompts
+from negcore.model.language_model import DTYPES, ModelCard, load_model
+from negcore.store.publish import receipts
+from tasks.config.run_file import EvaluationRun, RunFile, SkillRun, SkillsRun
+from tasks.forecast.shard_size import shard_bytes
+from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit
+
+Planned = Sequence[tuple[SkillRun, Sequence[PlannedModel]]]
+"""Runs with their plans: one, or several that ask the same models in different ways."""
+
+_PROCESS_BYTES = 600 * 2**20
+"""A worker's process before it holds a model."""
+_COPIES_OF_A_CACHE = 3
+"""Of a batch's keys and values: its own, those that the probed token joins, and what making them takes."""
+_COPIES_OF_A_SHARD = 2
+"""As columns, and as bytes on their way to the disk; before that its values are computed."""
+_FOREST_BYTES_A_FEATURE = 5
+"""One byte, and four in scikit-learn's copy."""
+_CALIBRATION_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a model decides time and memory."""
+
+    n_parameters: int
+    n_in_layers: int
+    """Parameters that every token runs through."""
+    n_in_head: int
+    """Parameters that the probed token runs through besides."""
+
+
+@dataclass(frozen=True)
+class DatasetForecast:
+    """What one model needs for one dataset."""
+
+    name: str
+    way: str
+    """Of a run that asks in several ways: this way's folder; else empty."""
+    n_rows: int
+    """Of all shards: with storage "stats" training prompts may be measured twice."""
+    n_shards: int
+    n_tokens: int
+    n_bytes: int
+    """Of all shards."""
+    n_bytes_left: int
+    """Of those that are not there yet."""
+    operations: float
+    """For those that are not there yet."""
+    batch_bytes: int
+    """Of the largest batch, on the model's device."""
+    assembly_bytes: int
+    """Of the largest shard as it is put together, in main memory."""
+    forest_bytes: int
+    """Of the forest as it grows, in the driver's memory; 0 without one."""
+
+
+@dataclass(frozen=True)
+class ModelForecast:
+    """What one model needs."""
+
+    name: str
+    n_layers: int
+    n_neurons: int
+    size: Size
+    model_bytes: int
+    datasets: tuple[DatasetForecast, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        """What a worker needs where its model is: the model and the largest batch."""
+        return self.model_bytes + max((one.batch_bytes for one in self.datasets), default=0)
+
+    @property
+    def host_bytes(self) -> int:
+        """What a worker needs in main memory besides."""
+        return _PROCESS_BYTES + max((one.assembly_bytes for one in self.datasets), default=0)
+
+    @property
+    def forest_bytes(self) -> int:
+        """What the largest forest needs."""
+        return max((one.forest_bytes for one in self.datasets), default=0)
+
+    @property
+    def n_bytes_left(self) -> int:
+        return sum(one.n_bytes_left for one in self.datasets)
+
+    @property
+    def operations(self) -> float:
+        """For all that is left to do."""
+        return sum(one.operations for one in self.datasets)
+
+
+def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
+    """The runs on datasets that a run consists of.
+
+    Raises
+    ------
+    RunError
+        If it is of another kind.
+    """
+    match run:
+        case SkillRun():
+            return (run,)
+        case EvaluationRun():
+            return run.settings
+        case SkillsRun():
+            return tuple(condition.run for condition in run.conditions)
+    raise RunError(f"run directory {str(run.directory)!r}: only runs on datasets can be foreseen, no linearity studies")
+
+
+def forecast(planned: Planned) -> tuple[ModelForecast, ...]:
+    """What every model needs under runs that ask in different ways.
+
+    Raises
+    ------
+    NegError
+        If a model's configuration cannot be used.
+    """
+    by_model = zip(*(models for _, models in planned), strict=True)
+    runs = [run for run, _ in planned]
+    return tuple(_model_forecast(list(zip(runs, models, strict=True))) for models in by_model)
+
+
+def measured_rate(run: SkillRun, model: PlannedModel) -> float:
+    """Operations a second of one worker, from a few prompts: loads the model.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be loaded.
+    """
+    lm = load_model(model.card.ref, dtype=run.dtype, device=run.worker_device, site=run.site)
+    split = max(splits_of(model), key=lambda split: len(split.examples))
+    examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
+    prompts, labels = [example.prompt for example in examples], [example.labels for example in examples]
+    with _threads(run.cpus):
+        neurgrad(lm, prompts[:1], labels[:1])  # what only the first call costs
+        started = time.perf_counter()
+        neurgrad(lm, prompts, labels, batch_size=run.batch_size)
+        seconds = time.perf_counter() - started
+    return _operations(model.card, size_of(model.card), encode_prompts(model.card, prompts), len(labels[0])) / seconds
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, as a worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def size_of(card: ModelCard) -> Size:
+    """Count a model's parameters, without its weights."""
+    kind = transformers.AutoModelForMaskedLM if card.arch.masked else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model = kind.from_config(card.config)
+    return Size(
+        n_parameters=_count(model),
+        n_in_layers=_count(model.get_submodule(card.arch.layers)),
+        n_in_head=card.text_config.vocab_size * model.get_output_embeddings().in_features,
+    )
+
+
+def missing_shards(run: SkillRun, split: PlannedSplit) -> list[int]:
+    """Shards that are not there yet."""
+    there = receipts(split.partition.path(run.directory))
+    done = {receipt.index for receipt in there if receipt.planned_digest == split.identity.digest}
+    return [index for index in range(len(split.shards)) if index not in done]
+
+
+def splits_of(model: PlannedModel) -> list[PlannedSplit]:
+    """Every split of every dataset of a model."""
+    return [split for dataset in model.datasets for split in dataset.splits]
+
+
+# Models and datasets
+
+
+def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelForecast:
+    run, model = of_model[0]
+    size = size_of(model.card)
+    return ModelForecast(
+        name=model.card.name,
+        n_layers=model.card.n_layers,
+        n_neurons=model.card.n_neurons,
+        size=size,
+        model_bytes=size.n_parameters * DTYPES[run.dtype].itemsize,
+        datasets=tuple(
+            _dataset_forecast(run, model.card, size, dataset, several=len(of_model) > 1)
+            for run, model in of_model
+            for dataset in model.datasets
+        ),
+    )
+
+
+def _dataset_forecast(
+    run: SkillRun, card: ModelCard, size: Size, dataset: PlannedDataset, *, several: bool
+) -> DatasetForecast:
+    needs = [_split_needs(run, card, size, split) for split in dataset.splits]
+    n_features = min(run.tree_neurons, card.n_layers * card.n_neurons) if "tree" in run.probe else 0
+    return DatasetForecast(
+        name=dataset.dataset.name,
+        way=run.directory.name if several else "",
+        n_rows=sum(len(split.examples) for split in dataset.splits),
+        n_shards=sum(len(split.shards) for split in dataset.splits),
+        n_tokens=sum(one.n_tokens for one in needs),
+        n_bytes=sum(one.n_bytes for one in needs),
+        n_bytes_left=sum(one.n_bytes_left for one in needs),
+        operations=sum(one.operations for one in needs),
+        batch_bytes=max(one.batch_bytes for one in needs),
+        assembly_bytes=max(one.assembly_bytes for one in needs),
+        forest_bytes=_FOREST_BYTES_A_FEATURE * len(dataset.dataset.splits["train"]) * n_features,
+    )
+
+
+class _Needs(NamedTuple):
+    n_tokens: int
+    n_bytes: int
+    n_bytes_left: int
+    operations: float
+    batch_bytes: int
+    assembly_bytes: int
+
+
+def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: PlannedSplit) -> _Needs:
+    ids = encode_prompts(card, [example.prompt for example in split.examples])
+    n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
+    shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
+    return _Needs(
+        n_tokens=sum(map(len, ids)),
+        n_bytes=sum(sizes),
+        n_bytes_left=sum(sizes[index] for index in missing),
+        operations=sum(_operations(card, size, shards_ids[index], n_options) for index in missing),
+        batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_options),
+        assembly_bytes=max(shard_bytes(_with_values(split))) + _COPIES_OF_A_SHARD * max(sizes),
+    )
+
+
+def _with_values(split: PlannedSplit) -> PlannedSplit:
+    """The split as it is computed, whatever is stored of it."""
+    return replace(split, identity=replace(split.identity, storage="values", neurons=None), n_chosen=None)
+
+
+def _operations(card: ModelCard, size: Size, ids: Sequence[Sequence[int]], n_options: int) -> float:
+    """Of the prompts of one shard: see the module. The tokens that all begin with run once, without a gradient."""
+    n_rows, n_tokens, passes = len(ids), sum(map(len, ids)), 1 + n_options
+    if card.arch.masked:
+        return 2.0 * passes * (size.n_in_layers * n_tokens + size.n_in_head * n_rows)
+    n_prefix = common_prefix_length(ids)
+    n_before = n_prefix + n_tokens - n_rows * (n_prefix + 1)
+    return 2.0 * (size.n_in_layers * (n_before + n_rows * passes) + size.n_in_head * n_rows * passes)
+
+
+def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) -> int:
+    """Of a batch of prompts that are as long as the longest: what its layers work with, and its gradients."""
+    config, width = card.text_config, DTYPES[run.dtype].itemsize
+    n_rows = min(run.batch_size or max(1, TOKEN_BUDGET // n_tokens), run.shard_rows)
+    gradients = n_options * n_rows * (card.n_layers * card.n_neurons + 3 * config.vocab_size) * width
+    a_token = 3 * card.n_neurons + 6 * config.hidden_size
+    if card.arch.masked:
+        heads = config.num_attention_heads * n_tokens
+        return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width
+    cache = _COPIES_OF_A_CACHE * 2 * card.n_layers * keys * n_rows * n_tokens * width
+    return int(cache + n_rows * n_tokens * a_token * width + gradients)
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

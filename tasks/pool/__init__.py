@@ -1,0 +1,1 @@
+"""Pools of plain workers, in this process or as Ray actors."""

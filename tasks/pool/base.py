@@ -1,0 +1,356 @@
+"""Plain workers, run here or as Ray actors: one queue of jobs, bounded retries, replaced actors, a stop event.
+
+A *worker* is a plain class with a method ``run(job) -> result``, made from a recipe ``(cls, kwargs)``. Jobs and
+results are small plain data: a worker writes its arrays itself and returns a receipt. The pool of actors is in
+`tasks.pool.ray_pool`, which is imported only when such a pool is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from negcore.errors import NegError, RunError
+from tasks.pool.ray_session import ray_session
+
+__all__ = [
+    "Outcome",
+    "Pool",
+    "PoolStatus",
+    "Resources",
+    "Stopped",
+    "WorkerLost",
+    "open_pool",
+]
+
+Backend = Literal["local", "ray"]
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""How long a wait may last before the stop event and the deadlines are looked at again."""
+
+
+class Stopped(Exception):  # noqa: N818  a request that was honoured, not an error
+    """The stop event was set: no further job is started and no further outcome follows."""
+
+
+class WorkerLost(RuntimeError):  # noqa: N818
+    """A worker's process died, or was ended because its job took too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the workers of a pool may use.
+
+    Parameters
+    ----------
+    workers : int
+        Most workers at a time. No more are started than there are jobs.
+    cpus : float
+        CPUs reserved for each worker.
+    gpus : float
+        GPUs reserved for each worker: a fraction of one, or a whole number.
+    max_attempts : int
+        Attempts a job gets before it is handed back with its error.
+    max_replacements : int
+        Workers that may be lost, without a job succeeding in between, before the pool shrinks. All that one job
+        loses count as one.
+    start_timeout_s : float
+        Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable.
+    job_timeout_s : float or None
+        Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. The local backend
+        cannot interrupt a job and has no such limit.
+    address : str or None
+        Ray cluster to connect to; "local" starts one on this machine; None is ``RAY_ADDRESS`` or else "local".
+
+    Raises
+    ------
+    RunError
+        If a number is out of its range.
+    """
+
+    workers: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    max_attempts: int = 3
+    max_replacements: int = 10
+    start_timeout_s: float = 900.0
+    job_timeout_s: float | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 1), ("max_attempts", 1), ("max_replacements", 0), ("cpus", 0), ("gpus", 0)):
+            if getattr(self, name) < least:
+                raise RunError(f"{name} is {getattr(self, name)}, but it must be at least {least}")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise RunError(f"gpus is {self.gpus}, but a worker takes a fraction of one GPU or a whole number of GPUs")
+
+    @property
+    def demand(self) -> dict[str, float]:
+        """What Ray must reserve for one worker, by resource name."""
+        return {"CPU": self.cpus, "GPU": self.gpus}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job.
+
+    Parameters
+    ----------
+    job : Any
+        The job as it was given.
+    result : Any or None
+        What ``run`` returned; None if the job failed.
+    exception : Exception or None
+        The error of the last attempt; None if the job succeeded.
+    attempts : int
+        Attempts made, at least 1.
+    """
+
+    job: Any
+    result: Any | None
+    exception: Exception | None
+    attempts: int
+
+    @property
+    def error(self) -> str | None:
+        """Type and message of the error, in one line; None if the job succeeded."""
+        return None if self.exception is None else first_line(self.exception)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """How far a pool's ``map`` is: jobs and workers by state.
+
+    Parameters
+    ----------
+    label : str
+        The pool's label.
+    done, failed, running, queued : int
+        Jobs that succeeded, that were handed back with an error, that a worker has now, and that wait.
+    ready, starting, lost : int
+        Workers that are usable, that are being made, and that died or were ended.
+    note : str
+        What the pool waits for; empty if it does not wait.
+    """
+
+    label: str
+    done: int
+    failed: int
+    running: int
+    queued: int
+    ready: int
+    starting: int
+    lost: int
+    note: str = ""
+
+
+class Attempt:
+    """A job and the number of the attempt that is next or under way."""
+
+    __slots__ = ("job", "number")
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+        self.number = 1
+
+
+@dataclass
+class Batch:
+    """The jobs of one ``map`` call."""
+
+    todo: deque[Attempt]
+    max_attempts: int
+    suspect: bool
+    stop: threading.Event | None
+    on_tick: Callable[[PoolStatus], None] | None
+    tick_s: float
+    done: int = 0
+    failed: int = 0
+    ticked_at: float = float("-inf")
+
+    def check_stop(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped("stopped on request")
+
+    def tick_due(self) -> bool:
+        return self.on_tick is not None and time.monotonic() - self.ticked_at >= self.tick_s
+
+    def tick(self, status: PoolStatus) -> None:
+        if self.on_tick is not None:
+            self.ticked_at = time.monotonic()
+            self.on_tick(status)
+
+    def succeeded(self, attempt: Attempt, result: Any) -> Outcome:
+        self.done += 1
+        return Outcome(attempt.job, result, None, attempt.number)
+
+    def failed_once(self, attempt: Attempt, exception: Exception) -> Outcome | None:
+        """The outcome if the job is handed back; None if it went back into the queue."""
+        if attempt.number < self.max_attempts and not isinstance(exception, NegError):
+            attempt.number += 1
+            self.todo.append(attempt)
+            return None
+        self.failed += 1
+        return Outcome(attempt.job, None, exception, attempt.number)
+
+
+class Pool(ABC):
+    """Workers of one recipe. Obtained from `open_pool`, usable until its ``with`` block ends."""
+
+    def __init__(self, cls: type, kwargs: Mapping[str, Any], resources: Resources, label: str) -> None:
+        self._cls = cls
+        self._kwargs = dict(kwargs)
+        self._resources = resources
+        self._label = label
+        self._lock = threading.Lock()
+
+    def map(
+        self,
+        jobs: Iterable[Any],
+        *,
+        stop: threading.Event | None = None,
+        on_tick: Callable[[PoolStatus], None] | None = None,
+        tick_s: float = 5.0,
+        suspect: bool = False,
+    ) -> Iterator[Outcome]:
+        """Run the jobs and yield their outcomes in order of completion.
+
+        Work starts with the first ``next``. Calls from several threads take turns. An error that only the user
+        can mend (`NegError`) is not tried again; every other error is, up to ``max_attempts`` times.
+
+        Parameters
+        ----------
+        jobs : iterable
+            Small plain data, one item a job.
+        stop : threading.Event, optional
+            Once set, no further outcome follows.
+        on_tick : callable, optional
+            Called with a `PoolStatus` at the start, at the end and every `tick_s` seconds, in the caller's thread.
+        tick_s : float
+            Seconds between two calls of `on_tick`.
+        suspect : bool
+            Whether the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
+            used again, and what they cost is replaced whatever `max_replacements` is.
+
+        Yields
+        ------
+        Outcome
+
+        Raises
+        ------
+        Stopped
+            If `stop` is set.
+        NegError
+            If the worker's constructor raises it.
+        RunError
+            If no worker can be started, or all were lost and may not be replaced.
+        """
+        todo = deque(Attempt(job) for job in jobs)
+        batch = Batch(todo, 1 if suspect else self._resources.max_attempts, suspect, stop, on_tick, tick_s)
+        while not self._lock.acquire(timeout=POLL_S):
+            batch.check_stop()
+        try:
+            batch.tick(self._status(batch))
+            yield from self._outcomes(batch)
+            batch.tick(self._status(batch))
+        finally:
+            self._lock.release()
+
+    @abstractmethod
+    def _outcomes(self, batch: Batch) -> Iterator[Outcome]:
+        """Run the batch to its end."""
+
+    @abstractmethod
+    def _status(self, batch: Batch) -> PoolStatus:
+        """How far the batch is."""
+
+    def _cannot_start(self, error: Exception) -> RunError:
+        return RunError(f"{self._label}: the worker {self._cls.__name__} cannot start: {first_line(error)}")
+
+
+class _LocalPool(Pool):
+    """One worker in this process."""
+
+    _worker: Any = None
+
+    def _outcomes(self, batch: Batch) -> Iterator[Outcome]:
+        while batch.todo:
+            batch.check_stop()
+            outcome = self._run(batch, batch.todo.popleft())
+            if outcome is not None:
+                yield outcome
+            if batch.tick_due():
+                batch.tick(self._status(batch))
+
+    def _run(self, batch: Batch, attempt: Attempt) -> Outcome | None:
+        if self._worker is None:
+            self._worker = self._build()
+        try:
+            return batch.succeeded(attempt, self._worker.run(attempt.job))
+        except Exception as error:
+            logger.debug("%s: attempt %d failed", self._label, attempt.number, exc_info=True)
+            return batch.failed_once(attempt, error)
+
+    def _build(self) -> Any:
+        try:
+            return self._cls(**self._kwargs)
+        except NegError:
+            raise
+        except Exception as error:
+            raise self._cannot_start(error) from error
+
+    def _status(self, batch: Batch) -> PoolStatus:
+        ready = int(self._worker is not None)
+        return PoolStatus(self._label, batch.done, batch.failed, 0, len(batch.todo), ready, 0, 0)
+
+
+@contextlib.contextmanager
+def open_pool(
+    backend: Backend, cls: type, kwargs: Mapping[str, Any], resources: Resources, *, label: str
+) -> Iterator[Pool]:
+    """Open a pool of workers, each made by ``cls(**kwargs)`` when there is work for it.
+
+    Parameters
+    ----------
+    backend : {"local", "ray"}
+        "local" runs the jobs in this process, one after the other; "ray" in actors, one job at a time each. Inside
+        `ray_session` that session is used; otherwise one is opened for this pool.
+    cls : type
+        The worker's class, importable where the actors run.
+    kwargs : mapping
+        The constructor's arguments, small plain data.
+    resources : Resources
+    label : str
+        Name of the pool in messages.
+
+    Yields
+    ------
+    Pool
+
+    Raises
+    ------
+    RunError
+        If no node of the cluster is large enough for a worker, or the cluster cannot be reached.
+    """
+    if backend == "local":
+        yield _LocalPool(cls, kwargs, resources, label)
+        return
+    from tasks.pool.ray_pool import RayPool
+
+    with ray_session(resources.address), contextlib.closing(RayPool(cls, kwargs, resources, label)) as pool:
+        yield pool
+
+
+def first_line(error: BaseException) -> str:
+    """Type of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,149 @@
+"""Do jobs without the rows that make them fail: such rows are found by computing a job in ever smaller halves.
+
+Whatever a row does to its worker, each half is a job of its own on the pool, and only the row's half fails. What is
+found is then done without those rows, as one job: rows computed together round alike, so a shard has the same bytes
+however it came about.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol, Self, runtime_checkable
+
+from negcore.datasets import Example
+from negcore.errors import NegError
+from negcore.store.publish import SetAside
+from tasks.pool.base import Outcome, Pool, PoolStatus
+
+logger = logging.getLogger(__name__)
+
+Tick = Callable[[PoolStatus], None]
+
+_TICK_S = 2.0
+_LONGEST_REASON = 300
+_QUOTED = 24
+"""Characters of a prompt's line that make a quotation."""
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A job that can be done in part."""
+
+    @property
+    def examples(self) -> Sequence[Example]: ...
+
+    def trial(self, examples: Sequence[Example]) -> Self:
+        """The job of computing some of the rows and publishing nothing."""
+
+    def without(self, rows: Sequence[SetAside]) -> Self:
+        """The job with some of its rows set aside."""
+
+
+def map_isolating(
+    pool: Pool, jobs: Sequence[object], *, stop: threading.Event, on_tick: Tick
+) -> Generator[Outcome, None, None]:
+    """`Pool.map`, but a job that fails because of single rows is done without them.
+
+    As long as nothing could be computed, a failure is not taken for a row's: the first job that fails is then searched
+    alone, and if none of its rows can be computed either, no row is set aside.
+
+    Parameters
+    ----------
+    jobs : sequence
+        Those that are not `Divisible` are handed back as they fail.
+
+    Yields
+    ------
+    Outcome
+        Of every job as it was given.
+    """
+    failed: list[Outcome] = []
+    is_proven = False
+    for outcome in pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=_TICK_S):
+        if _is_suspect(outcome):
+            failed.append(outcome)
+        else:
+            is_proven = is_proven or outcome.exception is None
+            yield outcome
+    while failed:
+        chosen, failed = (failed, []) if is_proven else (failed[:1], failed[1:])
+        finding = _Search(pool, stop, on_tick, len(chosen)).run([outcome.job for outcome in chosen])
+        is_proven = is_proven or finding.is_any_computed
+        if not is_proven:
+            yield from (*chosen, *failed)
+            return
+        yield from _without(pool, chosen, finding, stop, on_tick)
+
+
+class _Finding(NamedTuple):
+    rows: dict[int, SetAside]
+    """Rows that fail alone, by the `id()` of their example."""
+    is_any_computed: bool
+
+
+class _Search:
+    """Looks for the rows that make some jobs fail."""
+
+    def __init__(self, pool: Pool, stop: threading.Event, on_tick: Tick, n_jobs: int) -> None:
+        self._pool, self._stop, self._on_tick = pool, stop, on_tick
+        self._note = f"looking for the rows at fault in {n_jobs} shard{'s' * (n_jobs > 1)}"
+        self._is_any_computed = False
+
+    def run(self, jobs: Sequence[Divisible]) -> _Finding:
+        """Halve the jobs, and every half that fails, down to single rows; these must fail twice more."""
+        logger.warning("%s", self._note)
+        suspects = [job.trial(job.examples) for job in jobs]
+        rows = [job for job in suspects if len(job.examples) == 1]
+        while suspects := [job for job in suspects if len(job.examples) > 1]:
+            halves = [half for job in suspects for half in _halves(job)]
+            rows += [half for half in halves if len(half.examples) == 1]
+            suspects = [outcome.job for outcome in self._failing([half for half in halves if len(half.examples) > 1])]
+        outcomes = self._failing([outcome.job for outcome in self._failing(rows)])
+        found = {id(row): _set_aside(row, outcome) for outcome in outcomes for row in outcome.job.examples}
+        return _Finding(found, self._is_any_computed)
+
+    def _failing(self, jobs: Sequence[Divisible]) -> list[Outcome]:
+        outcomes = list(
+            self._pool.map(jobs, suspect=True, stop=self._stop, on_tick=self._tick, tick_s=_TICK_S) if jobs else ()
+        )
+        self._is_any_computed = self._is_any_computed or any(outcome.exception is None for outcome in outcomes)
+        return [outcome for outcome in outcomes if _is_suspect(outcome)]
+
+    def _tick(self, status: PoolStatus) -> None:
+        self._on_tick(replace(status, note=status.note or self._note))
+
+
+def _without(
+    pool: Pool, failed: Sequence[Outcome], finding: _Finding, stop: threading.Event, on_tick: Tick
+) -> Iterator[Outcome]:
+    """Do the jobs again without the rows that were found; each outcome names the job as it was given."""
+    given = {}
+    for outcome in failed:
+        rows = [finding.rows[id(row)] for row in outcome.job.examples if id(row) in finding.rows]
+        again = outcome.job.without(rows)
+        given[id(again)] = (again, outcome.job)
+    for outcome in pool.map([again for again, _ in given.values()], stop=stop, on_tick=on_tick, tick_s=_TICK_S):
+        yield replace(outcome, job=given[id(outcome.job)][1])
+
+
+def _is_suspect(outcome: Outcome) -> bool:
+    """Whether the job failed in a way that one of its rows may cause: neither the user's error nor the disk's."""
+    if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError)):
+        return False
+    return isinstance(outcome.job, Divisible)
+
+
+def _halves(job: Divisible) -> tuple[Divisible, Divisible]:
+    middle = len(job.examples) // 2
+    return job.trial(job.examples[:middle]), job.trial(job.examples[middle:])
+
+
+def _set_aside(row: Example, outcome: Outcome) -> SetAside:
+    return SetAside(id=row.id, cause="failure", reason=without_text(str(outcome.error), [row])[:_LONGEST_REASON])
+
+
+def without_text(error: str, rows: Sequence[Example]) -> str:
+    """An error, in so far as it quotes no prompt: receipts, logs and pages never hold their text."""
+    lines = (line.strip()[:_QUOTED] for row in rows for line in row.prompt.splitlines())
+    return error.split(":", 1)[0] if any(line and line in error for line in lines) else error

@@ -1,0 +1,307 @@
+"""One driver a run directory: who works in it says so in a file there, and goes on saying so while it lives.
+
+Only what every place for files has is asked for (create a file that must be new, write, read, delete), so a claim holds
+in network directories and buckets too. On the holder's own machine its death shows at once, elsewhere by its silence:
+whoever comes next watches the file for a while, by its own clock, so that no two clocks need to agree.
+"""
+
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from pathlib import Path
+
+from negcore.errors import RunError
+from negcore.store.files import create, draft, is_remote, read_bytes, remove
+
+__all__ = ["CLAIM_FILE", "Holder", "claim", "holder_of"]
+
+CLAIM_FILE = "claim.json"
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 5.0
+_SILENCE_S = 60.0
+"""A claim that is not renewed for so long is nobody's."""
+_POLL_S = 1.0
+_SETTLE_S = 0.5
+"""Of two who take over the same dead claim, the first sees within this time that the other did."""
+_LONGEST_COMMAND = 200
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a directory."""
+
+    token: str
+    """Different for every claim."""
+    machine: str
+    """Host and, on Linux, its space of process ids: containers may share a host's name."""
+    pid: int
+    birth: str
+    """When the process began: see `_birth`."""
+    since: str
+    """For people, in the time zone of the holder."""
+    command: str
+    beat: int = 0
+    """Times that the claim was renewed."""
+
+    @classmethod
+    def this_process(cls) -> "Holder":
+        """A new claim of this process."""
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_LONGEST_COMMAND]
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        return cls(uuid.uuid4().hex, _machine(), os.getpid(), _birth(os.getpid()), since, command)
+
+    @property
+    def is_dead(self) -> bool | None:
+        """Whether its process is gone, or its id another's by now; None if that cannot be told from here."""
+        if self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:  # another user's
+            pass
+        birth = _birth(self.pid)
+        return birth != self.birth if birth else None
+
+    def __str__(self) -> str:
+        text = f"pid {self.pid} on {self.machine.split(' ')[0]} ({self.command}) since {self.since}"
+        return "".join(char if char.isprintable() else "?" for char in text)
+
+
+class _Claim:
+    """A held directory, renewed by a thread until it is given back or lost."""
+
+    def __init__(self, directory: Path, holder: Holder) -> None:
+        self.directory, self.holder = directory, holder
+        self.loss: str | None = None
+        """How the claim was lost, if it was."""
+        self._listeners: list[Callable[[], None]] = []
+        self._given_back = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="claim", daemon=True)
+        self._thread.start()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Have `call` called, by another thread, when the claim is lost; at once if it is."""
+        self._listeners.append(call)
+        if self.loss is not None:
+            call()
+
+    def give_back(self) -> None:
+        """Leave the directory to the next; a claim that cannot be deleted ends by silence."""
+        self._given_back.set()
+        self._thread.join()
+        try:
+            if _is_of(holder_of(self.directory), self.holder):
+                _delete(self.directory)
+        except OSError as error:
+            logger.warning("the claim on %s cannot be given back: %s", self.directory, error)
+
+    def error(self) -> RunError:
+        """What to say of a claim that was lost."""
+        return RunError(
+            f"run directory {str(self.directory)!r} is not this run's any more, {self.loss}: stopped; finished shards "
+            "are kept"
+        )
+
+    def _renew(self) -> None:
+        renewed_at = time.monotonic()
+        while self.loss is None and not self._given_back.wait(_BEAT_S):
+            try:
+                self._beat()
+                renewed_at = time.monotonic()
+            except (OSError, RunError) as error:  # a bucket's troubles are RunErrors
+                logger.warning("the claim on %s cannot be renewed: %s", self.directory, error)
+                if time.monotonic() - renewed_at > _SILENCE_S:
+                    self.loss = f"its claim could not be renewed for {_SILENCE_S:g} s"
+        for call in self._listeners if self.loss is not None else ():
+            call()
+
+    def _beat(self) -> None:
+        holder = holder_of(self.directory)
+        if holder is not None and not _is_of(holder, self.holder):
+            self.loss = f"{holder} took it over"
+            return
+        self.holder = replace(self.holder, beat=self.holder.beat + 1)
+        _rewrite(self.directory, self.holder)
+
+
+_held: ContextVar[Mapping[str, _Claim]] = ContextVar("held")
+"""The claims of those who called from here."""
+
+
+@contextmanager
+def claim(directory: Path, *, when_lost: Callable[[], None] | None = None) -> Iterator[None]:
+    """Work alone in a run directory, which is made if need be; inside the block, claiming it again changes nothing.
+
+    Parameters
+    ----------
+    directory : Path
+    when_lost : callable, optional
+        Called in another thread if someone else takes the directory over: stop working then.
+
+    Raises
+    ------
+    RunError
+        If a living driver holds the directory, or it cannot be written; at the end if the claim was lost meanwhile.
+    """
+    held = _held.get({})
+    known = held.get(str(directory))
+    mine = known or _Claim(directory, _acquire(directory))
+    if when_lost is not None:
+        mine.when_lost(when_lost)
+    reset = _held.set({**held, str(directory): mine})
+    try:
+        yield
+    except Exception as error:
+        if mine.loss is not None:
+            raise mine.error() from error
+        raise
+    finally:
+        _held.reset(reset)
+        if known is None:
+            mine.give_back()
+    if mine.loss is not None:
+        raise mine.error()
+
+
+def holder_of(directory: Path) -> Holder | None:
+    """Who claims a directory, alive or not; None if nobody does, or one who is just writing it down."""
+    return _parsed(_content(directory))
+
+
+def _acquire(directory: Path) -> Holder:
+    """Claim a directory that nobody holds, or that a dead driver left."""
+    me = Holder.this_process()
+    try:
+        if _create(directory, me):
+            return me
+        holder = _living(directory)
+        if holder is not None:
+            raise RunError(f"run directory {str(directory)!r} is held by {holder}: wait, stop it, or use another --out")
+        _write(directory, me)
+        time.sleep(_SETTLE_S)
+        winner = holder_of(directory)
+    except OSError as error:
+        raise RunError(f"run directory {str(directory)!r} cannot be written: {error.strerror or error}") from error
+    if not _is_of(winner, me):
+        raise RunError(f"run directory {str(directory)!r} was claimed by {winner} at the same moment: wait or stop it")
+    return me
+
+
+def _living(directory: Path) -> str | None:
+    """Who holds the directory and lives; None if the holder is dead, silent or gone."""
+    first = _content(directory)
+    holder = _parsed(first)
+    is_dead = holder.is_dead if holder is not None else None
+    if is_dead or first is None:
+        return None
+    if is_dead is None:
+        logger.warning("%s is held by %s: waiting for a sign of life", directory, holder or "another run")
+        deadline = time.monotonic() + _SILENCE_S
+        while (content := _content(directory)) == first:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)
+        if content is None:
+            return None
+        holder = _parsed(content)
+    return str(holder or "another run")
+
+
+def _is_of(holder: Holder | None, other: Holder) -> bool:
+    return holder is not None and holder.token == other.token
+
+
+# The file
+
+
+def _create(directory: Path, holder: Holder) -> bool:
+    """Whether the claim is new: of several who try, exactly one succeeds."""
+    file = directory / CLAIM_FILE
+    if is_remote(file):
+        return create(file, _encoded(holder)) is None
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with file.open("xb") as new:
+            new.write(_encoded(holder))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write(directory: Path, holder: Holder) -> None:
+    with draft(directory / CLAIM_FILE) as path:
+        path.write_bytes(_encoded(holder))
+
+
+def _rewrite(directory: Path, holder: Holder) -> None:
+    """Write over one's own claim: a draft would need room, and a full disk must not cost a living driver its claim."""
+    file = directory / CLAIM_FILE
+    if is_remote(file):
+        _write(directory, holder)
+        return
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as held:
+        held.write(_encoded(holder))
+        held.truncate()
+
+
+def _delete(directory: Path) -> None:
+    file = directory / CLAIM_FILE
+    if is_remote(file):
+        remove(file)
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _content(directory: Path) -> bytes | None:
+    try:
+        return read_bytes(directory / CLAIM_FILE)
+    except FileNotFoundError:
+        return None
+
+
+def _encoded(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode()
+
+
+def _parsed(content: bytes | None) -> Holder | None:
+    """None also of what is no claim: one that was just being written, say."""
+    try:
+        record = json.loads(content or b"")
+        return Holder(**{field.name: field.type(record[field.name]) for field in fields(Holder)})  # type: ignore[operator]
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+
+
+# Processes
+
+
+def _birth(pid: int) -> str:
+    """When a process began, in ticks since its machine did; "zombie" after its end; empty where that is not told."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "zombie" if state in "ZX" else numbers[18]
+
+
+def _machine() -> str:
+    try:
+        space = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        space = ""
+    return f"{socket.gethostname()} {space}"

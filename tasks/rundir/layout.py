@@ -1,0 +1,227 @@
+"""What a run directory says of itself, read without any model: its run file, its plan, and where its shards lie.
+
+The plan is written when a flow starts, so that those who watch or check the directory know what is still to come.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import compress
+from operator import not_
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import unquote
+
+from negcore.datasets import Example
+from negcore.errors import RunError
+from negcore.store.files import draft, find, is_dir, n_bytes, read_bytes
+from negcore.store.identity import RunIdentity, canonical_json
+from negcore.store.publish import Place, Receipt, receipts, shard_path
+from tasks.config.run_file import (
+    RUN_FILE,
+    CampaignRun,
+    EvaluationRun,
+    LinearityRun,
+    RunFile,
+    SkillRun,
+    SkillsRun,
+    read_run_file,
+)
+
+PLAN_FILE = "plan.json"
+FAILURES_FILE = "_failures.json"
+
+RUN_KINDS: tuple[type[RunFile], ...] = (SkillRun, EvaluationRun, SkillsRun, LinearityRun, CampaignRun)
+"""Every kind of run file. One that a run wrote holds all fields of its kind, and so fits no other."""
+
+
+@dataclass(frozen=True)
+class PlannedShards:
+    """The shards that a run is to make in one directory."""
+
+    place: str
+    """The directory below the run directory."""
+    digest: str
+    """Of the run's identity, as `Receipt.planned_digest`."""
+    n_shards: int
+    n_rows: int
+
+    def __post_init__(self) -> None:
+        kind, *pairs = self.place.split("/")  # the file may be anybody's: nothing outside of its directory is meant
+        if kind in ("", ".", "..") or len(pairs) != 3 or not all("=" in pair for pair in pairs):
+            raise ValueError(f"{self.place!r} is no directory of shards")
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """One directory of shards: planned, begun, or both."""
+
+    root: Path
+    """The run directory it belongs to."""
+    place: str
+    planned: PlannedShards | None
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.place
+
+    @property
+    def kind(self) -> str:
+        """``negs``, or what a study measures."""
+        return self.place.split("/")[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Model, dataset, and split or part."""
+        return tuple(unquote(pair.partition("=")[2]) for pair in self.place.split("/")[1:])
+
+
+class Receipts(NamedTuple):
+    """The undamaged receipts of one directory of shards, those of another run apart."""
+
+    own: list[Receipt]
+    foreign: list[Receipt]
+    n_shards: int | None
+    """Shards that make the directory whole; None if neither a plan nor a receipt says."""
+
+
+class Part(Protocol):
+    """The shards of one directory, planned."""
+
+    @property
+    def partition(self) -> Place: ...
+    @property
+    def identity(self) -> RunIdentity: ...
+    @property
+    def shards(self) -> Sequence[Sequence[Example]]: ...
+
+
+def write_plan_file(root: Path, parts: Iterable[Part]) -> None:
+    """Note in the run directory what the run that starts now is to make.
+
+    Raises
+    ------
+    RunError
+        If the directory cannot be written.
+    """
+    planned = [
+        PlannedShards(
+            part.partition.path(Path()).as_posix(), part.identity.digest, len(part.shards), sum(map(len, part.shards))
+        )
+        for part in parts
+    ]
+    try:
+        with draft(root / PLAN_FILE) as file:
+            file.write_text(canonical_json([asdict(one) for one in planned]), encoding="ascii")
+    except OSError as error:
+        raise RunError(f"run directory {str(root)!r} cannot be written: {error.strerror or error}") from error
+
+
+def read_plan_file(root: Path) -> dict[str, PlannedShards]:
+    """What the directory's last run was to make, by place; nothing if no plan was noted.
+
+    Raises
+    ------
+    RunError
+        If the plan is damaged.
+    """
+    file = root / PLAN_FILE
+    try:
+        planned = [PlannedShards(**one) for one in json.loads(read_bytes(file))]
+        return {one.place: one for one in planned}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"plan {str(file)!r} is damaged ({error}): delete it and run the same command again") from error
+
+
+def note_failures(root: Path, place: Place, errors: Mapping[int, str]) -> None:
+    """Note beside the shards of a directory which of them the run could not make, by index, and why."""
+    file = place.path(root) / FAILURES_FILE
+    if errors or n_bytes(file) is not None:
+        with draft(file) as new:
+            new.write_text(canonical_json({str(index): error for index, error in errors.items()}), encoding="ascii")
+
+
+def read_failures(folder: Path) -> dict[int, str]:
+    """The shards of a directory that its last run could not make, and why; nothing if the note is damaged."""
+    try:
+        return {int(index): str(error) for index, error in json.loads(read_bytes(folder / FAILURES_FILE)).items()}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}
+
+
+def shard_folders(directory: Path) -> list[ShardFolder]:
+    """Every directory of shards below a run directory (or below a part of one), planned or begun, as planned.
+
+    Raises
+    ------
+    RunError
+        If there is no such directory, or a plan is damaged.
+    """
+    if not is_dir(directory):
+        raise RunError(f"run directory {str(directory)!r} does not exist")
+    begun = {folder for path in find(directory, "**/*part-*") if _is_place(folder := _folder_of(path))}
+    roots = {folder.parents[3] for folder in begun} | {file.parent for file in find(directory, f"**/{PLAN_FILE}")}
+    plans = {root: read_plan_file(root) for root in sorted(roots)}
+    planned = [root / place for root, plan in plans.items() for place in plan]
+    folders = dict.fromkeys([*(folder for folder in planned if folder.is_relative_to(directory)), *sorted(begun)])
+    return [_shard_folder(folder, plans) for folder in folders]
+
+
+def receipts_of(folder: ShardFolder) -> Receipts:
+    """The receipts in a directory; its own run is the planned one, else the one of most receipts."""
+    found = receipts(folder.path)
+    runs = Counter((receipt.planned_digest, receipt.n_shards) for receipt in found)
+    if folder.planned is not None:
+        own = folder.planned.digest, folder.planned.n_shards
+    elif runs:
+        own = runs.most_common(1)[0][0]
+    else:
+        return Receipts([], [], None)
+    is_own = [(receipt.planned_digest, receipt.n_shards) == own for receipt in found]
+    return Receipts(list(compress(found, is_own)), list(compress(found, map(not_, is_own))), own[1])
+
+
+def receipt_path(folder: Path, index: int) -> Path:
+    """Where the receipt of a shard is."""
+    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
+
+
+def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
+    """The run file of a run directory, or a file, as the kind of run that it fits.
+
+    Raises
+    ------
+    RunError
+        If it cannot be read or fits none.
+    """
+    first: RunError | None = None
+    for kind in RUN_KINDS:
+        try:
+            return read_run_file(kind, path, dict(overrides or {}))
+        except RunError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def run_roots(directory: Path) -> list[Path]:
+    """The directory and those below it that hold a run file."""
+    return [file.parent for file in find(directory, f"**/{RUN_FILE}")]
+
+
+def _folder_of(path: Path) -> Path:
+    """The directory of shards that a file in it, or in one of its own directories, belongs to."""
+    return path.parent.parent if path.parent.name.startswith("_") else path.parent
+
+
+def _is_place(folder: Path) -> bool:
+    return len(folder.parents) > 4 and all("=" in part for part in folder.parts[-3:])
+
+
+def _shard_folder(folder: Path, plans: Mapping[Path, Mapping[str, PlannedShards]]) -> ShardFolder:
+    root = folder.parents[3]
+    place = folder.relative_to(root).as_posix()
+    return ShardFolder(root, place, plans[root].get(place))

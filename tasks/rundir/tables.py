@@ -1,0 +1,70 @@
+"""Tables of results as Arrow files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+
+import pyarrow as pa
+
+from negcore.errors import RunError
+from negcore.store.files import output
+
+_TYPES = {
+    str: pa.string(),
+    int: pa.int64(),
+    int | None: pa.int64(),
+    float: pa.float64(),
+    float | None: pa.float64(),
+    bool: pa.bool_(),
+}
+
+
+T = TypeVar("T")
+
+
+def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, names: Sequence[str] = ()) -> None:
+    """Write rows as an Arrow file, whole or not at all; no rows make an empty table with the same columns.
+
+    Parameters
+    ----------
+    path : Path
+    kind : dataclass
+        Its fields are the columns.
+    rows : sequence of mapping of column to value
+    names : sequence of str
+        Columns of strings before those of `kind`.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    hints = get_type_hints(kind)
+    columns = [(name, pa.string()) for name in names] + [(item.name, _type(hints[item.name])) for item in fields(kind)]
+    schema = pa.schema(columns)
+    with output(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def _type(hint: Any) -> pa.DataType:
+    """The column type of a field; a choice of strings is one."""
+    return pa.string() if get_origin(hint) is Literal else _TYPES[hint]
+
+
+def read_table(path: Path, kind: type[T]) -> list[T]:
+    """Read back the rows of a table that `write_table` wrote without further columns.
+
+    Raises
+    ------
+    RunError
+        If there is no such file, or it holds no such rows.
+    """
+    try:
+        rows = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all().to_pylist()
+        return [kind(**row) for row in rows]
+    except OSError as error:
+        raise RunError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except (pa.ArrowException, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"table {str(path)!r} was not written by this version: {reason}; make it again") from error

@@ -1,0 +1,264 @@
+"""Check every shard of a run directory against its receipt, and make ready for computing again what is damaged."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+
+from negcore.errors import ShardError
+from negcore.store.files import fetch, find, is_remote, n_bytes, remove, sizes
+from negcore.store.identity import choice_digest, content_digest
+from negcore.store.publish import Receipt, checksum, receipts, shard_of
+from negcore.store.reader import mapped_batch
+from negcore.store.schema import AXES, count_chosen, of_shard, shard_schema
+from tasks.rundir.layout import ShardFolder, receipt_path, receipts_of
+
+_NAMED = 8
+"""Missing shards that a line names."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a directory of shards."""
+
+    what: str
+    """One line."""
+    recompute: bool = False
+    """Whether the same run, started again, mends it."""
+    remove: Path | None = None
+    """A file that must go first: the receipt of a damaged shard, or what a dead writer left behind."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found in one directory of shards."""
+
+    folder: ShardFolder
+    n_shards: int | None
+    """Shards that make it whole, as planned or as its receipts say; None where neither is known."""
+    n_whole: int
+    n_rows: int
+    """Rows and bytes of the whole shards."""
+    n_bytes: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def recompute(self) -> bool:
+        """Whether the same run, started again, has something to compute here."""
+        return any(fault.recompute for fault in self.faults)
+
+
+def verify(folders: Iterable[ShardFolder], checked: Callable[[int], None]) -> Iterator[Verified]:
+    """Check directories of shards, one after the other; nothing is changed.
+
+    Of a shard, in this order: its receipt's seal, its size, its checksum; only then is it parsed, and its place, run,
+    columns and row ids are compared.
+
+    Parameters
+    ----------
+    checked : callable
+        Told the bytes of every shard that was looked at.
+    """
+    for folder in folders:
+        yield _verified(folder, checked)
+
+
+def total_bytes(folders: Iterable[ShardFolder]) -> int:
+    """Bytes of all shards, as their receipts say: what the progress of `verify` is counted in."""
+    return sum(receipt.n_bytes for folder in folders for receipt in receipts(folder.path))
+
+
+def unpublish(verified: Verified) -> None:
+    """Remove the receipts of damaged shards, so that the same run makes these again, and leftovers; nothing else.
+
+    Nobody may be writing to the directory.
+    """
+    for fault in verified.faults:
+        if fault.remove is not None:
+            _remove(fault.remove)
+
+
+def _remove(path: Path) -> None:
+    if is_remote(path):
+        remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _verified(folder: ShardFolder, checked: Callable[[int], None]) -> Verified:
+    own, foreign, n_shards = receipts_of(folder)
+    proven = {receipt.index: receipt for receipt in [*own, *foreign]}
+    whole, faults = [], []
+    for receipt in own:
+        reason = _shard_fault(folder, receipt)
+        checked(receipt.n_bytes)
+        if reason is None:
+            whole.append(receipt)
+        else:
+            proof = receipt_path(folder.path, receipt.index)
+            faults.append(Fault(f"shard {receipt.index}: {reason}", recompute=True, remove=proof))
+    faults += _unproven(folder, n_shards, proven)
+    if foreign:  # a run refuses a directory with shards of another one: nothing in it is computed again
+        faults = [Fault(fault.what) for fault in faults] + list(_foreign(own, foreign))
+    return Verified(
+        folder=folder,
+        n_shards=n_shards,
+        n_whole=len(whole),
+        n_rows=sum(receipt.n_rows for receipt in whole),
+        n_bytes=sum(receipt.n_bytes for receipt in whole),
+        faults=(*faults, *_leftovers(folder, proven)),
+    )
+
+
+def _shard_fault(folder: ShardFolder, receipt: Receipt) -> str | None:
+    """What is wrong with a shard, or None; nothing is parsed unless its bytes are those that were published."""
+    path = shard_of(folder.path, receipt)
+    size = n_bytes(path)
+    if size is None:
+        return "missing, though its receipt is there"
+    if size != receipt.n_bytes:
+        return f"{size} bytes long, {receipt.n_bytes} in its receipt"
+    if content_digest(dict(receipt.identity)) != receipt.digest:
+        return "the digest in its receipt is not that of the settings in it"
+    with _on_this_machine(path) as file:
+        if checksum(file) != receipt.file_xxh3:
+            return "its checksum is not the one in its receipt"
+        try:
+            return _content_fault(folder, receipt, mapped_batch(file))
+        except ShardError as error:
+            return str(error)
+
+
+@contextmanager
+def _on_this_machine(path: Path) -> Iterator[Path]:
+    """The file itself; of one in a bucket, a copy."""
+    if not is_remote(path):
+        yield path
+        return
+    with TemporaryDirectory(prefix="neg-") as folder:
+        copy = Path(folder, path.name)
+        fetch(path, copy)
+        yield copy
+
+
+def _content_fault(folder: ShardFolder, receipt: Receipt, batch: pa.RecordBatch) -> str | None:
+    about = _about(batch)
+    if _place(about) != folder.names:
+        return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
+    if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest")):
+        return "what it says of itself is not what its receipt says"
+    if not _has_its_columns(folder, receipt, batch.schema):
+        return "its columns are not those of its model and dataset"
+    if not _has_its_neurons(receipt, batch):
+        return "its neurons are not those of its receipt"
+    ids = batch.column("id").to_pylist()
+    if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
+        return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
+    return None
+
+
+def _about(batch: pa.RecordBatch) -> dict[str, Any]:
+    """What the shard says of itself; empty if nothing that can be read."""
+    try:
+        about = json.loads((batch.schema.metadata or {})[b"neg"])
+    except (KeyError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Model, dataset, and split or part."""
+    place = about.get("partition") or about.get("place")
+    known = place if isinstance(place, dict) else {}
+    names = (known.get(name) for name in ("model", "dataset", "split", "part"))
+    return tuple(str(name) for name in names if name is not None)
+
+
+def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -> bool:
+    if folder.kind != "negs":  # a study's other columns depend on what it measures
+        return bool(schema.names[:3] == ["id", "text_hash", "group"])
+    if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
+        return False
+    n_options = schema.field("probs").type.list_size
+    n_layers, n_neurons = (receipt.identity.get(name) for name in ("n_layers", "n_neurons"))
+    storage, n_chosen = receipt.identity.get("storage", "values"), count_chosen(schema)
+    if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or storage not in tuple(AXES):
+        return False
+    if storage != "stats" and n_layers > len(schema) or (n_chosen is None) != ("neurons" not in receipt.identity):
+        return False
+    return bool(schema.equals(shard_schema(n_options, n_layers, n_neurons, storage, n_chosen)))
+
+
+def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
+    """Whether a shard with chosen neurons holds those that its receipt says; one without rows names none."""
+    if "neurons" not in receipt.identity or not batch.num_rows:
+        return True
+    return bool(choice_digest(of_shard(batch, "neurons").tolist()) == receipt.identity["neurons"])
+
+
+def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
+    """Shards without a receipt that can be read."""
+    damaged = {_index(path.name): path for path in find(folder.path, "_receipts/part-*.json")}
+    shards = {_index(name) for name in sizes(folder.path, "part-*.arrow")}
+    for index in sorted((damaged.keys() | shards) - proven.keys()):
+        what = "its receipt is damaged" if index in damaged else "it has no receipt"
+        if n_shards is not None and index >= n_shards:
+            yield Fault(f"shard {index}: {what}, and this run makes {n_shards} only: delete it")
+        else:
+            yield Fault(f"shard {index}: {what}", recompute=True, remove=damaged.get(index))
+    yield from _missing(n_shards or 0, proven.keys() | damaged.keys() | shards)
+
+
+def _missing(n_shards: int, there: Set[int]) -> Iterator[Fault]:
+    """Shards of which nothing is there, named as far as they fit a line."""
+    named = list(islice((str(index) for index in range(n_shards) if index not in there), _NAMED + 1))
+    if named:
+        count = n_shards - sum(0 <= index < n_shards for index in there)
+        listed = ", ".join(named[:_NAMED]) + ", ..." * (len(named) > _NAMED)
+        yield Fault(f"{count} of {n_shards} shards are missing: {listed}", recompute=True)
+
+
+def _foreign(own: Sequence[Receipt], foreign: Sequence[Receipt]) -> Iterator[Fault]:
+    """Receipts of other runs, one fault a run."""
+    for digest, n_shards in dict.fromkeys((receipt.digest, receipt.n_shards) for receipt in foreign):
+        of_run = [receipt for receipt in foreign if (receipt.digest, receipt.n_shards) == (digest, n_shards)]
+        listed = f"{len(of_run)} of {n_shards} shards are of another run, the first is shard {of_run[0].index}"
+        yield Fault(f"{listed} ({_difference(own, of_run[0])}): move or delete them")
+
+
+def _difference(own: Sequence[Receipt], other: Receipt) -> str:
+    if not own:
+        return f"digest {other.digest}"
+    if own[0].digest == other.digest:
+        return f"cut into {other.n_shards} shards, not {own[0].n_shards}"
+    mine, theirs = own[0].identity, other.identity
+    names = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+    return "; ".join(f"{name}: {_short(mine.get(name))} here, {_short(theirs.get(name))} there" for name in names)
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _leftovers(folder: ShardFolder, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
+    """What writers left who died, or (in a bucket) were not the first to publish."""
+    for pattern in (".part-*", "_receipts/.part-*"):
+        for path in find(folder.path, pattern):
+            yield Fault(f"{path.name}: left by a writer that died, if nobody is writing now", remove=path)
+    for name in sizes(folder.path, "part-*.arrow"):
+        receipt, path = proven.get(_index(name)), folder.path / name
+        if receipt is not None and path != shard_of(folder.path, receipt):
+            yield Fault(f"{name}: no receipt names it", remove=path)
+
+
+def _index(name: str) -> int:
+    """Index of the shard that a file belongs to."""
+    digits = name.removeprefix("part-")[:5]
+    return int(digits) if digits.isdecimal() else -1

@@ -1,0 +1,164 @@
+"""The page of a run: what it shows, that it is readable markup, and that hostile text stays text."""
+
+import re
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import pytest
+from rich.markup import escape
+from rich.table import Table
+
+from flows.show.display import printable
+from flows.show.report import REPORT_FILE, RunResults, Section, write_report
+
+HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }} \x1b[31m"
+VOID = {"meta", "img"}
+
+
+class Page(HTMLParser):
+    """A page as a browser would take it: elements properly closed, text, links, rows of tables."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.names: set[str] = set()
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(markup)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.names.add(tag)
+        self.links += [value for name, value in attributes if name in ("href", "src")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open[-2:-1] in (["td"], ["th"]):
+            self.rows[-1][-1] += data
+
+
+@dataclass
+class Shown(RunResults):
+    shown: list[Section] = field(default_factory=list)
+
+    @property
+    def sections(self):
+        return self.shown
+
+
+def page_of(results: RunResults) -> Page:
+    return Page(report_of(results).decode())
+
+
+def report_of(results: RunResults) -> bytes:
+    write_report(results)
+    return (results.directory / REPORT_FILE).read_bytes()
+
+
+@pytest.fixture
+def table():
+    table = Table(title="Accuracy [dim]on test[/dim]", caption="Below: interval")
+    table.add_column("dataset")
+    table.add_column("train\ntest", justify="right")
+    table.add_row("[bold]fact[/bold]")
+    table.add_section()
+    table.add_row("  de", "[bold].5[/bold] 8\n.1-.9")
+    return table
+
+
+def test_a_table_is_shown_whole_with_its_styles(tmp_path, table):
+    page = page_of(Shown(tmp_path, shown=[Section("tiny on questions", [table])]))
+    assert page.rows == [["dataset", "train\ntest"], ["fact", ""], ["  de", ".5 8\n.1-.9"]]
+    for part in ("tiny on questions", "Accuracy on test", "Below: interval"):
+        assert part in page.text
+    markup = (tmp_path / REPORT_FILE).read_text()
+    assert '<span class="bold">.5</span>' in markup
+    assert markup.count('class="end"') == 1
+    assert markup.count('td class="right"') == 2
+
+
+def test_every_style_and_justification_has_a_rule(tmp_path, table):
+    table.add_row("[red]a[/red][yellow]b[/yellow][green]c[/green]", "[italic]d[/italic][dim]e[/dim]")
+    write_report(Shown(tmp_path, shown=[Section("", [table])]))
+    markup = (tmp_path / REPORT_FILE).read_text()
+    used = {name for names in re.findall(r'<(?:span|td|th) class="([^"]+)"', markup) for name in names.split()}
+    assert used - {"none", "left"} == {"bold", "dim", "italic", "red", "yellow", "green", "right"}
+    assert all(re.search(rf"\.{name}\b.*\{{", markup) for name in used - {"none", "left"})
+
+
+def test_hostile_names_and_errors_are_text(tmp_path, table):
+    table.add_row(*[escape(printable(HOSTILE))] * 2)
+    directory = tmp_path / HOSTILE.replace("/", "_")
+    (directory / "a b<i>.arrow").mkdir(parents=True)
+    shown = [Section(HOSTILE, [table])]
+    page = page_of(Shown(directory, shown=shown, problems=[HOSTILE], set_aside=[HOSTILE]))
+    assert "script" not in page.names
+    assert page.text.count("<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }}") >= 5
+    assert "\x1b" not in page.text
+    assert page.links == ["a%20b%3Ci%3E.arrow"]
+
+
+def test_what_is_missing_and_set_aside_is_counted_and_named(tmp_path, table):
+    lost, rows = ["shard 3 is lost"], ["row 1: nan", "row 2: nan"]
+    page = page_of(Shown(tmp_path, shown=[Section("", [table])], problems=lost, set_aside=rows))
+    for text in ("Missing: 1", *lost, "Rows set aside: 2", *rows):
+        assert text in page.text
+
+
+def test_links_lead_to_figures_reports_of_parts_and_data_wherever_the_directory_is_moved(tmp_path, table):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    (run / "linearity" / "figures").mkdir(parents=True)
+    (run / "org%2Fmodel" / "mceval8k").mkdir(parents=True)
+    figures = [run / "linearity" / "figures" / f"tiny-curves.{kind}" for kind in ("svg", "png")]
+    for file in (*figures, run / "accuracy.arrow", run / "claim.json", run / "org%2Fmodel" / "mceval8k" / REPORT_FILE):
+        file.touch()
+    write_report(Shown(run, shown=[Section("", [table], figures)]))
+    run.rename(moved)
+    links = Page((moved / REPORT_FILE).read_text()).links
+    assert all((moved / unquote(link)).exists() for link in links)
+    assert {unquote(link) for link in links} == {
+        "linearity/figures/tiny-curves.svg",
+        f"org%2Fmodel/mceval8k/{REPORT_FILE}",
+        "accuracy.arrow",
+        "linearity",
+        "org%2Fmodel",
+    }
+
+
+def test_the_page_runs_nothing_and_fetches_nothing_from_elsewhere(tmp_path, table):
+    page = page_of(Shown(tmp_path, shown=[Section("", [table])]))
+    assert not page.names & {"script", "link", "iframe", "object", "base"}
+    assert "default-src 'none'" in (tmp_path / REPORT_FILE).read_text()
+    assert all(not re.match(r"[a-z]+:|//", link) for link in page.links)
+
+
+def test_the_same_results_make_the_same_bytes(tmp_path, table):
+    results = Shown(tmp_path, shown=[Section("", [table])])
+    first = report_of(results)
+    assert report_of(results) == first
+
+
+def test_a_run_without_anything_to_report_leaves_an_earlier_report_as_it_is(tmp_path, table):
+    write_report(RunResults(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    before = report_of(Shown(tmp_path, shown=[Section("", [table])]))
+    assert report_of(RunResults(tmp_path)) == before
+
+
+def test_a_run_that_failed_as_a_whole_replaces_the_report(tmp_path, table):
+    write_report(Shown(tmp_path, shown=[Section("", [table])]))
+    page = page_of(RunResults(tmp_path, problems=["everything is lost"]))
+    assert "everything is lost" in page.text
+    assert page.rows == []

@@ -1,0 +1,71 @@
+"""The text about a whole run on Prefect's pages: rows, files, problems, and no markup but our own."""
+
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+from upath import UPath
+
+from flows.show import report
+from flows.show.report import RunResults
+from flows.show.summary import run_summary
+from negcore.store.publish import Partition, SetAside
+from tasks.extract import Extracted, Failure
+
+HOSTILE = "[click](http://evil) <b>bold<b> `code` www.evil.org *x* | \x1b[31m"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "negs").mkdir()
+    for name in ("accuracy.arrow", "run.yaml", "claim.json", ".hidden"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def extracted(n_rows: int, **values):
+    place = Partition("tiny", "mini/fact", "train")
+    return Extracted(place, n_rows, n_reused=2, n_computed=1, n_bytes=10, **({"failures": ()} | values))
+
+
+def rendered(text: str) -> str:
+    markdown = MarkdownIt("gfm-like", {"linkify": False})
+    markdown.validateLink = lambda url: True  # whether files may be linked is each page's own decision
+    return markdown.render(text)
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r'href="([^"]*)"', rendered(text))
+
+
+def test_every_file_is_linked_and_known_ones_are_explained(directory):
+    text = run_summary(RunResults(directory))
+    places = (directory, *(directory / name for name in ("accuracy.arrow", "negs", "run.yaml")))
+    assert links(text) == [place.as_uri() for place in places]
+    assert "NEG shards" in text
+
+
+def test_rows_are_counted_over_all_parts(directory):
+    failure = Failure(Partition("tiny", "mini/fact", "train"), 0, 7, "lost")
+    aside = SetAside(id="row", cause="error", reason="a reason")
+    parts = [extracted(10), extracted(5, failures=(failure,), set_aside=(aside,))]
+    text = run_summary(RunResults(directory, extracted=parts))
+    assert "15 rows done, 1 set aside, 7 failed; 6 shards, 0 MiB; 4 shards reused" in text
+
+
+def test_hostile_names_and_errors_are_code(directory):
+    place = directory / HOSTILE.replace("/", "_")
+    place.mkdir()
+    text = run_summary(RunResults(place, problems=[HOSTILE]))
+    html = rendered(text)
+    assert links(text) == [place.as_uri()]
+    assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "a", "strong", "ul", "li"}
+    assert html.count("<code>") == 2
+    assert "[click](http://evil) &lt;b&gt;bold" in html
+    assert "\x1b" not in html
+
+
+def test_a_place_in_a_bucket_is_linked_by_its_url(monkeypatch):
+    bucket = UPath("s3://bucket/my runs)")
+    monkeypatch.setattr(report, "find", lambda folder, pattern: [folder / "negs"])
+    assert links(run_summary(RunResults(bucket))) == ["s3://bucket/my%20runs%29", "s3://bucket/my%20runs%29/negs"]

@@ -1,0 +1,193 @@
+"""Analyses of sweeps on numbers that fit on paper, and against slower ways of saying the same."""
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from negcore.analysis.linearity import (
+    Facts,
+    agreement_table,
+    bootstrap_weights,
+    draw_neurons,
+    interventions_table,
+    nested_grid,
+    ranges_table,
+    sizes_table,
+    stability_table,
+    top_overlap,
+    weighted_pearson,
+)
+from negcore.errors import NegError
+from negcore.measure.sweeps import SweepResult
+
+
+def a_sweep(changes_PKS, shifts, neurons):
+    changes = np.asarray(changes_PKS, np.float64)
+    return SweepResult(
+        neurons_K2=np.array(neurons),
+        shifts_S=np.array(shifts, np.float64),
+        base_probs_P=np.full(len(changes), 0.5),
+        activations_PK=np.ones(changes.shape[:2]),
+        probs_PKS=0.5 + changes,
+        label_ids_P=np.zeros(len(changes), np.int64),
+    )
+
+
+def agreement(negs, scores, name="neurgrad", **settings):
+    """The row of the whole model, with one neuron a layer unless told otherwise."""
+    negs, scores = np.asarray(negs, np.float64), np.asarray(scores, np.float64)
+    neurons = settings.pop("neurons", np.array([(0, n) for n in range(negs.shape[1])]))
+    return agreement_table(name, 2, negs, scores, neurons, n_bootstrap=settings.pop("n_bootstrap", 50), **settings)
+
+
+def test_neurons_are_drawn_from_all_layers_alike_and_never_twice():
+    drawn = draw_neurons(4, 10, 11, seed=3)
+    assert sorted(np.bincount(drawn[:, 0])) == [2, 3, 3, 3]
+    assert len(np.unique(drawn, axis=0)) == 11
+    assert drawn.tolist() == sorted(drawn.tolist())
+    assert np.array_equal(drawn, draw_neurons(4, 10, 11, seed=3))
+    assert not np.array_equal(drawn, draw_neurons(4, 10, 11, seed=4))
+
+
+def test_all_neurons_can_be_drawn_and_not_one_more():
+    assert draw_neurons(2, 2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    with pytest.raises(NegError, match="5 neurons cannot be drawn; the model has 1 to 4"):
+        draw_neurons(2, 2, 5)
+
+
+def test_the_grid_holds_evenly_spaced_shifts_of_every_range_once():
+    assert nested_grid([1, 2], 2).tolist() == [-2, -1, -0.5, 0.5, 1, 2]
+
+
+def test_linear_bent_and_constant_neurons_are_told_apart():
+    shifts = [-2, -1, 1, 2]
+    sweep = a_sweep([[[-0.2, -0.1, 0.1, 0.2], [0.4, 0.1, 0.1, 0.4], [0, 0, 0, 0]]], shifts, [(0, 0), (0, 1), (1, 0)])
+    whole, first, second = ranges_table(sweep, [2])
+    assert (whole.n, whole.n_constant, first.n_constant, second.n_constant) == (3, 1, 0, 1)
+    assert whole.linear_share == pytest.approx(1 / 3)
+    assert (first.layer, first.linear_share, first.positive_share) == (0, 0.5, 1.0)
+    assert (second.layer, second.linear_share) == (1, 0.0)
+    assert np.isnan(second.positive_share)
+
+
+def test_a_neuron_that_saturates_is_linear_within_a_small_range_only():
+    shifts = [-10, -1, -0.5, 0.5, 1, 10]
+    sweep = a_sweep([[[0.1, -0.1, -0.05, 0.05, 0.1, 0.1]]], shifts, [(0, 0)])
+    shares = {row.range: row.linear_share for row in ranges_table(sweep, [1, 10]) if row.layer is None}
+    assert shares == {1: 1.0, 10: 0.0}
+
+
+def test_sizes_of_negs_by_layer():
+    whole, first, second = sizes_table(np.array([[1.0, -3.0], [-2.0, 4.0]]), np.array([(0, 0), (1, 0)]))
+    assert (whole.n, whole.mean, whole.q50, whole.largest) == (4, 2.5, 2.5, 4)
+    assert (first.layer, first.q50, first.largest) == (0, 1.5, 2)
+    assert (second.layer, second.q50, second.q25) == (1, 3.5, 3.25)
+
+
+def test_stability_compares_the_pairs_it_names():
+    facts = Facts(
+        facts=["a", "a", "b", "c"],
+        wordings=["P1-x", "P1-y", "P1-y", "P2-z"],
+        answers=[" A", " A", " A", " A"],
+    )
+    negs = np.array([[1, 2, 3, 0], [2, 4, 6, 1], [-1, -2, -3, 1], [3, -2, 1, -1]], float)
+    rows = {row.pairs: row for row in stability_table(negs, facts)}
+    assert {name: row.n_pairs for name, row in rows.items()} == {
+        "all": 6,
+        "same fact, other wording": 1,
+        "same relation and answer, other wording": 2,
+        "same wording": 1,
+        "other relation": 3,
+    }
+    same = rows["same fact, other wording"]
+    assert (same.sign_agreement, same.sign_agreement_sd) == (1.0, 0.0)  # the zero is left out
+    assert same.pearson == pytest.approx(np.corrcoef(negs[0], negs[1])[0, 1])
+    other = rows["same wording"]  # of four signs only the last agrees
+    assert other.sign_agreement == 0.25
+    assert other.size_spearman == pytest.approx(scipy.stats.spearmanr(abs(negs[1]), abs(negs[2]))[0])
+
+
+def test_a_kind_of_pairs_that_no_prompts_form_has_no_row():
+    facts = Facts(facts=["a", "b"], wordings=["P1-x", "P2-x"], answers=["A", "B"])
+    rows = stability_table(np.array([[1.0, 2.0], [1.0, -2.0]]), facts)
+    assert [(row.pairs, row.sign_agreement) for row in rows] == [("all", 0.5), ("other relation", 0.5)]
+
+
+def test_a_perfect_estimator_agrees_in_everything():
+    negs = np.array([[0.1, -0.2, 0.3], [0.5, -0.1, 0.2]])
+    (row, _) = agreement(negs, negs)
+    assert (row.pearson, row.spearman, row.signs, row.top) == pytest.approx((1, 1, 1, 1))
+    assert (row.mae, row.n, row.layer) == (0, 6, None)
+    assert (row.pearson_low, row.pearson_high, row.mae_high) == pytest.approx((1, 1, 0))
+
+
+def test_signs_and_errors_are_counted_with_a_pencil():
+    (row, _) = agreement([[1, -2, 0, 4]], [[3, 2, 1, 0]])
+    assert row.signs == 0.5  # of the two neurons where neither is zero
+    assert row.mae == (2 + 4 + 1 + 4) / 4
+    assert row.top == 0.0
+
+
+def test_only_estimators_in_the_unit_of_neg_have_an_error():
+    negs = [[0.1, -0.2, 0.3]]
+    assert agreement(negs, negs, "ablation")[0].mae is None
+    assert agreement(negs, negs, "ablation")[0].mae_low is None
+    assert agreement(negs, negs, "gradient")[0].mae == 0
+
+
+def test_the_rows_of_layers_hold_their_own_neurons_only():
+    negs = np.array([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 5.0, 3.0]])
+    scores = negs * [1, 1, -1, -1]
+    rows = agreement(negs, scores, neurons=np.array([(0, 0), (0, 1), (7, 2), (7, 3)]))
+    assert [(row.layer, round(row.pearson, 9), row.signs) for row in rows[1:]] == [(0, 1.0, 1.0), (7, -1.0, 0.0)]
+
+
+def test_correlations_are_those_of_scipy_over_all_prompts_and_neurons():
+    random = np.random.default_rng(0)
+    negs = random.normal(size=(5, 40)) * 1e-9
+    scores = (negs + random.normal(size=(5, 40)) * 1e-9).round(10)  # with ties
+    (row, _) = agreement(negs, scores)
+    assert row.pearson == pytest.approx(scipy.stats.pearsonr(scores.ravel(), negs.ravel())[0])
+    assert row.spearman == pytest.approx(scipy.stats.spearmanr(scores.ravel(), negs.ravel())[0])
+    assert row.pearson_low < row.pearson < row.pearson_high
+
+
+def test_a_sample_of_prompts_is_what_repeating_them_would_give():
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(2, 4, 9))
+    weights = bootstrap_weights(4, 6, seed=2)
+    assert weights[0].tolist() == [1, 1, 1, 1]
+    assert (weights.sum(1) == 4).all()
+    for weight, r in zip(weights, weighted_pearson(x, y, weights), strict=True):
+        rows = np.repeat(np.arange(4), weight.astype(int))
+        assert r == pytest.approx(np.corrcoef(x[rows].ravel(), y[rows].ravel())[0, 1])
+
+
+def test_constant_scores_have_no_correlation():
+    (row, _) = agreement([[1, 2, 3]], [[0.1, 0.1, 0.1]])
+    assert np.isnan([row.pearson, row.spearman, row.pearson_low]).all()
+    assert row.signs == 1
+
+
+def test_intervals_are_the_same_for_the_same_seed():
+    negs, scores = np.random.default_rng(3).normal(size=(2, 6, 5))
+    assert agreement(negs, scores, seed=1) == agreement(negs, scores, seed=1)
+    assert agreement(negs, scores, seed=1)[0].pearson_low != agreement(negs, scores, seed=2)[0].pearson_low
+
+
+def test_the_top_is_one_percent_of_a_prompts_neurons_by_size():
+    x, y = np.zeros((2, 200)), np.zeros((2, 200))
+    x[:, [3, 5]] = -9, 8
+    y[0, [3, 5]] = 1, -1
+    y[1, [3, 6]] = 7, 7
+    assert top_overlap(x, y).tolist() == [1.0, 0.5]
+
+
+def test_interventions_are_correlated_by_shift_and_size():
+    predicted = np.array([[[1.0, 2.0, 3.0]], [[2.0, 4.0, 1.0]]])  # two prompts, one shift, two sets of 1 and one of 2
+    changes = np.array([[[1.0, 2.0, -3.0]], [[2.0, 4.0, 1.0]]])
+    one, two = interventions_table([0.5], np.array([1, 1, 2]), predicted, changes, n_bootstrap=20)
+    assert (one.shift, one.set_size, one.n, one.signs, one.ratio) == (0.5, 1, 4, 1.0, 1.0)
+    assert one.pearson == pytest.approx(1)
+    assert (two.set_size, two.n, two.signs, two.ratio) == (2, 2, 0.5, -0.5)
+    assert two.pearson == pytest.approx(-1)

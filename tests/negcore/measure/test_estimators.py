@@ -1,0 +1,257 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from support import CONFIGS, LABELS, PROMPTS, prompts_for, tiny_model
+
+from negcore.errors import LabelError, NegError
+from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, Question, estimate, unembed
+from negcore.measure.neurgrad import neurgrad
+from negcore.model.encoding import encode_labels, encode_prompts
+
+OPTIONS = LABELS[:3]
+ANSWERS = [1, 0]
+TARGETS = ["probability", "log_probability", "logit_difference"]
+FAMILIES = ["llama", "gpt2", "bert"]
+SOME = [(0, 2), (0, 11), (1, 23), (2, 0), (2, 7)]
+
+
+def target_of(lm, logits_V, row, target):
+    """The target, written out."""
+    ids = encode_labels(lm.tokenizer, OPTIONS, 1)[0].tolist()
+    right = logits_V[ids[ANSWERS[row]]]
+    if target == "logit_difference":
+        return right - max(logits_V[label] for index, label in enumerate(ids) if index != ANSWERS[row])
+    log_prob = right - logits_V.logsumexp(0)
+    return log_prob.exp() if target == "probability" else log_prob
+
+
+def whole_pass(lm, prompt, change=lambda layer, values_N: values_N):
+    """One full forward pass, the probed token's site changed layer by layer: its logits and its activations."""
+    tokens = encode_prompts(lm.card, [prompt])[0]
+    position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+    seen, handles = {}, []
+
+    def replaced(layer, values):
+        seen[layer] = values[0, position].detach()
+        rows = list(values[0])
+        rows[position] = change(layer, rows[position])
+        return torch.stack(rows)[None]
+
+    for layer in range(lm.n_layers):
+        module = lm.site_module(layer)
+        if lm.site == "act":
+            hook = lambda _, args, layer=layer: (replaced(layer, args[0]), *args[1:])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        else:
+            hook = lambda _, args, output, layer=layer: replaced(layer, output)  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+    logits_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, position]
+    for handle in handles:
+        handle.remove()
+    return logits_V, torch.stack([seen[layer] for layer in range(lm.n_layers)])
+
+
+def gradient_at(lm, prompt, row, target, layer, values_N=None):
+    """Gradient of the target by one layer's activations, those replaced by the given values."""
+    leaves = []
+
+    def change(where, current_N):
+        if where != layer:
+            return current_N
+        leaves.append((current_N if values_N is None else values_N).detach().requires_grad_())
+        return leaves[0]
+
+    logits_V, _ = whole_pass(lm, prompt, change)
+    return torch.autograd.grad(target_of(lm, logits_V, row, target), leaves[0])[0]
+
+
+def by_loop(lm, row, score_layer):
+    prompt = prompts_for(lm)[row]
+    with torch.no_grad():
+        _, activations_LN = whole_pass(lm, prompt)
+    scores = [score_layer(prompt, layer, activations_LN[layer]) for layer in range(lm.n_layers)]
+    return torch.stack(scores).numpy()
+
+
+def scores_of(lm, name, target, **settings):
+    return estimate(lm, prompts_for(lm)[:2], OPTIONS, answers=ANSWERS, estimator=name, target=target, **settings)
+
+
+def assert_close(actual, expected):
+    expected = np.asarray(expected)
+    assert np.abs(expected).max() > 1e-6
+    np.testing.assert_allclose(actual, expected, rtol=1e-8, atol=1e-9 * np.abs(expected).max())
+
+
+def test_targets_are_checked_with_a_pencil():
+    log_probs_BO = torch.tensor([[0.5, 0.25, 0.125], [0.1, 0.2, 0.4]], dtype=torch.float64).log()
+    expected = {
+        "probability": [0.25, 0.4],
+        "log_probability": [math.log(0.25), math.log(0.4)],
+        "logit_difference": [math.log(0.25 / 0.5), math.log(0.4 / 0.2)],
+    }
+    for target, values in expected.items():
+        question = Question([[0], [0]], np.zeros((2, 3), np.int64), np.array([1, 2]), target)
+        assert question.values(log_probs_BO, [0, 1]).tolist() == pytest.approx(values)
+        assert question.values(log_probs_BO[1:], [1]).tolist() == pytest.approx(values[1:])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_estimators_are_plain_autograd_in_a_loop(family, target):
+    lm = tiny_model(family)
+    plain, directed = scores_of(lm, "gradient", target), scores_of(lm, "neurgrad", target)
+    times = scores_of(lm, "gradient_x_activation", target)
+    for row in range(2):
+        gradients = by_loop(lm, row, lambda prompt, layer, a, row=row: gradient_at(lm, prompt, row, target, layer))
+        activations = by_loop(lm, row, lambda prompt, layer, a: a)
+        assert_close(plain[row], gradients)
+        assert_close(directed[row], gradients * np.where(activations > 0, 1, -1))
+        assert_close(times[row], gradients * activations)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_the_neurgrad_estimator_is_neurgrad(family):
+    lm = tiny_model(family)
+    batch = neurgrad(lm, prompts_for(lm), [" B"])
+    assert_close(estimate(lm, prompts_for(lm), [" B"], estimator="neurgrad"), batch.negs_POLN[:, 0])
+
+
+@pytest.mark.parametrize("target", ["probability", "logit_difference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integrated_gradients_are_a_loop_along_the_scaled_activation(family, target):
+    lm = tiny_model(family)
+    scores = scores_of(lm, "integrated_gradients", target)
+
+    def path(prompt, layer, a):
+        steps = [gradient_at(lm, prompt, 0, target, layer, a * k / PATH_STEPS) for k in range(1, PATH_STEPS + 1)]
+        return a * sum(steps) / PATH_STEPS
+
+    assert_close(scores[0], by_loop(lm, 0, path))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
+def test_along_a_fine_path_the_integrated_gradients_of_a_layer_add_up_to_its_contribution(family, monkeypatch):
+    monkeypatch.setattr("negcore.measure.estimators.PATH_STEPS", 1000)
+    lm = tiny_model(family)
+    prompt = prompts_for(lm)[0]
+    layer_2 = [(2, neuron) for neuron in range(lm.n_neurons)]
+    scores = scores_of(lm, "integrated_gradients", "log_probability", neurons=layer_2)[0]
+    with torch.no_grad():
+        whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log_probability")
+        silent = whole_pass(lm, prompt, lambda layer, values_N: values_N * (layer != 2))[0]
+    contributed = float(whole - target_of(lm, silent, 0, "log_probability"))
+    assert scores.sum() == pytest.approx(contributed, rel=0.01)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "modernbert"])
+def test_ablation_sets_each_neuron_to_zero_in_a_pass_of_its_own(family, target):
+    lm = tiny_model(family)
+    scores = scores_of(lm, "ablation", target, neurons=SOME)
+    for row, prompt in enumerate(prompts_for(lm)[:2]):
+        with torch.no_grad():
+            whole = target_of(lm, whole_pass(lm, prompt)[0], row, target)
+            for column, (layer, neuron) in enumerate(SOME):
+
+                def silence(where, values_N, layer=layer, neuron=neuron):
+                    keep_N = torch.ones_like(values_N)
+                    keep_N[len(keep_N) - lm.n_neurons + neuron] = 1.0 if where != layer else 0.0
+                    return values_N * keep_N
+
+                without = target_of(lm, whole_pass(lm, prompt, silence)[0], row, target)
+                assert scores[row, column] == pytest.approx(float(whole - without), rel=1e-7, abs=1e-12)
+                assert whole != without
+
+
+HEADS = {
+    "llama": lambda lm, h: lm.model.lm_head(lm.model.model.norm(h)),
+    "gemma2": lambda lm, h: torch.tanh(lm.model.lm_head(lm.model.model.norm(h)) / 30) * 30,
+    "gpt2": lambda lm, h: lm.model.lm_head(lm.model.transformer.ln_f(h)),
+    "bert": lambda lm, h: lm.model.cls(h),
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_unembedding_is_the_final_norm_and_the_head(family):
+    lm = tiny_model(family)
+    hidden_RH = torch.randn(5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(unembed(lm, hidden_RH), HEADS[family](lm, hidden_RH))
+    assert not any(module._forward_hooks for module in lm.model.modules())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", HEADS)
+def test_log_probability_increase_adds_one_neurons_vector_to_the_stream_that_enters_its_layer(family, target):
+    lm = tiny_model(family)
+    scores = scores_of(lm, "log_probability_increase", target)
+    tokens = encode_prompts(lm.card, prompts_for(lm)[:1])[0]
+    position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+    acts, outputs = [], []
+
+    def record(module, args, output):
+        acts.append(args[0])
+        outputs.append(output)
+
+    handles = [lm.down(layer).register_forward_hook(record) for layer in range(lm.n_layers)]
+    with torch.no_grad():
+        streams = lm.model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        for handle in handles:
+            handle.remove()
+        for layer, neuron in SOME:
+            h_H = streams[layer][0, position]
+            weight = lm.down(layer).weight
+            v_H = weight[neuron] if family == "gpt2" else weight[:, neuron]
+            added_H = acts[layer][0, position, neuron] * v_H
+            if family == "gemma2":
+                output_H = outputs[layer][0, position]
+                added_H = added_H * lm.layers[layer].post_feedforward_layernorm(output_H) / output_H
+            after, before = (target_of(lm, HEADS[family](lm, x), 0, target) for x in (h_H + added_H, h_H))
+            # RMSNorm rounds to float32, so a rounding of the sum may move one of its steps.
+            assert scores[0, layer, neuron] == pytest.approx(float(after - before), rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_chosen_neurons_are_scored_as_among_all(name):
+    lm = tiny_model("gpt2")
+    everything = scores_of(lm, name, "log_probability")
+    chosen = scores_of(lm, name, "log_probability", neurons=[(2, 5), (0, 1), (2, 4)])
+    assert everything.shape == (2, 3, 24) and chosen.shape == (2, 3)
+    assert_close(chosen, everything[:, [2, 0, 2], [5, 1, 4]])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_estimator_runs_on_every_family(family, name):
+    lm = tiny_model(family, dtype=torch.float32)
+    scores = scores_of(lm, name, "probability", neurons=2)
+    assert scores.shape == (2, 6) and scores.dtype == np.float32
+    assert np.isfinite(scores).all() and np.abs(scores).max() > 0
+
+
+def test_every_estimator_says_its_formula_and_its_cost():
+    for name, estimator in ESTIMATORS.items():
+        assert estimator.name == name and estimator.formula and estimator.cost
+        assert "Source:" in estimator.function.__doc__ and "Cost:" in estimator.function.__doc__
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"estimator": "magic"}, NegError, "estimator 'magic' is not known; choose one of neurgrad, gradient,"),
+        ({"target": "luck"}, NegError, "target 'luck' is not known"),
+        ({"labels": [" A"], "target": "logit_difference"}, LabelError, "needs another label to differ from"),
+        ({"answers": None}, LabelError, "3 labels were given without answers"),
+        ({"answers": [0]}, LabelError, r"answers of shape \(1,\) do not fit 2 prompts"),
+        ({"answers": [0, 3]}, LabelError, "answer 3 of prompt 1 is no label; give 0 to 2"),
+        ({"neurons": [(0, 24)]}, NegError, "neuron 24 of layer 0 does not exist"),
+    ],
+)
+def test_bad_questions_are_refused_in_one_line(settings, error, message):
+    given = {"labels": OPTIONS, "estimator": "gradient", "answers": [0, 1], **settings}
+    with pytest.raises(error, match=message) as caught:
+        estimate(tiny_model("llama"), PROMPTS[:2], given.pop("labels"), **given)
+    assert "\n" not in str(caught.value)

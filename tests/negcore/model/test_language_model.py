@@ -1,0 +1,128 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import CONFIGS, save_tiny_model, tiny_model, tiny_tokenizer
+
+from negcore.errors import ModelError
+from negcore.model.language_model import describe_model, load_model
+
+UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_tiny_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def test_a_local_directory_loads_with_its_shape(llama):
+    lm = load_model(str(llama))
+    assert (lm.n_layers, lm.n_neurons, lm.site, lm.dtype) == (3, 24, "up", "float32")
+    assert lm.revision.startswith("xxh3:")
+    assert torch.equal(lm.model.lm_head.weight, tiny_model("llama", dtype=torch.float32).model.lm_head.weight)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_card_knows_the_shape_of_every_family_without_its_weights(family, tmp_path):
+    save_tiny_model(family, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    card, lm = describe_model(str(tmp_path)), tiny_model(family)
+    assert (card.n_layers, card.n_neurons) == (lm.n_layers, lm.n_neurons) == (3, 24)
+
+
+def test_changing_one_weight_changes_the_revision(llama, tmp_path):
+    save_tiny_model("llama", tmp_path)
+    assert describe_model(str(tmp_path)).revision == describe_model(str(llama)).revision
+    lm = load_model(str(tmp_path))
+    lm.model.lm_head.weight[0, 0] += 1
+    lm.model.save_pretrained(tmp_path)
+    assert describe_model(str(tmp_path)).revision != describe_model(str(llama)).revision
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", "up"), ("phi3", "up"), ("gpt2", "act"), ("bert", "act")])
+def test_the_paper_site_is_up_in_gated_models_and_act_in_others(family, expected):
+    assert tiny_model(family).site == expected
+
+
+def test_a_site_that_the_model_lacks_is_refused_with_those_it_has():
+    with pytest.raises(ModelError, match=r"site 'gate' does not exist in this model; choose one of act, paper"):
+        tiny_model("gpt2", site="gate")
+
+
+def test_an_unknown_architecture_is_refused_with_the_known_ones(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"architecture 't5' is not known; known are bert, .*llama"):
+        describe_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("ref", ["./nowhere", "/nowhere/model", "nowhere.gguf", ""])
+def test_a_missing_local_model_is_refused_in_one_line(ref):
+    with pytest.raises(ModelError, match="no such") as error:
+        describe_model(ref)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_network_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"model 'some-org/some-model' could not be read") as error:
+        describe_model("some-org/some-model")
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_refused(llama, tmp_path):
+    save_tiny_model("llama", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tiny_model("llama").model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(tmp_path))
+
+
+def resaved(directory, change):
+    """A model directory whose weights were changed behind its configuration's back."""
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return str(directory)
+
+
+def test_missing_weights_are_never_made_up(tmp_path):
+    lacking = resaved(save_tiny_model("llama", tmp_path), lambda weights: weights.pop(UP_PROJECTION))
+    with pytest.raises(ModelError, match=rf"its files lack the weights {UP_PROJECTION}: fetch or save it again"):
+        load_model(lacking)
+
+
+def test_weights_of_another_shape_are_refused_with_both_shapes(tmp_path):
+    def cut(weights):
+        weights[UP_PROJECTION] = weights[UP_PROJECTION][:12].clone()
+
+    message = f"do not fit its configuration: {UP_PROJECTION} is 12 x 16 in its files, 24 x 16 by config.json$"
+    with pytest.raises(ModelError, match=message):
+        load_model(resaved(save_tiny_model("llama", tmp_path), cut))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_finds_all_its_weights_in_what_it_saved(family, tmp_path):
+    saved, loaded = tiny_model(family, dtype=torch.float32), load_model(str(save_tiny_model(family, tmp_path)))
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in saved.model.state_dict().items())
+
+
+def test_an_unknown_dtype_is_refused_with_the_known_ones(llama):
+    with pytest.raises(ModelError, match="dtype 'int4' is not known; choose one of float32"):
+        load_model(str(llama), dtype="int4")
+
+
+def test_the_context_of_a_model_is_the_smaller_of_two_limits():
+    assert tiny_model("llama").card.context_tokens == 128
+    assert tiny_model("roberta").card.context_tokens == 128
+
+
+def test_a_model_loads_in_a_process_that_has_done_nothing_else(llama):
+    code = f"import negcore; print(negcore.load_model({str(llama)!r}).n_neurons)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "24\n"

@@ -1,0 +1,133 @@
+"""16-bit values: the bits are PyTorch's, what is read back is the nearest, and shards take half the room."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from support import LABELS, PROMPTS, tiny_model
+
+from negcore.measure.neurgrad import neurgrad
+from negcore.store.bfloat16 import from_bits, to_bits
+from negcore.store.identity import RunIdentity
+from negcore.store.publish import Partition, write_shard
+from negcore.store.reader import open_negs
+from negcore.store.schema import shard_schema
+
+N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 9, 3, 2, 5
+SHARD_ROWS = 3
+VALUES = RunIdentity(
+    model="tiny", model_revision="1", tokenizer_hash="t", site="up", dtype="float32", n_layers=N_LAYERS,
+    n_neurons=N_NEURONS, prompt={}, dataset_fingerprint="d",
+)  # fmt: skip
+BFLOAT16 = replace(VALUES, storage="bfloat16")
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    prompt: str = "a prompt"
+    answer: int = 0
+    group: str = ""
+
+
+def torch_bits(values):
+    return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def test_numbers_that_fit_on_paper():
+    # 1 + 2^-8 is half way between 1 and the next number, 1 + 2^-7: the even one wins. 1 + 3 * 2^-8 goes up.
+    values = np.array([0, -0.0, 1, -2, 1 + 2**-8, 1 + 3 * 2**-8, np.inf, -np.inf], np.float32)
+    assert to_bits(values).tolist() == [0, 0x8000, 0x3F80, 0xC000, 0x3F80, 0x3F82, 0x7F80, 0xFF80]
+
+
+def test_all_that_16_bits_can_say_comes_back_as_it_was():
+    bits = np.arange(2**16, dtype=np.uint16)
+    values = from_bits(bits)
+    is_number = ~np.isnan(values)
+    assert np.array_equal(to_bits(values)[is_number], bits[is_number])
+    assert np.isnan(from_bits(to_bits(values))[~is_number]).all()
+
+
+def test_rounding_is_pytorchs():
+    words = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
+    values = words.view(np.float32)
+    values = np.concatenate([values[~np.isnan(values)], np.float32([3.4e38, -3.4e38, 1e-45, 2.0**-134])])
+    assert np.array_equal(to_bits(values), torch_bits(values))
+
+
+def test_a_nan_stays_one_whatever_its_bits():
+    nans = np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(from_bits(to_bits(nans))).all()
+
+
+def test_negs_of_improbable_answers_keep_their_sign_and_three_digits():
+    values = np.float32(10.0 ** np.random.default_rng(0).uniform(-12, -6, 10_000))
+    assert (np.abs(from_bits(to_bits(values)) / values - 1) <= 2**-8).all()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """NEGs and activations as they should be read, and the split in which they were stored."""
+    rng = np.random.default_rng(0)
+    negs = rng.normal(0, 1e-7, (N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS)).astype(np.float32)
+    activations = rng.normal(0, 1, (N_ROWS, N_LAYERS, N_NEURONS)).astype(np.float32)
+    for index in range(N_ROWS // SHARD_ROWS):
+        own = slice(index * SHARD_ROWS, (index + 1) * SHARD_ROWS)
+        write_shard(
+            tmp_path,
+            Partition("tiny", "questions", "test"),
+            index,
+            N_ROWS // SHARD_ROWS,
+            identity=BFLOAT16,
+            examples=[Row(f"row {row}") for row in range(N_ROWS)[own]],
+            label_ids_PO=np.zeros((SHARD_ROWS, N_OPTIONS)),
+            probs_PO=np.zeros((SHARD_ROWS, N_OPTIONS)),
+            negs_POLN=negs[own],
+            activations_PLN=activations[own],
+        )
+    return from_bits(to_bits(negs)), from_bits(to_bits(activations)), open_negs(tmp_path, verify=True).select()
+
+
+def test_every_way_to_read_gives_the_nearest_16_bit_numbers(stored):
+    negs_POLN, activations_PLN, split = stored
+    assert (split.storage, split.layer(0).dtype) == ("bfloat16", np.float32)
+    for layer in range(N_LAYERS):
+        assert np.array_equal(split.layer(layer), negs_POLN[:, :, layer])
+    chosen = [N_LAYERS * N_NEURONS - 1, 0, N_NEURONS]
+    layers, neurons = np.divmod(chosen, N_NEURONS)
+    assert np.array_equal(split.neurons(chosen), negs_POLN[:, :, layers, neurons])
+    assert np.array_equal(split.activations(chosen), activations_PLN[:, layers, neurons])
+    assert split.neurons([]).shape == (N_ROWS, N_OPTIONS, 0)
+    for block, start in zip(split.row_blocks(), (0, 3, 6), strict=True):
+        own = slice(start, start + 3)
+        assert np.array_equal(block.negs(chosen), negs_POLN[own][:, :, layers, neurons])
+        assert np.array_equal(block.ordinals(chosen), negs_POLN[own][:, :, layers, neurons])
+        assert np.array_equal(block.activations(chosen), activations_PLN[own][:, layers, neurons])
+        assert np.array_equal(block.shard.ordinals_PON(1), negs_POLN[own][:, :, 1])
+        assert np.array_equal(block.shard.activations_PN(1), activations_PLN[own][:, 1])
+
+
+def test_the_columns_take_half_the_room():
+    def n_bits(storage):
+        types = [type_ for name, type_ in _fields(shard_schema(4, 3, 16, storage)) if name.startswith(("act", "neg"))]
+        return sum(type_.list_size * type_.value_type.bit_width for type_ in types)
+
+    assert n_bits("values") == 2 * n_bits("bfloat16")
+
+
+def _fields(schema):
+    return zip(schema.names, schema.types, strict=True)
+
+
+def test_it_is_another_run_than_one_with_whole_values():
+    assert "storage: 'bfloat16' here, 'values' there" in BFLOAT16.difference(VALUES)
+    assert BFLOAT16.digest != VALUES.digest
+
+
+def test_nothing_is_lost_of_a_model_that_computes_in_bfloat16():
+    lm = tiny_model("llama", dtype=torch.bfloat16)
+    batch = neurgrad(lm, PROMPTS[:3], LABELS[:3])
+    for values in (batch.negs_POLN, batch.activations_PLN):
+        assert np.array_equal(from_bits(to_bits(values)), values)
+        assert np.count_nonzero(values) > values.size / 2

@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+
+from negcore.errors import ShardError
+from negcore.measure.sweeps import SweepResult
+from negcore.store.publish import finished_shards
+from negcore.store.study import (
+    StudyIdentity,
+    StudyPlace,
+    read_study,
+    read_sweep,
+    sweep_columns,
+    write_seconds,
+    write_study_shard,
+)
+
+SHIFTS = [-1.0, 1.0]
+
+
+class Row:
+    def __init__(self, number):
+        self.id, self.prompt, self.answer, self.group = f"facts/{number}/u{number}", f"secret {number}", 0, "P1-x"
+
+
+def identity(**study):
+    return StudyIdentity(
+        model="org/tiny",
+        model_revision="1",
+        tokenizer_hash="2",
+        site="up",
+        dtype="float32",
+        n_layers=4,
+        n_neurons=5,
+        prompt={"seed": 0},
+        dataset_fingerprint="3",
+        study={"shifts": SHIFTS} | study,
+    )
+
+
+def a_block(layers, first, count):
+    """A sweep of neuron 0 of each layer whose every number names its place."""
+    p, k, s = np.ix_(range(first, first + count), layers, range(len(SHIFTS)))
+    return SweepResult(
+        neurons_K2=np.array([(layer, 0) for layer in layers]),
+        shifts_S=np.array(SHIFTS),
+        base_probs_P=np.arange(first, first + count) / 10,
+        activations_PK=(p + k / 10)[..., 0],
+        probs_PKS=p + k / 10 + s / 100,
+        label_ids_P=np.arange(first, first + count),
+    )
+
+
+def write(root, layers, index, n_shards=2, size=2, seconds=None, **study):
+    place = StudyPlace("sweeps", "org/tiny", "mini/facts", f"layers-{layers[0]:02d}-{layers[-1]:02d}")
+    result = a_block(layers, index * size, size)
+    receipt = write_study_shard(
+        root,
+        place,
+        index,
+        n_shards,
+        identity=identity(**study),
+        examples=[Row(number) for number in range(index * size, (index + 1) * size)],
+        columns=sweep_columns(result),
+        axes={"neurons": result.neurons_K2.tolist(), "shifts": SHIFTS},
+    )
+    if seconds is not None:
+        write_seconds(place.path(root), index, seconds)
+    return place, receipt
+
+
+def test_blocks_of_layers_and_shards_of_prompts_are_put_together_again(tmp_path):
+    places = [write(tmp_path, layers, index)[0] for layers in ([0, 1], [2]) for index in (1, 0)]
+    sweep = read_sweep([place.path(tmp_path) for place in dict.fromkeys(places)])
+    whole = a_block([0, 1, 2], 0, 4)
+    assert sweep.neurons_K2.tolist() == whole.neurons_K2.tolist()
+    assert sweep.shifts_S.tolist() == SHIFTS
+    assert sweep.label_ids_P.tolist() == [0, 1, 2, 3]
+    for name in ("base_probs_P", "activations_PK", "probs_PKS"):
+        np.testing.assert_array_equal(getattr(sweep, name), getattr(whole, name).astype(np.float32))
+    study = read_study(places[0].path(tmp_path))
+    assert study.ids == [f"facts/{n}/u{n}" for n in range(4)]
+    assert study.groups == ["P1-x"] * 4
+
+
+def test_a_place_is_a_hive_directory_with_quoted_names(tmp_path):
+    place = StudyPlace("estimates", "org/tiny", "mini/facts", "neurgrad")
+    assert place.path(tmp_path) == (
+        tmp_path / "estimates" / "model=org%2Ftiny" / "dataset=mini%2Ffacts" / "estimator=neurgrad"
+    )
+
+
+def test_how_long_it_took_is_known_and_changes_no_byte(tmp_path):
+    for index in range(2):
+        place, receipt = write(tmp_path / "slow", [0], index, seconds=1.0 + index)
+        assert write(tmp_path / "fast", [0], index)[1] == receipt
+    assert read_study(place.path(tmp_path / "slow")).seconds_per_prompt == (1 + 2) / 4
+    assert np.isnan(read_study(place.path(tmp_path / "fast")).seconds_per_prompt)
+
+
+def test_the_prompts_text_is_not_stored(tmp_path):
+    write(tmp_path, [0], 0)
+    assert not any(b"secret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_shards_of_another_study_are_refused_with_the_difference(tmp_path):
+    place, receipt = write(tmp_path, [0], 0)
+    ids = [[f"facts/{n}/u{n}" for n in (0, 1)], [f"facts/{n}/u{n}" for n in (2, 3)]]
+    assert finished_shards(tmp_path, place, identity(), ids) == {0: receipt}
+    with pytest.raises(ShardError, match=r"study.seed: 1 here, nothing there"):
+        finished_shards(tmp_path, place, identity(seed=1), ids)
+
+
+def test_an_incomplete_sweep_is_refused(tmp_path):
+    place, _ = write(tmp_path, [0], 0)
+    with pytest.raises(ShardError, match="incomplete, 1 of 2 shards"):
+        read_sweep([place.path(tmp_path)])

@@ -1,0 +1,214 @@
+"""What a run will need is foreseen, and what will not fit is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from support import CONFIGS, SHARED, save_tiny_model, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from flows.pipeline import run_extract
+from flows.stages import PlainStages
+from negcore.errors import RunError
+from tasks.config.run_file import EvaluationRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.forecast import needs as forecasting
+from tasks.forecast.capacity import check_room, free_bytes, rooms
+from tasks.forecast.needs import Size, forecast, measured_rate, size_of, skill_runs
+from tasks.forecast.shard_size import shard_bytes
+from tasks.plan import plan
+
+MCEVAL8K = SHARED / "mceval8k"
+needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model that reads prompts of a byte a token."""
+    config, positions = CONFIGS["llama"], 4096
+    tokenizer = tiny_tokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGS, "llama", {**config, "max_position_embeddings": positions})
+        patch.setattr(tokenizer, "model_max_length", positions)
+        return str(save_tiny_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    rows = [
+        {"prompt": f"Question: {'the best ' * (i % 5)}{i} Answer:", "labels": [" A", " B", " C"], "answer": i % 3}
+        for i in range(60)
+    ]
+    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+@pytest.fixture
+def run(model, questions, tmp_path):
+    values = {"model": [model], "dataset": [questions], "backend": "local", "shard_rows": 8}
+    return read_run_file(SkillRun, None, values | {"out": tmp_path / "run"})
+
+
+def neg(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
+
+
+# Rows and bytes
+
+
+def test_rows_shards_and_bytes_are_those_of_the_run_itself(run):
+    planned = [(run, plan(run))]
+    ((dataset,),) = [of_model.datasets for of_model in forecast(planned)]
+    made = run_extract(run, PlainStages()).extracted
+    assert dataset.n_rows == sum(split.n_rows for split in made)
+    assert dataset.n_shards == sum(split.n_computed for split in made)
+    assert dataset.n_bytes == sum(split.n_bytes for split in made)
+
+
+@needs_mceval8k
+@pytest.mark.parametrize("name", ["agnews", "mlama"])
+def test_bytes_of_a_real_dataset_are_foreseen_shard_by_shard(run, name):
+    values = {"dataset": (f"mceval8k/{name}",), "mceval8k": MCEVAL8K, "limit": 12, "shots": 1}
+    run = run.model_copy(update=values)
+    run_extract(run, PlainStages())
+    for dataset in plan(run)[0].datasets:
+        for split in dataset.splits:
+            files = sorted(split.partition.path(run.directory).glob("*.arrow"))
+            assert shard_bytes(split) == [file.stat().st_size for file in files]
+
+
+def test_what_is_there_already_is_not_counted_again(run):
+    planned = [(run, plan(run))]
+    run_extract(run, PlainStages())
+    lost = next(run.directory.rglob("split=train/_receipts/part-00001.json"))
+    lost.unlink()
+    (left,) = [dataset for of_model in forecast(planned) for dataset in of_model.datasets]
+    assert left.n_bytes_left == lost.parents[1].joinpath("part-00001.arrow").stat().st_size
+    assert left.n_bytes_left < left.n_bytes
+    assert left.operations > 0
+
+
+def test_other_settings_count_nothing_of_what_is_there(run):
+    run_extract(run, PlainStages())
+    other = run.model_copy(update={"site": "act"})
+    (one,) = [dataset for of_model in forecast([(other, plan(other))]) for dataset in of_model.datasets]
+    assert one.n_bytes_left == one.n_bytes
+
+
+# Memory and operations
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parameters_are_counted_without_weights(family):
+    lm = tiny_model(family)
+    size = size_of(lm.card)
+    assert size.n_parameters == sum(one.numel() for one in lm.model.parameters())
+    assert size.n_in_layers == sum(one.numel() for one in lm.layers.parameters())
+    assert size.n_in_head == lm.model.get_output_embeddings().weight.numel()
+
+
+def test_operations_of_two_prompts_that_fit_on_paper():
+    # Tokens 1 2 run once for both, token 4 once; then the last tokens: forward and a gradient for each of 2 options.
+    causal = SimpleNamespace(arch=SimpleNamespace(masked=False))
+    size = Size(n_parameters=999, n_in_layers=10, n_in_head=100)
+    assert forecasting._operations(causal, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 10 * (3 + 2 * 3) + 2 * 100 * 2 * 3
+    masked = SimpleNamespace(arch=SimpleNamespace(masked=True))
+    assert forecasting._operations(masked, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 3 * (10 * 7 + 100 * 2)
+
+
+def test_the_forest_is_counted_where_one_is_to_grow(run):
+    assert forecast([(run, plan(run))])[0].forest_bytes == 0
+    run = run.model_copy(update={"probe": ("tree",), "tree_neurons": 50})
+    n_train = len(plan(run)[0].datasets[0].dataset.splits["train"])
+    assert forecast([(run, plan(run))])[0].forest_bytes == 5 * n_train * 50
+
+
+def test_memory_grows_with_workers_but_not_beyond_the_cores(run, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    models = forecast([(run, plan(run))])
+
+    def memory(**changes):
+        return rooms(run.model_copy(update={"backend": "ray", **changes}), models)[1].needed_bytes
+
+    assert memory(workers=3) == 3 * memory(workers=1)
+    assert memory(workers=9) == memory(workers=4) == 2 * memory(workers=9, cpus=2)
+
+
+def test_a_model_on_a_gpu_takes_its_memory_and_shares_it_with_others_there(run):
+    run = run.model_copy(update={"backend": "ray", "gpus": 0.5, "workers": 1})
+    models = forecast([(run, plan(run))])
+    _, memory, gpu = rooms(run, models)
+    assert gpu.needed_bytes == 2 * models[0].device_bytes
+    assert memory.needed_bytes == models[0].host_bytes
+
+
+def test_the_memory_of_a_cluster_is_not_known_here(run):
+    far = run.model_copy(update={"backend": "ray", "ray_address": "head:6379"})
+    _, memory = rooms(far, forecast([(run, plan(run))]))
+    assert memory.there_bytes is None
+    assert memory.fits
+
+
+def test_a_rate_is_measured_with_the_model_itself(run):
+    assert measured_rate(run, plan(run)[0]) > 0
+
+
+# Refusals
+
+
+def test_shards_that_do_not_fit_the_disk_are_refused_before_anything_is_computed(run, monkeypatch):
+    planned = [(run, plan(run))]
+    needed = sum(sum(shard_bytes(split)) for split in plan(run)[0].datasets[0].splits)
+    monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: needed)
+    check_room(planned)
+    monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: needed - 1)
+    with pytest.raises(RunError, match=r"does not fit: .* of disk space for shards in .* are needed, .*: use another"):
+        run_extract(run, PlainStages())
+    assert not list(run.directory.rglob("*.arrow"))
+
+
+def test_a_run_that_has_almost_ended_still_fits_a_full_disk(run, monkeypatch):
+    run_extract(run, PlainStages())
+    monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: 0)
+    check_room([(run, plan(run))])
+
+
+def test_free_space_is_that_of_the_disk_a_directory_will_be_on(tmp_path):
+    assert free_bytes(tmp_path / "a" / "b") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+
+
+def test_only_runs_on_datasets_are_foreseen():
+    with pytest.raises(RunError, match="no linearity studies"):
+        skill_runs(LinearityRun(model=("m",)))
+
+
+# The command
+
+
+def test_the_command_takes_the_pipelines_options_and_writes_nothing(run, model, questions):
+    options = ["--model", model, "--dataset", questions, "--backend", "local", "--out", run.directory]
+    foreseen = neg("plan", *options, "--gflops", 2)
+    assert foreseen.exit_code == 0, foreseen.output
+    assert "2 GFLOP/s a worker" in foreseen.stdout
+    assert "main memory: " in foreseen.stdout
+    assert not run.directory.exists()
+    assert "unknown: measure it with --calibrate" in neg("plan", *options).stdout
+
+
+def test_the_command_takes_the_run_file_of_an_evaluation(model, questions, tmp_path):
+    write_run_file(EvaluationRun(model=(model,), dataset=(questions,), out=tmp_path, backend="local"))
+    foreseen = neg("plan", tmp_path)
+    assert foreseen.exit_code == 0, foreseen.output
+    lines = [line for line in foreseen.stdout.splitlines() if line.startswith("local/questions")]
+    zero_shot, one_shot = (line.split()[-8:] for line in lines)  # behind the name, which may be folded
+    assert zero_shot != one_shot  # demonstrations make prompts longer
+
+
+def test_what_does_not_fit_is_refused_after_it_was_shown(run, monkeypatch):
+    write_run_file(run)
+    monkeypatch.setattr("tasks.forecast.capacity.memory_bytes", lambda: 1000)
+    refused = neg("plan", run.directory)
+    assert "main memory: " in refused.stdout
+    with pytest.raises(RunError, match="does not fit: .* of main memory are needed, 0.0 MiB are there: use fewer"):
+        raise refused.exception
