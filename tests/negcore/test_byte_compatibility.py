@@ -1,0 +1,298 @@
+"""What earlier versions wrote is written byte for byte again, and still read: shards, receipts, probes, run files."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from fixtures.make_shards import (
+    CAUSAL_CHECKS,
+    CHOSEN,
+    FIXTURES,
+    GROUPS,
+    KINDS,
+    N_ALL,
+    N_LAYERS,
+    N_NEURONS,
+    NEG_PARTS,
+    RUN_CASES,
+    STUDY_PARTS,
+    answers_of,
+    aside_of,
+    case_folder,
+    causal_part_of,
+    contents,
+    fact_rows,
+    facts_of,
+    identity_of,
+    partition_of,
+    place_of,
+    probed_splits,
+    read_json,
+    run_of,
+    shard_folders,
+    study_identity_of,
+    sweep_of,
+    write_shards,
+)
+
+from negcore.causal import Condition
+from negcore.identity import text_hash
+from negcore.reader import open_negs
+from negcore.saved_probes import load_probe, save_probe
+from negcore.shards import finished_shards, receipts
+from negcore.sweepstore import read_study, read_sweep
+from negcore.votes import vote_sums
+from tasks.causal import read_causal
+from tasks.rundir import recorded_run
+from tasks.runfile import read_run_file
+
+SHARDS, PROBES, RUNS = (FIXTURES / name for name in ("shards", "probes", "runs"))
+PARTS = [*NEG_PARTS, *STUDY_PARTS, *CAUSAL_CHECKS]
+PROBE_NAMES = ["magn", "polar-gradient", "magn-random", "magn-logistic", "act", "tree"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """All shards, written anew."""
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """The splits that the saved probes were fitted on and asked."""
+    return probed_splits(tmp_path_factory.mktemp("probed"))
+
+
+def folder_of(root: Path, name: str) -> Path:
+    return next(folder for known, _, folder in shard_folders(root) if known == name)
+
+
+def opened(name: str):
+    """A stored partition, its checksums compared."""
+    part = NEG_PARTS[name]
+    return part, open_negs(SHARDS / part.storage, verify=True).select(*partition_of(part))
+
+
+# Written anew
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_shards_and_receipts_are_written_byte_for_byte_as_before(written, name):
+    old, new = contents(folder_of(SHARDS, name)), contents(folder_of(written, name))
+    n_shards = len([path for path in old if path.endswith(".arrow")])
+    assert n_shards >= 2
+    assert len([path for path in old if path.startswith("_receipts/")]) == n_shards
+    assert list(new) == list(old)
+    for path, content in old.items():
+        assert new[path] == content, path
+
+
+def test_shards_are_where_they_were_and_there_are_no_others(written):
+    assert list(contents(written)) == list(contents(SHARDS))
+
+
+def test_the_fixture_holds_what_is_easily_lost():
+    stored = [receipt for _, _, folder in shard_folders(SHARDS) for receipt in receipts(folder)]
+    assert {row.cause for receipt in stored for row in receipt.set_aside} == {"failure", "nonfinite"}
+    assert {receipt.n_nonfinite for receipt in stored} == {0, 3}
+    assert {receipt.n_rows for receipt in stored} == {0, 2, 3}
+    assert {receipt.identity.get("storage") for receipt in stored} == {None, "bfloat16", "codes", "stats"}
+
+
+# NEGs of before are read
+
+
+@pytest.mark.parametrize("name", NEG_PARTS)
+def test_rows_of_old_shards_are_those_that_were_stored(name):
+    part, split = opened(name)
+    kept = [row for shard in part.shards for row in shard.kept]
+    assert split.ids == [row.id for row in kept]
+    assert split.groups == [row.group for row in kept]
+    assert set(split.groups) == set(GROUPS)
+    assert split.text_hashes == [text_hash(row.prompt) for row in kept]
+    assert split.gold_P.tolist() == [row.answer for row in kept]
+    assert split.label_ids_PO.tolist() == part.joined("label_ids_PO").tolist()
+    assert split.probs_PO.tolist() == part.joined("probs_PO").tolist()
+    assert split.set_aside == [row for shard in part.shards for row in aside_of(shard)]
+    assert (split.storage, split.n_layers, split.n_neurons) == (part.storage, N_LAYERS, N_NEURONS)
+    assert split.identity == identity_of(part)
+    assert split.identity.versions == identity_of(part).versions
+
+
+@pytest.mark.parametrize("name", ["values", "bfloat16"])
+def test_old_values_are_read_bit_for_bit(name):
+    part, split = opened(name)
+    negs_POLN, activations_PLN = part.joined("negs_POLN"), part.joined("activations_PLN")
+    if name == "bfloat16":  # as somebody else rounds
+        negs_POLN, activations_PLN = (rounded(values) for values in (negs_POLN, activations_PLN))
+    activations_PM = split.activations(range(N_ALL))
+    assert activations_PM.tobytes() == activations_PLN.tobytes()
+    for layer in range(N_LAYERS):
+        assert split.layer(layer).tobytes() == np.ascontiguousarray(negs_POLN[:, :, layer]).tobytes()
+    assert np.isnan(negs_POLN).any() and np.isinf(negs_POLN).any()
+
+
+def rounded(values):
+    found = torch.from_numpy(values).bfloat16().float().numpy()
+    found[np.isnan(found)] = np.nan  # one of many
+    return found
+
+
+def test_old_codes_have_the_order_and_signs_of_the_values():
+    part, split = opened("codes")
+    negs_POLN, activations_PLN = part.joined("negs_POLN"), part.joined("activations_PLN")
+    assert split.activations(range(N_ALL)).tobytes() == activations_PLN.tobytes()
+    for layer in range(N_LAYERS):
+        ordinals_PON = np.concatenate([shard.ordinals_PON(layer) for shard in split.shards()])
+        negs_PON = negs_POLN[:, :, layer]
+        assert np.array_equal(np.sign(ordinals_PON), np.sign(negs_PON))
+        for one, other in product(range(split.n_options), repeat=2):
+            assert np.array_equal(ordinals_PON[:, one] > ordinals_PON[:, other], negs_PON[:, one] > negs_PON[:, other])
+
+
+def test_old_vote_sums_are_those_of_the_values():
+    part, split = opened("stats, vote sums")
+    for shard, stored in zip(part.shards, split.shards(), strict=False):  # the last one has no rows
+        gold_P = [row.answer for row in shard.kept]
+        for vote, sums_M in vote_sums(shard.negs_POLN, shard.activations_PLN, gold_P).items():
+            assert stored.sums_M(vote).tolist() == sums_M.tolist()
+
+
+def test_old_numbers_of_chosen_neurons_are_read_bit_for_bit():
+    part, split = opened("stats, chosen neurons")
+    negs_POM = part.joined("negs_POLN").reshape(split.n_rows, split.n_options, N_ALL)
+    activations_PM = part.joined("activations_PLN").reshape(split.n_rows, N_ALL)
+    assert split.neurons(CHOSEN).tobytes() == np.ascontiguousarray(negs_POM[..., CHOSEN]).tobytes()
+    assert split.activations(CHOSEN).tobytes() == np.ascontiguousarray(activations_PM[:, CHOSEN]).tobytes()
+    assert all(shard.chosen_K.tolist() == list(CHOSEN) for shard in split.shards())
+
+
+@pytest.mark.parametrize("name", NEG_PARTS)
+def test_an_old_run_of_negs_is_finished_and_not_computed_again(name):
+    part = NEG_PARTS[name]
+    ids = [[row.id for row in shard.rows] for shard in part.shards]
+    root, place = SHARDS / part.storage, partition_of(part)
+    done = finished_shards(root, place, identity_of(part), ids, verify=True)
+    assert [done[index].n_nonfinite for index in range(3)] == [shard.n_nonfinite for shard in part.shards]
+
+
+# Studies of before are read
+
+
+@pytest.mark.parametrize("name", STUDY_PARTS)
+def test_an_old_study_is_finished_and_has_its_rows(name):
+    part, place = STUDY_PARTS[name], place_of(STUDY_PARTS[name])
+    rows = [fact_rows(index) for index in range(2)]
+    ids = [[row.id for row in shard] for shard in rows]
+    done = finished_shards(SHARDS / "linearity", place, study_identity_of(part), ids, verify=True)
+    assert sorted(done) == [0, 1]
+    study = read_study(place.path(SHARDS / "linearity"))
+    assert study.ids == ids[0] + ids[1]
+    assert study.groups == [row.group for shard in rows for row in shard]
+
+
+def test_an_old_sweep_is_put_together_again():
+    parts = [STUDY_PARTS["sweeps, first block"], STUDY_PARTS["sweeps, second block"]]
+    found = read_sweep([place_of(part).path(SHARDS / "linearity") for part in parts])
+    blocks = [[sweep_of(part, index) for index in range(2)] for part in parts]
+    assert found.shifts_S.tolist() == blocks[0][0].shifts_S.tolist()
+    assert found.neurons_K2.tolist() == [pair for block in blocks for pair in block[0].neurons_K2.tolist()]
+    for name in ("base_probs_P", "label_ids_P"):
+        assert getattr(found, name).tolist() == joined(blocks[0], name).tolist()
+    for name in ("activations_PK", "probs_PKS"):
+        expected = np.concatenate([joined(block, name) for block in blocks], axis=1)
+        assert getattr(found, name).tolist() == expected.tolist()
+
+
+def joined(shards, name):
+    return np.concatenate([getattr(shard, name) for shard in shards])
+
+
+def test_how_long_old_shards_took_is_still_known():
+    seconds = [
+        read_study(place_of(part).path(SHARDS / "linearity")).seconds_per_prompt for part in STUDY_PARTS.values()
+    ]
+    assert seconds[:2] == [(1.5 + 2.25) / 4, 0.125 / 2]
+    assert np.isnan(seconds[2:]).all()
+
+
+@pytest.mark.parametrize("name", ["estimates", "estimates of log-probability increase"])
+def test_old_estimates_are_read(name):
+    part = STUDY_PARTS[name]
+    study = read_study(place_of(part).path(SHARDS / "linearity"))
+    expected = np.concatenate([shard["scores"] for shard in part.shards]).astype(np.float32)
+    assert study.columns["scores"].tolist() == expected.tolist()
+    assert study.axes == {"neurons": [list(pair) for pair in part.settings["neurons"]]}
+
+
+def test_old_interventions_are_read():
+    part = STUDY_PARTS["interventions"]
+    study = read_study(place_of(part).path(SHARDS / "linearity"))
+    assert study.axes == {"shifts": [0.5, 1.0], "sizes": [1, 2, 4, 1, 2, 4]}
+    for column, name in (("predicted", "predicted_DPM"), ("probs", "probs_DPM")):
+        expected = np.concatenate([shard[name].swapaxes(0, 1) for shard in part.shards]).astype(np.float32)
+        assert study.columns[column].reshape(expected.shape).tolist() == expected.tolist()
+    expected = np.concatenate([shard["base_probs_P"] for shard in part.shards])
+    assert study.columns["base_prob"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("name", CAUSAL_CHECKS)
+def test_an_old_causal_check_is_finished_and_read(name):
+    check = CAUSAL_CHECKS[name]
+    root, part = SHARDS / check.negs.storage, causal_part_of(check)
+    ids = [[row.id for row in shard] for shard in part.shards]
+    done = finished_shards(root, part.partition, part.identity, ids, verify=True)
+    assert [list(done[index].set_aside) for index in range(3)] == [aside_of(shard) for shard in check.negs.shards]
+    result = read_causal(root, part)
+    assert result.conditions[0] == Condition("top", 2, 0, "gold", 0.5)
+    assert result.conditions[-1] == Condition("bottom", 2, 0, "polarity", -2.0)
+    assert result.gold_P.tolist() == [row.answer for shard in check.negs.shards for row in shard.kept]
+    for array in ("base_probs_PO", "probs_PMO"):
+        expected = np.concatenate([shard[array] for shard in check.shards])
+        assert getattr(result, array).tolist() == expected.tolist()
+
+
+# Probes of before
+
+
+@pytest.mark.parametrize("name", PROBE_NAMES)
+def test_an_old_probe_answers_as_it_did(probed, name):
+    expected = read_json(PROBES / "answers.json")[name]
+    assert answers_of(PROBES / f"{name}.arrow", probed["test"]) == expected
+    assert len(set(expected["predicted_P"])) > 1
+
+
+@pytest.mark.parametrize("name", PROBE_NAMES)
+def test_an_old_probe_that_is_saved_anew_is_the_same(probed, tmp_path, name):
+    """Content is compared, not bytes: these depend on the version of what compresses them."""
+    old, new = PROBES / f"{name}.arrow", tmp_path / f"{name}.arrow"
+    saved = load_probe(old)
+    assert saved.name == name
+    save_probe(new, name, saved.probe, probed["train"])
+    tables = [pa.ipc.open_file(path).read_all() for path in (old, new)]
+    assert tables[0].equals(tables[1], check_metadata=True)
+
+
+# Run files of before
+
+
+@pytest.mark.parametrize("file", ["run.yaml", "by-hand.yaml"])
+@pytest.mark.parametrize("name", RUN_CASES)
+def test_an_old_run_file_gives_the_same_run(name, file):
+    path = RUNS / case_folder(name) / file
+    assert "kind:" not in path.read_text(encoding="utf-8")
+    run = read_run_file(KINDS[RUN_CASES[name].kind], path, {})
+    assert run == run_of(name)
+    assert facts_of(run) == read_json(RUNS / "facts.json")[name]
+
+
+@pytest.mark.parametrize("name", RUN_CASES)
+def test_the_kind_of_an_old_run_is_known_from_its_fields(name):
+    run = recorded_run(RUNS / case_folder(name))
+    assert type(run) is KINDS[RUN_CASES[name].kind]
+    assert run == run_of(name)
