@@ -38,16 +38,16 @@ from fixtures.make_shards import (
     write_shards,
 )
 
-from negcore.causal import Condition
-from negcore.identity import text_hash
-from negcore.reader import open_negs
-from negcore.saved_probes import load_probe, save_probe
-from negcore.shards import finished_shards, receipts
-from negcore.sweepstore import read_study, read_sweep
-from negcore.votes import vote_sums
+from negcore.analysis.causal import Condition
+from negcore.measure.votes import vote_sums
+from negcore.probing.saved_probes import load_probe, save_probe
+from negcore.store.identity import text_hash
+from negcore.store.publish import finished_shards, receipts
+from negcore.store.reader import open_negs
+from negcore.store.study import read_study, read_sweep
 from tasks.causal import read_causal
-from tasks.rundir import recorded_run
-from tasks.runfile import read_run_file
+from tasks.config.run_file import read_run_file
+from tasks.rundir.layout import recorded_run
 
 SHARDS, PROBES, RUNS = (FIXTURES / name for name in ("shards", "probes", "runs"))
 PARTS = [*NEG_PARTS, *STUDY_PARTS, *CAUSAL_CHECKS]
