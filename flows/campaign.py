@@ -42,11 +42,11 @@ from tasks.config.run_file import (
     StageName,
     write_run_file,
 )
-from tasks.extract import Extracted
+from tasks.measure.missing import Extracted
 from tasks.plan import plan
+from tasks.plan_linearity import plan_linearity
 from tasks.pool.base import Stopped
 from tasks.skills import plan_skills
-from tasks.sweeps import plan_linearity
 
 
 @dataclass

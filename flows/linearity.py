@@ -1,9 +1,7 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from prefect import flow, runtime
@@ -15,15 +13,15 @@ from flows.show.linearity_tables import artifact_tables, linearity_tables, summa
 from flows.show.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import ModelError, NegError, RunError
-from negcore.store.study import Kind
 from tasks.config.run_file import LinearityRun, write_run_file
-from tasks.extract import Advance, Extracted, compute
 from tasks.linearity import Findings, analyse, write_findings
-from tasks.pool.base import Pool, Stopped, open_pool
+from tasks.measure.missing import Advance, Extracted, measure_missing
+from tasks.measure.worker import model_pool
+from tasks.plan_linearity import PlannedStudy, plan_linearity
+from tasks.pool.base import Pool, Stopped
 from tasks.rundir.layout import write_plan_file
-from tasks.sweeps import PlannedStudy, SweepWorker, plan_linearity, study_job
 
-_KINDS: tuple[Kind, ...] = ("interventions", "estimates", "sweeps")
+_KINDS = ("interventions", "estimates", "sweeps")
 """Cheapest first."""
 
 
@@ -58,7 +56,7 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
     """Measure what is missing, then analyse every model that is whole."""
     studies = plan_linearity(run)
     write_run_file(run)
-    write_plan_file(run.directory, [part for study in studies for part in study.parts])
+    write_plan_file(run.directory, [one for study in studies for one in study.shard_sets])
     results = LinearityResults(run.directory)
     with run_session(run):
         measured = [study for study in studies if _measure_study(run, stages, results, study)]
@@ -73,7 +71,7 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
 def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> bool:
     """Whether every shard of the study is there now."""
     try:
-        with _pool(run, study) as pool:
+        with model_pool(run, study.card) as pool:
             complete = [_measure(run, stages, results, study, pool, kind) for kind in _KINDS]
     except (ModelError, RunError) as error:  # no worker can have this model; the others go on
         results.problems.append(f"{study.card.name}: {error}")
@@ -81,19 +79,8 @@ def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults,
     return all(complete)
 
 
-def _pool(run: LinearityRun, study: PlannedStudy) -> AbstractContextManager[Pool]:
-    recipe = {
-        "model": study.card.ref,
-        "dtype": run.dtype,
-        "device": run.worker_device,
-        "site": run.site,
-        "threads": run.cpus,
-    }
-    return open_pool(run.backend, SweepWorker, recipe, run.resources, label=study.card.name)
-
-
 def _measure(
-    run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy, pool: Pool, kind: Kind
+    run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy, pool: Pool, kind: str
 ) -> bool:
     name = f"{study.card.name} {study.facts.name} {kind}"
     try:
@@ -104,18 +91,16 @@ def _measure(
         results.problems.append(f"{name}: {one_line(error)}")
         return False
     results.extracted += extracted
-    failures = [(part.partition, failure) for part in extracted for failure in part.failures]
-    for place, failure in failures:
-        where = f"{name}, {place.path('').name}: shard {failure.index}"
-        results.problems.append(f"{where}, {failure.n_rows} prompts lost: {failure.error}")
-    return not failures
+    results.set_aside += [row for one in extracted for row in one.rows_set_aside]
+    problems = [problem for one in extracted for problem in one.problems]
+    results.problems += problems
+    return not problems
 
 
 def _computation(
-    run: LinearityRun, stages: Stages, study: PlannedStudy, pool: Pool, kind: Kind
+    run: LinearityRun, stages: Stages, study: PlannedStudy, pool: Pool, kind: str
 ) -> Callable[[Advance], list[Extracted]]:
-    job = partial(study_job, run.directory)
-    return lambda advance: compute(pool, study.of_kind(kind), run.directory, job, advance=advance, stop=stages.stop)
+    return lambda advance: measure_missing(pool, study.of_kind(kind), run.directory, advance=advance, stop=stages.stop)
 
 
 def _analyse(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> None:

@@ -4,7 +4,7 @@ The functions that do the work take their `Stages`, so that the same steps run u
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -16,14 +16,16 @@ from flows.show.accuracy_tables import artifact_tables, confusion_tables, result
 from flows.show.report import RunResults, Section
 from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError
-from negcore.store.publish import SetAside, receipts
+from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import EvaluationRun, SkillRun, write_run_file
-from tasks.extract import Advance, Extracted, ExtractWorker, extract_split
 from tasks.forecast.capacity import check_room
-from tasks.plan import SUMS, PlannedDataset, PlannedModel, PlannedSplit, plan
-from tasks.pool.base import Pool, Stopped, open_pool
+from tasks.measure.missing import Advance, Extracted, measure_missing
+from tasks.measure.shard_set import ShardSet
+from tasks.measure.worker import model_pool
+from tasks.plan import SUMS, PlannedDataset, PlannedModel, choosing, n_chosen, plan
+from tasks.pool.base import Pool, Stopped
 from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
 from tasks.rank import rank_pool
 from tasks.results import Average, SplitAccount, averages, split_accounts
@@ -120,8 +122,9 @@ def run_probe(run: SkillRun, stages: Stages) -> Results:
         for model in models:
             for dataset in model.datasets:
                 for split in dataset.splits:
-                    known = receipts(split.partition.path(run.directory))
-                    _report(results, split, [row for receipt in known for row in receipt.set_aside])
+                    known = receipts(split.place.path(run.directory))
+                    rows = [row for receipt in known for row in receipt.set_aside]
+                    results.set_aside += [f"{split.title}: {row.id}: {row.reason}" for row in rows]
                 probe(run, dataset)
     return results
 
@@ -188,63 +191,44 @@ def _extract_model(
     planned: Sequence[tuple[SkillRun, PlannedModel]], stages: Stages, results: Results, when_extracted: Probe
 ) -> None:
     run, model = planned[0]
-    with _pool(run, model) as pool:
+    with model_pool(run, model.card) as pool:
         for run, model in planned:
             for dataset in model.datasets:
                 if _extract_dataset(run, stages, results, pool, dataset):
                     when_extracted(run, dataset)
 
 
-def _pool(run: SkillRun, model: PlannedModel) -> AbstractContextManager[Pool]:
-    recipe = {
-        "model": model.card.ref,
-        "dtype": run.dtype,
-        "device": run.worker_device,
-        "site": run.site,
-        "batch_size": run.batch_size,
-        "threads": run.cpus,
-    }
-    return open_pool(run.backend, ExtractWorker, recipe, run.resources, label=model.card.name)
-
-
 def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
     """Whether every row of the dataset is there now, or set aside."""
     whole, neurons = True, tuple[int, ...]()
     for split in dataset.splits:
-        if split.n_chosen is not None and not (whole or neurons):
+        if n_chosen(split) is not None and not (whole or neurons):
             break  # there is no choice without all sums
         try:
-            if split.n_chosen is not None:
+            if n_chosen(split) is not None:
                 neurons = neurons or choose_neurons(run, _sums(run, split))
-                split = split.choosing(neurons)
-            extracted = stages.run(split.name, "extract", _extraction(run, pool, split, stages))
+                split = choosing(split, neurons)
+            (extracted,) = stages.run(split.title, "extract", _extraction(run, pool, split, stages))
         except (Stopped, KeyboardInterrupt, ModelError, RunError):
             raise
         except Exception as error:
-            results.problems.append(f"{split.name}: {one_line(error)}")
+            results.problems.append(f"{split.title}: {one_line(error)}")
             whole = False
             continue
         results.extracted.append(extracted)
-        _report(results, split, extracted.set_aside)
-        for failure in extracted.failures:
-            results.problems.append(f"{split.name}: shard {failure.index}, {failure.n_rows} rows lost: {failure.error}")
+        results.set_aside += extracted.rows_set_aside
+        results.problems += extracted.problems
         whole = whole and not extracted.failures
     return whole
 
 
-def _sums(run: SkillRun, split: PlannedSplit) -> NegSplit:
-    """What the neurons of a split are chosen by."""
-    return open_negs(run.directory).select(*split.partition._replace(split=SUMS))
+def _sums(run: SkillRun, split: ShardSet) -> NegSplit:
+    """Open the vote sums that the neurons of a split are chosen by."""
+    return open_negs(run.directory).at(split.place._replace(part=SUMS))
 
 
-def _extraction(run: SkillRun, pool: Pool, split: PlannedSplit, stages: Stages) -> Callable[[Advance], Extracted]:
-    return lambda advance: extract_split(
-        pool, split, run.directory, nonfinite=run.nonfinite, advance=advance, stop=stages.stop
-    )
-
-
-def _report(results: Results, split: PlannedSplit, rows: Sequence[SetAside]) -> None:
-    results.set_aside += [f"{split.name}: {row.id}: {row.reason}" for row in rows]
+def _extraction(run: SkillRun, pool: Pool, split: ShardSet, stages: Stages) -> Callable[[Advance], list[Extracted]]:
+    return lambda advance: measure_missing(pool, [split], run.directory, advance=advance, stop=stages.stop)
 
 
 @dataclass(frozen=True)

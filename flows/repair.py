@@ -13,10 +13,10 @@ from negcore.errors import RunError
 from negcore.store.files import n_bytes
 from tasks.config.run_file import RUN_FILE, LinearityRun, RunFile, SkillRun, SkillsRun
 from tasks.plan import plan
+from tasks.plan_linearity import plan_linearity
 from tasks.rundir.layout import recorded_run
 from tasks.rundir.verify import Verified
 from tasks.skills import plan_skills
-from tasks.sweeps import plan_linearity
 
 
 class Mending(NamedTuple):

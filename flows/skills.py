@@ -5,9 +5,7 @@ Nothing is said about the neurons of a dataset whose causal check failed.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,11 +19,12 @@ from flows.show.skill_figures import write_figures
 from flows.show.skill_tables import artifact_tables, skill_tables, summary
 from flows.stages import Stages
 from negcore.model.language_model import ModelCard
-from tasks.causal import CausalPart, CausalWorker, causal_job
 from tasks.config.run_file import SkillRun, SkillsRun, write_run_file
-from tasks.extract import Advance, Extracted, compute
+from tasks.measure.missing import Advance, Extracted, measure_missing
+from tasks.measure.shard_set import ShardSet
+from tasks.measure.worker import model_pool
 from tasks.plan import PlannedDataset, plan
-from tasks.pool.base import Pool, Stopped, open_pool
+from tasks.pool.base import Pool, Stopped
 from tasks.rank import rank_pool
 from tasks.skills import (
     DatasetFindings,
@@ -76,7 +75,7 @@ def n_parts(run: SkillsRun, planned: Sequence[PlannedSkills]) -> int:
 
 def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
     """Of every dataset the ranking, the shards of the causal checks, and the analysis."""
-    checked = [split for dataset in planned.datasets for split in dataset.splits if split.partition.split == "test"]
+    checked = [split for dataset in planned.datasets for split in dataset.splits if split.place.part == "test"]
     return 2 * len(planned.datasets) + len(run.probe) * sum(len(split.shards) for split in checked)
 
 
@@ -161,39 +160,26 @@ def _check(
     card: ModelCard,
     datasets: Sequence[PlannedDataset],
     scores: Mapping[str, Scores],
-) -> dict[str, dict[str, CausalPart]]:
+) -> dict[str, dict[str, ShardSet]]:
     """The finished causal checks of every dataset's probes."""
     finished = {}
-    with _causal_pool(run, card) as pool:
+    with model_pool(run, card) as pool:
         for one in datasets:
             parts = plan_checks(run, one, card, scores[one.dataset.name])
             body = _computation(run, stages, pool, list(parts.values()))
             extracted = _attempt(stages, results, f"{one.name} causal check", "check", body)
-            failures = [failure for part in extracted or () for failure in part.failures]
-            for failure in failures:
-                where = f"{one.name} causal check: shard {failure.index}"
-                results.problems.append(f"{where}, {failure.n_rows} rows lost: {failure.error}")
-            if extracted and not failures:
+            problems = [problem for checked in extracted or () for problem in checked.problems]
+            results.problems += problems
+            if extracted and not problems:
                 finished[one.dataset.name] = parts
     return finished
 
 
 def _computation(
-    run: SkillsRun, stages: Stages, pool: Pool, parts: Sequence[CausalPart]
+    run: SkillsRun, stages: Stages, pool: Pool, parts: Sequence[ShardSet]
 ) -> Callable[[Advance], list[Extracted]]:
     root = run.conditions[0].run.directory
-    return lambda advance: compute(pool, parts, root, partial(causal_job, root), advance=advance, stop=stages.stop)
-
-
-def _causal_pool(run: SkillsRun, card: ModelCard) -> AbstractContextManager[Pool]:
-    recipe = {
-        "model": card.ref,
-        "dtype": run.dtype,
-        "device": run.worker_device,
-        "site": run.site,
-        "threads": run.cpus,
-    }
-    return open_pool(run.backend, CausalWorker, recipe, run.resources, label=card.name)
+    return lambda advance: measure_missing(pool, parts, root, advance=advance, stop=stages.stop)
 
 
 def _analyse(
@@ -203,7 +189,7 @@ def _analyse(
     planned: PlannedDataset,
     card: ModelCard,
     scores: Scores,
-    parts: Mapping[str, CausalPart],
+    parts: Mapping[str, ShardSet],
 ) -> DatasetFindings | None:
     def body(advance: Advance) -> DatasetFindings:
         advance(0, 1, None)

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 from negcore.errors import NegError
-from tasks.extract import Advance
+from tasks.measure.missing import Advance
 from tasks.pool.base import PoolStatus, Stopped
 
 T = TypeVar("T")

@@ -21,11 +21,14 @@ from negcore.analysis.linearity import (
     sizes_table,
     stability_table,
 )
+from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
-from negcore.store.study import read_study, read_sweep
+from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study
 from tasks.config.run_file import LinearityRun
+from tasks.measure.measurement import count_nonfinite
+from tasks.measure.shard_set import ShardSet
+from tasks.plan_linearity import PlannedStudy, fact_of
 from tasks.rundir.tables import write_table
-from tasks.sweeps import PlannedPart, PlannedStudy, fact_of
 
 MEASURED = "sweep"
 
@@ -75,23 +78,29 @@ class Findings:
 
 
 def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
-    """Make a study's tables from its shards.
+    """Make a study's tables from its shards: of the prompts that were set aside nowhere.
 
     Raises
     ------
     ShardError
         If shards are missing or damaged.
+    NegError
+        If they hold NaN or infinite values.
     """
-    root = run.directory
-    blocks = study.of_kind("sweeps")
-    sweep = read_sweep([part.partition.path(root) for part in blocks])
-    estimates = {part.partition.part: read_study(part.partition.path(root)) for part in study.of_kind("estimates")}
-    scores_PK = {name: shards.columns["scores"] for name, shards in estimates.items()}
+    sets = [*study.of_kind("sweeps"), *study.of_kind("estimates")]
+    shards = dict(zip(sets, read_studies([one.place.path(run.directory) for one in sets]), strict=True))
+    for one, of_set in shards.items():
+        _check_finite(one, of_set)
+    blocks = [of_set for one, of_set in shards.items() if one.place.kind == "sweeps"]
+    estimates = {one.place.part: of_set for one, of_set in shards.items() if one.place.kind == "estimates"}
+    scores_PK = {name: of_set.columns["scores"] for name, of_set in estimates.items()}
+    sweep = joined_sweep(blocks)
     main_negs_PK = sweep.within(run.main_range).negs_PK
+    ids = blocks[0].ids
     return Findings(
         model=study.card.name,
         dataset=study.facts.name,
-        ids=[example.id for example in study.facts.examples],
+        ids=ids,
         main_range=run.main_range,
         n_facts=study.facts.n_rows,
         n_multi_token=study.facts.n_multi_token,
@@ -99,14 +108,24 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         scores_PK=scores_PK,
         ranges=ranges_table(sweep, run.range),
         sizes=sizes_table(main_negs_PK, sweep.neurons_K2),
-        stability=stability_table(main_negs_PK, _facts(study)),
+        stability=stability_table(main_negs_PK, _facts(study, ids)),
         agreement=_agreement(run, sweep, scores_PK),
         interventions=_interventions(run, study),
         costs=[
-            CostRow(MEASURED, sum(_seconds(root, part) for part in blocks)),
-            *(CostRow(name, shards.seconds_per_prompt) for name, shards in estimates.items()),
+            CostRow(MEASURED, sum(block.seconds_per_prompt for block in blocks)),
+            *(CostRow(name, of_set.seconds_per_prompt) for name, of_set in estimates.items()),
         ],
     )
+
+
+def _check_finite(shard_set: ShardSet, shards: StudyShards) -> None:
+    for name, values in shards.columns.items():
+        rows = np.flatnonzero(count_nonfinite(values))
+        if rows.size:
+            raise NegError(
+                f"{shard_set.title}: {name} of {shards.ids[rows[0]]} is NaN or infinite, and no table can be made of "
+                "that: run again with nonfinite set to skip or fail"
+            )
 
 
 def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
@@ -138,8 +157,9 @@ def _agreement(
 
 
 def _interventions(run: LinearityRun, study: PlannedStudy) -> list[InterventionRow]:
-    (part,) = study.of_kind("interventions")
-    shards = read_study(part.partition.path(run.directory))
+    (shard_set,) = study.of_kind("interventions")
+    shards = read_study(shard_set.place.path(run.directory))
+    _check_finite(shard_set, shards)
     shape = (len(shards.ids), len(shards.axes["shifts"]), len(shards.axes["sizes"]))
     probs_PDM = shards.columns["probs"].reshape(shape).astype(np.float64)
     return interventions_table(
@@ -152,14 +172,11 @@ def _interventions(run: LinearityRun, study: PlannedStudy) -> list[InterventionR
     )
 
 
-def _facts(study: PlannedStudy) -> Facts:
-    examples = study.facts.examples
+def _facts(study: PlannedStudy, ids: Sequence[str]) -> Facts:
+    by_id = {example.id: example for example in study.facts.examples}
+    examples = [by_id[id_] for id_ in ids]
     return Facts(
         facts=[fact_of(example, study.facts.name) for example in examples],
         wordings=[example.group for example in examples],
         answers=[example.labels[0] for example in examples],
     )
-
-
-def _seconds(root: Path, part: PlannedPart) -> float:
-    return read_study(part.partition.path(root)).seconds_per_prompt

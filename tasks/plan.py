@@ -1,10 +1,11 @@
 """What a run will do, known and checked before any model is loaded."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
 from negcore.errors import DatasetError, NegError
@@ -12,11 +13,13 @@ from negcore.model.encoding import encode_labels, encode_prompts
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.probing.fitted import check_forest_size
 from negcore.store.codes import check_n_options
-from negcore.store.identity import RunIdentity, choice_digest
-from negcore.store.publish import Partition
+from negcore.store.identity import RunIdentity, StorageLevel, choice_digest
+from negcore.store.publish import ShardPlace
 from tasks.config.recipes import n_stored, reads_training_values
-from tasks.config.run_file import SkillRun
+from tasks.config.run_file import RunFile, SkillRun
 from tasks.config.wordings import wording_for
+from tasks.measure.negs import NegMeasurement
+from tasks.measure.shard_set import ShardSet
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 
@@ -25,46 +28,13 @@ SUMS = "train-sums"
 
 
 @dataclass(frozen=True)
-class PlannedSplit:
-    """The rows of one (model, dataset, split), and what makes their numbers."""
-
-    partition: Partition
-    examples: tuple[Example, ...]
-    identity: RunIdentity
-    shard_rows: int
-    asked: str
-    """How, as far as it is not the default: one-shot, another wording or other demonstrations."""
-    n_chosen: int | None = None
-    """Neurons whose numbers are stored, if these are chosen by the vote sums."""
-    neurons: tuple[int, ...] | None = None
-    """Which these are: flat indices, rising; None as long as they are not chosen."""
-
-    def choosing(self, neurons: tuple[int, ...]) -> "PlannedSplit":
-        """The split with its neurons chosen."""
-        assert len(neurons) == self.n_chosen, (len(neurons), self.n_chosen)
-        return replace(self, neurons=neurons, identity=replace(self.identity, neurons=choice_digest(neurons)))
-
-    @property
-    def name(self) -> str:
-        """Model, dataset, split and how it is asked, for people."""
-        return f"{self.partition.model} {self.partition.dataset} {self.partition.split}{self.asked}"
-
-    @property
-    def shards(self) -> list[Sequence[Example]]:
-        """The examples of every shard, in order."""
-        return [
-            self.examples[start : start + self.shard_rows] for start in range(0, len(self.examples), self.shard_rows)
-        ]
-
-
-@dataclass(frozen=True)
 class PlannedDataset:
     """One dataset as one model will read it."""
 
     model: str
     dataset: Dataset
-    splits: tuple[PlannedSplit, ...]
-    """In the order they are made: what neurons are chosen by comes first."""
+    splits: tuple[ShardSet, ...]
+    """In the order they are measured: what neurons are chosen by comes first."""
 
     @property
     def name(self) -> str:
@@ -131,7 +101,73 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     dataset = known.setdefault((dataset.name, dataset.fingerprint), dataset)
     chosen = wording_for(run.wording, name)
     wording = chosen if isinstance(chosen, str) else chosen.model_dump()
-    identity = RunIdentity(
+    prompt = {"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy}
+    identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
+    splits: list[ShardSet] = []
+    for split, examples in dataset.splits.items():
+        _check_rows(card, dataset.name, split, examples)
+        if run.storage == "codes":
+            _check_codes(dataset.name, examples)
+        splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
+    if "tree" in run.probe:
+        _check_forest(run, card, dataset)
+    return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def _passes(run: SkillRun, identity: RunIdentity, split: str) -> Iterator[tuple[str, int | None]]:
+    """Yield what is made of a split: the name of the part, and the number of neurons it stores if not of all.
+
+    With storage "stats" these are vote sums to choose neurons by, and the numbers of these neurons.
+    """
+    if run.storage != "stats":
+        yield split, None
+        return
+    if split == "train":
+        yield SUMS, None
+    if split != "train" or reads_training_values(run):
+        yield split, n_stored(run, identity.n_layers * identity.n_neurons)
+
+
+def _shard_set(
+    run: SkillRun,
+    identity: RunIdentity,
+    dataset: Dataset,
+    part: str,
+    examples: tuple[Example, ...],
+    n_chosen: int | None,
+) -> ShardSet:
+    return ShardSet(
+        place=ShardPlace("negs", identity.model, dataset.name, part),
+        identity=identity if n_chosen is None else replace(identity, neurons=""),
+        examples=examples,
+        measurement=NegMeasurement(identity.n_layers, identity.n_neurons, run.storage, run.batch_size, n_chosen),
+        shard_rows=run.shard_rows,
+        nonfinite=run.nonfinite,
+        title=f"{identity.model} {dataset.name} {part}{_asked(dataset.settings)}",
+    )
+
+
+def run_identity(
+    run: RunFile,
+    card: ModelCard,
+    prompt: Mapping[str, Any],
+    fingerprint: str,
+    *,
+    storage: StorageLevel = "values",
+    study: Mapping[str, Any] | None = None,
+) -> RunIdentity:
+    """Return the identity of what a run measures of a model on some prompts.
+
+    Parameters
+    ----------
+    prompt : mapping
+        Prompt settings, as JSON.
+    fingerprint : str
+        Of the dataset.
+    storage, study
+        As in `RunIdentity`.
+    """
+    return RunIdentity(
         model=card.name,
         model_revision=card.revision,
         tokenizer_hash=card.tokenizer_digest,
@@ -139,32 +175,28 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
         dtype=run.dtype,
         n_layers=card.n_layers,
         n_neurons=card.n_neurons,
-        prompt={"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy},
-        dataset_fingerprint=dataset.fingerprint,
-        storage=run.storage,
+        prompt=prompt,
+        dataset_fingerprint=fingerprint,
+        storage=storage,
+        study=study,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
-    splits: list[PlannedSplit] = []
-    for split, examples in dataset.splits.items():
-        _check(card, dataset.name, split, examples)
-        if run.storage == "codes":
-            _check_codes(dataset.name, examples)
-        partition = Partition(card.name, dataset.name, split)
-        whole = PlannedSplit(partition, examples, identity, run.shard_rows, _asked(dataset.settings))
-        splits += _two_passes(run, whole) if run.storage == "stats" else [whole]
-    if "tree" in run.probe:
-        _check_forest(run, card, dataset)
-    return PlannedDataset(card.name, dataset, tuple(splits))
 
 
-def _two_passes(run: SkillRun, split: PlannedSplit) -> Iterator[PlannedSplit]:
-    """What is made of a split with storage "stats": sums to choose neurons by, and the numbers of these."""
-    partition, identity, is_train = split.partition, split.identity, split.partition.split == "train"
-    if is_train:
-        yield replace(split, partition=partition._replace(split=SUMS))
-    if not is_train or reads_training_values(run):
-        n_chosen = n_stored(run, identity.n_layers * identity.n_neurons)
-        yield replace(split, identity=replace(identity, neurons=""), n_chosen=n_chosen)
+def choosing(split: ShardSet, neurons: tuple[int, ...]) -> ShardSet:
+    """Return a split of storage "stats" with the neurons whose numbers it is to store: flat indices, rising."""
+    measurement = split.measurement
+    assert isinstance(measurement, NegMeasurement) and len(neurons) == measurement.n_chosen, measurement
+    return replace(
+        split,
+        measurement=replace(measurement, neurons=neurons),
+        identity=replace(split.identity, neurons=choice_digest(neurons)),
+    )
+
+
+def n_chosen(split: ShardSet) -> int | None:
+    """Return the number of neurons whose numbers a split stores; None if it stores those of all, or vote sums."""
+    return split.measurement.n_chosen if isinstance(split.measurement, NegMeasurement) else None
 
 
 def _asked(settings: PromptSettings) -> str:
@@ -189,13 +221,24 @@ def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:
         raise DatasetError(f"{dataset.name}: {error}") from None
 
 
-def _check(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> None:
+def _check_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> None:
     if not examples:
         raise DatasetError(
             f"{dataset}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
         )
+    check_prompts(card, f"{dataset}, split {split!r}", examples)
+
+
+def check_prompts(card: ModelCard, where: str, examples: Sequence[Example]) -> None:
+    """Refuse prompts and labels that the model cannot read.
+
+    Raises
+    ------
+    NegError
+        If a prompt is empty or too long, or a label not one token; it says `where`.
+    """
     try:
         encode_prompts(card, [example.prompt for example in examples])
         encode_labels(card.tokenizer, [example.labels for example in examples], len(examples))
     except NegError as error:
-        raise type(error)(f"{dataset}, split {split!r}, model {card.name}: {error}") from None
+        raise type(error)(f"{where}, model {card.name}: {error}") from None

@@ -19,7 +19,7 @@ from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
 from tasks.config.run_file import ProbeName, SkillRun
-from tasks.extract import Advance
+from tasks.measure.missing import Advance
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool, Stopped
 from tasks.rank import rank_split

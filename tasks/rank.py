@@ -9,7 +9,7 @@ from pathlib import Path
 from negcore.errors import RunError
 from negcore.measure.votes import Vote
 from negcore.probing.rankings import Rankings, rank_layers, training_scores
-from negcore.store.publish import Partition
+from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.run_file import RunFile
 from tasks.pool.base import Pool, PoolStatus, Resources, open_pool
@@ -20,7 +20,7 @@ class RankJob:
     """Consecutive layers of a split to score."""
 
     root: Path
-    partition: Partition
+    place: ShardPlace
     first_layer: int
     end_layer: int
     votes: tuple[Vote, ...]
@@ -34,7 +34,7 @@ class RankWorker:
 
     def run(self, job: RankJob) -> dict[int, Rankings]:
         """Scores of the job's layers by number of rows: some bytes a neuron, whatever the number of prompts."""
-        split = open_negs(job.root).select(*job.partition)
+        split = open_negs(job.root).at(job.place)
         layers = range(job.first_layer, job.end_layer)
         if job.sizes:
             return training_scores(split, layers, job.votes, job.sizes)
@@ -67,7 +67,7 @@ def rank_split(
     Stopped
         If `stop` is set.
     """
-    job = RankJob(root, split.partition, 0, split.n_layers, tuple(votes), act, ())
+    job = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, ())
     return _rank(pool, split, job, n_blocks, stop, on_tick)[split.n_rows]
 
 
@@ -86,7 +86,7 @@ def rank_rows(
 
     Raises: as `rank_split`.
     """
-    job = RankJob(root, split.partition, 0, split.n_layers, tuple(votes), False, tuple(sizes))
+    job = RankJob(root, split.place, 0, split.n_layers, tuple(votes), False, tuple(sizes))
     return _rank(pool, split, job, n_blocks, stop, on_tick)
 
 
@@ -105,7 +105,7 @@ def _rank(
     for outcome in pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=2.0):
         if outcome.result is None:
             layers = f"layers {outcome.job.first_layer}..{outcome.job.end_layer - 1}"
-            raise RunError(f"{split.partition.dataset}: {layers} cannot be ranked: {outcome.error}")
+            raise RunError(f"{split.place.dataset}: {layers} cannot be ranked: {outcome.error}")
         blocks[outcome.job.first_layer] = outcome.result
     in_order = [blocks[first] for first in sorted(blocks)]
     return {size: Rankings.joined([block[size] for block in in_order]) for size in in_order[0]}

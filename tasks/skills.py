@@ -39,8 +39,9 @@ from negcore.probing.evaluation import accuracy, majority_floor, random_floor
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
 from negcore.store.reader import NegSplit, open_negs
-from tasks.causal import CausalPart, plan_causal, read_causal
 from tasks.config.run_file import SkillsRun
+from tasks.measure.causal import plan_causal, read_causal
+from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel, plan
 from tasks.pool.base import Pool, PoolStatus
 from tasks.rank import rank_rows, rank_split
@@ -183,7 +184,7 @@ def rank_dataset(
     return Scores(by_size, by_condition)
 
 
-def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores) -> dict[str, CausalPart]:
+def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores) -> dict[str, ShardSet]:
     """The causal check of each probe's ranking, on the test split.
 
     Raises
@@ -191,13 +192,13 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
     NegError
         If the model has too few neurons for the sizes.
     """
-    (test,) = [split for split in planned.splits if split.partition.split == "test"]
+    (test,) = [split for split in planned.splits if split.place.part == "test"]
     shifts = [sign * shift for shift in run.shift for sign in (1, -1)]
-    parts: dict[str, CausalPart] = {}
+    parts: dict[str, ShardSet] = {}
     for probe in run.probe:
         ranking = _shown_ranking(run, planned.dataset.name, scores.main[Vote(probe, "neg")])
         sets = skill_sets(ranking, tops(run, card), card.n_layers, card.n_neurons, draws=run.draws, seed=run.seed)
-        parts[probe] = plan_causal(test, probe, sets, shifts)
+        parts[probe] = plan_causal(run.conditions[0].run.directory, test, probe, sets, shifts)
     return parts
 
 
@@ -212,7 +213,7 @@ def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
 
 
 def analyse_dataset(
-    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores, checks: Mapping[str, CausalPart]
+    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores, checks: Mapping[str, ShardSet]
 ) -> DatasetFindings:
     """Everything about one dataset's skill neurons, from its shards.
 

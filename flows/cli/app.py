@@ -156,7 +156,7 @@ def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", 
     quiet_libraries()
     run = read_run_file(LinearityRun, run_file, overrides)
     from flows import linearity as flows
-    from tasks.sweeps import plan_linearity
+    from tasks.plan_linearity import plan_linearity
 
     with reading():
         n_shards = sum(study.n_shards for study in plan_linearity(run))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from flows.show.display import printable
 from negcore.store.files import find, output
-from tasks.extract import Extracted
+from tasks.measure.missing import Extracted
 
 REPORT_FILE = "report.html"
 

@@ -144,7 +144,7 @@ def training_scores(
     """
     for size in sizes:
         if not 1 <= size <= split.n_rows:
-            raise NegError(f"scores of the first {size} rows: {split.partition.dataset} has 1..{split.n_rows}")
+            raise NegError(f"scores of the first {size} rows: {split.place.dataset} has 1..{split.n_rows}")
     assert sizes, "no numbers of rows"
     scores = {vote: np.zeros((len(layers), split.n_neurons), np.int64) for vote in votes}
     found: dict[int, Rankings] = {}
@@ -227,6 +227,4 @@ def _named(split: NegSplit, start: int, layer: int) -> Iterator[None]:
     try:
         yield
     except NegError as error:
-        raise NegError(
-            f"{split.partition.dataset}, rows from {split.ids[start]!r} on, layer {layer}: {error}"
-        ) from None
+        raise NegError(f"{split.place.dataset}, rows from {split.ids[start]!r} on, layer {layer}: {error}") from None

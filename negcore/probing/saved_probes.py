@@ -63,7 +63,7 @@ class Origin:
         """A split as an origin."""
         first_O = split.label_ids_PO[0]
         return cls(
-            partition=split.partition._asdict(),
+            partition=split.place.names,
             identity=split.identity.comparable(),
             digest=split.identity.digest,
             n_options=split.n_options,

@@ -17,6 +17,9 @@ order and signs of each prompt's options (see `negcore.store.codes`); or vote su
 `negcore.measure.votes.vote_sums`) and the values of those that these choose."""
 
 
+_LATER_FIELDS = {"storage": "values", "neurons": None, "study": None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
     """What makes numbers comparable: two shards may stand side by side only when their digests are equal.
@@ -44,6 +47,8 @@ class RunIdentity:
     neurons : str or None
         Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
         chosen.
+    study : mapping or None
+        What was measured, if not NEGs, as JSON: neurons, shifts, estimator.
     versions : mapping of str to str
         Package versions. Informational: not part of the digest and not compared.
     """
@@ -60,18 +65,22 @@ class RunIdentity:
     number_format: int = NUMBER_FORMAT
     storage: StorageLevel = "values"
     neurons: str | None = None
+    study: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         # Through JSON once, so that a tuple and the list it is read back as are the same setting.
         object.__setattr__(self, "prompt", json.loads(canonical_json(self.prompt)))
+        object.__setattr__(self, "study", json.loads(canonical_json(self.study)))
         object.__setattr__(self, "versions", dict(self.versions))
 
     def comparable(self) -> dict[str, Any]:
-        """Everything but `versions`, as plain JSON values; without what is as it was before there was a choice."""
-        unsaid = {"versions"} | ({"storage"} if self.storage == "values" else set())
-        unsaid |= {"neurons"} if self.neurons is None else set()
-        return {key: value for key, value in asdict(self).items() if key not in unsaid}
+        """Return everything but `versions`, as plain JSON values.
+
+        Fields that were added later are left out at their default, so that older digests stay valid.
+        """
+        left_out = {"versions"} | {name for name, default in _LATER_FIELDS.items() if getattr(self, name) == default}
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     @property
     def digest(self) -> str:

@@ -1,18 +1,20 @@
-"""Arrow shards on disk: how they are published, and which shards of a run are already finished.
+"""Arrow shards: how they are published, and which shards of a run are already finished.
 
 Layout of a run directory (names quoted, so that pyarrow's hive partitioning gives them back)::
 
     negs/model=meta-llama%2FLlama-2-7b/dataset=agnews/split=test/part-00003.arrow
     negs/model=meta-llama%2FLlama-2-7b/dataset=agnews/split=test/_receipts/part-00003.json
+    sweeps/model=smollm2-135m/dataset=mini%2Ffacts/block=layers-00-04/part-00003.arrow
+    estimates/model=smollm2-135m/dataset=mini%2Ffacts/estimator=neurgrad/part-00000.arrow
+    interventions/model=smollm2-135m/dataset=mini%2Ffacts/sets=nested/part-00000.arrow
+    causal/model=smollm2-135m/dataset=agnews/sets=magn-5b1f0c7a9d24e863/part-00000.arrow
 
-A shard counts only once its receipt exists, and the receipt is written last: a crash at any point leaves
-nothing, or a shard without a receipt, which is computed again. A shard's columns are in `negcore.store.schema`,
-reading is in `negcore.store.reader`.
+A shard counts only once its receipt exists, and the receipt is written last: a crash at any point leaves nothing, or a
+shard without a receipt, which is computed again. The columns of NEGs are in `negcore.store.schema`, those of everything
+else in `negcore.store.study`; reading is in `negcore.store.reader` and `negcore.store.study`.
 
 In a bucket a shard's name carries its checksum (``part-00003-CHECKSUM.arrow``), and of several writers of one receipt
 the server lets one win: what is under a name never changes, so a receipt cannot come to stand for another's shard.
-
-Axes: P prompts (rows), O options, L layers, N neurons a layer.
 """
 
 import hashlib
@@ -25,11 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
@@ -50,43 +50,55 @@ from negcore.store.files import (
     sizes,
     upload,
 )
-from negcore.store.identity import RunIdentity, canonical_json, choice_digest, content_digest
-from negcore.store.schema import AXES, StoredExample, record_batch, shard_schema, with_aligned_metadata
+from negcore.store.identity import RunIdentity, canonical_json, content_digest
+from negcore.store.schema import with_aligned_metadata
 
 _ABANDONED_S = 24 * 3600
 """Age at which a temporary file has no writer any more, where the file system has no locks to tell by."""
 
 
-class Partition(NamedTuple):
-    """One (model, dataset, split): the unit of a hive directory, of resuming and of reading."""
+_PART_KEYS: Mapping[str, str] = {
+    "negs": "split",
+    "sweeps": "block",
+    "estimates": "estimator",
+    "interventions": "sets",
+    "causal": "sets",
+}
+"""What the shards of one kind, model and dataset are divided by; "part" for every other kind."""
 
+
+class ShardPlace(NamedTuple):
+    """One directory of shards that belong together: the unit of resuming and of reading."""
+
+    kind: str
+    """What is measured: ``negs``, ``sweeps``, ``estimates``, ``interventions``, ``causal``."""
     model: str
     dataset: str
-    split: str
+    part: str
+    """The split of NEGs, the block of layers that is swept, the estimator, or the sets of neurons."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The hive pairs of the directory's name, which are in every file's metadata too."""
+        return {"model": self.model, "dataset": self.dataset, _PART_KEYS.get(self.kind, "part"): self.part}
 
     def path(self, root: str | Path) -> Path:
-        """Directory of this partition's shards under the run directory `root`."""
+        """Return the directory under the run directory `root`."""
         assert all(self), self
-        pairs = (f"{key}={quote(value, safe='')}" for key, value in self._asdict().items())
-        return location(root).joinpath("negs", *pairs)
+        pairs = (f"{key}={quote(value, safe='')}" for key, value in self.names.items())
+        return location(root).joinpath(self.kind, *pairs)
 
     @classmethod
-    def is_path(cls, folder: Path) -> bool:
-        """Whether `path` could have put something at `folder`."""
-        return [part.partition("=")[0] for part in folder.parts[-3:]] == list(cls._fields)
+    def is_path(cls, folder: Path, kind: str = "negs") -> bool:
+        """Tell whether `path` could have put something of this kind at `folder`."""
+        keys = [part.partition("=")[0] for part in folder.parts[-3:]]
+        return keys == ["model", "dataset", _PART_KEYS.get(kind, "part")]
 
     @classmethod
-    def of_path(cls, folder: Path) -> "Partition":
-        """The partition that `path` would put at `folder`."""
-        assert cls.is_path(folder), folder
-        return cls(*(unquote(part.partition("=")[2]) for part in folder.parts[-3:]))
-
-
-class Place(Protocol):
-    """Names a directory of shards that belong together."""
-
-    def path(self, root: str | Path) -> Path:
-        """That directory under the run directory `root`."""
+    def of_path(cls, folder: Path, kind: str = "negs") -> "ShardPlace":
+        """Return the place that `path` would put at `folder`."""
+        assert cls.is_path(folder, kind), folder
+        return cls(kind, *(unquote(part.partition("=")[2]) for part in folder.parts[-3:]))
 
 
 Cause = Literal["failure", "nonfinite"]
@@ -136,83 +148,9 @@ class Receipt:
         return content_digest({**self.identity, "neurons": ""})
 
 
-def write_shard(
+def publish_shard(
     root: str | Path,
-    partition: Partition,
-    index: int,
-    n_shards: int,
-    *,
-    identity: RunIdentity,
-    examples: Sequence[StoredExample],
-    label_ids_PO: npt.ArrayLike,
-    negs_POLN: npt.ArrayLike,
-    activations_PLN: npt.ArrayLike,
-    probs_PO: npt.ArrayLike,
-    set_aside: Sequence[SetAside] = (),
-    n_nonfinite: int = 0,
-    neurons: Sequence[int] | None = None,
-) -> Receipt:
-    """Publish one shard and then its receipt; the bytes of both depend on the arguments alone.
-
-    Parameters
-    ----------
-    root : path
-        Run directory.
-    index, n_shards : int
-        Place of this shard among the partition's shards.
-    identity : RunIdentity
-        It also says what is kept of the NEGs: `storage`.
-    examples : sequence of P examples
-        Anything with ``id``, ``prompt``, ``answer`` and ``group``. Of the prompt only a hash is stored.
-    label_ids_PO : int array (P, O)
-        Token id of every option's label.
-    negs_POLN : float32 array (P, O, L, N), probability per unit of activation
-    activations_PLN : float32 array (P, L, N)
-    probs_PO : float32 array (P, O)
-    set_aside : sequence of SetAside
-        Rows that belong to this shard and are not among `examples`.
-    n_nonfinite : int
-        NaN and infinite values among the numbers.
-    neurons : sequence of int, optional
-        With storage "stats", the chosen neurons that `identity` has the digest of, in rising order of flat index:
-        their numbers are stored. Without them the vote sums are.
-
-    Returns
-    -------
-    Receipt
-
-    Raises
-    ------
-    NegError
-        If the run stores codes or sums, and there are too many options for codes or a NEG is NaN or infinite.
-    """
-    assert identity.neurons == (None if neurons is None else choice_digest(neurons)), identity
-    batch = record_batch(
-        examples,
-        label_ids_PO=np.asarray(label_ids_PO, dtype=np.int32),
-        negs_POLN=np.asarray(negs_POLN, dtype=np.float32),
-        activations_PLN=np.asarray(activations_PLN, dtype=np.float32),
-        probs_PO=np.asarray(probs_PO, dtype=np.float32),
-        storage=identity.storage,
-        neurons=neurons,
-    )
-    n_options, n_chosen = np.shape(probs_PO)[1], None if neurons is None else len(neurons)
-    schema = shard_schema(n_options, identity.n_layers, identity.n_neurons, identity.storage, n_chosen)
-    assert batch.schema.equals(schema), identity
-    return publish_batch(
-        partition.path(root),
-        index,
-        n_shards,
-        identity=identity,
-        batch=batch,
-        about={"partition": partition._asdict(), "n_options": n_options, "axes": dict(AXES[identity.storage])},
-        set_aside=set_aside,
-        n_nonfinite=n_nonfinite,
-    )
-
-
-def publish_batch(
-    folder: Path,
+    place: ShardPlace,
     index: int,
     n_shards: int,
     *,
@@ -222,20 +160,24 @@ def publish_batch(
     set_aside: Sequence[SetAside] = (),
     n_nonfinite: int = 0,
 ) -> Receipt:
-    """Publish a batch as one shard of a directory, and then its receipt; the bytes depend on the arguments alone.
+    """Publish one shard and then its receipt; the bytes of both depend on the arguments alone.
 
     Parameters
     ----------
-    folder : Path
+    root : path
+        Run directory.
+    place : ShardPlace
         Directory of the shards that belong together.
     index, n_shards : int
-        Place of this shard among them.
+        Which of these shards it is, and how many there are.
     batch : RecordBatch
-        With a column ``id`` of strings.
+        With a column ``id`` of strings; of prompts only a hash.
     about : mapping
-        Said in the file's metadata beside identity, versions and place, as JSON.
-    set_aside, n_nonfinite
-        Said in the receipt alone.
+        Said in the file's metadata beside place, identity and versions, as JSON.
+    set_aside : sequence of SetAside
+        Rows that belong to this shard and are not in the batch. Said in the receipt alone.
+    n_nonfinite : int
+        NaN and infinite values among the numbers. Said in the receipt alone.
 
     Returns
     -------
@@ -248,7 +190,8 @@ def publish_batch(
         If another run publishes there at the same time, in a bucket.
     """
     assert 0 <= index < n_shards, (index, n_shards)
-    place: dict[str, Any] = {"index": index, "n_shards": n_shards}
+    folder = place.path(root)
+    which: dict[str, Any] = {"index": index, "n_shards": n_shards}
     made_by: dict[str, Any] = {
         "identity": identity.comparable(),
         "digest": identity.digest,
@@ -257,10 +200,11 @@ def publish_batch(
     ids = batch.column("id").to_pylist()
     in_bucket = is_remote(folder)
     with _temporary_elsewhere() if in_bucket else _temporary(shard_path(folder, index)) as temporary:
-        _write_batch(with_aligned_metadata(batch, canonical_json({**about, **place, **made_by})), temporary)
+        metadata = {**about, "partition": place.names, **which, **made_by}
+        _write_batch(with_aligned_metadata(batch, canonical_json(metadata)), temporary)
         file_xxh3 = checksum(temporary)
         receipt = Receipt(
-            **place,
+            **which,
             n_rows=len(ids),
             n_bytes=temporary.stat().st_size,
             file_xxh3=file_xxh3,
@@ -277,7 +221,7 @@ def publish_batch(
 
 def finished_shards(
     root: str | Path,
-    partition: Place,
+    place: ShardPlace,
     identity: RunIdentity,
     shard_ids: Sequence[Sequence[str]],
     *,
@@ -298,9 +242,9 @@ def finished_shards(
     Raises
     ------
     ShardError
-        If the partition holds shards of another run, or of the same run cut into other rows.
+        If the directory holds shards of another run, or of the same run cut into other rows.
     """
-    folder = partition.path(root)
+    folder = place.path(root)
     known = receipts(folder)
     for receipt in known:
         if receipt.digest != identity.digest:

@@ -35,7 +35,7 @@ from negcore.store.files import (
     read_bytes,
 )
 from negcore.store.identity import RunIdentity, StorageLevel, choice_digest
-from negcore.store.publish import Partition, Receipt, SetAside, checksum, receipts, shard_of, whole_shards
+from negcore.store.publish import Receipt, SetAside, ShardPlace, checksum, receipts, shard_of, whole_shards
 from negcore.store.schema import count_chosen, of_shard, shard_schema, sum_column
 
 FloatArray = npt.NDArray[np.float32]
@@ -64,11 +64,11 @@ def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
     """
     here = location(path).absolute()
     hive = "model=*/dataset=*/split=*/"
-    if Partition.is_path(here):
+    if ShardPlace.is_path(here):
         folders = [here] if is_dir(here) else []
     else:
         folders = [*find(here, hive), *find(here, f"negs/{hive}")]
-    found = {Partition.of_path(folder): folder for folder in folders}
+    found = {ShardPlace.of_path(folder): folder for folder in folders}
     if not found:
         raise ShardError(f"{str(here)!r} holds no NEGs: give a run directory, its 'negs' or one of its partitions")
     return Negs(here, found, verify)
@@ -77,13 +77,13 @@ def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
 class Negs:
     """All partitions below one directory: iterate over their `NegSplit`s, or `select` one."""
 
-    def __init__(self, path: Path, folders: dict[Partition, Path], verify: bool) -> None:
+    def __init__(self, path: Path, folders: dict[ShardPlace, Path], verify: bool) -> None:
         self._path = path
         self._folders = folders
         self._verify = verify
 
     @property
-    def partitions(self) -> list[Partition]:
+    def places(self) -> list[ShardPlace]:
         """Every (model, dataset, split) that was begun, finished or not."""
         return list(self._folders)
 
@@ -97,16 +97,20 @@ class Negs:
         """
         wanted = (model, dataset, split)
         matching = [
-            partition
-            for partition in self._folders
-            if all(name in (None, own) for name, own in zip(wanted, partition, strict=True))
+            place
+            for place in self._folders
+            if all(name in (None, own) for name, own in zip(wanted, place[1:], strict=True))
         ]
         if len(matching) != 1:
             raise ShardError(
                 f"{len(matching)} partitions match model={model!r}, dataset={dataset!r}, split={split!r}: "
-                f"name one of {_listed(matching or self.partitions)}"
+                f"name one of {_listed(matching or self.places)}"
             )
         return self._open(matching[0])
+
+    def at(self, place: ShardPlace) -> "NegSplit":
+        """Return the NEGs of one place; errors as of `select`."""
+        return self.select(*place[1:])
 
     def __iter__(self) -> Iterator["NegSplit"]:
         return map(self._open, self._folders)
@@ -115,10 +119,10 @@ class Negs:
         return len(self._folders)
 
     def __repr__(self) -> str:
-        return f"Negs({str(self._path)!r}: {_listed(self.partitions)})"
+        return f"Negs({str(self._path)!r}: {_listed(self.places)})"
 
-    def _open(self, partition: Partition) -> "NegSplit":
-        return NegSplit(self._folders[partition], verify=self._verify)
+    def _open(self, place: ShardPlace) -> "NegSplit":
+        return NegSplit(self._folders[place], verify=self._verify)
 
 
 class NegSplit:
@@ -126,7 +130,7 @@ class NegSplit:
 
     Attributes
     ----------
-    partition : Partition
+    place : ShardPlace
     identity : RunIdentity
         What the numbers may be compared with.
     ids, groups, text_hashes : list of P str
@@ -147,7 +151,7 @@ class NegSplit:
         self._receipts = [receipt for receipt in complete if receipt.n_rows]
         if not self._receipts:
             raise ShardError(f"{str(folder)!r} has no rows: all {len(self.set_aside)} were set aside, see its receipts")
-        self.partition = Partition.of_path(folder)
+        self.place = ShardPlace.of_path(folder)
         self.identity = _identity(folder, self._receipts[0])
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
         self.n_options = _n_options(folder, self._receipts[0])
@@ -228,7 +232,7 @@ class NegSplit:
 
     def __repr__(self) -> str:
         size = f"{self.n_rows} rows x {self.n_options} options x {self.n_layers} layers x {self.n_neurons} neurons"
-        name = f"{_listed([self.partition])}, site={self.identity.site!r}"
+        name = f"{_listed([self.place])}, site={self.identity.site!r}"
         return f"NegSplit({name}: {size} in {len(self._receipts)} shards)"
 
     def _placed_shards(self) -> Iterator[tuple[slice, "Shard"]]:
@@ -531,5 +535,5 @@ def _damaged(path: Path, reason: str) -> ShardError:
     return ShardError(f"{str(path)!r} is damaged ({reason}): delete it and run the same command again")
 
 
-def _listed(partitions: list[Partition]) -> str:
-    return "; ".join(f"model={p.model!r}, dataset={p.dataset!r}, split={p.split!r}" for p in partitions)
+def _listed(places: list[ShardPlace]) -> str:
+    return "; ".join(f"model={place.model!r}, dataset={place.dataset!r}, split={place.part!r}" for place in places)

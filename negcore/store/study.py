@@ -1,12 +1,5 @@
 """Sweeps, estimates, interventions and causal checks on disk: the same shards and receipts as NEGs, a row a prompt.
 
-Layout of a run directory (names quoted as in `negcore.store.publish`)::
-
-    sweeps/model=smollm2-135m/dataset=mini%2Ffacts/block=layers-00-04/part-00003.arrow
-    estimates/model=smollm2-135m/dataset=mini%2Ffacts/estimator=neurgrad/part-00000.arrow
-    interventions/model=smollm2-135m/dataset=mini%2Ffacts/sets=nested/part-00000.arrow
-    causal/model=smollm2-135m/dataset=agnews/sets=magn-5b1f0c7a9d24e863/part-00000.arrow
-
 Beside the receipts, `_seconds` holds how long each shard took. Time is not part of a shard: the same numbers are the
 same bytes, whoever computes them and however fast.
 
@@ -15,61 +8,24 @@ Shapes: P prompts (rows), K chosen neurons, S shifts of one neuron, D shifts of 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from urllib.parse import quote
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
-from negcore.store.files import draft, location, read_all
-from negcore.store.identity import RunIdentity, canonical_json, text_hash
-from negcore.store.publish import Receipt, SetAside, publish_batch
+from negcore.store.files import draft, read_all
+from negcore.store.identity import text_hash
+from negcore.store.publish import Receipt
 from negcore.store.reader import complete_receipts, local_shard, mapped_batch
 from negcore.store.schema import StoredExample, column, lists
 
 Floats32 = NDArray[np.float32]
-Kind = Literal["sweeps", "estimates", "interventions", "causal"]
-Columns = Mapping[str, ArrayLike]
-
-_PART_KEYS: Mapping[Kind, str] = {
-    "sweeps": "block",
-    "estimates": "estimator",
-    "interventions": "sets",
-    "causal": "sets",
-}
-
-
-class StudyPlace(NamedTuple):
-    """One directory of shards of a study: a block of layers that is swept, an estimator, or sets of neurons."""
-
-    kind: Kind
-    model: str
-    dataset: str
-    part: str
-
-    def path(self, root: str | Path) -> Path:
-        """This directory under the run directory `root`."""
-        names = {"model": self.model, "dataset": self.dataset, _PART_KEYS[self.kind]: self.part}
-        assert all(names.values()), self
-        return location(root).joinpath(self.kind, *(f"{key}={quote(value, safe='')}" for key, value in names.items()))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyIdentity(RunIdentity):
-    """What makes the numbers of two studies comparable."""
-
-    study: Mapping[str, Any]
-    """Neurons, shifts, estimator: what was measured, as JSON."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "study", json.loads(canonical_json(self.study)))  # as it is read back
+Columns = Mapping[str, NDArray[Any]]
 
 
 def sweep_columns(result: SweepResult) -> Columns:
@@ -91,40 +47,26 @@ def intervention_columns(results: Sequence[InterventionResult]) -> Columns:
     }
 
 
-def write_study_shard(
-    root: str | Path,
-    place: StudyPlace,
-    index: int,
-    n_shards: int,
-    *,
-    identity: StudyIdentity,
-    examples: Sequence[StoredExample],
-    columns: Columns,
-    axes: Mapping[str, Any],
-    set_aside: Sequence[SetAside] = (),
-) -> Receipt:
-    """Publish one shard of a study and then its receipt; the bytes of both depend on the arguments alone.
+def study_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
+    """Return the rows of a shard; of the prompts only a hash.
 
     Parameters
     ----------
     examples : sequence of P examples
-        Of the prompts only a hash is stored.
     columns : mapping of name to array (P, ...)
         Floats are stored as float32; a row is flat, its last axis fastest.
-    axes : mapping
-        What the places in a row stand for: neurons, shifts, sets.
-    set_aside : sequence of SetAside
-        Rows that belong to this shard and are not among `examples`.
     """
-    return publish_batch(
-        place.path(root),
-        index,
-        n_shards,
-        identity=identity,
-        batch=_record_batch(examples, columns),
-        about={"place": place._asdict(), "axes": axes},
-        set_aside=set_aside,
-    )
+    arrays = {
+        "id": pa.array([example.id for example in examples], pa.string()),
+        "text_hash": pa.array([text_hash(example.prompt) for example in examples], pa.string()),
+        "group": pa.array([example.group for example in examples], pa.string()),
+    }
+    for name, values in columns.items():
+        array = np.asarray(values)
+        assert len(array) == len(examples), (name, array.shape)
+        arrays[name] = column(array.astype(np.float32) if array.dtype.kind == "f" else array)
+    fields = [pa.field(name, _type(array), nullable=False) for name, array in arrays.items()]
+    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=pa.schema(fields))
 
 
 class StudyShards(NamedTuple):
@@ -137,6 +79,13 @@ class StudyShards(NamedTuple):
     axes: dict[str, Any]
     seconds_per_prompt: float
     """Mean over the shards that it is known of; NaN if of none."""
+
+    def take(self, ids: Sequence[str]) -> "StudyShards":
+        """Return the rows with these ids, in this order."""
+        at = {id_: row for row, id_ in enumerate(self.ids)}
+        rows = [at[id_] for id_ in ids]
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return self._replace(columns=columns, ids=list(ids), groups=[self.groups[row] for row in rows])
 
 
 def read_study(folder: Path) -> StudyShards:
@@ -164,15 +113,30 @@ def read_study(folder: Path) -> StudyShards:
     )
 
 
-def read_sweep(folders: Sequence[Path]) -> SweepResult:
-    """Put the blocks of layers of a sweep together.
+def read_studies(folders: Sequence[Path]) -> list[StudyShards]:
+    """Read several directories about the same prompts: the rows that all of them hold, in one order.
 
     Raises
     ------
     ShardError
-        If one is incomplete or damaged.
+        If one is incomplete or damaged, or no row is in all of them.
     """
-    blocks = [read_study(folder) for folder in folders]
+    studies = [read_study(folder) for folder in folders]
+    common = set(studies[0].ids).intersection(*(study.ids for study in studies))
+    if not common:
+        listed = ", ".join(map(str, folders))
+        raise ShardError(f"no row is in all of {listed}: each one was set aside somewhere")
+    ids = [id_ for id_ in studies[0].ids if id_ in common]
+    return [study if study.ids == ids else study.take(ids) for study in studies]
+
+
+def read_sweep(folders: Sequence[Path]) -> SweepResult:
+    """Put the blocks of layers of a sweep together: the rows that all of them hold; errors as of `read_studies`."""
+    return joined_sweep(read_studies(folders))
+
+
+def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
+    """Put the blocks of layers of a sweep together, which hold the same rows."""
     shifts_S = np.array(blocks[0].axes["shifts"])
     n_prompts = len(blocks[0].ids)
     return SweepResult(
@@ -191,20 +155,6 @@ def write_seconds(folder: Path, index: int, seconds: float) -> None:
     """Note how long a published shard took."""
     with draft(folder / _SECONDS / _seconds_name(index)) as file:
         file.write_text(json.dumps(seconds))
-
-
-def _record_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
-    arrays = {
-        "id": pa.array([example.id for example in examples], pa.string()),
-        "text_hash": pa.array([text_hash(example.prompt) for example in examples], pa.string()),
-        "group": pa.array([example.group for example in examples], pa.string()),
-    }
-    for name, values in columns.items():
-        array = np.asarray(values)
-        assert len(array) == len(examples), (name, array.shape)
-        arrays[name] = column(array.astype(np.float32) if array.dtype.kind == "f" else array)
-    fields = [pa.field(name, _type(array), nullable=False) for name, array in arrays.items()]
-    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=pa.schema(fields))
 
 
 def _type(array: pa.Array) -> pa.DataType:

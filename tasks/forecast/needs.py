@@ -22,7 +22,9 @@ from negcore.model.language_model import DTYPES, ModelCard, load_model
 from negcore.store.publish import receipts
 from tasks.config.run_file import EvaluationRun, RunFile, SkillRun, SkillsRun
 from tasks.forecast.shard_size import shard_bytes
-from tasks.plan import PlannedDataset, PlannedModel, PlannedSplit
+from tasks.measure.negs import NegMeasurement
+from tasks.measure.shard_set import ShardSet
+from tasks.plan import PlannedDataset, PlannedModel
 
 Planned = Sequence[tuple[SkillRun, Sequence[PlannedModel]]]
 """Runs with their plans: one, or several that ask the same models in different ways."""
@@ -184,14 +186,14 @@ def size_of(card: ModelCard) -> Size:
     )
 
 
-def missing_shards(run: SkillRun, split: PlannedSplit) -> list[int]:
+def missing_shards(run: SkillRun, split: ShardSet) -> list[int]:
     """Shards that are not there yet."""
-    there = receipts(split.partition.path(run.directory))
+    there = receipts(split.place.path(run.directory))
     done = {receipt.index for receipt in there if receipt.planned_digest == split.identity.digest}
     return [index for index in range(len(split.shards)) if index not in done]
 
 
-def splits_of(model: PlannedModel) -> list[PlannedSplit]:
+def splits_of(model: PlannedModel) -> list[ShardSet]:
     """Every split of every dataset of a model."""
     return [split for dataset in model.datasets for split in dataset.splits]
 
@@ -245,7 +247,7 @@ class _Needs(NamedTuple):
     assembly_bytes: int
 
 
-def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: PlannedSplit) -> _Needs:
+def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: ShardSet) -> _Needs:
     ids = encode_prompts(card, [example.prompt for example in split.examples])
     n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
     shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
@@ -259,9 +261,10 @@ def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: PlannedSplit
     )
 
 
-def _with_values(split: PlannedSplit) -> PlannedSplit:
+def _with_values(split: ShardSet) -> ShardSet:
     """The split as it is computed, whatever is stored of it."""
-    return replace(split, identity=replace(split.identity, storage="values", neurons=None), n_chosen=None)
+    identity = replace(split.identity, storage="values", neurons=None)
+    return replace(split, identity=identity, measurement=NegMeasurement(identity.n_layers, identity.n_neurons))
 
 
 def _operations(card: ModelCard, size: Size, ids: Sequence[Sequence[int]], n_options: int) -> float:

@@ -11,23 +11,24 @@ import pyarrow as pa
 from negcore.datasets import Example
 from negcore.store.identity import canonical_json, choice_digest
 from negcore.store.schema import ALIGNMENT_BYTES, AXES, aligned_schema, lists, shard_schema
-from tasks.plan import PlannedSplit
+from tasks.measure.shard_set import ShardSet
+from tasks.plan import n_chosen
 
 _HASH_BYTES = 32
 _ARROW_ALIGNMENT_BYTES = 8
 _OFFSET_BYTES = 4
 
 
-def shard_bytes(split: PlannedSplit) -> list[int]:
+def shard_bytes(split: ShardSet) -> list[int]:
     """Bytes of each of a split's shards."""
     n_options, n_layers, n_neurons = len(split.examples[0].labels), split.identity.n_layers, split.identity.n_neurons
-    schema = shard_schema(n_options, n_layers, n_neurons, split.identity.storage, split.n_chosen)
+    schema = shard_schema(n_options, n_layers, n_neurons, split.identity.storage, n_chosen(split))
     file_bytes = _file_bytes(schema, split)
-    n_said = split.n_chosen or n_layers * n_neurons
+    n_said = n_chosen(split) or n_layers * n_neurons
     return [file_bytes(index, _body_bytes(schema, shard, n_said)) for index, shard in enumerate(split.shards)]
 
 
-def _file_bytes(schema: pa.Schema, split: PlannedSplit) -> Callable[[int, int], int]:
+def _file_bytes(schema: pa.Schema, split: ShardSet) -> Callable[[int, int], int]:
     """The bytes of a file by the index of its shard and the bytes of its numbers and texts.
 
     A row of columns of one number each has a message as long as that of the shard, whose lengths are written in as
@@ -60,14 +61,14 @@ def _file_bytes(schema: pa.Schema, split: PlannedSplit) -> Callable[[int, int], 
     return file_bytes
 
 
-def _about(split: PlannedSplit, index: int) -> dict[str, object]:
+def _about(split: ShardSet, index: int) -> dict[str, object]:
     """What such a shard says of itself, or something as long."""
-    chosen = {} if split.n_chosen is None else {"neurons": choice_digest(())}
+    chosen = {} if n_chosen(split) is None else {"neurons": choice_digest(())}
     return {
         "identity": split.identity.comparable() | chosen,
         "versions": split.identity.versions,
         "digest": split.identity.digest,
-        "partition": split.partition._asdict(),
+        "partition": split.place.names,
         "axes": dict(AXES[split.identity.storage]),
         "n_options": len(split.examples[0].labels),
         "index": index,

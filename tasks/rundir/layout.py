@@ -5,19 +5,18 @@ The plan is written when a flow starts, so that those who watch or check the dir
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import compress
 from operator import not_
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from negcore.datasets import Example
 from negcore.errors import RunError
 from negcore.store.files import draft, find, is_dir, n_bytes, read_bytes
-from negcore.store.identity import RunIdentity, canonical_json
-from negcore.store.publish import Place, Receipt, receipts, shard_path
+from negcore.store.identity import canonical_json
+from negcore.store.publish import Receipt, ShardPlace, receipts, shard_path
 from tasks.config.run_file import (
     RUN_FILE,
     CampaignRun,
@@ -28,6 +27,9 @@ from tasks.config.run_file import (
     SkillsRun,
     read_run_file,
 )
+
+if TYPE_CHECKING:
+    from tasks.measure.shard_set import ShardSet
 
 PLAN_FILE = "plan.json"
 FAILURES_FILE = "_failures.json"
@@ -86,18 +88,7 @@ class Receipts(NamedTuple):
     """Shards that make the directory whole; None if neither a plan nor a receipt says."""
 
 
-class Part(Protocol):
-    """The shards of one directory, planned."""
-
-    @property
-    def partition(self) -> Place: ...
-    @property
-    def identity(self) -> RunIdentity: ...
-    @property
-    def shards(self) -> Sequence[Sequence[Example]]: ...
-
-
-def write_plan_file(root: Path, parts: Iterable[Part]) -> None:
+def write_plan_file(root: Path, shard_sets: "Iterable[ShardSet]") -> None:
     """Note in the run directory what the run that starts now is to make.
 
     Raises
@@ -106,10 +97,8 @@ def write_plan_file(root: Path, parts: Iterable[Part]) -> None:
         If the directory cannot be written.
     """
     planned = [
-        PlannedShards(
-            part.partition.path(Path()).as_posix(), part.identity.digest, len(part.shards), sum(map(len, part.shards))
-        )
-        for part in parts
+        PlannedShards(one.place.path(Path()).as_posix(), one.identity.digest, len(one.shards), len(one.examples))
+        for one in shard_sets
     ]
     try:
         with draft(root / PLAN_FILE) as file:
@@ -136,7 +125,7 @@ def read_plan_file(root: Path) -> dict[str, PlannedShards]:
         raise RunError(f"plan {str(file)!r} is damaged ({error}): delete it and run the same command again") from error
 
 
-def note_failures(root: Path, place: Place, errors: Mapping[int, str]) -> None:
+def note_failures(root: Path, place: ShardPlace, errors: Mapping[int, str]) -> None:
     """Note beside the shards of a directory which of them the run could not make, by index, and why."""
     file = place.path(root) / FAILURES_FILE
     if errors or n_bytes(file) is not None:

@@ -173,10 +173,11 @@ def _about(batch: pa.RecordBatch) -> dict[str, Any]:
 
 
 def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """Model, dataset, and split or part."""
+    """Return model, dataset, and split or other part; studies of earlier versions call it `place` and name its kind."""
     place = about.get("partition") or about.get("place")
     known = place if isinstance(place, dict) else {}
-    names = (known.get(name) for name in ("model", "dataset", "split", "part"))
+    part = [name for key, name in known.items() if key not in ("kind", "model", "dataset")]
+    names = (known.get("model"), known.get("dataset"), *part)
     return tuple(str(name) for name in names if name is not None)
 
 

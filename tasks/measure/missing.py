@@ -1,0 +1,148 @@
+"""Measure the shards of some sets that are not there yet: the loop that hands jobs to workers."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from negcore.errors import RunError
+from negcore.store.files import is_remote
+from negcore.store.publish import Receipt, SetAside, ShardPlace, finished_shards
+from tasks.measure.shard_set import ShardSet
+from tasks.pool.base import Pool, PoolStatus
+from tasks.pool.isolate import map_isolating, without_text
+from tasks.rundir.layout import note_failures
+
+_NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""The disk is full, this user's share of it is used up, or it cannot be written to any more."""
+
+Advance = Callable[[int, int, PoolStatus | None], None]
+"""Told the finished shards, all shards, and what the pool is doing."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A shard that could not be measured."""
+
+    index: int
+    n_rows: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What became of the shards of a set."""
+
+    place: ShardPlace
+    title: str
+    n_rows: int
+    n_reused: int
+    """Shards that were there already."""
+    n_computed: int
+    n_bytes: int
+    failures: tuple[Failure, ...]
+    set_aside: tuple[SetAside, ...] = ()
+    """Rows that are not in their shards, whenever that was found, and why."""
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for every shard that is missing."""
+        return [f"{self.title}: shard {one.index}, {one.n_rows} rows lost: {one.error}" for one in self.failures]
+
+    @property
+    def rows_set_aside(self) -> list[str]:
+        """One line for every row that was set aside."""
+        return [f"{self.title}: {row.id}: {row.reason}" for row in self.set_aside]
+
+
+def measure_missing(
+    pool: Pool, shard_sets: Sequence[ShardSet], root: Path, *, advance: Advance, stop: threading.Event
+) -> list[Extracted]:
+    """Measure the shards of some sets that are not there yet, in one queue.
+
+    A row that fails again and again, or kills its workers, is set aside, and so is one with numbers that are not
+    finite if the set's policy is "skip". Shards that would be others under another policy are measured again.
+
+    Parameters
+    ----------
+    pool : Pool
+        Of `tasks.measure.worker.ModelWorker`.
+    shard_sets : sequence of ShardSet
+        In different directories.
+    root : Path
+        Run directory.
+
+    Raises
+    ------
+    ShardError
+        If a directory holds shards of another run.
+    Stopped
+        If `stop` is set; what is published by then stays.
+    RunError
+        If the run directory is full or cannot be written any more: what would be computed from then on is lost.
+    """
+    finished = {one.place: _finished(root, one) for one in shard_sets}
+    receipts = {place: dict(known) for place, known in finished.items()}
+    failures: dict[ShardPlace, list[Failure]] = {one.place: [] for one in shard_sets}
+    n_shards = sum(len(one.shards) for one in shard_sets)
+
+    def report(status: PoolStatus | None) -> None:
+        advance(sum(map(len, (*receipts.values(), *failures.values()))), n_shards, status)
+
+    jobs = [
+        one.job(root, index)
+        for one in shard_sets
+        for index in range(len(one.shards))
+        if index not in finished[one.place]
+    ]
+    report(None)
+    with closing(map_isolating(pool, jobs, stop=stop, on_tick=report)) as outcomes:
+        for outcome in outcomes if jobs else ():
+            job = outcome.job
+            if outcome.result is not None:
+                receipts[job.place][job.index] = outcome.result
+            else:
+                _check_place(root, outcome.exception)
+                error = without_text(str(outcome.error), job.examples)
+                failures[job.place].append(Failure(job.index, len(job.examples), error))
+            report(None)
+    for place, of_place in failures.items():
+        note_failures(root, place, {failure.index: failure.error for failure in of_place})
+    return [_extracted(one, len(finished[one.place]), receipts[one.place], failures[one.place]) for one in shard_sets]
+
+
+def _finished(root: Path, shard_set: ShardSet) -> dict[int, Receipt]:
+    ids = [[example.id for example in shard] for shard in shard_set.shards]
+    known = finished_shards(root, shard_set.place, shard_set.identity, ids)
+    return {index: receipt for index, receipt in known.items() if shard_set.accepts(receipt)}
+
+
+def _extracted(
+    shard_set: ShardSet, n_reused: int, known: Mapping[int, Receipt], failures: Sequence[Failure]
+) -> Extracted:
+    return Extracted(
+        place=shard_set.place,
+        title=shard_set.title,
+        n_rows=sum(receipt.n_rows for receipt in known.values()),
+        n_reused=n_reused,
+        n_computed=len(known) - n_reused,
+        n_bytes=sum(receipt.n_bytes for receipt in known.values()),
+        failures=tuple(failures),
+        set_aside=tuple(row for _, receipt in sorted(known.items()) for row in receipt.set_aside),
+    )
+
+
+def _check_place(root: Path, error: Exception | None) -> None:
+    """Stop where no shard can be written: the next ones would be measured for nothing.
+
+    A bucket has no such end; there the disk that is full is one of a worker, where shards wait to be put.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_PLACE and not is_remote(root):
+        reason = os.strerror(error.errno)
+        raise RunError(
+            f"run directory {str(root)!r} takes no more shards ({reason}): finished ones are kept; make room there, or "
+            "make it writable, and run the same command again"
+        ) from error

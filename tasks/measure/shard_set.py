@@ -1,0 +1,135 @@
+"""Examples cut into shards, and the job of measuring one shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from negcore.datasets import Example
+from negcore.errors import NegError
+from negcore.store.identity import RunIdentity
+from negcore.store.publish import Receipt, SetAside, ShardPlace, publish_shard
+from tasks.measure.measurement import Columns, Measurement, Nonfinite
+
+NonfinitePolicy = Literal["fail", "skip", "keep"]
+"""What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
+
+It is no part of a run's identity: it decides which rows are stored, never a number of theirs."""
+
+_MOST_NAMED = 8
+"""Rows that a message names."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """The shards of one directory: what is measured of which examples."""
+
+    place: ShardPlace
+    identity: RunIdentity
+    examples: tuple[Example, ...]
+    measurement: Measurement
+    shard_rows: int
+    nonfinite: NonfinitePolicy
+    title: str
+    """What it is, for people."""
+
+    @property
+    def shards(self) -> list[Sequence[Example]]:
+        """The examples of every shard, in order."""
+        starts = range(0, len(self.examples), self.shard_rows)
+        return [self.examples[start : start + self.shard_rows] for start in starts]
+
+    @property
+    def n_options(self) -> int:
+        """Options of every example."""
+        return len(self.examples[0].labels)
+
+    def job(self, root: Path, index: int) -> "ShardJob":
+        """Return the job of measuring one shard."""
+        shards = self.shards
+        return ShardJob(
+            root, self.place, self.identity, index, len(shards), shards[index], self.measurement, self.nonfinite
+        )
+
+    def accepts(self, receipt: Receipt) -> bool:
+        """Tell whether a finished shard is what it would be under this set's policy for NaN and infinity."""
+        has_skipped = any(row.cause == "nonfinite" for row in receipt.set_aside)
+        return (self.nonfinite == "keep" or not receipt.n_nonfinite) and (self.nonfinite == "skip" or not has_skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardJob:
+    """One shard to measure, or a trial: some of its rows, of which nothing is published."""
+
+    root: Path
+    place: ShardPlace
+    identity: RunIdentity
+    index: int
+    n_shards: int
+    examples: Sequence[Example]
+    measurement: Measurement
+    nonfinite: NonfinitePolicy = "fail"
+    set_aside: tuple[SetAside, ...] = ()
+    """Rows among `examples` that are not to be measured."""
+    is_trial: bool = False
+
+    def trial(self, examples: Sequence[Example]) -> "ShardJob":
+        """Return the job of measuring some of the rows and publishing nothing."""
+        return replace(self, examples=examples, is_trial=True)
+
+    def without(self, rows: Sequence[SetAside]) -> "ShardJob":
+        """Return the job with some of its rows set aside."""
+        return replace(self, set_aside=tuple(rows))
+
+    @property
+    def n_options(self) -> int:
+        """Options of every example."""
+        return len(self.examples[0].labels)
+
+    def publish(self, columns: Columns, set_aside: Sequence[SetAside]) -> Receipt:
+        """Publish what was measured, as the policy for numbers that are not finite wants it.
+
+        Parameters
+        ----------
+        columns : mapping of name to array (P, ...)
+            Of the examples that are not set aside.
+        set_aside : sequence of SetAside
+
+        Raises
+        ------
+        NegError
+            If numbers are not finite and the policy is "fail"; rows are named, and where in them.
+        """
+        by_id = {row.id: row for row in set_aside}
+        measured = [example for example in self.examples if example.id not in by_id]
+        found = self.measurement.nonfinite(columns)
+        if found and self.nonfinite == "fail":
+            raise _not_finite(measured, found)
+        skipped = {one.row for one in found} if self.nonfinite == "skip" else set()
+        for one in found if skipped else ():
+            row = SetAside(id=measured[one.row].id, cause="nonfinite", reason=_located(one))
+            by_id[row.id] = row
+        kept = [row for row in range(len(measured)) if row not in skipped]
+        if skipped:
+            columns = {name: values[kept] for name, values in columns.items()}
+        return publish_shard(
+            self.place.path(self.root),
+            self.place,
+            self.index,
+            self.n_shards,
+            identity=self.identity,
+            batch=self.measurement.record_batch([measured[row] for row in kept], columns),
+            about=self.measurement.about(self.n_options),
+            set_aside=[by_id[example.id] for example in self.examples if example.id in by_id],
+            n_nonfinite=sum(one.n_values for one in found if one.row not in skipped),
+        )
+
+
+def _not_finite(examples: Sequence[Example], found: Sequence[Nonfinite]) -> NegError:
+    named = "; ".join(f"{examples[one.row].id}: {_located(one)}" for one in found[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} prompts more" if len(found) > _MOST_NAMED else ""
+    return NegError(f"{named}{more}: use a wider dtype, or skip or keep such rows (nonfinite)")
+
+
+def _located(one: Nonfinite) -> str:
+    return f"{one.n_values} NaN or infinite values, in {one.where}"

@@ -1,0 +1,133 @@
+"""The measurements of a linearity study: sweeps, estimates, interventions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from negcore.datasets import Example
+from negcore.measure.estimators import Target, estimate
+from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.neurgrad import neurgrad
+from negcore.measure.sweeps import sweep
+from negcore.model.language_model import LanguageModel
+from negcore.store.identity import content_digest
+from negcore.store.study import intervention_columns, sweep_columns
+from tasks.measure.measurement import Columns, ColumnType, Measurement
+
+Neurons = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Sweeps(Measurement):
+    """Probabilities with each neuron shifted by itself."""
+
+    notes_seconds: ClassVar[bool] = True
+
+    neurons_K2: Neurons
+    shifts_S: NDArray[np.float64]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"neurons": _digest(self.neurons_K2), "shifts": self.shifts_S.tolist()}
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {"neurons": self.neurons_K2.tolist(), "shifts": self.shifts_S.tolist()}
+
+    def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
+        n_neurons, n_shifts = len(self.neurons_K2), len(self.shifts_S)
+        return {
+            "label_id": ColumnType(np.int32),
+            "base_prob": ColumnType(np.float32),
+            "activations": ColumnType(np.float32, (n_neurons,)),
+            "probs": ColumnType(np.float32, (n_neurons, n_shifts)),
+        }
+
+    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+        return sweep_columns(
+            sweep(lm, _prompts(examples), _answers(examples), neurons=self.neurons_K2, shifts=self.shifts_S)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates(Measurement):
+    """One estimator's scores of the neurons that are swept."""
+
+    notes_seconds: ClassVar[bool] = True
+
+    estimator: str
+    neurons_K2: Neurons
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)}
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {"neurons": self.neurons_K2.tolist()}
+
+    @property
+    def target(self) -> Target:
+        """The probability, as in the sweep; log-probability increase keeps what its source defines."""
+        return "log_probability" if self.estimator == "log_probability_increase" else "probability"
+
+    def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
+        return {"scores": ColumnType(np.float32, (len(self.neurons_K2),))}
+
+    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+        scores_PK = estimate(
+            lm,
+            _prompts(examples),
+            [example.labels for example in examples],
+            estimator=self.estimator,
+            target=self.target,
+            neurons=self.neurons_K2,
+        )
+        return {"scores": np.asarray(scores_PK)}
+
+
+@dataclass(frozen=True, eq=False)
+class Interventions(Measurement):
+    """True and predicted changes with sets of neurons shifted together."""
+
+    notes_seconds: ClassVar[bool] = True
+
+    sizes: tuple[int, ...]
+    draws: int
+    shifts: tuple[float, ...]
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"sizes": self.sizes, "draws": self.draws, "shifts": self.shifts, "seed": self.seed}
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {"shifts": self.shifts, "sizes": list(self.sizes) * self.draws}
+
+    def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
+        of_sets = ColumnType(np.float32, (len(self.shifts), len(self.sizes) * self.draws))
+        return {"base_prob": ColumnType(np.float32), "predicted": of_sets, "probs": of_sets}
+
+    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+        prompts, answers = _prompts(examples), _answers(examples)
+        negs_PLN = neurgrad(lm, prompts, [[answer] for answer in answers]).negs_POLN[:, 0]
+        sets = [neurons for draw in range(self.draws) for neurons in random_sets(lm, self.sizes, seed=self.seed + draw)]
+        results = [intervene(lm, prompts, answers, sets=sets, shift=d, negs_PLN=negs_PLN) for d in self.shifts]
+        return intervention_columns(results)
+
+
+def _prompts(examples: Sequence[Example]) -> list[str]:
+    return [example.prompt for example in examples]
+
+
+def _answers(examples: Sequence[Example]) -> list[str]:
+    """Return the one label of each fact."""
+    return [example.labels[0] for example in examples]
+
+
+def _digest(neurons_K2: Neurons) -> str:
+    return content_digest(neurons_K2.tolist())

@@ -1,0 +1,62 @@
+"""The worker that holds a model and measures shards with it."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from negcore.datasets import Example
+from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.language_model import ModelCard, load_model
+from negcore.store.publish import Receipt
+from negcore.store.study import write_seconds
+from tasks.config.run_file import RunFile
+from tasks.measure.measurement import Columns
+from tasks.measure.shard_set import ShardJob
+from tasks.pool.base import Pool, open_pool
+
+
+class ModelWorker:
+    """Loads a model once and measures any shard with it; becomes an actor only in the pool."""
+
+    def __init__(self, model: str, *, dtype: Dtype, device: str | None, site: SiteChoice, threads: int) -> None:
+        # The number of threads decides how sums are split, so it is part of what makes results repeatable.
+        torch.set_num_threads(threads)
+        self._lm = load_model(model, dtype=dtype, device=device, site=site)
+
+    def run(self, job: ShardJob) -> Receipt | int:
+        """Measure one shard, publish it and return its receipt; of a trial, return the number of its rows.
+
+        Raises
+        ------
+        NegError
+            If numbers are not finite and the job's policy is "fail".
+        """
+        set_aside = [*job.set_aside, *job.measurement.left_out(job.examples)]
+        left_out = {row.id for row in set_aside}
+        chosen = [example for example in job.examples if example.id not in left_out]
+        started = time.perf_counter()
+        columns = self._measure(job, chosen) if chosen else job.measurement.empty(job.n_options)
+        seconds = time.perf_counter() - started
+        if job.is_trial:
+            return len(chosen)
+        receipt = job.publish(columns, set_aside)
+        if job.measurement.notes_seconds:
+            write_seconds(job.place.path(job.root), job.index, seconds)
+        return receipt
+
+    def _measure(self, job: ShardJob, examples: Sequence[Example]) -> Columns:
+        return job.measurement.measure(self._lm, examples)
+
+
+def model_pool(run: RunFile, card: ModelCard) -> AbstractContextManager[Pool]:
+    """Open a pool of workers that hold a model, as the run file asks for."""
+    recipe = {
+        "model": card.ref,
+        "dtype": run.dtype,
+        "device": run.worker_device,
+        "site": run.site,
+        "threads": run.cpus,
+    }
+    return open_pool(run.backend, ModelWorker, recipe, run.resources, label=card.name)

@@ -1,0 +1,109 @@
+"""What a linearity study will measure, known and checked before any model is loaded."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from negcore.analysis.linearity import draw_neurons, nested_grid
+from negcore.datasets import Example, FactSet, load_facts
+from negcore.errors import NegError
+from negcore.measure.interventions import SET_SIZES
+from negcore.model.language_model import ModelCard, describe_model
+from negcore.store.publish import ShardPlace
+from tasks.config.run_file import LinearityRun
+from tasks.measure.measurement import Measurement
+from tasks.measure.shard_set import ShardSet
+from tasks.measure.study import Estimates, Interventions, Neurons, Sweeps
+from tasks.plan import check_prompts, run_identity
+
+
+@dataclass(frozen=True)
+class PlannedStudy:
+    """One model and all that is measured of it."""
+
+    card: ModelCard
+    facts: FactSet
+    shard_sets: tuple[ShardSet, ...]
+
+    def of_kind(self, kind: str) -> list[ShardSet]:
+        """Return the sets of one kind: ``sweeps``, ``estimates`` or ``interventions``."""
+        return [one for one in self.shard_sets if one.place.kind == kind]
+
+    @property
+    def n_shards(self) -> int:
+        """Shards of all sets."""
+        return sum(len(one.shards) for one in self.shard_sets)
+
+
+@cache
+def plan_linearity(run: LinearityRun) -> tuple[PlannedStudy, ...]:
+    """Read the facts with every model's tokenizer, check all prompts, and draw neurons and sets.
+
+    Raises
+    ------
+    NegError
+        If a model or the facts are unknown or malformed, a prompt is too long, or a model has too few neurons.
+    """
+    return tuple(_plan_study(run, ref) for ref in dict.fromkeys(run.model))
+
+
+def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
+    card = describe_model(ref)
+    facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
+    check_prompts(card, facts.name, facts.examples)
+    neurons_K2 = _neurons(run, card)
+    sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.n_neurons))
+    grid_S = nested_grid(run.range, run.points)
+    measurements: list[tuple[str, str, Measurement]] = [
+        *(("sweeps", name, Sweeps(block_K2, grid_S)) for name, block_K2 in _blocks(neurons_K2, run.block_layers)),
+        *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
+        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
+    ]
+    return PlannedStudy(card, facts, tuple(_shard_set(run, card, facts, *one) for one in measurements))
+
+
+def _shard_set(
+    run: LinearityRun, card: ModelCard, facts: FactSet, kind: str, part: str, measurement: Measurement
+) -> ShardSet:
+    return ShardSet(
+        place=ShardPlace(kind, card.name, facts.name, part),
+        identity=run_identity(run, card, {"seed": run.seed}, facts.fingerprint, study=measurement.settings),
+        examples=facts.examples,
+        measurement=measurement,
+        shard_rows=run.shard_prompts,
+        nonfinite=run.nonfinite,
+        title=f"{card.name} {facts.name} {kind} {part}",
+    )
+
+
+def _neurons(run: LinearityRun, card: ModelCard) -> Neurons:
+    count = card.n_layers * card.n_neurons if run.neurons == "all" else run.neurons
+    try:
+        return draw_neurons(card.n_layers, card.n_neurons, count, seed=run.seed)
+    except NegError as error:
+        raise NegError(f"{card.name}: {error}") from None
+
+
+def _blocks(neurons_K2: Neurons, block_layers: int) -> list[tuple[str, Neurons]]:
+    """Neurons by blocks of layers, with the blocks' names; layers without a neuron are in none."""
+    blocks_K = neurons_K2[:, 0] // block_layers
+    named = []
+    for block in np.unique(blocks_K).tolist():
+        first = block * block_layers
+        named.append((f"layers-{first:02d}-{first + block_layers - 1:02d}", neurons_K2[blocks_K == block]))
+    return named
+
+
+def fact_of(example: Example, dataset: str) -> str:
+    """The fact that a prompt asks for: its `uuid` in the source, which an id holds behind set and row number."""
+    return example.id.removeprefix(f"{dataset}/").split("/", 1)[1]
+
+
+def _whole_facts(facts: FactSet, n_prompts: int) -> FactSet:
+    """The first prompts, once those of one fact stand together, so that wordings can be compared."""
+    first_seen: dict[str, int] = {}
+    for index, example in enumerate(facts.examples):
+        first_seen.setdefault(fact_of(example, facts.name), index)
+    together = sorted(facts.examples, key=lambda example: first_seen[fact_of(example, facts.name)])
+    return replace(facts, examples=tuple(together[:n_prompts]))
