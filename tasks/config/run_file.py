@@ -99,6 +99,10 @@ class RunFile(BaseModel):
     site: SiteChoice = Field("paper", description="Which vector's coordinates are the neurons.")
     dtype: Dtype = Field("float32", description="Number type of the model. Half types lose signs of small gradients.")
     seed: int = Field(0, description="Decides samples, demonstrations and their order.")
+    nonfinite: Literal["fail", "skip", "keep"] = Field(
+        "fail",
+        description="NaN or infinity in a row's numbers: fail its shard, skip the row, or keep it (no probe reads it).",
+    )
 
     device: str | None = Field(None, description="Torch device. By default the first GPU, else the CPU.")
     backend: Literal["ray", "local"] = Field("ray", description="Where workers run: Ray actors, or this process.")
@@ -117,7 +121,7 @@ class RunFile(BaseModel):
     ray_address: str | None = Field(None, description="Ray cluster. By default $RAY_ADDRESS, else one on this machine.")
 
     not_science: ClassVar[frozenset[str]] = frozenset(
-        {"out", "device", "backend", "workers", "cpus", "gpus", "job_timeout_s", "ray_address"}
+        {"out", "nonfinite", "device", "backend", "workers", "cpus", "gpus", "job_timeout_s", "ray_address"}
     )
     """Fields that never change which numbers come out."""
 
@@ -184,10 +188,6 @@ class _PromptedRun(RunFile):
     )
     shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
     batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
-    nonfinite: Literal["fail", "skip", "keep"] = Field(
-        "fail",
-        description="NaN or infinity in a row's numbers: fail its shard, skip the row, or keep it (no probe reads it).",
-    )
     storage: StorageLevel = Field(
         "values",
         description="What is kept of NEGs: values; bfloat16 (values and activations in half the room: their range, "
@@ -196,7 +196,7 @@ class _PromptedRun(RunFile):
         "neurons that the run's probes choose; every probe but act gives the same).",
     )
 
-    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size", "nonfinite"}
+    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size"}
 
     @property
     def science(self) -> dict[str, Any]:
@@ -474,9 +474,9 @@ class CampaignRun(RunFile):
 
     def _stage_run(self, stage: StageName, model: str, out: Path | None) -> RunFile:
         kind, fields = _STAGE_RUNS[stage], getattr(self, stage)
-        known = [name for name in kind.model_fields if name not in RunFile.model_fields]
+        known = [name for name in kind.model_fields if name not in _OF_WHOLE_CAMPAIGN]
         for name in fields:
-            if name in RunFile.model_fields:
+            if name in _OF_WHOLE_CAMPAIGN:
                 raise ValueError(f"{stage}: {name!r} holds for the whole campaign: give it beside {stage!r}, not in it")
             if name not in known:
                 raise ValueError(f"{stage}: unknown field {name!r}; known are {', '.join(known)}")
@@ -486,6 +486,9 @@ class CampaignRun(RunFile):
         except ValidationError as error:
             raise ValueError(_first_problem(kind, error, stage)) from None
 
+
+_OF_WHOLE_CAMPAIGN = RunFile.model_fields.keys() - {"nonfinite"}
+"""Fields that no stage may set for itself."""
 
 _RESERVED_FOLDERS = frozenset({"", "..", "campaign", "prefect"})
 """No names for a model's folder: what else is in a campaign's directory, and what is none of it."""

@@ -131,7 +131,7 @@ def printed(tables):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"mceval8k": {"limits": 3}}, r"mceval8k: unknown field 'limits'; known are wording, limit, "),
+        ({"mceval8k": {"limits": 3}}, r"mceval8k: unknown field 'limits'; known are nonfinite, wording, limit, "),
         ({"mceval8k": {"limit": 0}}, "mceval8k: limit is 0: "),
         ({"linearity": {"seed": 3}}, "linearity: 'seed' holds for the whole campaign"),
         ({"linearity": {"model": ["m"]}}, "linearity: 'model' holds for the whole campaign"),

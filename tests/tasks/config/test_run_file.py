@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from negcore.errors import RunError
-from tasks.config.run_file import SkillRun, read_run_file, write_run_file
+from tasks.config.run_file import CampaignRun, LinearityRun, SkillRun, read_run_file, write_run_file
 
 
 @pytest.fixture
@@ -96,3 +96,16 @@ def test_what_codes_cannot_do_is_refused_before_anything_is_computed(values, set
     with pytest.raises(RunError, match=problem) as error:
         read_run_file(SkillRun, None, values | settings | {"storage": "codes"})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nonfinite", ["fail", "skip", "keep"])
+def test_every_kind_of_run_has_a_policy_for_numbers_that_are_not_finite_and_no_name_depends_on_it(nonfinite):
+    run = read_run_file(LinearityRun, None, {"model": ["m"], "nonfinite": nonfinite})
+    assert run.nonfinite == nonfinite
+    assert run.name == LinearityRun(model=("m",)).name
+
+
+def test_a_stage_of_a_campaign_may_have_its_own_policy_for_numbers_that_are_not_finite():
+    values = {"model": ["m"], "nonfinite": "keep", "mceval8k": {"nonfinite": "skip"}}
+    run = read_run_file(CampaignRun, None, values)
+    assert [part.run.nonfinite for part in run.parts] == ["skip", "keep"]
