@@ -38,7 +38,7 @@ from fault_bench import (
     rows_lost,
     write_rows,
 )
-from faults import FaultyExtractWorker, by_value
+from faults import FaultyWorker, by_value
 from rich.console import Console
 from rich.table import Table
 from support import NEG
@@ -47,7 +47,7 @@ from flows.pipeline import run_extract
 from flows.stages import PlainStages
 from negcore.store.publish import receipts
 from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.layout import ShardFolder, shard_folders
@@ -254,13 +254,13 @@ def _rows_at_fault(bench: Bench, *words: str, **limits: float) -> Outcome:
     rows = write_rows(place.with_suffix(".jsonl"), 18, chosen)
     values = {"model": [str(bench.model)], "dataset": [str(rows)], "shard_rows": 2, "workers": 2, **limits}
     run = read_run_file(SkillRun, None, values | {"out": place})
-    with ray_session(), patch("flows.pipeline.ExtractWorker", FaultyExtractWorker):
+    with ray_session(), patch("tasks.measure.worker.ModelWorker", FaultyWorker):
         by_value()
         first, again = run_extract(run, PlainStages()), run_extract(run, PlainStages())
     splits = plan(run)[0].datasets[0].splits
     examples = [example for split in splits for example in split.examples]
     at_fault = {example.id for example in examples if any(word in example.prompt for word in words)}
-    set_aside = {row.id for split in splits for one in receipts(split.partition.path(place)) for row in one.set_aside}
+    set_aside = {row.id for split in splits for one in receipts(split.place.path(place)) for row in one.set_aside}
     lost = rows_lost(_undisturbed(run, at_fault), place) + len(set_aside - at_fault)
     survived = 0 if first.problems or again.problems else len(set_aside & at_fault)
     return Outcome(len(words), survived, lost, sum(part.n_computed for part in again.extracted))
@@ -272,13 +272,13 @@ def _undisturbed(run: SkillRun, at_fault: set[str]) -> Files:
         row.id: row for folder in shard_folders(run.directory) for one in receipts(folder.path) for row in one.set_aside
     }
 
-    class Told(ExtractWorker):
+    class Told(ModelWorker):
         def run(self, job):
             left_out = [reasons[row.id] for row in job.examples if row.id in at_fault and row.id in reasons]
             return super().run(job.without(left_out))
 
     twin = run.model_copy(update={"out": run.directory.with_name(f"{run.directory.name}-twin"), "backend": "local"})
-    with patch("flows.pipeline.ExtractWorker", Told):
+    with patch("tasks.measure.worker.ModelWorker", Told):
         assert not run_extract(twin, PlainStages()).problems
     return published(twin.directory)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from negcore.errors import PromptError
 from negcore.store.publish import SetAside
-from tasks.extract import ExtractWorker
+from tasks.measure.worker import ModelWorker
 
 
 def fail() -> None:
@@ -39,7 +39,7 @@ FAULTS = {
     "!refuse": refuse,
     "!disk": lose_disk,
 }
-"""What a word in a prompt does to the worker. "!nan" is one more: `FaultyExtractWorker` spoils that row's numbers."""
+"""What a word in a prompt does to the worker. "!nan" is one more: `FaultyWorker` spoils that row's numbers."""
 
 
 def commit(prompt: str) -> None:
@@ -49,18 +49,26 @@ def commit(prompt: str) -> None:
             fault()
 
 
-class FaultyExtractWorker(ExtractWorker):
-    """Extracts as `ExtractWorker` does, unless a prompt names a fault."""
+class FaultyWorker(ModelWorker):
+    """Measures as `ModelWorker` does, unless a prompt names a fault."""
 
-    def _compute(self, examples):
+    def _measure(self, job, examples):
         for example in examples:
             commit(example.prompt)
-        batch = super()._compute(examples)
+        columns = super()._measure(job, examples)
         for row, example in enumerate(examples):
             if "!nan" in example.prompt:
-                batch.negs_POLN[row, 0, 1, :2] = np.nan
-                batch.activations_PLN[row, 2, 0] = np.inf
-        return batch
+                spoil(columns, row)
+        return columns
+
+
+def spoil(columns, row):
+    """Make some of a row's numbers NaN or infinite: three of its NEGs and activations, or its first column's first."""
+    if "negs_POLN" in columns:
+        columns["negs_POLN"][row, 0, 1, :2] = np.nan
+        columns["activations_PLN"][row, 2, 0] = np.inf
+    else:
+        next(values for values in columns.values() if values.dtype.kind == "f")[row].flat[0] = np.nan
 
 
 class Row(NamedTuple):

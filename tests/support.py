@@ -8,11 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from negcore.model.language_model import LanguageModel, as_language_model
+from negcore.store.publish import Receipt, ShardPlace, publish_shard
+from tasks.measure.negs import NegMeasurement
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -132,6 +135,27 @@ def save_tiny_model(family: str, directory: Path, *, n_positions: int | None = N
             settings = json.loads((directory / name).read_text())
             (directory / name).write_text(json.dumps(settings | {field: n_positions}))
     return directory
+
+
+def negs_place(model: str, dataset: str, split: str) -> ShardPlace:
+    """The place of the NEGs of a split."""
+    return ShardPlace("negs", model, dataset, split)
+
+
+def write_negs(
+    root: Any, place: ShardPlace, index: int, n_shards: int, *, identity: Any, examples: Any, **columns: Any
+) -> Receipt:
+    """Publish one shard of NEGs that were not measured: any numbers, as the identity's storage level holds them."""
+    about = {name: columns.pop(name) for name in ("set_aside", "n_nonfinite") if name in columns}
+    neurons = columns.pop("neurons", None)
+    chosen = {} if neurons is None else {"n_chosen": len(neurons), "neurons": tuple(neurons)}
+    measurement = NegMeasurement(identity.n_layers, identity.n_neurons, identity.storage, **chosen)
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    batch = measurement.record_batch(examples, arrays)
+    n_options = arrays["probs_PO"].shape[1]
+    return publish_shard(
+        root, place, index, n_shards, identity=identity, batch=batch, about=measurement.about(n_options), **about
+    )
 
 
 NEG = Path(sys.executable).parent / "neg"

@@ -14,6 +14,7 @@ from negcore.store.identity import StorageLevel
 from negcore.store.schema import AXES, StoredExample, record_batch
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 
+_STORED = {"i": np.int32, "f": np.float32}
 _MOST_LAYERS = 8
 """Layers that a message names."""
 
@@ -60,7 +61,8 @@ class NegMeasurement(Measurement):
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
         assert self.n_chosen is None or self.neurons is not None, "the neurons are not chosen yet"
-        return record_batch(examples, **columns, storage=self.storage, neurons=self.neurons)
+        stored = {name: values.astype(_STORED[values.dtype.kind], copy=False) for name, values in columns.items()}
+        return record_batch(examples, **stored, storage=self.storage, neurons=self.neurons)
 
     def nonfinite(self, columns: Columns) -> list[Nonfinite]:
         return [Nonfinite(one.row, one.n_values, _where(one.layers)) for one in NeurGradBatch(**columns).nonfinite()]

@@ -113,7 +113,7 @@ class ShardJob:
         if skipped:
             columns = {name: values[kept] for name, values in columns.items()}
         return publish_shard(
-            self.place.path(self.root),
+            self.root,
             self.place,
             self.index,
             self.n_shards,

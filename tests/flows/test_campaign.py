@@ -18,7 +18,7 @@ from flows.stages import PlainStages, current_watcher
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
 from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, read_run_file, write_run_file
-from tasks.extract import ExtractWorker
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.results import Average
@@ -298,12 +298,12 @@ def test_a_model_that_is_mended_is_all_that_is_computed(models, tmp_path):
     plan.cache_clear()  # as in a new process
     again = run_campaign(mended, PlainStages())
     assert again.problems == []
-    assert {part.partition.model for part in again.extracted if part.n_computed} == {copies[1]}
+    assert {part.place.model for part in again.extracted if part.n_computed} == {copies[1]}
     assert {row.outcome for row in again.comparison.outcomes} == {"whole"}
 
 
 def test_a_campaign_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(run, results, tmp_path, monkeypatch):
-    honest, begun = ExtractWorker.run, []
+    honest, begun = ModelWorker.run, []
 
     def interrupted(self, job):
         begun.append(job)
@@ -312,11 +312,11 @@ def test_a_campaign_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(run,
         return honest(self, job)
 
     again = run.model_copy(update={"out": tmp_path / "run", "stage": ("mceval8k",)})
-    monkeypatch.setattr(ExtractWorker, "run", interrupted)
+    monkeypatch.setattr(ModelWorker, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_campaign(again, PlainStages())
     assert not (again.directory / "campaign").exists()
-    monkeypatch.setattr(ExtractWorker, "run", honest)
+    monkeypatch.setattr(ModelWorker, "run", honest)
     resumed = run_campaign(again, PlainStages())
     assert sum(part.n_reused for part in resumed.extracted) == 7
     for name in ("accuracy", "gains"):
@@ -346,14 +346,14 @@ def test_an_error_that_stops_the_threads_of_its_part_stops_no_other(run, results
 def test_rows_that_are_set_aside_are_named_by_model_and_stage(whole_models, tmp_path, monkeypatch):
     run = campaign(whole_models[:1], tmp_path / "run", stage=["mceval8k"])
     (model,) = plan(run.parts[0].run.settings[0], tolerant=True)
-    poison, honest = model.datasets[0].splits[0].examples[3].id, ExtractWorker._compute
+    poison, honest = model.datasets[0].splits[0].examples[3].id, ModelWorker._compute
 
     def failing(self, examples):
         if poison in [example.id for example in examples]:
             raise RuntimeError("poison row")
         return honest(self, examples)
 
-    monkeypatch.setattr(ExtractWorker, "_compute", failing)
+    monkeypatch.setattr(ModelWorker, "_compute", failing)
     results = run_campaign(run, PlainStages())
     assert results.problems == []
     (row,) = results.set_aside

@@ -150,7 +150,7 @@ def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, mo
     honest = RankWorker.run
 
     def failing(self, job):
-        if job.partition.dataset == "local/two" and job.first_layer:
+        if job.place.dataset == "local/two" and job.first_layer:
             raise OSError("disk gone")
         return honest(self, job)
 

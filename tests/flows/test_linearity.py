@@ -20,7 +20,8 @@ from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.sweeps import sweep
 from negcore.model.language_model import load_model
 from tasks.config.run_file import EstimatorName, LinearityRun, read_run_file, write_run_file
-from tasks.sweeps import SweepWorker, plan_linearity
+from tasks.measure.worker import ModelWorker
+from tasks.plan_linearity import plan_linearity
 
 CHEAP = ["neurgrad", "gradient"]
 HOSTILE = "$x^2$ <script> [link](http://x) "
@@ -131,20 +132,20 @@ def test_a_sweep_of_all_neurons_of_one_prompt_goes_on_in_the_middle(run, monkeyp
     run = run.model_copy(update={"prompts": 1, "neurons": "all", "block_layers": 1})
     whole = run.model_copy(update={"out": run.directory.with_name("whole")})
     assert run_linearity(whole, PlainStages()).problems == []
-    honest = SweepWorker.run
+    honest = ModelWorker.run
 
     def interrupted(self, job):
-        if job.partition.part == "layers-02-02":
+        if job.place.part == "layers-02-02":
             raise KeyboardInterrupt
         return honest(self, job)
 
-    monkeypatch.setattr(SweepWorker, "run", interrupted)
+    monkeypatch.setattr(ModelWorker, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_linearity(run, PlainStages())
     monkeypatch.undo()
     resumed = run_linearity(run, PlainStages())
     assert sum(part.n_reused for part in resumed.extracted) == sum(part.n_computed for part in resumed.extracted) + 4
-    assert [part.partition.part for part in resumed.extracted if part.n_computed] == ["layers-02-02"]
+    assert [part.place.part for part in resumed.extracted if part.n_computed] == ["layers-02-02"]
     assert contents(run.directory) == contents(whole.directory)
 
 
@@ -160,7 +161,7 @@ def test_another_estimator_later_computes_that_one_only(run, undrawn):
     run_linearity(run, PlainStages())
     more = run.model_copy(update={"estimator": (*CHEAP, "ablation")})
     results = run_linearity(more, PlainStages())
-    assert [part.partition.part for part in results.extracted if part.n_computed] == ["ablation"]
+    assert [part.place.part for part in results.extracted if part.n_computed] == ["ablation"]
 
 
 def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, undrawn):
@@ -173,14 +174,14 @@ def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, undr
 
 
 def test_lost_prompts_are_reported_and_their_model_has_no_tables(run, monkeypatch):
-    honest = SweepWorker.run
+    honest = ModelWorker.run
 
     def failing(self, job):
-        if job.partition.part == "gradient" and job.index == 1:
+        if job.place.part == "gradient" and job.index == 1:
             raise RuntimeError("poison row")
         return honest(self, job)
 
-    monkeypatch.setattr(SweepWorker, "run", failing)
+    monkeypatch.setattr(ModelWorker, "run", failing)
     results = run_linearity(run, PlainStages())
     assert results.findings == []
     (problem,) = results.problems
@@ -204,7 +205,7 @@ def test_other_neurons_in_the_same_directory_are_refused_with_the_difference(run
 
 
 def test_bad_input_is_refused_before_any_model_is_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.sweeps.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tasks.measure.worker.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(NegError, match="tiny-llama: 73 neurons cannot be drawn; the model has 1 to 72"):
         plan_linearity(run.model_copy(update={"neurons": 73}))
     with pytest.raises(DatasetError, match="absent.jsonl"):

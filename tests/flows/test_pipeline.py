@@ -15,8 +15,8 @@ from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import load_model
 from negcore.store.reader import open_negs
 from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker
 from tasks.forecast.needs import forecast
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.verify import verify
@@ -115,14 +115,14 @@ def test_other_settings_in_the_same_directory_are_refused_with_the_difference(ru
 
 
 def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
-    honest = ExtractWorker.run
+    honest = ModelWorker.run
 
     def failing(self, job):
-        if job.partition.split == "valid" and job.index == 1:
+        if job.place.part == "valid" and job.index == 1:
             raise OSError("the disk is full")
         return honest(self, job)
 
-    monkeypatch.setattr(ExtractWorker, "run", failing)
+    monkeypatch.setattr(ModelWorker, "run", failing)
     results = run_pipeline(run, PlainStages())
     assert results.scores == []
     assert len(results.problems) == 1
@@ -180,7 +180,7 @@ def test_bad_labels_are_refused_before_any_model_is_loaded(run, tmp_path, monkey
     file = tmp_path / "bad.jsonl"
     row = {"labels": [" of course", " B"], "answer": 0}
     file.write_text("\n".join(json.dumps(row | {"prompt": f"Question: {i}? Answer:"}) for i in range(10)))
-    monkeypatch.setattr("tasks.extract.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tasks.measure.worker.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     with pytest.raises(LabelError, match="'of course' is not one token"):
         plan(run.model_copy(update={"dataset": (str(file),)}))
 

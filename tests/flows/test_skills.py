@@ -10,8 +10,8 @@ from support import neg, save_tiny_model
 from flows.skills import n_parts, run_skills
 from flows.stages import PlainStages
 from negcore.store.reader import open_negs
-from tasks.causal import CausalWorker
 from tasks.config.run_file import SkillsRun, read_run_file, write_run_file
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.skills import plan_skills
 
@@ -94,22 +94,22 @@ def test_conditions_ask_the_same_questions_otherwise(run, results):
 
 def test_a_second_run_computes_nothing_and_finds_the_same(run, results, monkeypatch):
     monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
-    monkeypatch.setattr(CausalWorker, "__init__", lambda self, *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(ModelWorker, "__init__", lambda self, *args, **kwargs: pytest.fail("a model was loaded"))
     again = run_skills(run, PlainStages())
     assert sum(part.n_computed for part in again.extracted) == 0
     assert again.findings == results.findings
 
 
 def test_nothing_is_said_of_a_dataset_whose_check_failed(run, results, monkeypatch):
-    real = CausalWorker.run
+    real = ModelWorker.run
 
     def failing(self, job):
-        if job.partition.dataset == DATASETS[1]:
+        if job.place.dataset == DATASETS[1]:
             raise MemoryError("no room")
         return real(self, job)
 
     monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
-    monkeypatch.setattr(CausalWorker, "run", failing)
+    monkeypatch.setattr(ModelWorker, "run", failing)
     partial = run_skills(run.model_copy(update={"shift": (1.5,)}), PlainStages())
     assert partial.problems and all("mini/nli causal check" in problem for problem in partial.problems)
     (findings,) = partial.findings
@@ -150,4 +150,4 @@ def test_the_command_shows_the_causal_check_first_and_writes_figures(run, result
     assert "causal" in ran.stdout.lower()
     figures = {path.suffix for path in (run.directory / "skills" / "figures").iterdir()}
     assert figures == {".svg", ".png"}
-    assert open_negs(run.conditions[1].run.directory).partitions
+    assert open_negs(run.conditions[1].run.directory).places

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import save_tiny_model
+from support import negs_place, save_tiny_model, write_negs
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -14,14 +14,13 @@ from flows.pipeline import run_extract, run_mceval8k, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity, choice_digest
-from negcore.store.publish import Partition, write_shard
 from negcore.store.reader import open_negs
 from tasks.config.recipes import RECIPES, choose_neurons, n_stored
 from tasks.config.run_file import EvaluationRun, SkillRun, SkillsRun, read_run_file
-from tasks.extract import ExtractWorker
 from tasks.forecast.capacity import check_room
 from tasks.forecast.needs import forecast, missing_shards
 from tasks.forecast.shard_size import shard_bytes
+from tasks.measure.worker import ModelWorker
 from tasks.plan import SUMS, plan
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.status import run_status
@@ -77,7 +76,7 @@ def neg(*arguments):
 
 
 def splits_in(directory):
-    return sorted(partition.split for partition in open_negs(directory).partitions)
+    return sorted(partition.split for partition in open_negs(directory).places)
 
 
 # The same as values
@@ -214,14 +213,14 @@ def test_shards_of_both_passes_whose_content_was_changed_are_found_and_repaired(
 
 
 def test_without_all_sums_nothing_is_chosen(run, monkeypatch):
-    honest = ExtractWorker.run
+    honest = ModelWorker.run
 
     def failing(self, job):
-        if job.partition.split == SUMS and job.index == 1:
+        if job.place.part == SUMS and job.index == 1:
             raise OSError("the disk is full")
         return honest(self, job)
 
-    monkeypatch.setattr(ExtractWorker, "run", failing)
+    monkeypatch.setattr(ModelWorker, "run", failing)
     results = run_pipeline(run, PlainStages())
     (problem,) = results.problems
     assert "train-sums: shard 1, 8 rows lost: OSError: the disk is full" in problem
@@ -251,7 +250,7 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
     assert dataset.n_rows == sum(part.n_rows for part in made)
     assert dataset.n_shards == sum(part.n_computed for part in made)
     for split in plan(run)[0].datasets[0].splits:
-        files = sorted(split.partition.path(run.directory).glob("*.arrow"))
+        files = sorted(split.place.path(run.directory).glob("*.arrow"))
         assert shard_bytes(split) == [file.stat().st_size for file in files]
         assert missing_shards(run, split) == []
     assert forecast(planned)[0].n_bytes_left == 0
@@ -259,14 +258,14 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
 
 
 def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, monkeypatch):
-    honest = ExtractWorker.run
+    honest = ModelWorker.run
 
     def failing(self, job):
-        if job.partition.split == "test":
+        if job.place.part == "test":
             raise OSError("the disk is full")
         return honest(self, job)
 
-    monkeypatch.setattr(ExtractWorker, "run", failing)
+    monkeypatch.setattr(ModelWorker, "run", failing)
     run_extract(run, PlainStages())
     status = run_status(run.directory)
     assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.parts] == [
@@ -293,9 +292,9 @@ def test_shards_with_fewer_columns_than_their_model_has_layers_are_whole(tmp_pat
         neurons=None if neurons is None else choice_digest(neurons),
     )
     negs_POLN = np.random.default_rng(0).normal(size=(1, 2, 20, 2))
-    write_shard(
+    write_negs(
         tmp_path,
-        Partition("m", "d", "valid"),
+        negs_place("m", "d", "valid"),
         0,
         1,
         identity=identity,

@@ -4,22 +4,22 @@ import json
 import random
 import threading
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
-from support import save_tiny_model
+from support import save_tiny_model, write_negs
 
 from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
 from negcore.errors import ShardError
 from negcore.measure.votes import Ranking
 from negcore.model.language_model import load_model
 from negcore.probing.rankings import Vote, rank_layers
-from negcore.store.publish import SetAside, write_shard
+from negcore.store.publish import SetAside
 from negcore.store.reader import open_negs
-from tasks.causal import CausalWorker, causal_job, plan_causal, read_causal
 from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker, compute, extract_split
+from tasks.measure.causal import plan_causal, read_causal
+from tasks.measure.missing import measure_missing
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Resources, open_pool
 
@@ -51,9 +51,8 @@ def recipe(run):
 
 def extract(run):
     (model,) = plan(run)
-    with open_pool("local", ExtractWorker, {**recipe(run), "batch_size": None}, Resources(), label="negs") as pool:
-        for split in model.datasets[0].splits:
-            extract_split(pool, split, run.directory, advance=lambda *_: None, stop=threading.Event())
+    with open_pool("local", ModelWorker, recipe(run), Resources(), label="negs") as pool:
+        measure_missing(pool, model.datasets[0].splits, run.directory, advance=lambda *_: None, stop=threading.Event())
 
 
 def planned_test(run):
@@ -71,15 +70,13 @@ def a_part(run, root, shifts=SHIFTS, **settings):
     root.mkdir(exist_ok=True)
     if not (root / "negs").exists():
         (root / "negs").symlink_to(run.directory / "negs")
-    return plan_causal(planned_test(run), "magn", magn_sets(run, **settings), shifts)
+    return plan_causal(root, planned_test(run), "magn", magn_sets(run, **settings), shifts)
 
 
 def check(run, root, part):
     """Compute what is missing."""
-    with open_pool("local", CausalWorker, recipe(run), Resources(), label="causal") as pool:
-        (done,) = compute(
-            pool, [part], root, partial(causal_job, root), advance=lambda *_: None, stop=threading.Event()
-        )
+    with open_pool("local", ModelWorker, recipe(run), Resources(), label="causal") as pool:
+        (done,) = measure_missing(pool, [part], root, advance=lambda *_: None, stop=threading.Event())
     assert done.failures == ()
     return done
 
@@ -134,14 +131,14 @@ def test_a_table_is_made_of_what_was_stored(checked):
 
 def test_a_finished_check_is_not_computed_again(run, checked, monkeypatch):
     root, part = checked
-    monkeypatch.setattr("tasks.causal.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tasks.measure.worker.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     again = check(run, root, a_part(run, root))
     assert (again.n_reused, again.n_computed) == (3, 0)
 
 
 def test_only_a_damaged_shard_is_computed_again_and_has_the_same_bytes(run, checked):
     root, part = checked
-    folder = part.partition.path(root)
+    folder = part.place.path(root)
     before = contents(folder)
     shard = folder / "part-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -153,7 +150,7 @@ def test_only_a_damaged_shard_is_computed_again_and_has_the_same_bytes(run, chec
 
 
 def test_a_run_that_was_stopped_goes_on(run, checked, tmp_path, monkeypatch):
-    honest = CausalWorker.run
+    honest = ModelWorker.run
 
     def interrupted(self, job):
         if job.index == 2:
@@ -162,51 +159,53 @@ def test_a_run_that_was_stopped_goes_on(run, checked, tmp_path, monkeypatch):
 
     root = tmp_path / "stopped"
     part = a_part(run, root)
-    monkeypatch.setattr(CausalWorker, "run", interrupted)
+    monkeypatch.setattr(ModelWorker, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check(run, root, part)
     monkeypatch.undo()
     again = check(run, root, part)
     assert (again.n_reused, again.n_computed) == (2, 1)
     whole_root, whole = checked
-    assert contents(part.partition.path(root)) == contents(whole.partition.path(whole_root))
+    assert contents(part.place.path(root)) == contents(whole.place.path(whole_root))
 
 
 @pytest.mark.parametrize("change", [{"sizes": (2, 9)}, {"seed": 1}, {"shifts": (-1.0, 0.25)}])
 def test_other_sets_or_shifts_are_another_directory_and_leave_the_first(run, checked, change):
     root, part = checked
-    before = contents(part.partition.path(root))
+    before = contents(part.place.path(root))
     other = a_part(run, root, **change)
     assert other.identity.digest != part.identity.digest
     assert check(run, root, other).n_computed == 3
-    assert contents(part.partition.path(root)) == before
+    assert contents(part.place.path(root)) == before
     assert check(run, root, part).n_computed == 0
 
 
 def test_the_order_of_neurons_within_a_set_does_not_matter(run, checked):
-    _, part = checked
-    turned = [one._replace(neurons_K=one.neurons_K[::-1], polarity_K=one.polarity_K[::-1]) for one in part.sets]
-    assert plan_causal(planned_test(run), "magn", turned, SHIFTS).partition == part.partition
+    root, part = checked
+    turned = [
+        one._replace(neurons_K=one.neurons_K[::-1], polarity_K=one.polarity_K[::-1]) for one in part.measurement.sets
+    ]
+    assert plan_causal(root, planned_test(run), "magn", turned, SHIFTS).place == part.place
 
 
 def test_another_model_in_the_same_directory_is_refused_with_the_difference(run, checked):
     root, part = checked
     split = plan(run.model_copy(update={"site": "act"}))[0].datasets[0].splits[2]
     with pytest.raises(ShardError, match="site: 'act' here, 'up' there"):
-        check(run, root, plan_causal(split, "magn", part.sets, SHIFTS))
+        check(run, root, plan_causal(root, split, "magn", part.measurement.sets, SHIFTS))
 
 
 def test_negs_of_another_run_are_refused_with_the_difference(run, tmp_path):
     part = a_part(run, tmp_path / "run")
     split = plan(run.model_copy(update={"site": "act"}))[0].datasets[0].splits[2]
-    job = causal_job(tmp_path / "run", plan_causal(split, "magn", part.sets, SHIFTS), 0)
+    job = plan_causal(tmp_path / "run", split, "magn", part.measurement.sets, SHIFTS).job(tmp_path / "run", 0)
     with pytest.raises(ShardError, match="another run's .this run here, that one there: site: 'act' here, 'up' there"):
-        CausalWorker(**recipe(run)).run(job)
+        ModelWorker(**recipe(run)).run(job)
 
 
 def test_negs_are_found_by_row_whatever_shard_they_are_in(run, checked, tmp_path):
     root, part = checked
-    other = plan_causal(replace(planned_test(run), shard_rows=7), "magn", part.sets, SHIFTS)
+    other = plan_causal(root, replace(planned_test(run), shard_rows=7), "magn", part.measurement.sets, SHIFTS)
     a_part(run, tmp_path / "other")
     assert check(run, tmp_path / "other", other).n_computed == 2
     expected, result = read_causal(root, part), read_causal(tmp_path / "other", other)
@@ -215,10 +214,11 @@ def test_negs_are_found_by_row_whatever_shard_they_are_in(run, checked, tmp_path
 
 def test_a_row_without_negs_is_named(run, tmp_path):
     part = a_part(run, tmp_path / "run")
-    job = causal_job(tmp_path / "run", part, 0)
-    elsewhere = replace(job, negs=job.negs._replace(split="train"))
+    job = part.job(tmp_path / "run", 0)
+    check = job.measurement
+    elsewhere = replace(job, measurement=replace(check, negs=check.negs._replace(part="train")))
     with pytest.raises(ShardError, match="lack the row .*: extract the rows of this run first"):
-        CausalWorker(**recipe(run)).run(elsewhere)
+        ModelWorker(**recipe(run)).run(elsewhere)
 
 
 def write_negs_without(run, root, reasons):
@@ -228,9 +228,9 @@ def write_negs_without(run, root, reasons):
     activations_PM = negs.activations(range(negs.n_layers * negs.n_neurons))
     for index, rows in enumerate(split.shards):
         kept = [negs.ids.index(row.id) for row in rows if row.id not in reasons]
-        write_shard(
+        write_negs(
             root,
-            split.partition,
+            split.place,
             index,
             len(split.shards),
             identity=split.identity,
@@ -260,5 +260,5 @@ def test_rows_without_negs_are_set_aside_here_too(run, checked, tmp_path):
 
 def test_no_prompt_is_stored(checked):
     root, part = checked
-    files = [path for path in part.partition.path(root).rglob("*") if path.is_file()]
+    files = [path for path in part.place.path(root).rglob("*") if path.is_file()]
     assert files and not any(b"secret" in path.read_bytes() for path in files)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from faults import FaultyExtractWorker, by_value
+from faults import FaultyWorker, by_value
 from support import neg, save_tiny_model, tiny_model
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
@@ -16,7 +16,8 @@ from negcore.errors import ShardError
 from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
 from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractJob, ExtractWorker, extract_split
+from tasks.measure.missing import measure_missing
+from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Resources, open_pool
 from tasks.pool.ray_session import ray_session
@@ -54,12 +55,12 @@ def run_with(model, tmp_path):
 
 @pytest.fixture
 def faulty(monkeypatch):
-    monkeypatch.setattr("flows.pipeline.ExtractWorker", FaultyExtractWorker)
+    monkeypatch.setattr("tasks.measure.worker.ModelWorker", FaultyWorker)
 
 
 def split_of(run, split="train"):
     (dataset,) = plan(run)[0].datasets
-    return next(one for one in dataset.splits if one.partition.split == split)
+    return next(one for one in dataset.splits if one.place.part == split)
 
 
 def files(run):
@@ -71,7 +72,7 @@ def files(run):
 def places(run, word):
     """Split, shard and id of the rows whose prompt has a word: a run samples and orders its rows."""
     return [
-        (split.partition.split, index, example.id)
+        (split.place.part, index, example.id)
         for split in plan(run)[0].datasets[0].splits
         for index, shard in enumerate(split.shards)
         for example in shard
@@ -91,7 +92,7 @@ def test_a_row_that_fails_is_set_aside_with_its_reason_and_all_others_are_there(
     negs = open_negs(run.directory).select(split=split)
     assert [(row.id, row.cause) for row in negs.set_aside] == [(id_, "failure")]
     assert negs.ids == [example.id for example in split_of(run, split).examples if example.id != id_]
-    known = receipts(split_of(run, split).partition.path(run.directory))
+    known = receipts(split_of(run, split).place.path(run.directory))
     assert [receipt.n_rows for receipt in known] == [SHARD_ROWS - (place == index) for place in range(len(known))]
 
 
@@ -99,10 +100,10 @@ def test_the_bytes_are_those_of_an_undisturbed_worker(run_with, faulty):
     run = run_with({5: "!fail", 17: "!fail"})
     run_extract(run, PlainStages())
     model = plan(run)[0].card.ref
-    worker = ExtractWorker(model, dtype="float32", device="cpu", site="paper", batch_size=None, threads=run.cpus)
+    worker = ModelWorker(model, dtype="float32", device="cpu", site="paper", threads=run.cpus)
     for split in plan(run)[0].datasets[0].splits:
         twins = twin_receipts(split, run.directory, worker)
-        assert twins == receipts(split.partition.path(run.directory))
+        assert twins == receipts(split.place.path(run.directory))
         assert len(twins) == 3
     twin = replace_directory(run, run.directory / "twin")
     assert files(twin) == files(run)
@@ -116,7 +117,7 @@ def test_the_same_command_again_computes_nothing_and_tells_again_what_was_set_as
     run = run_with({5: "!fail"})
     first = run_extract(run, PlainStages())
     before = files(run)
-    monkeypatch.setattr("flows.pipeline.ExtractWorker", None)  # nobody makes one
+    monkeypatch.setattr("tasks.measure.worker.ModelWorker", None)  # nobody makes one
     again = run_extract(run, PlainStages())
     assert (again.problems, again.set_aside) == ([], first.set_aside)
     assert sum(part.n_computed for part in again.extracted) == 0
@@ -129,7 +130,7 @@ def test_a_shard_of_which_no_row_is_left_is_a_file_of_no_rows(run_with, faulty):
     results = run_extract(run, PlainStages())
     ((split, index, id_),) = places(run, "!fail")
     assert (results.problems, len(results.set_aside)) == ([], 1)
-    known = receipts(split_of(run, split).partition.path(run.directory))
+    known = receipts(split_of(run, split).place.path(run.directory))
     assert [receipt.n_rows for receipt in known] == [int(place != index) for place in range(len(known))]
     negs = open_negs(run.directory, verify=True).select(split=split)
     assert negs.n_rows == N_ROWS // 3 - 1
@@ -165,11 +166,11 @@ def test_an_error_that_is_no_rows_fault_loses_the_shard(run_with, faulty):
 
 
 def test_an_error_that_quotes_a_prompt_loses_its_message(run_with, monkeypatch):
-    class Quoting(ExtractWorker):
+    class Quoting(ModelWorker):
         def run(self, job):
             raise OSError(f"cannot keep {job.examples[0].prompt!r}")
 
-    monkeypatch.setattr("flows.pipeline.ExtractWorker", Quoting)
+    monkeypatch.setattr("tasks.measure.worker.ModelWorker", Quoting)
     problems = run_extract(run_with(), PlainStages()).problems
     assert len(problems) == 9
     assert all(problem.endswith("4 rows lost: OSError") for problem in problems)
@@ -224,7 +225,7 @@ def test_rows_that_are_not_finite_can_be_skipped(run_with, faulty):
 def test_skipping_changes_no_number_of_the_other_rows(run_with, faulty, monkeypatch):
     skipping = run_with({5: "!nan"}, nonfinite="skip")
     run_extract(skipping, PlainStages())
-    monkeypatch.setattr("flows.pipeline.ExtractWorker", ExtractWorker)
+    monkeypatch.setattr("tasks.measure.worker.ModelWorker", ModelWorker)
     whole = replace_directory(skipping, skipping.directory.with_name("whole"))
     run_extract(whole, PlainStages())
     ((split, _, id_),) = places(skipping, "!nan")
@@ -238,7 +239,7 @@ def test_rows_that_are_not_finite_can_be_kept_and_are_counted(run_with, faulty):
     results = run_extract(run, PlainStages())
     ((split, index, _),) = places(run, "!nan")
     assert (results.problems, results.set_aside) == ([], [])
-    known = receipts(split_of(run, split).partition.path(run.directory))
+    known = receipts(split_of(run, split).place.path(run.directory))
     assert [receipt.n_nonfinite for receipt in known] == [3 * (place == index) for place in range(len(known))]
 
 
@@ -277,23 +278,24 @@ def test_a_row_that_kills_its_actor_is_set_aside_and_the_bytes_are_those_of_one_
     split = split_of(run)
     ((_, _, id_),) = places(run, "!die")
     recipe = {"model": plan(run)[0].card.ref, "dtype": "float32", "device": "cpu", "site": "paper"}
-    recipe |= {"batch_size": None, "threads": 1}
+    recipe |= {"threads": 1}
     with ray_session():
         by_value()
-        with open_pool("ray", FaultyExtractWorker, recipe, Resources(max_attempts=1), label="tiny") as pool:
-            extracted = extract_split(pool, split, run.directory, advance=lambda *_: None, stop=threading.Event())
+        with open_pool("ray", FaultyWorker, recipe, Resources(max_attempts=1), label="tiny") as pool:
+            (extracted,) = measure_missing(
+                pool, [split], run.directory, advance=lambda *_: None, stop=threading.Event()
+            )
     assert extracted.failures == ()
     assert [row.id for row in extracted.set_aside] == [id_]
     assert extracted.set_aside[0].reason.startswith("WorkerLost: ")
-    assert twin_receipts(split, run.directory, ExtractWorker(**recipe)) == receipts(split.partition.path(run.directory))
+    assert twin_receipts(split, run.directory, ModelWorker(**recipe)) == receipts(split.place.path(run.directory))
 
 
 def twin_receipts(split, root, worker):
     """What a worker makes of the shards of a split, elsewhere, if it is told which rows to leave out."""
     found = []
-    for receipt in receipts(split.partition.path(root)):
-        place = (split.partition, split.identity, receipt.index, receipt.n_shards, split.shards[receipt.index])
-        found.append(worker.run(ExtractJob(root / "twin", *place).without(receipt.set_aside)))
+    for receipt in receipts(split.place.path(root)):
+        found.append(worker.run(split.job(root / "twin", receipt.index).without(receipt.set_aside)))
     return found
 
 

@@ -4,13 +4,14 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
+from support import negs_place
 from upath import UPath
 
 from flows.show import report
 from flows.show.report import RunResults
 from flows.show.summary import run_summary
-from negcore.store.publish import Partition, SetAside
-from tasks.extract import Extracted, Failure
+from negcore.store.publish import SetAside
+from tasks.measure.missing import Extracted, Failure
 
 HOSTILE = "[click](http://evil) <b>bold<b> `code` www.evil.org *x* | \x1b[31m"
 
@@ -24,8 +25,10 @@ def directory(tmp_path):
 
 
 def extracted(n_rows: int, **values):
-    place = Partition("tiny", "mini/fact", "train")
-    return Extracted(place, n_rows, n_reused=2, n_computed=1, n_bytes=10, **({"failures": ()} | values))
+    place = negs_place("tiny", "mini/fact", "train")
+    return Extracted(
+        place, "tiny mini/fact train", n_rows, n_reused=2, n_computed=1, n_bytes=10, **({"failures": ()} | values)
+    )
 
 
 def rendered(text: str) -> str:
@@ -46,7 +49,7 @@ def test_every_file_is_linked_and_known_ones_are_explained(directory):
 
 
 def test_rows_are_counted_over_all_parts(directory):
-    failure = Failure(Partition("tiny", "mini/fact", "train"), 0, 7, "lost")
+    failure = Failure(0, 7, "lost")
     aside = SetAside(id="row", cause="error", reason="a reason")
     parts = [extracted(10), extracted(5, failures=(failure,), set_aside=(aside,))]
     text = run_summary(RunResults(directory, extracted=parts))

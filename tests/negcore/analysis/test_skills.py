@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support import negs_place, write_negs
 
 from negcore.analysis.skills import (
     accuracy_by_neurons,
@@ -30,7 +31,6 @@ from negcore.probing.fitted import Forest, fit_forest, fit_vote
 from negcore.probing.probes import MagnProbe, PolarProbe, TreeProbe
 from negcore.probing.rankings import Rankings, Vote, rank_layers, training_scores
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import Partition, write_shard
 from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_OPTIONS, N_ROWS = 3, 5, 3, 40
@@ -72,9 +72,9 @@ def write(root, split, data, *, dataset="d", shard_rows=16):
     for index, start in enumerate(starts):
         negs_POM, activations_PM, gold_P = (values[start : start + shard_rows] for values in data)
         n, n_options = negs_POM.shape[:2]
-        write_shard(
+        write_negs(
             root,
-            Partition("m", dataset, split),
+            negs_place("m", dataset, split),
             index,
             len(starts),
             identity=RunIdentity(**settings),

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
+from support import negs_place, write_negs
 
 from negcore.errors import NegError, ProbeError
 from negcore.measure.votes import argmax_features
@@ -24,7 +25,6 @@ from negcore.probing.probes import ActProbe, MagnProbe, PolarProbe, TreeProbe
 from negcore.probing.rankings import Rankings, Vote, rank_layers
 from negcore.probing.saved_probes import Origin, load_probe, save_probe
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import Partition, write_shard
 from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_OPTIONS = 3, 5, 3
@@ -69,9 +69,9 @@ def write(root, split, *, n_options=N_OPTIONS, shard_rows=16, labels=(5, 6, 7), 
         rows = slice(start, start + shard_rows)
         gold_P = data.gold_P[rows]
         n = len(gold_P)
-        write_shard(
+        write_negs(
             root,
-            Partition("m", dataset, split),
+            negs_place("m", dataset, split),
             index,
             len(starts),
             identity=identity(**changes),

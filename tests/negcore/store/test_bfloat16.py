@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support import LABELS, PROMPTS, tiny_model
+from support import LABELS, PROMPTS, negs_place, tiny_model, write_negs
 
 from negcore.measure.neurgrad import neurgrad
 from negcore.store.bfloat16 import from_bits, to_bits
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import Partition, write_shard
 from negcore.store.reader import open_negs
 from negcore.store.schema import shard_schema
 
@@ -74,9 +73,9 @@ def stored(tmp_path):
     activations = rng.normal(0, 1, (N_ROWS, N_LAYERS, N_NEURONS)).astype(np.float32)
     for index in range(N_ROWS // SHARD_ROWS):
         own = slice(index * SHARD_ROWS, (index + 1) * SHARD_ROWS)
-        write_shard(
+        write_negs(
             tmp_path,
-            Partition("tiny", "questions", "test"),
+            negs_place("tiny", "questions", "test"),
             index,
             N_ROWS // SHARD_ROWS,
             identity=BFLOAT16,

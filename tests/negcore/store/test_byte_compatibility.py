@@ -1,5 +1,7 @@
 """What earlier versions wrote is written byte for byte again, and still read: shards, receipts, probes, run files."""
 
+import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -22,13 +24,13 @@ from fixtures.make_shards import (
     answers_of,
     aside_of,
     case_folder,
-    causal_part_of,
+    causal_set_of,
     contents,
     fact_rows,
     facts_of,
     identity_of,
-    partition_of,
     place_of,
+    place_of_negs,
     probed_splits,
     read_json,
     run_of,
@@ -43,10 +45,10 @@ from negcore.measure.votes import vote_sums
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, receipts
-from negcore.store.reader import open_negs
+from negcore.store.reader import mapped_batch, open_negs
 from negcore.store.study import read_study, read_sweep
-from tasks.causal import read_causal
 from tasks.config.run_file import read_run_file
+from tasks.measure.causal import read_causal
 from tasks.rundir.layout import recorded_run
 
 SHARDS, PROBES, RUNS = (FIXTURES / name for name in ("shards", "probes", "runs"))
@@ -75,13 +77,13 @@ def folder_of(root: Path, name: str) -> Path:
 def opened(name: str):
     """A stored partition, its checksums compared."""
     part = NEG_PARTS[name]
-    return part, open_negs(SHARDS / part.storage, verify=True).select(*partition_of(part))
+    return part, open_negs(SHARDS / part.storage, verify=True).at(place_of_negs(part))
 
 
 # Written anew
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", NEG_PARTS)
 def test_shards_and_receipts_are_written_byte_for_byte_as_before(written, name):
     old, new = contents(folder_of(SHARDS, name)), contents(folder_of(written, name))
     n_shards = len([path for path in old if path.endswith(".arrow")])
@@ -90,6 +92,25 @@ def test_shards_and_receipts_are_written_byte_for_byte_as_before(written, name):
     assert list(new) == list(old)
     for path, content in old.items():
         assert new[path] == content, path
+
+
+@pytest.mark.parametrize("name", sorted(set(PARTS) - set(NEG_PARTS)))
+def test_studies_are_written_as_before_but_for_the_form_of_their_place(written, name):
+    """A study's shards used to call their place `place`; now all shards say it in the form of NEGs."""
+    old, new = folder_of(SHARDS, name), folder_of(written, name)
+    assert list(contents(new)) == list(contents(old))
+    for path in sorted(old.glob("part-*.arrow")):
+        was, now = mapped_batch(path), mapped_batch(new / path.name)
+        assert now.equals(was, check_metadata=False)
+        said_before, says_now = (json.loads(batch.schema.metadata[b"neg"]) for batch in (was, now))
+        place, partition = said_before.pop("place"), says_now.pop("partition")
+        assert says_now == said_before
+        assert (partition.pop("model"), partition.pop("dataset")) == (place["model"], place["dataset"])
+        assert list(partition.values()) == [place["part"]]
+    as_published = {"file_xxh3": "", "n_bytes": 0}
+    assert [replace(one, **as_published) for one in receipts(new)] == [
+        replace(one, **as_published) for one in receipts(old)
+    ]
 
 
 def test_shards_are_where_they_were_and_there_are_no_others(written):
@@ -176,7 +197,7 @@ def test_old_numbers_of_chosen_neurons_are_read_bit_for_bit():
 def test_an_old_run_of_negs_is_finished_and_not_computed_again(name):
     part = NEG_PARTS[name]
     ids = [[row.id for row in shard.rows] for shard in part.shards]
-    root, place = SHARDS / part.storage, partition_of(part)
+    root, place = SHARDS / part.storage, place_of_negs(part)
     done = finished_shards(root, place, identity_of(part), ids, verify=True)
     assert [done[index].n_nonfinite for index in range(3)] == [shard.n_nonfinite for shard in part.shards]
 
@@ -244,9 +265,9 @@ def test_old_interventions_are_read():
 @pytest.mark.parametrize("name", CAUSAL_CHECKS)
 def test_an_old_causal_check_is_finished_and_read(name):
     check = CAUSAL_CHECKS[name]
-    root, part = SHARDS / check.negs.storage, causal_part_of(check)
+    root, part = SHARDS / check.negs.storage, causal_set_of(check)
     ids = [[row.id for row in shard] for shard in part.shards]
-    done = finished_shards(root, part.partition, part.identity, ids, verify=True)
+    done = finished_shards(root, part.place, part.identity, ids, verify=True)
     assert [list(done[index].set_aside) for index in range(3)] == [aside_of(shard) for shard in check.negs.shards]
     result = read_causal(root, part)
     assert result.conditions[0] == Condition("top", 2, 0, "gold", 0.5)

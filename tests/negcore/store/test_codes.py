@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from support import negs_place, write_negs
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import argmax_features
@@ -14,7 +15,7 @@ from negcore.probing.rankings import Vote, chosen_effects, rank_layers, training
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.codes import decode, encode
 from negcore.store.identity import RunIdentity, content_digest
-from negcore.store.publish import Partition, finished_shards, receipts, write_shard
+from negcore.store.publish import finished_shards, receipts
 from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_ROWS = 3, 11, 48
@@ -145,9 +146,9 @@ def write(root, split, storage, *, n_options=4, data=None, shard_rows=20):
     for index, start in enumerate(starts):
         negs_POLN, activations_PLN, gold_P = (values[start : start + shard_rows] for values in data)
         n, _, n_layers, n_neurons = negs_POLN.shape
-        write_shard(
+        write_negs(
             root,
-            Partition("m", "d", split),
+            negs_place("m", "d", split),
             index,
             len(starts),
             identity=identity(storage, n_layers=n_layers, n_neurons=n_neurons),
@@ -298,9 +299,9 @@ def test_the_digest_of_a_run_that_stores_values_is_the_one_it_always_had():
 def test_shards_of_the_other_level_are_refused_with_the_difference(tmp_path, stored, wanted):
     split = write(tmp_path, "train", stored)
     ids = [split.ids[:20], split.ids[20:40], split.ids[40:]]
-    assert len(finished_shards(tmp_path, split.partition, identity(stored), ids)) == 3
+    assert len(finished_shards(tmp_path, split.place, identity(stored), ids)) == 3
     with pytest.raises(ShardError, match=f"there: storage: '{wanted}' here, '{stored}' there"):
-        finished_shards(tmp_path, split.partition, identity(wanted), ids)
+        finished_shards(tmp_path, split.place, identity(wanted), ids)
 
 
 def test_a_storage_level_of_another_version_is_not_guessed_at(tmp_path):
@@ -348,7 +349,7 @@ def test_a_neuron_takes_two_bytes_a_prompt_beside_its_activation(tmp_path, n_opt
     size = {}
     for storage in ("values", "codes"):
         split = write(tmp_path / storage, "train", storage, n_options=n_options, data=data, shard_rows=32)
-        (receipt,) = receipts(split.partition.path(tmp_path / storage))
+        (receipt,) = receipts(split.place.path(tmp_path / storage))
         size[storage] = receipt.n_bytes
     assert size["codes"] == pytest.approx(32 * 2 * 4096 * (4 + 2), rel=0.02)
     assert size["values"] / size["codes"] == pytest.approx(times_less, rel=0.02)

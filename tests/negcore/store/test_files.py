@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
-from support import REPOSITORY, neg, save_tiny_model
+from support import REPOSITORY, neg, negs_place, save_tiny_model, write_negs
 
 from negcore.errors import ProbeError, RunError, ShardError
 from negcore.probing.saved_probes import load_probe
@@ -35,12 +35,12 @@ from negcore.store.files import (
     sizes,
 )
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
-from negcore.store.publish import Partition, Receipt, finished_shards, is_whole, receipts, shard_of, write_shard
+from negcore.store.publish import Receipt, ShardPlace, finished_shards, is_whole, receipts, shard_of
 from negcore.store.reader import local_shard, open_negs
-from negcore.store.study import StudyPlace, write_seconds
+from negcore.store.study import write_seconds
 from tasks.config.run_file import SkillRun, read_run_file, write_run_file
 
-PARTITION = Partition("org/tiny", "mini/fact", "test")
+PARTITION = negs_place("org/tiny", "mini/fact", "test")
 N_OPTIONS, N_LAYERS, N_NEURONS = 2, 2, 3
 
 
@@ -82,7 +82,7 @@ def write(root, index=0, n_shards=1, size=2, partition=PARTITION, **changes) -> 
     first = index * size
     rows = [Row(f"fact/{i}", f"Which? {i}", i % 2, "en") for i in range(first, first + size)]
     who = identity(**changes)
-    return write_shard(root, partition, index, n_shards, identity=who, examples=rows, **numbers(first, size))
+    return write_negs(root, partition, index, n_shards, identity=who, examples=rows, **numbers(first, size))
 
 
 def finished(root, n_shards=1, size=2, **options):
@@ -192,7 +192,7 @@ def test_a_bucket_gives_back_what_was_written(bucket):
         write(bucket, index, n_shards=2)
     expected = numbers(0, 4)
     for path in (bucket, f"{bucket}/", f"{bucket}/negs", PARTITION.path(bucket), str(PARTITION.path(bucket))):
-        assert open_negs(path).partitions == [PARTITION]
+        assert open_negs(path).places == [PARTITION]
     split = open_negs(bucket, verify=True).select()
     assert split.ids == [f"fact/{i}" for i in range(4)]
     for layer in range(N_LAYERS):
@@ -202,12 +202,12 @@ def test_a_bucket_gives_back_what_was_written(bucket):
 
 
 def test_names_with_any_character_are_given_back(bucket):
-    partitions = {Partition("/models/a b=c%2F?#", "é", "train"), Partition("..", "[*]", ".x")}
+    partitions = {negs_place("/models/a b=c%2F?#", "é", "train"), negs_place("..", "[*]", ".x")}
     for partition in partitions:
         write(bucket, partition=partition)
-    assert set(open_negs(bucket).partitions) == partitions
+    assert set(open_negs(bucket).places) == partitions
     for partition in partitions:
-        assert open_negs(bucket).select(*partition).n_rows == 2
+        assert open_negs(bucket).at(partition).n_rows == 2
 
 
 def test_a_shard_has_the_same_bytes_in_a_bucket_and_on_disk(bucket, tmp_path):
@@ -493,7 +493,7 @@ def test_a_missing_probe_in_a_bucket_is_named(bucket):
 
 
 def test_how_long_a_shard_took_is_kept_in_a_bucket(bucket):
-    folder = StudyPlace("sweeps", "m", "d", "layers-00-01").path(bucket)
+    folder = ShardPlace("sweeps", "m", "d", "layers-00-01").path(bucket)
     write_seconds(folder, 3, 1.5)
     assert read_bytes(folder / "_seconds" / "part-00003.json") == b"1.5"
 

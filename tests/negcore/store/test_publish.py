@@ -14,14 +14,15 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
+from support import negs_place, write_negs
 
 from negcore.errors import ShardError
 from negcore.store import publish as shards
 from negcore.store.identity import RunIdentity, text_hash
-from negcore.store.publish import Partition, finished_shards, shard_path, write_shard
+from negcore.store.publish import finished_shards, shard_path
 from negcore.store.reader import open_negs
 
-PARTITION = Partition("meta-llama/Llama-2-7b", "mceval8k/agnews", "test")
+PARTITION = negs_place("meta-llama/Llama-2-7b", "mceval8k/agnews", "test")
 N_OPTIONS, N_LAYERS, N_NEURONS = 2, 3, 5
 
 
@@ -65,7 +66,7 @@ def numbers(first: int, count: int) -> dict[str, np.ndarray]:
 
 def write(root, index=0, n_shards=1, size=3, **changes):
     first = index * size
-    return write_shard(
+    return write_negs(
         root,
         changes.pop("partition", PARTITION),
         index,
@@ -96,7 +97,7 @@ def stray_files(root) -> list[str]:
 
 
 def test_one_row_that_fits_on_paper_is_read_back(tmp_path):
-    write_shard(
+    write_negs(
         tmp_path,
         PARTITION,
         0,
@@ -168,7 +169,7 @@ def test_a_layer_that_does_not_exist_is_refused(tmp_path, layer):
 def test_signs_of_zero_and_the_smallest_numbers_survive(tmp_path):
     values = numbers(0, 3)
     values["negs_POLN"][0, 0, 0] = [-0.0, 0.0, 1e-45, -1e-38, np.finfo(np.float32).max]
-    write_shard(tmp_path, PARTITION, 0, 1, identity=identity(), examples=rows(0, 3), **values)
+    write_negs(tmp_path, PARTITION, 0, 1, identity=identity(), examples=rows(0, 3), **values)
     stored = open_negs(tmp_path).select().layer(0)
     assert stored.tobytes() == np.ascontiguousarray(values["negs_POLN"][:, :, 0]).tobytes()
 
@@ -182,7 +183,7 @@ def test_the_prompts_text_is_not_stored(tmp_path):
 
 def test_a_prompt_with_a_lone_surrogate_can_be_stored(tmp_path):
     examples = [row._replace(prompt="\ud800") for row in rows(0, 3)]
-    write_shard(tmp_path, PARTITION, 0, 1, identity=identity(), examples=examples, **numbers(0, 3))
+    write_negs(tmp_path, PARTITION, 0, 1, identity=identity(), examples=examples, **numbers(0, 3))
     assert len(set(open_negs(tmp_path).select().text_hashes)) == 1
 
 
@@ -232,17 +233,17 @@ def arrow_dataset(root) -> pyarrow.dataset.Dataset:
 def test_pyarrow_gives_the_original_names_back(tmp_path):
     partitions = [
         PARTITION,
-        Partition("/models/a b=c%2F", "é", "train"),
-        Partition("..", "_hidden", ".x"),
-        Partition("C:\\m", "中文?*", "valid"),
+        negs_place("/models/a b=c%2F", "é", "train"),
+        negs_place("..", "_hidden", ".x"),
+        negs_place("C:\\m", "中文?*", "valid"),
     ]
     for partition in partitions:
         write(tmp_path, partition=partition)
     table = arrow_dataset(tmp_path).to_table(columns=["model", "dataset", "split"])
-    assert {tuple(row.values()) for row in table.to_pylist()} == set(partitions)
-    assert set(open_negs(tmp_path).partitions) == set(partitions)
+    assert {tuple(row.values()) for row in table.to_pylist()} == {partition[1:] for partition in partitions}
+    assert set(open_negs(tmp_path).places) == set(partitions)
     for partition in partitions:
-        assert open_negs(partition.path(tmp_path)).partitions == [partition]
+        assert open_negs(partition.path(tmp_path)).places == [partition]
 
 
 def test_pyarrow_duckdb_and_polars_give_the_same_numbers(tmp_path):
@@ -274,7 +275,7 @@ def test_a_file_says_itself_what_it_holds(tmp_path):
     assert about["digest"] == identity().digest
     assert about["identity"] == identity().comparable()
     assert about["versions"] == {"torch": "2.13"}
-    assert about["partition"] == PARTITION._asdict()
+    assert about["partition"] == PARTITION.names
     assert about["axes"]
 
 
@@ -427,10 +428,10 @@ def test_a_directory_without_negs_is_refused(tmp_path):
 
 def test_selecting_names_what_exists_when_none_or_several_match(tmp_path):
     for split in ("test", "train"):
-        write(tmp_path, partition=PARTITION._replace(split=split))
+        write(tmp_path, partition=PARTITION._replace(part=split))
     negs = open_negs(tmp_path)
-    assert [part.partition.split for part in negs] == ["test", "train"]
-    assert negs.select(split="train").partition.split == "train"
+    assert [part.place.part for part in negs] == ["test", "train"]
+    assert negs.select(split="train").place.part == "train"
     with pytest.raises(ShardError, match="2 partitions match .*split='test'; .*split='train'"):
         negs.select(dataset=PARTITION.dataset)
     with pytest.raises(ShardError, match="0 partitions match .*split='test'; .*split='train'"):
@@ -443,14 +444,14 @@ def test_a_run_its_negs_and_a_partition_can_be_opened(tmp_path, monkeypatch):
     write(tmp_path)
     monkeypatch.chdir(PARTITION.path(tmp_path))
     for path in (tmp_path, tmp_path / "negs", PARTITION.path(tmp_path), str(tmp_path), "."):
-        assert open_negs(path).partitions == [PARTITION]
+        assert open_negs(path).places == [PARTITION]
 
 
 # Crashes and races
 
 DYING_WRITER = """
 import os, pathlib, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1].removesuffix("/negcore/store")]
 import test_publish, negcore.store.publish
 
 module, name, dies_in_call, before = sys.argv[3], sys.argv[4], int(sys.argv[5]), sys.argv[6] == "before"

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pytest
+from support import negs_place, write_negs
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import VOTES, Vote, vote_sums
 from negcore.probing.fitted import fit_forest, fit_logistic, fit_vote, random_neurons, random_vote
 from negcore.probing.rankings import rank_layers, training_scores
 from negcore.store.identity import RunIdentity, choice_digest
-from negcore.store.publish import Partition, finished_shards, receipts, shard_path, write_shard
+from negcore.store.publish import finished_shards, receipts, shard_path
 from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_ROWS = 3, 11, 48
@@ -57,9 +58,9 @@ def write(root, split, storage, *, neurons=None, n_options=4, data=None, shard_r
     for index, start in enumerate(starts):
         kept = 0 if index in empty else shard_rows
         negs_POLN, activations_PLN, gold_P = (values[start : start + kept] for values in data)
-        write_shard(
+        write_negs(
             root,
-            Partition("m", "d", split),
+            negs_place("m", "d", split),
             index,
             len(starts),
             identity=identity(storage, neurons),
@@ -252,15 +253,15 @@ def test_the_digests_of_runs_that_store_values_or_codes_are_those_they_always_ha
 def test_shards_of_another_choice_are_refused_with_the_difference(tmp_path):
     split = write(tmp_path, "train", "stats", neurons=CHOSEN)
     ids = [split.ids[:20], split.ids[20:40], split.ids[40:]]
-    assert len(finished_shards(tmp_path, split.partition, identity("stats", CHOSEN), ids)) == 3
+    assert len(finished_shards(tmp_path, split.place, identity("stats", CHOSEN), ids)) == 3
     for other in (CHOSEN[1:], None):
         with pytest.raises(ShardError, match="this run here, that one there: neurons: .* here, '[0-9a-f]{32}' there"):
-            finished_shards(tmp_path, split.partition, identity("stats", other), ids)
+            finished_shards(tmp_path, split.place, identity("stats", other), ids)
 
 
 def test_a_plan_knows_shards_before_their_neurons_are_chosen(tmp_path):
     planned = RunIdentity(**identity("stats").comparable(), neurons="").digest
-    folder = Partition("m", "d", "train").path(tmp_path)
+    folder = negs_place("m", "d", "train").path(tmp_path)
     for neurons in (CHOSEN, CHOSEN[1:]):
         write(tmp_path, "train", "stats", neurons=neurons)
         assert {receipt.planned_digest for receipt in receipts(folder)} == {planned}
@@ -270,7 +271,7 @@ def test_a_plan_knows_shards_before_their_neurons_are_chosen(tmp_path):
 
 def test_neurons_that_are_not_those_of_the_receipt_are_damage(tmp_path):
     split = write(tmp_path, "train", "stats", neurons=CHOSEN)
-    path = shard_path(split.partition.path(tmp_path), 1)
+    path = shard_path(split.place.path(tmp_path), 1)
     whole, column = path.read_bytes(), np.array(CHOSEN, np.int32).tobytes()
     assert whole.count(column) == 1
     path.write_bytes(whole.replace(column, np.array((1, *CHOSEN[1:]), np.int32).tobytes()))

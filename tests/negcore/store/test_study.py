@@ -3,15 +3,14 @@ import pytest
 
 from negcore.errors import ShardError
 from negcore.measure.sweeps import SweepResult
-from negcore.store.publish import finished_shards
+from negcore.store.identity import RunIdentity
+from negcore.store.publish import SetAside, ShardPlace, finished_shards, publish_shard
 from negcore.store.study import (
-    StudyIdentity,
-    StudyPlace,
     read_study,
     read_sweep,
+    study_batch,
     sweep_columns,
     write_seconds,
-    write_study_shard,
 )
 
 SHIFTS = [-1.0, 1.0]
@@ -23,7 +22,7 @@ class Row:
 
 
 def identity(**study):
-    return StudyIdentity(
+    return RunIdentity(
         model="org/tiny",
         model_revision="1",
         tokenizer_hash="2",
@@ -50,18 +49,20 @@ def a_block(layers, first, count):
     )
 
 
-def write(root, layers, index, n_shards=2, size=2, seconds=None, **study):
-    place = StudyPlace("sweeps", "org/tiny", "mini/facts", f"layers-{layers[0]:02d}-{layers[-1]:02d}")
+def write(root, layers, index, n_shards=2, size=2, seconds=None, without=(), **study):
+    place = ShardPlace("sweeps", "org/tiny", "mini/facts", f"layers-{layers[0]:02d}-{layers[-1]:02d}")
     result = a_block(layers, index * size, size)
-    receipt = write_study_shard(
+    rows = [Row(number) for number in range(index * size, (index + 1) * size) if number not in without]
+    kept = [row for row in range(size) if index * size + row not in without]
+    receipt = publish_shard(
         root,
         place,
         index,
         n_shards,
         identity=identity(**study),
-        examples=[Row(number) for number in range(index * size, (index + 1) * size)],
-        columns=sweep_columns(result),
-        axes={"neurons": result.neurons_K2.tolist(), "shifts": SHIFTS},
+        batch=study_batch(rows, {name: values[kept] for name, values in sweep_columns(result).items()}),
+        about={"axes": {"neurons": result.neurons_K2.tolist(), "shifts": SHIFTS}},
+        set_aside=[SetAside(id=f"facts/{n}/u{n}", cause="failure", reason="poison") for n in without],
     )
     if seconds is not None:
         write_seconds(place.path(root), index, seconds)
@@ -83,7 +84,7 @@ def test_blocks_of_layers_and_shards_of_prompts_are_put_together_again(tmp_path)
 
 
 def test_a_place_is_a_hive_directory_with_quoted_names(tmp_path):
-    place = StudyPlace("estimates", "org/tiny", "mini/facts", "neurgrad")
+    place = ShardPlace("estimates", "org/tiny", "mini/facts", "neurgrad")
     assert place.path(tmp_path) == (
         tmp_path / "estimates" / "model=org%2Ftiny" / "dataset=mini%2Ffacts" / "estimator=neurgrad"
     )
@@ -114,3 +115,18 @@ def test_an_incomplete_sweep_is_refused(tmp_path):
     place, _ = write(tmp_path, [0], 0)
     with pytest.raises(ShardError, match="incomplete, 1 of 2 shards"):
         read_sweep([place.path(tmp_path)])
+
+
+def test_a_row_set_aside_in_one_block_is_left_out_of_the_whole_sweep(tmp_path):
+    without = {0: [1], 1: [3]}
+    places = [write(tmp_path, [layer], 0, n_shards=1, size=4, without=rows)[0] for layer, rows in without.items()]
+    sweep = read_sweep([place.path(tmp_path) for place in places])
+    whole = a_block([0, 1], 0, 4)
+    assert sweep.label_ids_P.tolist() == [0, 2]
+    np.testing.assert_array_equal(sweep.probs_PKS, whole.probs_PKS[[0, 2]].astype(np.float32))
+
+
+def test_blocks_without_a_row_in_common_are_refused(tmp_path):
+    places = [write(tmp_path, [layer], 0, n_shards=1, without=[layer])[0] for layer in (0, 1)]
+    with pytest.raises(ShardError, match="no row is in all of"):
+        read_sweep([place.path(tmp_path) for place in places])

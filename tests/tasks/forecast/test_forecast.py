@@ -74,7 +74,7 @@ def test_bytes_of_a_real_dataset_are_foreseen_shard_by_shard(run, name):
     run_extract(run, PlainStages())
     for dataset in plan(run)[0].datasets:
         for split in dataset.splits:
-            files = sorted(split.partition.path(run.directory).glob("*.arrow"))
+            files = sorted(split.place.path(run.directory).glob("*.arrow"))
             assert shard_bytes(split) == [file.stat().st_size for file in files]
 
 

@@ -12,7 +12,8 @@ from support import save_tiny_model
 
 from negcore.errors import RunError
 from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker, extract_split
+from tasks.measure.missing import measure_missing
+from tasks.measure.worker import ModelWorker
 from tasks.plan import PlannedModel, plan
 from tasks.pool.base import Pool, Resources, open_pool
 from tasks.pool.ray_session import ray_session
@@ -22,8 +23,8 @@ N_SHARDS = 12
 _MEETING_S = 120.0
 
 
-class MeetingWorker(ExtractWorker):
-    """Extracts as `ExtractWorker` does, once workers of two nodes have come together."""
+class MeetingWorker(ModelWorker):
+    """Measures as `ModelWorker` does, once workers of two nodes have come together."""
 
     def __init__(self, nodes: str, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -34,7 +35,7 @@ class MeetingWorker(ExtractWorker):
 
         node = ray.get_runtime_context().get_node_id()
         with (self._nodes / node).open("a") as ledger:
-            ledger.write(f"{job.partition.split} {job.index}\n")
+            ledger.write(f"{job.place.part} {job.index}\n")
         deadline = time.monotonic() + _MEETING_S
         while len(list(self._nodes.iterdir())) < 2:
             assert time.monotonic() < deadline, "nobody works on another node"
@@ -67,15 +68,15 @@ def recipe(model: PlannedModel) -> dict:
         "dtype": "float32",
         "device": "cpu",
         "site": "paper",
-        "batch_size": None,
         "threads": 1,
     }
 
 
 def extracted(pool: Pool, model: PlannedModel, root: Path) -> dict[str, bytes]:
     """Every shard and receipt that the pool makes, by its place in the run directory."""
-    for split in model.datasets[0].splits:
-        assert not extract_split(pool, split, root, advance=lambda *_: None, stop=threading.Event()).failures
+    splits = model.datasets[0].splits
+    done = measure_missing(pool, splits, root, advance=lambda *_: None, stop=threading.Event())
+    assert not any(one.failures for one in done)
     files = (path for path in root.rglob("part-*") if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
@@ -92,7 +93,7 @@ def test_two_nodes_write_the_bytes_of_one_worker(model, tmp_path):
         resources = Resources(workers=2, cpus=1, address=cluster.address)
         with open_pool("ray", MeetingWorker, workers, resources, label="tiny") as pool:
             together = extracted(pool, model, tmp_path / "together")
-    with open_pool("local", ExtractWorker, recipe(model), Resources(), label="tiny") as pool:
+    with open_pool("local", ModelWorker, recipe(model), Resources(), label="tiny") as pool:
         alone = extracted(pool, model, tmp_path / "alone")
     assert together == alone
     assert len(alone) == 2 * N_SHARDS

@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
-from support import REPOSITORY
+from support import REPOSITORY, negs_place, write_negs
 
 from flows.show.inspect_tables import duration, status_lines, status_tables
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import Partition, SetAside, shard_path, write_shard
+from negcore.store.publish import SetAside, shard_path
 from tasks.config.run_file import EvaluationRun, LinearityRun, SkillRun, write_run_file
 from tasks.rundir.claim import claim
 from tasks.rundir.layout import PLAN_FILE, note_failures, receipt_path, shard_folders, write_plan_file
 from tasks.rundir.status import pace, run_status
 
 BEGAN_S = 1_700_000_000.0
-TRAIN, TEST = (Partition("org/model", "mini/fact", split) for split in ("train", "test"))
+TRAIN, TEST = (negs_place("org/model", "mini/fact", split) for split in ("train", "test"))
 
 
 def identity(**changes):
@@ -30,24 +30,21 @@ def identity(**changes):
     return RunIdentity(**settings | changes)
 
 
-def planned(partition, n_shards, n_rows=3):
+def planned(place, n_shards, n_rows=3):
     """A part with so many shards of so many rows."""
     rows = [
-        [
-            SimpleNamespace(id=f"{partition.split}/{shard}-{row}", prompt="Sky?", answer=0, group="")
-            for row in range(n_rows)
-        ]
+        [SimpleNamespace(id=f"{place.part}/{shard}-{row}", prompt="Sky?", answer=0, group="") for row in range(n_rows)]
         for shard in range(n_shards)
     ]
-    return SimpleNamespace(partition=partition, identity=identity(), shards=rows)
+    return SimpleNamespace(place=place, identity=identity(), shards=rows, examples=sum(rows, []))
 
 
 def publish(root, part, index, *, at_s=BEGAN_S, set_aside=(), **changes):
     rows = [row for row in part.shards[index] if row.id not in {aside.id for aside in set_aside}]
     n = len(rows)
-    write_shard(
+    write_negs(
         root,
-        part.partition,
+        part.place,
         index,
         len(part.shards),
         identity=identity(**changes),
@@ -58,7 +55,7 @@ def publish(root, part, index, *, at_s=BEGAN_S, set_aside=(), **changes):
         probs_PO=np.ones((n, 2)),
         set_aside=set_aside,
     )
-    os.utime(receipt_path(part.partition.path(root), index), (at_s, at_s))
+    os.utime(receipt_path(part.place.path(root), index), (at_s, at_s))
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def test_a_whole_run_is_done_and_has_no_time_left(run, parts):
 def test_shards_that_are_gone_or_cut_are_damaged_and_missing(run, parts):
     for index in range(3):
         publish(run.directory, parts[0], index)
-    folder = parts[0].partition.path(run.directory)
+    folder = parts[0].place.path(run.directory)
     shard_path(folder, 0).unlink()
     shard_path(folder, 1).write_bytes(b"half")
     train, _ = run_status(run.directory).parts
@@ -254,7 +251,7 @@ def test_without_a_known_beginning_the_first_shard_starts_the_clock():
 def test_the_time_left_is_what_is_missing_at_the_pace_of_what_is_measured_now(run, parts):
     for index in range(2):
         publish(run.directory, parts[0], index, at_s=BEGAN_S + 30 * (index + 1))
-    other = planned(Partition("org/first", "mini/fact", "test"), 1)
+    other = planned(negs_place("org/first", "mini/fact", "test"), 1)
     publish(run.directory, other, 0, at_s=BEGAN_S + 1)  # another model is no measure for this one
     status = run_status(run.directory)
     assert status.pace is not None

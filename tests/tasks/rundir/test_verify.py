@@ -6,7 +6,7 @@ import shutil
 import threading
 
 import pytest
-from support import save_tiny_model
+from support import negs_place, save_tiny_model
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -15,7 +15,7 @@ from flows.pipeline import Results, extract_planned, run_extract
 from flows.stages import PlainStages
 from negcore.errors import RunError
 from negcore.store.identity import canonical_json, content_digest
-from negcore.store.publish import publish_batch
+from negcore.store.publish import publish_shard
 from negcore.store.reader import mapped_batch
 from tasks.config.run_file import RUN_FILE, EvaluationRun, LinearityRun, SkillRun, read_run_file, write_run_file
 from tasks.plan import plan
@@ -211,12 +211,19 @@ def test_a_receipt_that_speaks_of_endless_shards_is_no_burden(copy):
     assert missing == "999999999997 of 1000000000000 shards are missing: 3, 4, 5, 6, 7, 8, 9, 10, ..."
 
 
+def publish_elsewhere(copy, place, split, batch):
+    """Publish a shard that belongs to one place in the directory of another."""
+    publish_shard(copy / "elsewhere", place, 1, 3, identity=split.identity, batch=batch, about={})
+    for file in place.path(copy / "elsewhere").rglob("part-*"):
+        file.replace(split.place.path(copy) / file.relative_to(place.path(copy / "elsewhere")))
+    shutil.rmtree(copy / "elsewhere")
+
+
 def test_what_a_shard_says_of_itself_cannot_harm_the_terminal(copy):
-    place = {"model": "\x1b[31m", "dataset": "[red]", "split": "train"}
-    about = {"partition": place}
+    place = negs_place("\x1b[31m", "[red]", "train")
     batch = mapped_batch(shard(copy, "train", 1))
-    (split,) = [part for part in plan(recorded_run(copy))[0].datasets[0].splits if part.partition.split == "train"]
-    publish_batch(shard(copy, "train", 1).parent, 1, 3, identity=split.identity, batch=batch, about=about)
+    (split,) = [part for part in plan(recorded_run(copy))[0].datasets[0].splits if part.place.part == "train"]
+    publish_elsewhere(copy, place, split, batch)
     assert "it belongs to \\x1b[31m, [red], train" in neg("verify", copy).stderr
 
 
@@ -230,11 +237,9 @@ def test_nothing_is_parsed_whose_checksum_is_wrong(copy, monkeypatch):
 
 
 def test_a_shard_with_other_columns_is_found_though_everything_else_fits(copy):
-    (split,) = [part for part in plan(recorded_run(copy))[0].datasets[0].splits if part.partition.split == "train"]
-    folder = shard(copy, "train", 1).parent
+    (split,) = [part for part in plan(recorded_run(copy))[0].datasets[0].splits if part.place.part == "train"]
     batch = mapped_batch(shard(copy, "train", 1)).drop_columns(["act_00"])
-    about = {"partition": split.partition._asdict()}
-    publish_batch(folder, 1, 3, identity=split.identity, batch=batch, about=about)
+    publish_shard(copy, split.place, 1, 3, identity=split.identity, batch=batch, about={})
     assert faults(copy) == ["shard 1: its columns are not those of its model and dataset"]
 
 
