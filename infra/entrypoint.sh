@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Entrypoint of the image: reads the secrets that Prefect wants as values from files, then becomes the command.
+# Entrypoint of the image. Prefect wants its secrets as values: read them from files, then become the command.
 set -euo pipefail
 
 for name in PREFECT_API_AUTH_STRING PREFECT_SERVER_API_AUTH_STRING PREFECT_SERVER_DATABASE_PASSWORD; do

@@ -9,8 +9,8 @@
 #
 #   sbatch infra/slurm.sh pipeline RUN.yaml
 #
-# One run on a Ray cluster of its own. Run it from an environment in which `neg` is installed, on storage that all nodes
-# see. Two minutes before the time is up the run is stopped; the same command goes on from the finished shards.
+# One run on a Ray cluster of its own. Submit it from an environment in which `neg` is installed, on storage that all
+# nodes see. Two minutes before its time is up the run is stopped; the same command continues from the finished shards.
 set -euo pipefail
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

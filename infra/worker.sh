@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A Prefect worker inside a Ray cluster: a Ray node that offers nothing, and on it the worker whose flow runs are the
-# drivers. Needs RAY_ADDRESS, RAY_AUTH_TOKEN_PATH, PREFECT_API_URL and PREFECT_API_AUTH_STRING. When either part ends,
-# the other is ended too, so that the container can be started again.
+# A Prefect worker inside a Ray cluster. Starts a Ray node that takes no work, and on it the Prefect worker, whose flow
+# runs drive the cluster. Needs RAY_ADDRESS, RAY_AUTH_TOKEN_PATH, PREFECT_API_URL and PREFECT_API_AUTH_STRING. When one
+# of the two ends, the script ends the other, so that the container can be restarted.
 set -euo pipefail
 : "${RAY_ADDRESS:?host:port of the Ray head}" "${PREFECT_API_URL:?address of the Prefect API}"
 

@@ -3,27 +3,48 @@
 Names are loaded on first use, so that importing a light part does not import torch.
 """
 
+import sys
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from negcore.datasets import Dataset, PromptSettings, list_datasets, load_dataset
     from negcore.errors import NegError
     from negcore.measure.estimators import ESTIMATORS, estimate
     from negcore.measure.interventions import intervene
     from negcore.measure.neurgrad import NeurGradBatch, neurgrad
-    from negcore.measure.sweeps import sweep
-    from negcore.model.language_model import LanguageModel, load_model
-    from negcore.store.reader import open_negs
+    from negcore.measure.sweeps import SweepResult, sweep
+    from negcore.model.language_model import LanguageModel, ModelCard, as_language_model, describe_model, load_model
+    from negcore.probing.saved_probes import load_probe
+    from negcore.store.reader import Negs, open_negs
+
+if sys.platform == "win32":
+    raise ImportError(
+        "neg-at-scale does not run on Windows (it needs the file locks of Linux or macOS): "
+        "run it in WSL, see https://learn.microsoft.com/windows/wsl/install"
+    )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
+    "Dataset",
     "LanguageModel",
+    "ModelCard",
     "NegError",
+    "Negs",
     "NeurGradBatch",
+    "PromptSettings",
+    "SweepResult",
+    "as_language_model",
+    "describe_model",
     "estimate",
     "intervene",
+    "list_datasets",
+    "load_dataset",
     "load_model",
+    "load_probe",
     "neurgrad",
     "open_negs",
     "sweep",
@@ -32,12 +53,22 @@ __all__ = [
 _HOMES = MappingProxyType(
     {
         "ESTIMATORS": "negcore.measure.estimators",
+        "Dataset": "negcore.datasets",
         "LanguageModel": "negcore.model.language_model",
+        "ModelCard": "negcore.model.language_model",
         "NegError": "negcore.errors",
+        "Negs": "negcore.store.reader",
         "NeurGradBatch": "negcore.measure.neurgrad",
+        "PromptSettings": "negcore.datasets",
+        "SweepResult": "negcore.measure.sweeps",
+        "as_language_model": "negcore.model.language_model",
+        "describe_model": "negcore.model.language_model",
         "estimate": "negcore.measure.estimators",
         "intervene": "negcore.measure.interventions",
+        "list_datasets": "negcore.datasets",
+        "load_dataset": "negcore.datasets",
         "load_model": "negcore.model.language_model",
+        "load_probe": "negcore.probing.saved_probes",
         "neurgrad": "negcore.measure.neurgrad",
         "open_negs": "negcore.store.reader",
         "sweep": "negcore.measure.sweeps",
@@ -49,3 +80,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'negcore' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -34,23 +34,10 @@ import pyarrow as pa
 import xxhash
 
 from negcore.errors import ShardError
-from negcore.store.files import (
-    create,
-    hidden,
-    hold,
-    is_remote,
-    location,
-    locked,
-    n_bytes,
-    objects,
-    read_all,
-    read_bytes,
-    remove,
-    replace,
-    sizes,
-    upload,
-)
+from negcore.store.buckets import create, objects, remove, replace, upload
+from negcore.store.files import hidden, is_remote, location, n_bytes, read_all, read_bytes, sizes
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
+from negcore.store.locks import hold, locked
 from negcore.store.schema import with_aligned_metadata
 
 _ABANDONED_S = 24 * 3600

@@ -21,20 +21,11 @@ import pyarrow as pa
 from negcore.errors import ShardError
 from negcore.measure.votes import Vote
 from negcore.store.bfloat16 import from_bits
+from negcore.store.buckets import fetch
 from negcore.store.codes import decode
-from negcore.store.files import (
-    cache_directory,
-    draft,
-    fetch,
-    find,
-    is_dir,
-    is_remote,
-    location,
-    locked,
-    n_bytes,
-    read_bytes,
-)
+from negcore.store.files import cache_directory, draft, find, is_dir, is_remote, location, n_bytes, read_bytes
 from negcore.store.identity import RunIdentity, StorageLevel, choice_digest
+from negcore.store.locks import locked
 from negcore.store.publish import Receipt, SetAside, ShardPlace, checksum, receipts, shard_of, whole_shards
 from negcore.store.schema import count_chosen, of_shard, shard_schema, sum_column
 

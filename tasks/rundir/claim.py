@@ -22,7 +22,8 @@ from datetime import datetime
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.store.files import create, draft, is_remote, read_bytes, remove
+from negcore.store.buckets import create, remove
+from negcore.store.files import draft, is_remote, read_bytes
 
 __all__ = ["CLAIM_FILE", "Holder", "claim", "holder_of"]
 

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from negcore.errors import ShardError
-from negcore.store.files import fetch, find, is_remote, n_bytes, remove, sizes
+from negcore.store.buckets import fetch, remove
+from negcore.store.files import find, is_remote, n_bytes, sizes
 from negcore.store.identity import choice_digest, content_digest
 from negcore.store.publish import Receipt, checksum, receipts, shard_of
 from negcore.store.reader import mapped_batch

@@ -610,7 +610,7 @@ def test_without_locks_a_dead_holder_is_not_waited_for(without_locks, tmp_path):
 import os, sys, fcntl, errno, pathlib
 def refuse(*_): raise OSError(errno.ENOLCK, "")
 fcntl.flock = refuse
-from negcore.store.files import locked
+from negcore.store.locks import locked
 with locked(pathlib.Path(sys.argv[1])):
     os._exit(9)
 """
