@@ -61,7 +61,9 @@ class NegMeasurement(Measurement):
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
         assert self.n_chosen is None or self.neurons is not None, "the neurons are not chosen yet"
-        stored = {name: values.astype(_STORED[values.dtype.kind], copy=False) for name, values in columns.items()}
+        stored: dict[str, Any] = {
+            name: values.astype(_STORED[values.dtype.kind], copy=False) for name, values in columns.items()
+        }
         return record_batch(examples, **stored, storage=self.storage, neurons=self.neurons)
 
     def nonfinite(self, columns: Columns) -> list[Nonfinite]:
