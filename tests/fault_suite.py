@@ -42,12 +42,13 @@ from faults import FaultyExtractWorker, by_value
 from rich.console import Console
 from rich.table import Table
 from support import NEG
+from tasks.extract import ExtractWorker
 
 from flows.pipeline import run_extract
 from flows.stages import PlainStages
 from negcore.store.publish import receipts
-from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.plan import plan
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.layout import ShardFolder, shard_folders

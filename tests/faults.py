@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tasks.extract import ExtractWorker
 
 from negcore.errors import PromptError
 from negcore.store.publish import SetAside
-from tasks.extract import ExtractWorker
 
 
 def fail() -> None:

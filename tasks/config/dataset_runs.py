@@ -1,4 +1,4 @@
-"""Run files of the runs on datasets: extraction and probes, the evaluation of MCEval8K, the analysis of skill neurons."""
+"""Run files of the runs on datasets: extraction and probes, evaluation of MCEval8K, analysis of skill neurons."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args

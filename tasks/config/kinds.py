@@ -5,6 +5,7 @@ that the command line starts without the heavy ones.
 """
 
 from dataclasses import dataclass
+from inspect import cleandoc
 from pkgutil import resolve_name
 from typing import Any
 
@@ -34,6 +35,16 @@ class RunKind:
     def run_class(self) -> type[RunFile]:
         """The class of the run file."""
         return load(self.run_file)  # type: ignore[no-any-return]
+
+    @property
+    def summary(self) -> str:
+        """The first line of the help."""
+        return self.full_help.partition("\n")[0]
+
+    @property
+    def full_help(self) -> str:
+        """The help of the command, without indentation."""
+        return cleandoc(self.help or self.run_class.__doc__ or "")
 
     def n_steps(self, run: RunFile) -> int:
         """Plan a run and count its steps."""
@@ -78,7 +89,7 @@ RUN_KINDS = {
     ),
     "linearity": RunKind(
         run_file="tasks.config.linearity_run:LinearityRun",
-        plan="tasks.sweeps:plan_linearity",
+        plan="tasks.plan_linearity:plan_linearity",
         count_steps="flows.linearity:count_linearity_steps",
         work="flows.linearity:run_linearity",
         compare="flows.campaign:compare_linearity",
@@ -98,7 +109,7 @@ RUN_KINDS = {
         repair="flows.repair:refuse_repair",
     ),
 }
-"""By command. `extract` and `probe` read and write the run files of `pipeline`: each continues the others' directory."""
+"""By command. `extract` and `probe` share the run files of `pipeline`, so each can continue the others' directory."""
 
 
 def load(name: str) -> Any:

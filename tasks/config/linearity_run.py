@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from tasks.config.run_file import PositiveFloat, RunFile, Several
 
@@ -68,15 +68,6 @@ class LinearityRun(RunFile):
     block_layers: int = Field(5, ge=1, description="Layers that are swept together.")
 
     not_science = RunFile.not_science | {"shard_rows", "block_layers"}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename_shard_prompts(cls, values: Any) -> Any:
-        """Read the name that `shard_rows` had in earlier run files of this kind."""
-        if isinstance(values, dict) and "shard_prompts" in values:
-            values = dict(values)
-            values.setdefault("shard_rows", values.pop("shard_prompts"))
-        return values
 
     @property
     def subjects(self) -> tuple[str, ...]:

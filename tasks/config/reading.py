@@ -54,9 +54,8 @@ def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     """
     values = _read_values(path, overrides or {})
     classes = run_classes()
-    any_run: TypeAdapter[RunFile] = TypeAdapter(
-        Annotated[Union[tuple(classes.values())], Field(discriminator="kind")]  # noqa: UP007
-    )
+    any_class: Any = Annotated[Union[tuple(classes.values())], Field(discriminator="kind")]  # noqa: UP007
+    any_run: TypeAdapter[RunFile] = TypeAdapter(any_class)
     try:
         return any_run.validate_python(values)
     except ValidationError as error:

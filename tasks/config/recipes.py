@@ -11,7 +11,7 @@ from negcore.probing.fitted import random_neurons
 from negcore.probing.probes import neuron_counts
 from negcore.probing.rankings import rank_layers
 from negcore.store.reader import NegSplit
-from tasks.config.run_file import ProbeName, SkillRun
+from tasks.config.dataset_runs import ProbeName, SkillRun
 
 
 class Recipe(NamedTuple):

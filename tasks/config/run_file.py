@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 RUN_FILE = "run.yaml"
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 """Version of the form of run files: raised when an older version of this package could misread a new file."""
+
+FORMER_KEYS = {"shard_rows": "shard_prompts"}
+"""Second names of fields, which earlier run files use."""
 
 T = TypeVar("T")
 
@@ -123,10 +126,13 @@ class RunFile(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_form(cls, values: Any) -> Any:
-        """Leave out who wrote the file, and refuse another form before any field is looked at."""
+        """Leave out who wrote the file, read former keys, and refuse another form before any field is looked at."""
         if not isinstance(values, dict):
             return values
-        values = {name: value for name, value in values.items() if name != "written_by"}
+        values = {key: value for key, value in values.items() if key != "written_by"}
+        for key in FORMER_KEYS.keys() & cls.model_fields.keys():
+            if FORMER_KEYS[key] in values:
+                values.setdefault(key, values.pop(FORMER_KEYS[key]))
         if values.get("format", FORMAT) != FORMAT:
             raise ValueError(
                 f"format is {values['format']!r}, but this version of neg reads {FORMAT} only: use the version that "

@@ -11,14 +11,18 @@ import pytest
 import yaml
 from rich.console import Console
 from support import neg, save_tiny_model
+from tasks.extract import ExtractWorker
 
 from flows.campaign import n_campaign_parts, run_campaign
 from flows.show.campaign_tables import artifact_tables, campaign_tables
 from flows.stages import PlainStages, current_watcher
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
-from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, read_run_file, write_run_file
-from tasks.extract import ExtractWorker
+from tasks.config.campaign_run import CampaignRun
+from tasks.config.dataset_runs import EvaluationRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.results import Average

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from support import neg, save_tiny_model
+from tasks.sweeps import SweepWorker, plan_linearity
 
 from flows.linearity import run_linearity
 from flows.stages import PlainStages
@@ -19,8 +20,9 @@ from negcore.measure.estimators import ESTIMATORS, estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.sweeps import sweep
 from negcore.model.language_model import load_model
-from tasks.config.run_file import EstimatorName, LinearityRun, read_run_file, write_run_file
-from tasks.sweeps import SweepWorker, plan_linearity
+from tasks.config.linearity_run import EstimatorName, LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 
 CHEAP = ["neurgrad", "gradient"]
 HOSTILE = "$x^2$ <script> [link](http://x) "

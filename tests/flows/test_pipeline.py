@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from support import save_tiny_model
+from tasks.extract import ExtractWorker
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from flows.stages import PlainStages
@@ -14,8 +15,8 @@ from negcore.errors import DatasetError, LabelError, NegError, ShardError
 from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import load_model
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.forecast.needs import forecast
 from tasks.plan import plan
 from tasks.rundir.layout import shard_folders

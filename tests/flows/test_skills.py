@@ -6,12 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from support import neg, save_tiny_model
+from tasks.causal import CausalWorker
 
 from flows.skills import n_parts, run_skills
 from flows.stages import PlainStages
 from negcore.store.reader import open_negs
-from tasks.causal import CausalWorker
-from tasks.config.run_file import SkillsRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import SkillsRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.plan import plan
 from tasks.skills import plan_skills
 

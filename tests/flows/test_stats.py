@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import save_tiny_model
+from tasks.extract import ExtractWorker
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -16,9 +17,9 @@ from negcore.errors import RunError
 from negcore.store.identity import RunIdentity, choice_digest
 from negcore.store.publish import Partition, write_shard
 from negcore.store.reader import open_negs
+from tasks.config.dataset_runs import EvaluationRun, SkillRun, SkillsRun
+from tasks.config.reading import read_run_file
 from tasks.config.recipes import RECIPES, choose_neurons, n_stored
-from tasks.config.run_file import EvaluationRun, SkillRun, SkillsRun, read_run_file
-from tasks.extract import ExtractWorker
 from tasks.forecast.capacity import check_room
 from tasks.forecast.needs import forecast, missing_shards
 from tasks.forecast.shard_size import shard_bytes

@@ -9,6 +9,8 @@ from functools import partial
 import numpy as np
 import pytest
 from support import save_tiny_model
+from tasks.causal import CausalWorker, causal_job, plan_causal, read_causal
+from tasks.extract import ExtractWorker, compute, extract_split
 
 from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
 from negcore.errors import ShardError
@@ -17,9 +19,8 @@ from negcore.model.language_model import load_model
 from negcore.probing.rankings import Vote, rank_layers
 from negcore.store.publish import SetAside, write_shard
 from negcore.store.reader import open_negs
-from tasks.causal import CausalWorker, causal_job, plan_causal, read_causal
-from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker, compute, extract_split
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.plan import plan
 from tasks.pool.base import Resources, open_pool
 

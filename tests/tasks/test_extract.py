@@ -9,14 +9,15 @@ import pytest
 import torch
 from faults import FaultyExtractWorker, by_value
 from support import neg, save_tiny_model, tiny_model
+from tasks.extract import ExtractJob, ExtractWorker, extract_split
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from flows.stages import PlainStages
 from negcore.errors import ShardError
 from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractJob, ExtractWorker, extract_split
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.plan import plan
 from tasks.pool.base import Resources, open_pool
 from tasks.pool.ray_session import ray_session

@@ -4,13 +4,13 @@ import re
 
 import pytest
 from markdown_it import MarkdownIt
+from tasks.extract import Extracted, Failure
 from upath import UPath
 
 from flows.show import report
 from flows.show.report import RunResults
 from flows.show.summary import run_summary
 from negcore.store.publish import Partition, SetAside
-from tasks.extract import Extracted, Failure
 
 HOSTILE = "[click](http://evil) <b>bold<b> `code` www.evil.org *x* | \x1b[31m"
 

@@ -37,6 +37,7 @@ from fixtures.make_shards import (
     sweep_of,
     write_shards,
 )
+from tasks.causal import read_causal
 
 from negcore.analysis.causal import Condition
 from negcore.measure.votes import vote_sums
@@ -45,9 +46,7 @@ from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, receipts
 from negcore.store.reader import open_negs
 from negcore.store.study import read_study, read_sweep
-from tasks.causal import read_causal
-from tasks.config.run_file import read_run_file
-from tasks.rundir.layout import recorded_run
+from tasks.config.reading import read_run_file, recorded_run
 
 SHARDS, PROBES, RUNS = (FIXTURES / name for name in ("shards", "probes", "runs"))
 PARTS = [*NEG_PARTS, *STUDY_PARTS, *CAUSAL_CHECKS]

@@ -3,7 +3,11 @@ from pathlib import Path
 import pytest
 
 from negcore.errors import RunError
-from tasks.config.run_file import CampaignRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.config.campaign_run import CampaignRun
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from clusters import ray_cluster
 from support import save_tiny_model
+from tasks.extract import ExtractWorker, extract_split
 
 from negcore.errors import RunError
-from tasks.config.run_file import SkillRun, read_run_file
-from tasks.extract import ExtractWorker, extract_split
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.plan import PlannedModel, plan
 from tasks.pool.base import Pool, Resources, open_pool
 from tasks.pool.ray_session import ray_session
