@@ -4,7 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import version as package_version
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -54,13 +54,18 @@ def main() -> None:
         sys.exit(2)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        console.print(f"neg-at-scale {version('neg-at-scale')}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
-        console.print(f"neg-at-scale {package_version('neg-at-scale')}", highlight=False)
-        raise typer.Exit
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None: ...
 
 
 Command = Callable[..., None]

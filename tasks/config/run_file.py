@@ -6,7 +6,7 @@ file is the help of its command.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -25,9 +25,6 @@ from negcore.store.files import draft, local_directory, location
 from negcore.store.identity import content_digest
 from tasks.config.provenance import written_by
 from tasks.pool.base import Resources
-
-if TYPE_CHECKING:
-    from tasks.config.dataset_runs import SkillRun
 
 RUN_FILE = "run.yaml"
 
@@ -175,8 +172,8 @@ class RunFile(BaseModel):
         return ()
 
     @property
-    def dataset_runs(self) -> "tuple[SkillRun, ...]":
-        """The extractions on datasets that this run is made of: `neg plan` foresees them."""
+    def dataset_runs(self) -> tuple[Any, ...]:
+        """The `SkillRun`s that this run is made of: `neg plan` foresees them."""
         return ()
 
     @property
