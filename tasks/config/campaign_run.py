@@ -88,6 +88,8 @@ class CampaignRun(RunFile):
                     self._study_run(study, self.model[0], None)
             except ValidationError as error:
                 lines += [f"{study}: {line}" for line in problem_lines(studies()[study], error)]
+            except ValueError as error:
+                lines.append(str(error))
         if lines:
             raise ValueError("\n".join(lines))
         return self

@@ -1,4 +1,4 @@
-"""Who wrote a file: the command, the version of this package, and its git revision."""
+"""The origin of a file that this process writes: the command, the version of this package, and its git revision."""
 
 import re
 import shlex

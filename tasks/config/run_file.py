@@ -32,7 +32,7 @@ FORMAT: Literal[1] = 1
 """Version of the form of run files: raised when an older version of this package could misread a new file."""
 
 FORMER_KEYS = {"shard_rows": "shard_prompts"}
-"""Second names of fields, which earlier run files use."""
+"""Second names of fields, which earlier run files use, by the present names."""
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class RunFile(BaseModel):
     )
     """Fields that never change which numbers come out."""
     skips_unusable_datasets: ClassVar[bool] = False
-    """Whether the run goes on without a dataset that cannot be used."""
+    """True for runs that go on without a dataset that cannot be used."""
 
     @model_validator(mode="before")
     @classmethod
