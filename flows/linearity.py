@@ -1,19 +1,18 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prefect import flow, runtime
-from prefect.task_runners import ThreadPoolTaskRunner
-
-from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
+from flows.flow_run import noted, one_line, run_session, run_work
+from flows.prefect_flows import prefect_flow
 from flows.show.linearity_figures import write_figures
 from flows.show.linearity_tables import artifact_tables, linearity_tables, summary
 from flows.show.report import RunResults, Section
 from flows.stages import Stages
 from negcore.errors import ModelError, NegError, RunError
-from tasks.config.run_file import LinearityRun, write_run_file
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.run_file import write_run_file
 from tasks.linearity import Findings, analyse, write_findings
 from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.worker import model_pool
@@ -38,17 +37,13 @@ class LinearityResults(RunResults):
         return [Section(summary(one), linearity_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
 
-def _flow_run_name() -> str:
-    run = LinearityRun.model_validate(runtime.flow_run.parameters["run"])
-    return f"linearity {listed(run.model)} on {Path(run.facts).name}"
+linearity = prefect_flow("linearity")
+"""By this name, deployments that were registered earlier find the flow."""
 
 
-@flow(  # type: ignore[untyped-decorator]
-    name="linearity", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8)
-)
-def linearity(run: LinearityRun) -> LinearityResults:
-    """Measure NEGs by sweeps and compare every estimator with them."""
-    return under_prefect(run_linearity, run)
+def count_linearity_steps(run: LinearityRun, studies: Sequence[PlannedStudy]) -> int:
+    """Return the number of shards of all studies."""
+    return sum(study.n_shards for study in studies)
 
 
 @run_work

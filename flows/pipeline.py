@@ -6,20 +6,18 @@ The functions that do the work take their `Stages`, so that the same steps run u
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
-from prefect import flow, runtime
-from prefect.task_runners import ThreadPoolTaskRunner
-
-from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
+from flows.flow_run import noted, one_line, run_session, run_work
+from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
 from flows.show.report import RunResults, Section
 from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.recipes import choose_neurons
-from tasks.config.run_file import EvaluationRun, SkillRun, write_run_file
+from tasks.config.run_file import write_run_file
 from tasks.forecast.capacity import check_room
 from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.shard_set import ShardSet
@@ -54,54 +52,36 @@ class Results(RunResults):
         return [Section("", [rows_table(self.splits), *accuracy, *confusion_tables(self.confusion)])]
 
 
-def _flow_run_name() -> str:
-    """Flow, models and datasets, as far as they fit a line."""
-    values = runtime.flow_run.parameters["run"]
-    kind = EvaluationRun if runtime.flow_run.flow_name == "mceval8k" else SkillRun
-    run = values if isinstance(values, (SkillRun, EvaluationRun)) else kind.model_validate(values)
-    return f"{runtime.flow_run.flow_name} {listed(run.model)} on {listed(run.dataset)}"
-
-
-_prefect_flow = partial(
-    flow,
-    flow_run_name=_flow_run_name,
-    task_runner=ThreadPoolTaskRunner(max_workers=8),
-    validate_parameters=True,
-)
-
-
-@_prefect_flow(name="extract")  # type: ignore[untyped-decorator]
-def extract(run: SkillRun) -> Results:
-    """Compute every missing NEG shard of a run."""
-    return under_prefect(run_extract, run)
-
-
-@_prefect_flow(name="probe")  # type: ignore[untyped-decorator]
-def probe(run: SkillRun) -> Results:
-    """Fit and score skill-neuron probes on a run's NEG shards."""
-    return under_prefect(run_probe, run)
-
-
-@_prefect_flow(name="pipeline")  # type: ignore[untyped-decorator]
-def pipeline(run: SkillRun) -> Results:
-    """Extract the NEGs of models on datasets and probe them."""
-    return under_prefect(run_pipeline, run)
-
-
-@_prefect_flow(name="mceval8k")  # type: ignore[untyped-decorator]
-def mceval8k(run: EvaluationRun) -> Results:
-    """Evaluate probes of models on every dataset of MCEval8K."""
-    return under_prefect(run_mceval8k, run)
-
+extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))
+"""By these names, deployments that were registered earlier find the flows."""
 
 Planned = Sequence[tuple[SkillRun, tuple[PlannedModel, ...]]]
 """Runs that differ in their prompts alone, each with its plan."""
 
 
-def n_parts(run: SkillRun, models: Sequence[PlannedModel], *, extract: bool = True, probe: bool = True) -> int:
-    """Shards and probe steps of a run: what its progress is counted in."""
-    steps = probe_steps(run) * sum(len(model.datasets) for model in models)
-    return extract * sum(model.n_shards for model in models) + probe * steps
+def count_extract_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
+    """Return the number of shards of a run."""
+    return sum(model.n_shards for model in models)
+
+
+def count_probe_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
+    """Return the number of rankings and fits that the probes of a run take."""
+    return probe_steps(run) * sum(len(model.datasets) for model in models)
+
+
+def count_pipeline_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
+    """Return the number of shards and of steps of the probes."""
+    return count_extract_steps(run, models) + count_probe_steps(run, models)
+
+
+def plan_mceval8k(run: EvaluationRun) -> Planned:
+    """Plan the run of every number of demonstrations, without the datasets that cannot be used."""
+    return [(settings, plan(settings, tolerant=True)) for settings in run.settings]
+
+
+def count_mceval8k_steps(run: EvaluationRun, planned: Planned) -> int:
+    """Return the number of steps of all settings."""
+    return sum(count_pipeline_steps(settings, models) for settings, models in planned)
 
 
 @run_work
@@ -143,7 +123,7 @@ def run_pipeline(run: SkillRun, stages: Stages) -> Results:
 def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
     """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    planned = [(settings, plan(settings, tolerant=True)) for settings in run.settings]
+    planned = plan_mceval8k(run)
     results.problems += dict.fromkeys(
         problem for _, models in planned for model in models for problem in model.problems
     )

@@ -2,34 +2,32 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flows import linearity, skills
 from flows.flow_run import run_session
-from flows.pipeline import Results, extract_planned
+from flows.pipeline import Results, count_extract_steps, extract_planned
 from flows.show.report import RunResults
 from flows.stages import Stages
 from negcore.errors import RunError
 from negcore.store.files import n_bytes
-from tasks.config.run_file import RUN_FILE, LinearityRun, RunFile, SkillRun, SkillsRun
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.kinds import RUN_KINDS, load
+from tasks.config.reading import recorded_run
+from tasks.config.run_file import RUN_FILE, RunFile
 from tasks.plan import plan
-from tasks.plan_linearity import plan_linearity
-from tasks.rundir.layout import recorded_run
 from tasks.rundir.verify import Verified
-from tasks.skills import plan_skills
 
 
-class Mending(NamedTuple):
-    """How a run computes what is missing from its directory."""
+class Repair(NamedTuple):
+    """The way a run computes what is missing from its directory."""
 
-    n_parts: int
-    """What its progress is counted in."""
-    work: Callable[..., RunResults]
-    """Takes the run and its `Stages`."""
+    n_steps: int
+    """Steps that the progress bar counts."""
+    work: Callable[[Any, Stages], RunResults]
 
 
-def mending_runs(verified: Sequence[Verified]) -> list[RunFile]:
-    """The runs that compute again what is damaged, each in its own directory, wherever that is by now.
+def runs_to_repair(verified: Sequence[Verified]) -> list[RunFile]:
+    """Return the runs that compute again what is damaged, each in its own directory, wherever that is by now.
 
     Raises
     ------
@@ -40,27 +38,37 @@ def mending_runs(verified: Sequence[Verified]) -> list[RunFile]:
 
 
 def drivers_places(verified: Sequence[Verified]) -> list[Path]:
-    """Run directories whose driver may be writing where something is wrong: of an evaluation, those above too."""
+    """Return the run directories whose driver may be writing where something is wrong, and those above them."""
     roots = dict.fromkeys(one.folder.root for one in verified if one.faults)
     places = dict.fromkeys(place for root in roots for place in (*reversed(root.parents), root))
     return [place for place in places if place in roots or n_bytes(place / RUN_FILE) is not None]
 
 
-def mending(run: RunFile) -> Mending:
-    """How this run mends its directory.
+def repair_of(run: RunFile) -> Repair:
+    """Return how a run repairs its directory.
 
     Raises
     ------
     NegError
         If the run cannot start: its models or datasets are gone.
     """
-    match run:
-        case SkillRun():  # of an evaluation too, and then some of its datasets may be unusable
-            return Mending(sum(model.n_shards for model in plan(run, tolerant=True)), _extract)
-        case LinearityRun():
-            return Mending(sum(study.n_shards for study in plan_linearity(run)), linearity.run_linearity)
-        case SkillsRun():
-            return Mending(skills.n_parts(run, plan_skills(run)), skills.run_skills)
+    kind = RUN_KINDS[run.kind]
+    repair: Repair = load(kind.repair)(run) if kind.repair else Repair(kind.n_steps(run), load(kind.work))
+    return repair
+
+
+def repair_extraction(run: SkillRun) -> Repair:
+    """Return the extraction of a run on datasets, which may belong to an evaluation and lack unusable datasets."""
+    return Repair(count_extract_steps(run, plan(run, tolerant=True)), _extract)
+
+
+def refuse_repair(run: RunFile) -> Repair:
+    """Refuse a run whose shards are made by the runs below it.
+
+    Raises
+    ------
+    RunError
+    """
     raise RunError(f"{str(run.directory)!r}: its {RUN_FILE} is of a run that makes no shards in its own directory")
 
 

@@ -4,49 +4,31 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from negcore.errors import RunError
-from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
+from tasks.config.kinds import RUN_KINDS
+from tasks.config.reading import read_run_file, recorded_run
+from tasks.config.run_file import RunFile
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-FlowName = Literal["pipeline", "extract", "probe", "mceval8k", "linearity", "skills", "campaign"]
-
-
-class DeployedFlow(NamedTuple):
-    """A flow that can be deployed: the module it is in, and what its one parameter, `run`, holds."""
-
-    module: str
-    kind: type[RunFile]
-
-
-FLOWS: dict[FlowName, DeployedFlow] = {
-    "pipeline": DeployedFlow("flows.pipeline", SkillRun),
-    "extract": DeployedFlow("flows.pipeline", SkillRun),
-    "probe": DeployedFlow("flows.pipeline", SkillRun),
-    "mceval8k": DeployedFlow("flows.pipeline", EvaluationRun),
-    "linearity": DeployedFlow("flows.linearity", LinearityRun),
-    "skills": DeployedFlow("flows.skills", SkillsRun),
-    "campaign": DeployedFlow("flows.campaign", CampaignRun),
-}
-
 
 def deployments(
-    run_files: Sequence[Path], flow_name: FlowName, *, cron: str | None = None, name: str | None = None
+    run_files: Sequence[Path], flow_name: str | None = None, *, cron: str | None = None, name: str | None = None
 ) -> "list[RunnerDeployment]":
     """Make a deployment of each run file: one run of it at a time, and one that is due meanwhile is dropped.
 
     Parameters
     ----------
     run_files : sequence of Path
-        Run files or run directories, all for the same flow.
-    flow_name : FlowName
+        Run files or run directories.
+    flow_name : str, optional
+        Flow that all of them are for, as in `RUN_KINDS`. By default each file's kind.
     cron : str, optional
         When runs are due, in UTC. By default when somebody asks for one.
     name : str, optional
@@ -57,26 +39,32 @@ def deployments(
     RunError
         If a run file or the schedule is not valid, or two deployments would have the same name.
     """
+    _check_schedule(cron)
+    if flow_name not in (None, *RUN_KINDS):
+        raise RunError(f"flow is {flow_name!r}, but must be one of {', '.join(RUN_KINDS)}")
+    if flow_name is None:
+        runs = [recorded_run(path) for path in run_files]
+    else:
+        runs = [read_run_file(RUN_KINDS[flow_name].run_class, path, {}) for path in run_files]
+    names = [name or run.directory.name for run in runs]
+    _check_names(names)
+    return [_deployment(run, flow_name or run.kind, one, cron) for run, one in zip(runs, names, strict=True)]
+
+
+def _deployment(run: RunFile, flow_name: str, name: str, cron: str | None) -> "RunnerDeployment":
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import EntrypointType
 
-    _check_schedule(cron)
-    module, kind = FLOWS[flow_name]
-    runs = [read_run_file(kind, path, {}) for path in run_files]
-    names = [name or run.directory.name for run in runs]
-    _check_names(names)
-    flow = getattr(import_module(module), flow_name)
-    return [
-        flow.to_deployment(
-            name=deployment,
-            cron=cron,
-            parameters={"run": run.model_copy(update={"out": run.directory}).model_dump(mode="json")},
-            tags=["neg", flow_name],
-            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
-            entrypoint_type=EntrypointType.MODULE_PATH,
-        )
-        for deployment, run in zip(names, runs, strict=True)
-    ]
+    from flows.prefect_flows import prefect_flow
+
+    return prefect_flow(flow_name).to_deployment(
+        name=name,
+        cron=cron,
+        parameters={"run": run.model_copy(update={"out": run.directory}).model_dump(mode="json")},
+        tags=["neg", flow_name],
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
 
 
 def serve_runs(served: "Sequence[RunnerDeployment]") -> None:

@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from prefect import flow, runtime
-from prefect.task_runners import ThreadPoolTaskRunner
-
-from flows.flow_run import listed, noted, one_line, run_session, run_work, under_prefect
+from flows.flow_run import noted, one_line, run_session, run_work
 from flows.pipeline import Results, extract_planned
+from flows.prefect_flows import prefect_flow
 from flows.show.report import RunResults, Section
 from flows.show.skill_figures import write_figures
 from flows.show.skill_tables import artifact_tables, skill_tables, summary
 from flows.stages import Stages
 from negcore.model.language_model import ModelCard
-from tasks.config.run_file import SkillRun, SkillsRun, write_run_file
+from tasks.config.dataset_runs import SkillRun, SkillsRun
+from tasks.config.run_file import write_run_file
 from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
@@ -55,26 +54,17 @@ class SkillResults(RunResults):
         return [Section(summary(one), skill_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
 
-def _flow_run_name() -> str:
-    run = SkillsRun.model_validate(runtime.flow_run.parameters["run"])
-    return f"skills {listed(run.model)} on {listed(run.dataset)}"
+skills = prefect_flow("skills")
+"""By this name, deployments that were registered earlier find the flow."""
 
 
-@flow(  # type: ignore[untyped-decorator]
-    name="skills", flow_run_name=_flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8)
-)
-def skills(run: SkillsRun) -> SkillResults:
-    """Analyse the skill neurons of models on datasets."""
-    return under_prefect(run_skills, run)
-
-
-def n_parts(run: SkillsRun, planned: Sequence[PlannedSkills]) -> int:
-    """Shards and steps of a run: what its progress is counted in."""
+def count_skills_steps(run: SkillsRun, planned: Sequence[PlannedSkills]) -> int:
+    """Return the number of shards, and of steps of the analyses."""
     return sum(of_model.n_shards + _n_steps(run, of_model) for of_model in planned)
 
 
 def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
-    """Of every dataset the ranking, the shards of the causal checks, and the analysis."""
+    """Count the ranking of every dataset, the shards of its causal checks, and its analysis."""
     checked = [split for dataset in planned.datasets for split in dataset.splits if split.place.part == "test"]
     return 2 * len(planned.datasets) + len(run.probe) * sum(len(split.shards) for split in checked)
 

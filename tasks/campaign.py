@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.config.run_file import CampaignPart, CampaignRun
+from tasks.config.campaign_run import CampaignRun, CampaignStep
 from tasks.linearity import Findings
 from tasks.probe import Score
 from tasks.results import Average, averages
@@ -137,13 +137,13 @@ def compare(outcomes: Iterable[OutcomeRow], compared: Iterable[Compared]) -> Com
     return comparison
 
 
-def outcome(part: CampaignPart, compared: Compared | None, problems: Sequence[str]) -> OutcomeRow:
-    """What became of a part of a campaign: it is whole, or lacks something, or gave nothing to compare."""
+def outcome(step: CampaignStep, compared: Compared | None, problems: Sequence[str]) -> OutcomeRow:
+    """Tell whether a step of a campaign is whole, lacks something, or gave nothing to compare."""
     is_empty = compared is None or not any(compared)
     return OutcomeRow(
-        model=part.model,
-        name=part.folder,
-        stage=part.stage,
+        model=step.model,
+        name=step.folder,
+        stage=step.study,
         outcome="failed" if is_empty else "in part" if problems else "whole",
         n_problems=len(problems),
         reason=problems[0] if problems else "",

@@ -24,7 +24,7 @@ from negcore.analysis.linearity import (
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study
-from tasks.config.run_file import LinearityRun
+from tasks.config.linearity_run import LinearityRun
 from tasks.measure.measurement import count_nonfinite
 from tasks.measure.shard_set import ShardSet
 from tasks.plan_linearity import PlannedStudy, fact_of
@@ -106,7 +106,7 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         n_multi_token=study.facts.n_multi_token,
         sweep=sweep,
         scores_PK=scores_PK,
-        ranges=ranges_table(sweep, run.range),
+        ranges=ranges_table(sweep, run.ranges),
         sizes=sizes_table(main_negs_PK, sweep.neurons_K2),
         stability=stability_table(main_negs_PK, _facts(study, ids)),
         agreement=_agreement(run, sweep, scores_PK),
@@ -147,7 +147,7 @@ def _agreement(
     run: LinearityRun, sweep: SweepResult, scores_PK: Mapping[str, NDArray[np.float32]]
 ) -> list[AgreementRow]:
     rows = []
-    for range_ in run.range:
+    for range_ in run.ranges:
         negs_PK = sweep.within(range_).negs_PK
         for name, scores in scores_PK.items():
             rows += agreement_table(

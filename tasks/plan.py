@@ -15,8 +15,9 @@ from negcore.probing.fitted import check_forest_size
 from negcore.store.codes import check_n_options
 from negcore.store.identity import RunIdentity, StorageLevel, choice_digest
 from negcore.store.publish import ShardPlace
+from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import n_stored, reads_training_values
-from tasks.config.run_file import RunFile, SkillRun
+from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet

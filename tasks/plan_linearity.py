@@ -11,7 +11,7 @@ from negcore.errors import NegError
 from negcore.measure.interventions import SET_SIZES
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.store.publish import ShardPlace
-from tasks.config.run_file import LinearityRun
+from tasks.config.linearity_run import LinearityRun
 from tasks.measure.measurement import Measurement
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Neurons, Sweeps
@@ -54,7 +54,7 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     check_prompts(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.n_neurons))
-    grid_S = nested_grid(run.range, run.points)
+    grid_S = nested_grid(run.ranges, run.points)
     measurements: list[tuple[str, str, Measurement]] = [
         *(("sweeps", name, Sweeps(block_K2, grid_S)) for name, block_K2 in _blocks(neurons_K2, run.block_layers)),
         *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
@@ -71,7 +71,7 @@ def _shard_set(
         identity=run_identity(run, card, {"seed": run.seed}, facts.fingerprint, study=measurement.settings),
         examples=facts.examples,
         measurement=measurement,
-        shard_rows=run.shard_prompts,
+        shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,
         title=f"{card.name} {facts.name} {kind} {part}",
     )

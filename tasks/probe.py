@@ -17,8 +17,8 @@ from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit, open_negs
+from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
-from tasks.config.run_file import ProbeName, SkillRun
 from tasks.measure.missing import Advance
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool, Stopped

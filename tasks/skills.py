@@ -39,7 +39,7 @@ from negcore.probing.evaluation import accuracy, majority_floor, random_floor
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
 from negcore.store.reader import NegSplit, open_negs
-from tasks.config.run_file import SkillsRun
+from tasks.config.dataset_runs import SkillsRun
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel, plan

@@ -46,7 +46,8 @@ from support import NEG
 from flows.pipeline import run_extract
 from flows.stages import PlainStages
 from negcore.store.publish import receipts
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.ray_session import ray_session

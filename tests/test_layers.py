@@ -102,6 +102,27 @@ for module in pkgutil.walk_packages(negcore.__path__, "negcore."):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-def test_the_command_line_starts_without_torch():
-    code = "import sys, flows.cli.app; assert not {'torch', 'transformers', 'ray', 'prefect'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+SLOW = ["torch", "transformers", "ray", "prefect", "pandas", "scipy", "sklearn", "matplotlib", "httpx"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], [*SLOW, "pyarrow", "numpy"]),
+        (["--version"], [*SLOW, "pyarrow", "numpy"]),
+        (["pipeline", "--help"], [*SLOW, "pyarrow", "numpy"]),
+        (["status", "."], SLOW),
+    ],
+    ids=["help", "version", "help of a command", "status"],
+)
+def test_the_command_line_answers_without_the_slow_libraries(arguments, absent, tmp_path):
+    (tmp_path / "run.yaml").write_text("kind: linearity\nmodel: org/model\n")
+    code = f"""
+import sys
+from flows.cli.app import app
+app({arguments!r}, standalone_mode=False)
+print("imported:", [name for name in {absent!r} if name in sys.modules])
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert answer.stdout.splitlines()[-1:] == ["imported: []"], answer.stderr
+    assert len(answer.stdout.splitlines()) > 1

@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,11 +14,13 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli.terminal import carry_out, console, errors, mend, quiet_libraries, reading, show
-from flows.serve import FlowName
+from flows.cli.terminal import carry_out, console, errors, quiet_libraries, reading, show
+from flows.cli.terminal import repair as repair_shards
 from negcore.errors import NegError, RunError
 from negcore.store.files import location
-from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun, read_run_file
+from tasks.config.kinds import RUN_KINDS, RunKind, load
+from tasks.config.reading import read_run_file, recorded_run
+from tasks.config.run_file import FORMER_KEYS, RunFile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,7 +46,7 @@ RunPath = Annotated[
 
 
 def main() -> None:
-    """Run the command line; errors that the user can mend are one line and exit code 2."""
+    """Run the command line; errors that the user can correct are a line each, and exit code 2."""
     try:
         app()
     except NegError as error:
@@ -51,16 +54,30 @@ def main() -> None:
         sys.exit(2)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        console.print(f"neg-at-scale {version('neg-at-scale')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None: ...
+
+
 Command = Callable[..., None]
 
 
-def _run_options(kind: type[RunFile]) -> Callable[[Command], Command]:
-    """Give a command every field of a kind of run file as an option, so that each is written down once."""
+def _run_options(run_class: type[RunFile]) -> Callable[[Command], Command]:
+    """Give a command every field of a class of run files as an option, so that each is written down once."""
 
     def decorate(command: Command) -> Command:
         own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        fields = kind.model_fields.items()  # a mapping is for run files only
-        options = [_option(name, field) for name, field in fields if get_origin(field.annotation) is not dict]
+        fields = run_class.model_fields.items()
+        options = [_option(field.alias or name, field) for name, field in fields if name not in ("kind", "format")]
 
         def wrapped(**values: Any) -> None:
             command(**{name: value for name, value in values.items() if value is not None})
@@ -84,138 +101,24 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         default = field.default
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}]"
-    option = typer.Option(f"--{name.replace('_', '-')}", help=help_text, show_default=False)
+    keys = [name, FORMER_KEYS[name]] if name in FORMER_KEYS else [name]
+    option = typer.Option(*(f"--{key.replace('_', '-')}" for key in keys), help=help_text, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
 
 
-@app.command()
-@_run_options(SkillRun)
-def pipeline(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Extract NEGs and probe them.
+def _add_command(name: str, kind: RunKind) -> None:
+    """Add the command of a run kind."""
 
-    Example: `neg pipeline --model smollm2-135m --dataset mceval8k/agnews --limit 200 --shots 1`
-
-    The run directory holds run.yaml; `neg pipeline DIR/run.yaml` repeats the run and computes only what is missing.
-    """
-    _execute("pipeline", read_run_file(SkillRun, run_file, overrides), orchestrator)
+    @app.command(name, help=kind.full_help)
+    @_run_options(kind.run_class)
+    def command(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
+        _execute(name, read_run_file(kind.run_class, run_file, overrides), orchestrator)
 
 
-@app.command()
-@_run_options(SkillRun)
-def extract(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Compute the NEG of every neuron for every option and write Arrow shards.
-
-    Example: `neg extract --model smollm2-135m --dataset mini/fact --out runs/facts`
-    """
-    _execute("extract", read_run_file(SkillRun, run_file, overrides), orchestrator)
-
-
-@app.command()
-@_run_options(SkillRun)
-def probe(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Fit and score probes on shards that `neg extract` wrote.
-
-    Example: `neg probe runs/facts --probe magn`
-    """
-    _execute("probe", read_run_file(SkillRun, run_file, overrides), orchestrator)
-
-
-@app.command()
-@_run_options(EvaluationRun)
-def mceval8k(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Evaluate probes on all 22 datasets of MCEval8K, without demonstrations and with one of each class.
-
-    Example: `neg mceval8k --model smollm2-135m --mceval8k data/MCEval8K --limit 200 --out runs/mceval8k`
-
-    DIR holds the tables (accuracy, averages, splits) as Arrow files, DIR/shots-0 and DIR/shots-1 the NEGs and the
-    fitted probes. A dataset that cannot be used is left out and named at the end; the exit code is then 1.
-    `neg mceval8k DIR/run.yaml` repeats the run and computes only what is missing.
-    """
-    quiet_libraries()
-    run = read_run_file(EvaluationRun, run_file, overrides)
-    from flows import pipeline as flows
-    from tasks.plan import plan
-
-    with reading():
-        n_parts = sum(flows.n_parts(settings, plan(settings, tolerant=True)) for settings in run.settings)
-    show(carry_out(run, orchestrator, "mceval8k", n_parts, flows.run_mceval8k, flows.mceval8k))
-
-
-@app.command()
-@_run_options(LinearityRun)
-def linearity(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Measure NEGs by shifting neurons step by step, and compare every estimator with them.
-
-    Example: `neg linearity --model smollm2-135m --prompts 10 --neurons 60 --out runs/linearity`
-
-    Tables and figures are in DIR/linearity. `neg linearity DIR/run.yaml` repeats the run and measures only what is
-    missing.
-    """
-    quiet_libraries()
-    run = read_run_file(LinearityRun, run_file, overrides)
-    from flows import linearity as flows
-    from tasks.plan_linearity import plan_linearity
-
-    with reading():
-        n_shards = sum(study.n_shards for study in plan_linearity(run))
-    show(carry_out(run, orchestrator, "linearity", n_shards, flows.run_linearity, flows.linearity))
-
-
-@app.command()
-@_run_options(SkillsRun)
-def skills(run_file: RunPath = None, orchestrator: Orchestrator = "prefect", **overrides: Any) -> None:
-    """Analyse skill neurons: how many are enough, how far they carry over, which are shared, what they cause.
-
-    Example: `neg skills --model smollm2-135m --dataset mini/fact --dataset mini/nli --limit 60 --out runs/skills`
-
-    Every dataset is asked in several ways, so the NEGs of each are extracted: DIR/main, DIR/wording, DIR/shots and
-    DIR/demonstrations. Tables and figures are in DIR/skills. Rankings are shown with their causal check only: the
-    effect of shifting the best, random and last neurons. `neg skills DIR/run.yaml` computes only what is missing.
-    """
-    quiet_libraries()
-    run = read_run_file(SkillsRun, run_file, overrides)
-    from flows import skills as flows
-    from tasks.skills import plan_skills
-
-    with reading():
-        n_parts = flows.n_parts(run, plan_skills(run))
-    show(carry_out(run, orchestrator, "skills", n_parts, flows.run_skills, flows.skills))
-
-
-@app.command()
-@_run_options(CampaignRun)
-def campaign(
-    run_file: Annotated[str, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence.")],
-    orchestrator: Orchestrator = "prefect",
-    **overrides: Any,
-) -> None:
-    """Take several models through several stages, and compare them.
-
-    Example: `neg campaign campaign.yaml --model smollm2-135m --model org/other`
-
-    The file names models and stages, and holds the options of every stage as a mapping, such as
-
-        model: [smollm2-135m, org/other]
-
-        stage: [mceval8k, linearity]
-
-        mceval8k: {dataset: [mceval8k/agnews, mceval8k/paws], limit: 200, shots: [0]}
-
-        linearity: {prompts: 10, neurons: 60}
-
-    The runs are in DIR/MODEL/STAGE, the comparison in DIR/campaign: accuracy by genre, the best probe beside LM-Prob,
-    linearity, layer profiles. A model that cannot be loaded or measured is named there and at the end, all others go
-    on; the exit code is then 1. `neg campaign DIR` repeats the campaign and computes only what is missing.
-    """
-    quiet_libraries()
-    run = read_run_file(CampaignRun, run_file, overrides)
-    from flows import campaign as flows
-
-    with reading():
-        n_parts = flows.n_campaign_parts(run)
-    show(carry_out(run, orchestrator, "campaign", n_parts, flows.run_campaign, flows.campaign))
+for _name, _kind in RUN_KINDS.items():
+    _add_command(_name, _kind)
 
 
 @app.command()
@@ -231,13 +134,18 @@ def demo(
 
     names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
     values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 60}
-    _execute("pipeline", read_run_file(SkillRun, None, values), orchestrator)
+    _execute("pipeline", read_run_file(RUN_KINDS["pipeline"].run_class, None, values), orchestrator)
 
 
 @app.command()
 def serve(
     run_files: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run files (YAML), or run directories.")],
-    flow: Annotated[FlowName, typer.Option(help="The flow that the run files are for.")] = "pipeline",
+    flow: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Command that carries the run files out: {', '.join(RUN_KINDS)}. By default the kind of each file.",
+        ),
+    ] = None,
     cron: Annotated[
         str | None,
         typer.Option(help="When runs are due, in UTC: minute hour day month weekday. By default on request."),
@@ -385,7 +293,7 @@ def verify(
     place = location(directory).absolute()
     found = checked(place, console)
     if repair and any(one.faults for one in found):
-        mend(found)
+        repair_shards(found)
         found = checked(place, console)
     for table in verified_tables(found, place):
         console.print(table)
@@ -418,7 +326,7 @@ def status(directory: RunDirectory) -> None:
 
 
 @app.command()
-@_run_options(SkillRun)
+@_run_options(RUN_KINDS["pipeline"].run_class)
 def plan(
     run_file: RunPath = None,
     calibrate: Annotated[
@@ -433,20 +341,21 @@ def plan(
 
     Example: `neg plan --model smollm2-135m --dataset mceval8k/agnews --limit 200 --calibrate`
 
-    Takes the options of `neg pipeline`, or the run file of any run on datasets. What is already in the run directory
-    is not counted_now again. A run that does not fit this machine's disk, memory or GPU is refused with exit code 2.
-    Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
+    Takes the options of `neg pipeline`, or the run file of any run on datasets. Shards that are already in the run
+    directory are not counted again. A run that does not fit this machine's disk, memory or GPU is refused with exit
+    code 2. Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over
+    a rate.
     """
     quiet_libraries()
     from flows.show.forecast_tables import forecast_lines, forecast_tables
     from tasks.forecast.capacity import rooms
     from tasks.forecast.needs import forecast, measured_rate, skill_runs
     from tasks.plan import plan as plan_run
-    from tasks.rundir.layout import recorded_run
 
-    run = recorded_run(run_file, overrides) if run_file else read_run_file(SkillRun, None, overrides)
+    options_of = RUN_KINDS["pipeline"].run_class
+    run = recorded_run(run_file, overrides) if run_file else read_run_file(options_of, None, overrides)
     with reading():
-        planned = [(one, plan_run(one, tolerant=isinstance(run, EvaluationRun))) for one in skill_runs(run)]
+        planned = [(one, plan_run(one, tolerant=run.skips_unusable_datasets)) for one in skill_runs(run)]
         models = forecast(planned)
     first, of_first = planned[0]
     rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
@@ -461,14 +370,13 @@ def plan(
         room.check()
 
 
-def _execute(flow_name: str, run: SkillRun, orchestrator: str) -> None:
-    """Run one of the pipeline's flows and show its results."""
+def _execute(name: str, run: RunFile, orchestrator: str) -> None:
+    """Carry out a run of a kind and show its results."""
     quiet_libraries()
-    from flows import pipeline as flows
-    from tasks.plan import plan
-
+    kind = RUN_KINDS[name]
     with reading():
-        n_parts = flows.n_parts(run, plan(run), extract=flow_name != "probe", probe=flow_name != "extract")
-    plain = {"extract": flows.run_extract, "probe": flows.run_probe, "pipeline": flows.run_pipeline}[flow_name]
-    prefect_flow = {"extract": flows.extract, "probe": flows.probe, "pipeline": flows.pipeline}[flow_name]
-    show(carry_out(run, orchestrator, flow_name, n_parts, plain, prefect_flow))
+        n_steps = kind.n_steps(run)
+    from flows.prefect_flows import prefect_flow
+
+    flow = prefect_flow(name) if orchestrator == "prefect" else None
+    show(carry_out(run, name, n_steps, load(kind.work), flow))

@@ -26,35 +26,37 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
     console.width = 100  # into a file or a pipe, as wide as tables may get; rich would take 80
 
 
-def mend(found: "Sequence[Verified]") -> None:
-    """Remove the receipts of damaged shards, and start the runs again that make what then is missing."""
-    from flows.repair import drivers_places, mending, mending_runs
+def repair(found: "Sequence[Verified]") -> None:
+    """Remove the receipts of damaged shards, and start the runs again that make the shards that are missing then."""
+    from flows.repair import drivers_places, repair_of, runs_to_repair
     from tasks.rundir.claim import claim
     from tasks.rundir.verify import unpublish
 
     with reading():
-        runs = [(run, mending(run)) for run in mending_runs(found)]  # all of them, before anything is removed
+        runs = [(run, repair_of(run)) for run in runs_to_repair(found)]  # all of them, before anything is removed
     with ExitStack() as claims:
         for directory in drivers_places(found):
             claims.enter_context(claim(directory))
         for one in found:
             unpublish(one)
-        for run, (n_parts, work) in runs:
-            for problem in carry_out(run, "none", "repair", n_parts, work, work).problems:
+        for run, (n_steps, work) in runs:
+            for problem in carry_out(run, "repair", n_steps, work).problems:
                 errors.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
 
 
 def carry_out(
     run: R,
-    orchestrator: str,
     title: str,
-    n_parts: int,
-    plain: Callable[[R, "Stages"], T],
-    prefect_flow: Callable[[R], T],
+    n_steps: int,
+    work: "Callable[[R, Stages], T]",
+    prefect_flow: Callable[[R], T] | None = None,
 ) -> T:
-    """Run a flow with its progress on screen: plainly, or under the Prefect server that is configured or private.
+    """Carry out a run with its progress on screen, and return the results that there are, even if some are missing.
 
-    Of a run that is not whole, the results are what there is.
+    Parameters
+    ----------
+    prefect_flow : callable, optional
+        The flow to carry it out as, under the Prefect server that is configured or private. By default without one.
     """
     from prefect.exceptions import CancelledRun
 
@@ -68,10 +70,10 @@ def carry_out(
     console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
         # Claimed before anything is started: a private server would get in the way of another driver's.
-        with claim(run.directory), Display(console, title, n_parts) as display:
+        with claim(run.directory), Display(console, title, n_steps) as display:
             current_watcher.set(display)
-            if orchestrator == "none":
-                return plain(run, PlainStages())
+            if prefect_flow is None:
+                return work(run, PlainStages())
             with prefect_api(run.local_directory / "prefect") as api:
                 api.wait_ready()
                 page = api.url.removesuffix("/api")
@@ -88,7 +90,7 @@ def carry_out(
 
 
 def show(results: "RunResults") -> None:
-    """Show a run's tables, say where everything is, and what is missing or was set aside."""
+    """Show a run's tables and where everything is, and name what is missing or was set aside."""
     from flows.show.display import printable
     from flows.show.report import counted_now
 
@@ -110,6 +112,7 @@ def show(results: "RunResults") -> None:
 
 
 def reading() -> AbstractContextManager[object]:
+    """Show that tokenizers and datasets are being read."""
     return console.status("reading tokenizers and datasets") if console.is_terminal else nullcontext()
 
 
@@ -118,7 +121,7 @@ def _terminated(signum: int, frame: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """The terminal belongs to our own progress. Set before the libraries are imported: they read these only then."""
+    """Silence the libraries, before they are imported: the terminal belongs to our own progress."""
     for name, value in {
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
         "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",

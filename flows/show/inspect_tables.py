@@ -1,9 +1,11 @@
 """What a person sees of a run directory: what `neg verify` found, how far `neg status` sees it."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from time import localtime, strftime, time
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,7 +18,9 @@ from negcore.errors import RunError
 from tasks.rundir.claim import Holder
 from tasks.rundir.layout import ShardFolder, shard_folders
 from tasks.rundir.status import PartStatus, RunStatus
-from tasks.rundir.verify import Verified, total_bytes, verify
+
+if TYPE_CHECKING:  # it brings pyarrow, which `neg status` does without
+    from tasks.rundir.verify import Verified
 
 _MIB = 2**20
 _SHOWN = 20
@@ -31,6 +35,8 @@ def checked(directory: Path, console: Console) -> list[Verified]:
     RunError
         If there is no such directory, or nothing in it was planned or made.
     """
+    from tasks.rundir.verify import total_bytes, verify
+
     folders = shard_folders(directory)
     if not folders:
         raise RunError(f"{str(directory)!r} holds no shards and no plan of any: give a run directory")

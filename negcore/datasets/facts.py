@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.feather
-import pyarrow.parquet
-
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
 from negcore.datasets.files import Record, hub_file, one_line, read_json_lines
 from negcore.datasets.local import text_field
@@ -152,6 +148,10 @@ def _read(path: Path) -> list[tuple[str, Record]]:
         raise DatasetError(f"facts {str(path)!r}: allowed: a .feather, .parquet or .jsonl file, or {MINI_FACTS!r}")
     if path.suffix == ".jsonl":
         return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
+    import pyarrow as pa  # not at the start: the list of datasets is shown without it
+    import pyarrow.feather
+    import pyarrow.parquet
+
     read = pyarrow.feather.read_table if path.suffix == ".feather" else pyarrow.parquet.read_table
     try:
         table = read(path)

@@ -1,4 +1,4 @@
-"""How probes are made, and which neurons' numbers that takes."""
+"""The recipe of every probe, and the neurons whose numbers the probes of a run read."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,15 +11,15 @@ from negcore.probing.fitted import random_neurons
 from negcore.probing.probes import neuron_counts
 from negcore.probing.rankings import rank_layers
 from negcore.store.reader import NegSplit
-from tasks.config.run_file import ProbeName, SkillRun
+from tasks.config.dataset_runs import ProbeName, SkillRun
 
 
 class Recipe(NamedTuple):
-    """How a probe is made: which neurons it takes, if any are ranked, and what it does with them."""
+    """The recipe of a probe: the score that chooses its neurons, if it ranks them, and the model that it fits."""
 
     kind: Literal["vote", "act", "tree", "random", "logistic"]
     vote: Vote | None = None
-    """By which score its neurons are chosen."""
+    """The score that its neurons are chosen by."""
 
 
 RECIPES: Mapping[ProbeName, Recipe] = MappingProxyType(
@@ -42,25 +42,25 @@ assert tuple(RECIPES) == get_args(ProbeName)
 
 
 def reads_training_values(run: SkillRun) -> bool:
-    """Whether a probe of the run reads NEGs of training prompts, beside the ranking."""
+    """Tell whether a probe of the run reads NEGs of training prompts for more than the ranking."""
     return any(RECIPES[name].kind in ("tree", "logistic") for name in run.probe)
 
 
 def votes_of(run: SkillRun) -> list[Vote]:
-    """The scores that the run's probes choose neurons by."""
+    """Return the scores that the run's probes choose neurons by."""
     return list(dict.fromkeys(vote for name in run.probe if (vote := RECIPES[name].vote)))
 
 
 def n_stored(run: SkillRun, n_all: int) -> int:
-    """Neurons that `choose_neurons` gives: known before anything is measured."""
+    """Return the number of neurons that `choose_neurons` returns: it is known before anything is measured."""
     return min(n_all, sum(_depths(run, n_all).values()) + len(_draws(run, n_all)))
 
 
 def choose_neurons(run: SkillRun, sums: NegSplit) -> tuple[int, ...]:
-    """Flat indices, rising, of all neurons whose numbers the run's probes may ask for.
+    """Return the flat indices, in rising order, of all neurons whose numbers the run's probes may ask for.
 
-    These are the best by each vote and those that random baselines may draw. Where they overlap the next best come
-    along, so that the number does not depend on what is measured.
+    These are the best neurons by each vote and those that random baselines may draw. Where they overlap, the next best
+    are added, so that the number of neurons does not depend on the measured values.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def choose_neurons(run: SkillRun, sums: NegSplit) -> tuple[int, ...]:
 
 
 def _depths(run: SkillRun, n_all: int) -> dict[Vote, int]:
-    """How many of the best neurons by each vote a probe may read."""
+    """Return, for each vote, the largest number of best neurons that a probe may read."""
     depths: dict[Vote, int] = {}
     for kind, vote in (RECIPES[name] for name in run.probe):
         if vote is not None:
@@ -94,7 +94,7 @@ def _depths(run: SkillRun, n_all: int) -> dict[Vote, int]:
 
 
 def _draws(run: SkillRun, n_all: int) -> Ints:
-    """Neurons that random baselines may draw, whichever number of them is chosen on validation."""
+    """Return the neurons that random baselines may draw, for every number that validation may choose."""
     if not any(RECIPES[name].kind == "random" for name in run.probe):
         return np.empty(0, np.int64)
     counts = neuron_counts(min(run.max_neurons, n_all))

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from negcore.datasets import Wording
+from negcore.datasets.base import Wording
 from negcore.errors import DatasetError
 
 
 class OwnWording(BaseModel):
-    """A wording written in the run file: data, whose templates name nothing but the fields of a row."""
+    """A wording that is written in the run file. Its templates may name only the fields of a row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -26,7 +26,7 @@ class OwnWording(BaseModel):
         return self
 
     def wording(self) -> Wording:
-        """The wording, checked."""
+        """Return the wording, checked."""
         return Wording(name="own", **self.model_dump())
 
 
@@ -44,7 +44,7 @@ WordingChoice = Annotated[_Single | Annotated[dict[str, SingleWording], Tag("dat
 
 
 def wording_for(choice: str | OwnWording | Mapping[str, str | OwnWording], dataset: str) -> str | OwnWording:
-    """The wording of one dataset: in a mapping, those that are not named have the default one."""
+    """Return the wording of one dataset; a dataset that a mapping does not name has the default wording."""
     return choice.get(dataset, "default") if isinstance(choice, Mapping) else choice
 
 

@@ -20,7 +20,8 @@ from negcore.measure.neurgrad import neurgrad
 from negcore.model.encoding import encode_prompts
 from negcore.model.language_model import DTYPES, ModelCard, load_model
 from negcore.store.publish import receipts
-from tasks.config.run_file import EvaluationRun, RunFile, SkillRun, SkillsRun
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.run_file import RunFile
 from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
@@ -113,21 +114,18 @@ class ModelForecast:
 
 
 def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
-    """The runs on datasets that a run consists of.
+    """Return the runs on datasets that a run consists of.
 
     Raises
     ------
     RunError
         If it is of another kind.
     """
-    match run:
-        case SkillRun():
-            return (run,)
-        case EvaluationRun():
-            return run.settings
-        case SkillsRun():
-            return tuple(condition.run for condition in run.conditions)
-    raise RunError(f"run directory {str(run.directory)!r}: only runs on datasets can be foreseen, no linearity studies")
+    if not run.dataset_runs:
+        raise RunError(
+            f"run directory {str(run.directory)!r}: only runs on datasets can be foreseen, no linearity studies"
+        )
+    return run.dataset_runs
 
 
 def forecast(planned: Planned) -> tuple[ModelForecast, ...]:

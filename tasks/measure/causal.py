@@ -131,7 +131,13 @@ def plan_causal(root: Path, split: ShardSet, probe: str, sets: Sequence[SkillSet
     identity = replace(split.identity, study=check.settings)
     name = f"{probe}-{content_digest(identity.study)[:16]}"
     place = ShardPlace("causal", split.place.model, split.place.dataset, name)
-    return replace(split, place=place, identity=identity, measurement=check, title=f"{split.title}, check of {probe}")
+    return replace(
+        split,
+        place=place,
+        identity=identity,
+        measurement=check,
+        title=f"{split.place.model} {split.place.dataset} causal check of {probe}",
+    )
 
 
 def read_causal(root: Path, checked: ShardSet) -> CausalResult:

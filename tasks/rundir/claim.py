@@ -8,9 +8,7 @@ whoever comes next watches the file for a while, by its own clock, so that no tw
 import json
 import logging
 import os
-import shlex
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -24,6 +22,7 @@ from pathlib import Path
 from negcore.errors import RunError
 from negcore.store.buckets import create, remove
 from negcore.store.files import draft, is_remote, read_bytes
+from tasks.config.provenance import this_command
 
 __all__ = ["CLAIM_FILE", "Holder", "claim", "holder_of"]
 
@@ -60,7 +59,7 @@ class Holder:
     @classmethod
     def this_process(cls) -> "Holder":
         """A new claim of this process."""
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:_LONGEST_COMMAND]
+        command = this_command()[:_LONGEST_COMMAND]
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         return cls(uuid.uuid4().hex, _machine(), os.getpid(), _birth(os.getpid()), since, command)
 

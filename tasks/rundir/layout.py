@@ -10,32 +10,20 @@ from dataclasses import asdict, dataclass
 from itertools import compress
 from operator import not_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from negcore.errors import RunError
 from negcore.store.files import draft, find, is_dir, n_bytes, read_bytes
 from negcore.store.identity import canonical_json
 from negcore.store.publish import Receipt, ShardPlace, receipts, shard_path
-from tasks.config.run_file import (
-    RUN_FILE,
-    CampaignRun,
-    EvaluationRun,
-    LinearityRun,
-    RunFile,
-    SkillRun,
-    SkillsRun,
-    read_run_file,
-)
+from tasks.config.run_file import RUN_FILE
 
 if TYPE_CHECKING:
     from tasks.measure.shard_set import ShardSet
 
 PLAN_FILE = "plan.json"
 FAILURES_FILE = "_failures.json"
-
-RUN_KINDS: tuple[type[RunFile], ...] = (SkillRun, EvaluationRun, SkillsRun, LinearityRun, CampaignRun)
-"""Every kind of run file. One that a run wrote holds all fields of its kind, and so fits no other."""
 
 
 @dataclass(frozen=True)
@@ -176,24 +164,6 @@ def receipts_of(folder: ShardFolder) -> Receipts:
 def receipt_path(folder: Path, index: int) -> Path:
     """Where the receipt of a shard is."""
     return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
-
-
-def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
-    """The run file of a run directory, or a file, as the kind of run that it fits.
-
-    Raises
-    ------
-    RunError
-        If it cannot be read or fits none.
-    """
-    first: RunError | None = None
-    for kind in RUN_KINDS:
-        try:
-            return read_run_file(kind, path, dict(overrides or {}))
-        except RunError as error:
-            first = first or error
-    assert first is not None
-    raise first
 
 
 def run_roots(directory: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from typing import NamedTuple
 from negcore.errors import RunError
 from negcore.store.files import find, n_bytes
 from negcore.store.publish import Receipt, SetAside, whole_shards
-from tasks.config.run_file import RUN_FILE, CampaignRun, EvaluationRun, LinearityRun, RunFile, SkillRun, SkillsRun
+from tasks.config.reading import recorded_run
+from tasks.config.run_file import RUN_FILE
 from tasks.rundir.claim import Holder, holder_of
 from tasks.rundir.layout import (
     PLAN_FILE,
@@ -19,7 +20,6 @@ from tasks.rundir.layout import (
     read_failures,
     receipt_path,
     receipts_of,
-    recorded_run,
     run_roots,
     shard_folders,
 )
@@ -131,21 +131,10 @@ def _not_planned(directory: Path, parts: Sequence[PartStatus]) -> Iterator[tuple
         holds_others = any(root in other.parents for other in roots)
         if holds_others or n_bytes(root / PLAN_FILE) is not None:
             continue
-        for model, dataset in _named(recorded_run(root)):
-            if (root, model, Path(dataset).stem) not in begun:
-                yield model, dataset
-
-
-def _named(run: RunFile) -> list[tuple[str, str]]:
-    """Models and what they are to be measured on, by name."""
-    match run:
-        case SkillRun() | EvaluationRun() | SkillsRun():
-            names = run.dataset
-        case LinearityRun():
-            names = (run.facts,)
-        case CampaignRun():
-            names = run.stage
-    return [(model.partition("@")[0], name) for model in run.model for name in names]
+        run = recorded_run(root)
+        for model, subject in product((name.partition("@")[0] for name in run.model), run.subjects):
+            if (root, model, Path(subject).stem) not in begun:
+                yield model, subject
 
 
 def _holders(directory: Path) -> list[Holder]:

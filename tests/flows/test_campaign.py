@@ -12,12 +12,16 @@ import yaml
 from rich.console import Console
 from support import neg, save_tiny_model
 
-from flows.campaign import n_campaign_parts, run_campaign
+from flows.campaign import count_campaign_steps, plan_campaign, run_campaign
 from flows.show.campaign_tables import artifact_tables, campaign_tables
 from flows.stages import PlainStages, current_watcher
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
-from tasks.config.run_file import CampaignRun, EvaluationRun, LinearityRun, read_run_file, write_run_file
+from tasks.config.campaign_run import CampaignRun
+from tasks.config.dataset_runs import EvaluationRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Stopped
@@ -128,23 +132,33 @@ def printed(tables):
 # The run file
 
 
+def test_the_problems_of_all_studies_are_listed_at_once():
+    values = {"model": ["m"], "mceval8k": {"limit": 0, "seeds": 1}, "linearity": {"range": [-1]}}
+    with pytest.raises(RunError) as error:
+        read_run_file(CampaignRun, None, values)
+    starts = ["mceval8k: limit is 0", "mceval8k: unknown field 'seeds'", "linearity: range.0 is -1"]
+    for line, start in zip(str(error.value).splitlines(), starts, strict=True):
+        assert line.startswith(f"command line: {start}")
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"mceval8k": {"limits": 3}}, r"mceval8k: unknown field 'limits'; known are nonfinite, wording, limit, "),
+        ({"mceval8k": {"limits": 3}}, r"mceval8k: unknown field 'limits' of a mceval8k run; did you mean 'limit'\?"),
         ({"mceval8k": {"limit": 0}}, "mceval8k: limit is 0: "),
         ({"linearity": {"seed": 3}}, "linearity: 'seed' holds for the whole campaign"),
         ({"linearity": {"model": ["m"]}}, "linearity: 'model' holds for the whole campaign"),
         ({"skills": {"top": [0]}, "stage": ["mceval8k"]}, "skills: 'dataset' is missing"),
         ({"stage": ["skills"]}, "skills: 'dataset' is missing"),
-        ({"stage": ["pipeline"]}, "stage.0 is 'pipeline'"),
+        ({"stage": ["pipeline"]}, "stage.0 is 'pipeline': choose from mceval8k, linearity, skills"),
         ({"linearity": 3}, "linearity is 3"),
-        ({"prompts": 3}, "unknown field 'prompts'"),
+        ({"prompts": 3}, "unknown field 'prompts' of a campaign run; known are "),
+        ({"linearty": {}}, r"unknown field 'linearty' of a campaign run; did you mean 'linearity'\?"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_stage(tmp_path, values, says):
     file = tmp_path / "campaign.yaml"
-    file.write_text(yaml.safe_dump({"model": ["m"], **values}))
+    file.write_text(yaml.safe_dump({"kind": "campaign", "model": ["m"], **values}))
     with pytest.raises(RunError, match=f"campaign.yaml: {says}") as error:
         read_run_file(CampaignRun, file, {})
     assert "\n" not in str(error.value)
@@ -152,18 +166,18 @@ def test_a_bad_field_is_refused_with_its_stage(tmp_path, values, says):
 
 def test_every_stage_of_every_model_is_a_run_of_its_own(tmp_path):
     file = tmp_path / "campaign.yaml"
-    file.write_text("model: [a, org/b, a]\nseed: 3\ndtype: float64\nmceval8k: {limit: 7}\nlinearity:\n")
+    file.write_text("kind: campaign\nmodel: [a, org/b, a]\nseed: 3\ndtype: float64\nmceval8k: {limit: 7}\nlinearity:\n")
     run = read_run_file(CampaignRun, file, {"out": str(tmp_path)})
-    parts = [(part.run.model, part.stage, part.run.directory) for part in run.parts]
-    assert parts == [
+    steps = [(step.run.model, step.study, step.run.directory) for step in run.steps]
+    assert steps == [
         ((model,), stage, tmp_path / folder / stage)
         for model, folder in (("a", "a"), ("org/b", "b"))
         for stage in ("mceval8k", "linearity")
     ]
-    assert run.parts[0].run == EvaluationRun(
+    assert run.steps[0].run == EvaluationRun(
         model=("a",), seed=3, dtype="float64", limit=7, out=tmp_path / "a" / "mceval8k", workers=run.workers
     )
-    assert run.parts[3].run == LinearityRun(
+    assert run.steps[3].run == LinearityRun(
         model=("org/b",), seed=3, dtype="float64", out=tmp_path / "b" / "linearity", workers=run.workers
     )
 
@@ -345,20 +359,24 @@ def test_an_error_that_stops_the_threads_of_its_part_stops_no_other(run, results
 
 def test_rows_that_are_set_aside_are_named_by_model_and_stage(whole_models, tmp_path, monkeypatch):
     run = campaign(whole_models[:1], tmp_path / "run", stage=["mceval8k"])
-    (model,) = plan(run.parts[0].run.settings[0], tolerant=True)
-    poison, honest = model.datasets[0].splits[0].examples[3].id, ModelWorker._compute
+    (model,) = plan(run.steps[0].run.settings[0], tolerant=True)
+    poison, honest = model.datasets[0].splits[0].examples[3].id, ModelWorker._measure
 
-    def failing(self, examples):
+    def failing(self, job, examples):
         if poison in [example.id for example in examples]:
             raise RuntimeError("poison row")
-        return honest(self, examples)
+        return honest(self, job, examples)
 
-    monkeypatch.setattr(ModelWorker, "_compute", failing)
+    monkeypatch.setattr(ModelWorker, "_measure", failing)
     results = run_campaign(run, PlainStages())
     assert results.problems == []
     (row,) = results.set_aside
     assert row.startswith(f"tiny-llama, mceval8k: {poison}: ")
     assert "poison row" in row
+
+
+def n_steps_of(run):
+    return count_campaign_steps(run, plan_campaign(run))
 
 
 def test_progress_counts_what_can_be_planned(run, results):
@@ -377,8 +395,8 @@ def test_progress_counts_what_can_be_planned(run, results):
         current_watcher.reset(token)
     of_whole = {stage: done for stage, done in steps.items() if "torn" not in stage}
     torn = run.model_copy(update={"model": run.model[2:3]})
-    assert sum(of_whole.values()) == n_campaign_parts(run) - n_campaign_parts(torn)
-    assert n_campaign_parts(run.model_copy(update={"model": run.model[3:]})) == 0 < n_campaign_parts(torn)
+    assert sum(of_whole.values()) == n_steps_of(run) - n_steps_of(torn)
+    assert n_steps_of(run.model_copy(update={"model": run.model[3:]})) == 0 < n_steps_of(torn)
 
 
 def test_skill_neurons_have_a_profile_that_adds_up(whole_models, tmp_path):

@@ -18,7 +18,9 @@ from negcore.errors import DatasetError, NegError, RunError
 from negcore.probing.evaluation import Accuracy, accuracy, macro_average
 from negcore.probing.saved_probes import load_probe
 from negcore.store.reader import open_negs
-from tasks.config.run_file import EvaluationRun, SkillRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.probe import RECIPES, Confusion, Prober, Score, probe_path

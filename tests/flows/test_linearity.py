@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 import pytest
+from faults import spoil
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
@@ -19,7 +20,9 @@ from negcore.measure.estimators import ESTIMATORS, estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.sweeps import sweep
 from negcore.model.language_model import load_model
-from tasks.config.run_file import EstimatorName, LinearityRun, read_run_file, write_run_file
+from tasks.config.linearity_run import EstimatorName, LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan_linearity import plan_linearity
 
@@ -154,7 +157,7 @@ def test_a_written_run_file_asks_for_the_very_same_numbers(models, facts, tmp_pa
     replayed = read_run_file(LinearityRun, write_run_file(run), {})
     (study,), (again,) = plan_linearity(run), plan_linearity(replayed)
     assert replayed.name == run.name
-    assert [part.identity.digest for part in again.parts] == [part.identity.digest for part in study.parts]
+    assert [one.identity.digest for one in again.shard_sets] == [one.identity.digest for one in study.shard_sets]
 
 
 def test_another_estimator_later_computes_that_one_only(run, undrawn):
@@ -185,7 +188,67 @@ def test_lost_prompts_are_reported_and_their_model_has_no_tables(run, monkeypatc
     results = run_linearity(run, PlainStages())
     assert results.findings == []
     (problem,) = results.problems
-    assert "estimator=gradient: shard 1, 2 prompts lost: RuntimeError: poison row" in problem
+    assert "estimates gradient: shard 1, 2 rows lost: RuntimeError: poison row" in problem
+
+
+def faulty_prompts(monkeypatch, row_of_kind, fault):
+    """Let a fault befall one prompt of each kind of measurement, by its number among the prompts."""
+    honest = ModelWorker._measure
+
+    def measured(self, job, examples):
+        columns = honest(self, job, examples)
+        for row, example in enumerate(examples):
+            if job.place.kind in row_of_kind and example.id == row_of_kind[job.place.kind]:
+                fault(columns, row)
+        return columns
+
+    monkeypatch.setattr(ModelWorker, "_measure", measured)
+
+
+def poison(columns, row):
+    raise RuntimeError("poison row")
+
+
+def test_a_poison_row_is_isolated_and_the_study_goes_on_without_it(run, monkeypatch):
+    (study,) = plan_linearity(run)
+    ids = [example.id for example in study.facts.examples]
+    faulty_prompts(monkeypatch, {"sweeps": ids[1], "estimates": ids[4], "interventions": ids[5]}, poison)
+    results = run_linearity(run, PlainStages())
+    assert results.problems == []
+    assert {row.rsplit(": ", 3)[1] for row in results.set_aside} == {ids[1], ids[4], ids[5]}
+    assert all(row.endswith("RuntimeError: poison row") for row in results.set_aside)
+    (findings,) = results.findings
+    assert findings.ids == [id_ for id_ in ids if id_ not in (ids[1], ids[4])]
+    assert findings.sweep.probs_PKS.shape[0] == findings.scores_PK["gradient"].shape[0] == 4
+    monkeypatch.undo()
+    again = run_linearity(run, PlainStages())
+    assert (sum(one.n_computed for one in again.extracted), again.set_aside) == (0, results.set_aside)
+
+
+def test_a_prompt_without_the_poison_row_has_the_numbers_that_it_has_with_it(run, monkeypatch, tmp_path):
+    whole = run_linearity(run.model_copy(update={"out": tmp_path / "whole"}), PlainStages()).findings[0]
+    faulty_prompts(monkeypatch, {"sweeps": whole.ids[1]}, poison)
+    partly = run_linearity(run, PlainStages()).findings[0]
+    kept = [whole.ids.index(id_) for id_ in partly.ids]
+    np.testing.assert_allclose(partly.sweep.probs_PKS, whole.sweep.probs_PKS[kept], rtol=1e-5)
+    np.testing.assert_allclose(partly.scores_PK["gradient"], whole.scores_PK["gradient"][kept], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sweeps", "estimates", "interventions"])
+def test_numbers_that_are_not_finite_fail_their_shard_or_are_skipped(run, monkeypatch, kind):
+    (study,) = plan_linearity(run)
+    id_ = study.facts.examples[0].id
+    faulty_prompts(monkeypatch, {kind: id_}, spoil)
+    failed = run_linearity(run, PlainStages())
+    assert failed.findings == []
+    assert all(f"{id_}: 1 NaN or infinite values, in " in problem for problem in failed.problems)
+    skipped = run_linearity(run.model_copy(update={"nonfinite": "skip"}), PlainStages())
+    assert skipped.problems == []
+    assert all(f"{id_}: 1 NaN or infinite values, in " in row for row in skipped.set_aside)
+    kept = run_linearity(run.model_copy(update={"nonfinite": "keep"}), PlainStages())
+    assert (kept.findings, kept.set_aside) == ([], [])
+    (problem,) = kept.problems
+    assert f"of {id_} is NaN or infinite, and no table can be made of that" in problem
 
 
 def test_a_model_that_cannot_be_loaded_is_one_problem_and_the_others_go_on(run, models, tmp_path):

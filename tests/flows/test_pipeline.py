@@ -14,7 +14,8 @@ from negcore.errors import DatasetError, LabelError, NegError, ShardError
 from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import load_model
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.forecast.needs import forecast
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan

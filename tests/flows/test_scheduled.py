@@ -27,7 +27,8 @@ from support import NEG, REPOSITORY, save_tiny_model
 from flows.pipeline import run_pipeline
 from flows.stages import PlainStages
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.rundir.claim import CLAIM_FILE
 
 PATIENCE_S = 600.0

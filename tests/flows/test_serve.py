@@ -2,16 +2,26 @@
 
 import pytest
 import yaml
+from prefect.exceptions import MissingFlowError
+from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.serve import deployments, serve_runs
 from negcore.errors import RunError
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.run_file import write_run_file
+
+EARLIER_HOMES = dict.fromkeys(["pipeline", "extract", "probe", "mceval8k"], "flows.pipeline") | {
+    name: f"flows.{name}" for name in ("linearity", "skills", "campaign")
+}
 
 
 @pytest.fixture
 def run_file(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({"model": ["m"], "dataset": ["mini/fact"], "out": str(tmp_path / "run")}))
+    file.write_text(
+        yaml.safe_dump({"kind": "pipeline", "model": ["m"], "dataset": ["mini/fact"], "out": str(tmp_path / "run")})
+    )
     return file
 
 
@@ -21,6 +31,26 @@ def test_a_run_file_is_deployed_with_its_schedule_one_run_at_a_time(run_file, tm
     assert [one.schedule.cron for one in deployment.schedules] == ["0 2 * * *"]
     assert (deployment.concurrency_limit, deployment.concurrency_options.collision_strategy) == (1, "CANCEL_NEW")
     assert deployment.parameters["run"]["out"] == str(tmp_path / "run")
+    assert deployment.entrypoint == "flows.prefect_flows.pipeline"
+
+
+def test_without_a_flow_every_run_file_is_served_as_its_kind(run_file, tmp_path):
+    other = write_run_file(LinearityRun(model=("m",), out=tmp_path / "other"))
+    assert [one.flow_name for one in deployments([run_file, other])] == ["pipeline", "linearity"]
+    (extraction,) = deployments([run_file], "extract")
+    assert extraction.entrypoint == "flows.prefect_flows.extract"
+
+
+@pytest.mark.parametrize(("name", "module"), EARLIER_HOMES.items())
+def test_deployments_of_earlier_versions_find_the_same_flows(name, module):
+    flow = load_flow_from_entrypoint(f"flows.prefect_flows.{name}")
+    assert flow.name == name
+    assert load_flow_from_entrypoint(f"{module}.{name}") is flow
+
+
+def test_a_flow_of_no_run_kind_is_an_error():
+    with pytest.raises(MissingFlowError, match="'prob' not found"):
+        load_flow_from_entrypoint("flows.prefect_flows.prob")
 
 
 def test_serving_needs_a_standing_server():
@@ -33,7 +63,8 @@ def test_serving_needs_a_standing_server():
     ("options", "message"),
     [
         ({"cron": "at night"}, "the schedule is 'at night', but must be five fields"),
-        ({"flow_name": "linearity"}, "unknown field"),
+        ({"flow_name": "linearity"}, "holds a pipeline run: use neg pipeline"),
+        ({"flow_name": "linearty"}, "flow is 'linearty', but must be one of pipeline, extract, probe, mceval8k"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_registered(run_file, options, message):

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pytest
 from support import neg, save_tiny_model
 
-from flows.skills import n_parts, run_skills
+from flows.skills import count_skills_steps, run_skills
 from flows.stages import PlainStages
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillsRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import SkillsRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.skills import plan_skills
@@ -141,7 +143,7 @@ def test_progress_counts_every_part(run):
     finally:
         current_watcher.reset(token)
     last = dict(steps)
-    assert sum(last.values()) == n_parts(run, plan_skills(run))
+    assert sum(last.values()) == count_skills_steps(run, plan_skills(run))
 
 
 def test_the_command_shows_the_causal_check_first_and_writes_figures(run, results):

@@ -15,8 +15,9 @@ from flows.stages import PlainStages
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity, choice_digest
 from negcore.store.reader import open_negs
+from tasks.config.dataset_runs import EvaluationRun, SkillRun, SkillsRun
+from tasks.config.reading import read_run_file
 from tasks.config.recipes import RECIPES, choose_neurons, n_stored
-from tasks.config.run_file import EvaluationRun, SkillRun, SkillsRun, read_run_file
 from tasks.forecast.capacity import check_room
 from tasks.forecast.needs import forecast, missing_shards
 from tasks.forecast.shard_size import shard_bytes

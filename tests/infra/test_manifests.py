@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import typer
@@ -25,7 +25,7 @@ from rich.console import Console
 from support import REPOSITORY
 
 from flows.cli.app import app
-from flows.serve import FLOWS, FlowName
+from tasks.config.kinds import RUN_KINDS
 
 INFRA = REPOSITORY / "infra"
 BIN = Path(sys.executable).parent
@@ -254,17 +254,15 @@ def prefect_deployments() -> list[dict[str, Any]]:
 
 def test_every_flow_is_deployed_and_can_be_served():
     entrypoints = {deployment["entrypoint"] for deployment in prefect_deployments()}
-    assert entrypoints == {f"{served.module}.{name}" for name, served in FLOWS.items()}
-    assert set(FLOWS) == set(get_args(FlowName))
+    assert entrypoints == {f"flows.prefect_flows.{name}" for name in RUN_KINDS}
 
 
 @pytest.mark.parametrize("deployment", prefect_deployments(), ids=lambda deployment: deployment["name"])
 def test_a_deployments_parameters_are_a_run_file_of_its_flow(deployment):
     module, name = deployment["entrypoint"].rsplit(".", 1)
     flow = getattr(importlib.import_module(module), name)
-    assert FLOWS[name].module == module
     flow.validate_parameters(deployment["parameters"])
-    run = FLOWS[name].kind.model_validate(deployment["parameters"]["run"])
+    run = RUN_KINDS[name].run_class.model_validate(deployment["parameters"]["run"])
     assert run.out is not None, "its name would depend on what else is asked for"
     assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
     assert deployment["work_pool"]["name"] == "neg"
@@ -306,7 +304,7 @@ def test_the_job_runs_a_run_file_that_can_be_read(tmp_path):
     command = job["spec"]["entrypoint"].split()
     assert command[0] == "neg"
     values = yaml.safe_load(config["data"][Path(command[2]).name])
-    FLOWS[command[1]].kind.model_validate(values)
+    RUN_KINDS[command[1]].run_class.model_validate(values)
 
 
 # Ray's launcher

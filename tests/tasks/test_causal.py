@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from faults import spoil
 from support import save_tiny_model, write_negs
 
 from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
@@ -16,7 +17,8 @@ from negcore.model.language_model import load_model
 from negcore.probing.rankings import Vote, rank_layers
 from negcore.store.publish import SetAside
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
@@ -244,16 +246,17 @@ def write_negs_without(run, root, reasons):
 
 
 def test_rows_without_negs_are_set_aside_here_too(run, checked, tmp_path):
-    root, part = checked
+    root, whole = checked
     split, other = planned_test(run), tmp_path / "other"
     lost = [split.shards[0][2], *split.shards[1]]  # one row of the first shard, all rows of the second
     reasons = {row.id: SetAside(id=row.id, cause="failure", reason="poison") for row in lost}
     write_negs_without(run, other, reasons)
+    part = a_part(run, other)
     done = check(run, other, part)
     assert (done.n_rows, done.n_computed, list(done.set_aside)) == (6, 3, list(reasons.values()))
     assert check(run, other, part).n_reused == 3
     kept = [place for place, row in enumerate(split.examples) if row.id not in reasons]
-    expected, result = read_causal(root, part), read_causal(other, part)
+    expected, result = read_causal(root, whole), read_causal(other, part)
     assert result.gold_P.tolist() == expected.gold_P[kept].tolist()
     np.testing.assert_allclose(result.probs_PMO, expected.probs_PMO[kept], rtol=1e-4)
 
@@ -262,3 +265,43 @@ def test_no_prompt_is_stored(checked):
     root, part = checked
     files = [path for path in part.place.path(root).rglob("*") if path.is_file()]
     assert files and not any(b"secret" in path.read_bytes() for path in files)
+
+
+def test_a_poison_row_is_isolated_and_the_check_goes_on_without_it(run, checked, tmp_path, monkeypatch):
+    root, whole = checked
+    poison, honest = planned_test(run).examples[6].id, ModelWorker._measure
+
+    def failing(self, job, examples):
+        if poison in [example.id for example in examples]:
+            raise RuntimeError("poison row")
+        return honest(self, job, examples)
+
+    monkeypatch.setattr(ModelWorker, "_measure", failing)
+    other = tmp_path / "other"
+    part = a_part(run, other)
+    done = check(run, other, part)
+    assert [(row.id, row.cause, row.reason) for row in done.set_aside] == [
+        (poison, "failure", "RuntimeError: poison row")
+    ]
+    expected, result = read_causal(root, whole), read_causal(other, part)
+    kept = [row for row, example in enumerate(planned_test(run).examples) if example.id != poison]
+    assert result.gold_P.tolist() == expected.gold_P[kept].tolist()
+    np.testing.assert_allclose(result.probs_PMO, expected.probs_PMO[kept], rtol=1e-4)
+    assert [row.n_prompts for row in causal_rows("magn", result, n_bootstrap=20)][0] == 11
+
+
+def test_probabilities_that_are_not_finite_fail_the_shard_of_the_check(run, tmp_path, monkeypatch):
+    row, honest = planned_test(run).examples[0], ModelWorker._measure
+
+    def spoilt(self, job, examples):
+        columns = honest(self, job, examples)
+        for place in [place for place, example in enumerate(examples) if example.id == row.id]:
+            spoil(columns, place)
+        return columns
+
+    monkeypatch.setattr(ModelWorker, "_measure", spoilt)
+    part = a_part(run, tmp_path / "run")
+    with open_pool("local", ModelWorker, recipe(run), Resources(), label="causal") as pool:
+        (done,) = measure_missing(pool, [part], tmp_path / "run", advance=lambda *_: None, stop=threading.Event())
+    (failure,) = done.failures
+    assert f"{row.id}: 1 NaN or infinite values, in base_probs" in failure.error

@@ -15,7 +15,8 @@ from flows.stages import PlainStages
 from negcore.errors import ShardError
 from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
@@ -88,7 +89,7 @@ def test_a_row_that_fails_is_set_aside_with_its_reason_and_all_others_are_there(
     results = run_extract(run, PlainStages())
     ((split, index, id_),) = places(run, "!fail")
     assert results.problems == []
-    assert results.set_aside == [f"{split_of(run, split).name}: {id_}: RuntimeError: a deliberate fault"]
+    assert results.set_aside == [f"{split_of(run, split).title}: {id_}: RuntimeError: a deliberate fault"]
     negs = open_negs(run.directory).select(split=split)
     assert [(row.id, row.cause) for row in negs.set_aside] == [(id_, "failure")]
     assert negs.ids == [example.id for example in split_of(run, split).examples if example.id != id_]
@@ -216,7 +217,7 @@ def test_rows_that_are_not_finite_can_be_skipped(run_with, faulty):
     results = run_extract(run, PlainStages())
     ((split, _, id_),) = places(run, "!nan")
     assert results.problems == []
-    assert results.set_aside == [f"{split_of(run, split).name}: {id_}: 3 NaN or infinite values, in layers 1, 2"]
+    assert results.set_aside == [f"{split_of(run, split).title}: {id_}: 3 NaN or infinite values, in layers 1, 2"]
     negs = open_negs(run.directory).select(split=split)
     assert (id_ in negs.ids, [row.cause for row in negs.set_aside]) == (False, ["nonfinite"])
     assert all(np.isfinite(negs.layer(layer)).all() for layer in range(negs.n_layers))

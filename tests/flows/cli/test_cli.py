@@ -3,6 +3,7 @@
 import json
 import re
 import sqlite3
+from importlib.metadata import version
 
 import pytest
 from support import neg, save_tiny_model
@@ -33,6 +34,21 @@ def test_help_of_every_command_shows_an_example(command):
     shown = neg(command, "--help")
     assert shown.returncode == 0
     assert f"neg {command}" in shown.stdout.split("Example", 1)[1]
+
+
+def test_the_version_is_shown_without_a_command():
+    shown = neg("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"neg-at-scale {version('neg-at-scale')}\n")
+
+
+def test_every_problem_of_a_run_file_is_a_line_and_the_exit_code_is_2(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: linearity\nmodel: m\nprompts: 0\npoint: 3\n")
+    refused = neg("linearity", file)
+    assert refused.returncode == 2
+    first, second = refused.stderr.splitlines()
+    assert first.startswith(f"error: {file}: prompts is 0: ")
+    assert second == f"{file}: unknown field 'point' of a linearity run; did you mean 'points'?"
 
 
 @pytest.mark.parametrize(

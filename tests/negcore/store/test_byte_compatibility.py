@@ -47,9 +47,8 @@ from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, receipts
 from negcore.store.reader import mapped_batch, open_negs
 from negcore.store.study import read_study, read_sweep
-from tasks.config.run_file import read_run_file
+from tasks.config.reading import read_run_file, recorded_run
 from tasks.measure.causal import read_causal
-from tasks.rundir.layout import recorded_run
 
 SHARDS, PROBES, RUNS = (FIXTURES / name for name in ("shards", "probes", "runs"))
 PARTS = [*NEG_PARTS, *STUDY_PARTS, *CAUSAL_CHECKS]

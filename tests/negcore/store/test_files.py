@@ -38,7 +38,9 @@ from negcore.store.identity import RunIdentity, canonical_json, content_digest
 from negcore.store.publish import Receipt, ShardPlace, finished_shards, is_whole, receipts, shard_of
 from negcore.store.reader import local_shard, open_negs
 from negcore.store.study import write_seconds
-from tasks.config.run_file import SkillRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 
 PARTITION = negs_place("org/tiny", "mini/fact", "test")
 N_OPTIONS, N_LAYERS, N_NEURONS = 2, 2, 3

@@ -1,9 +1,19 @@
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
+from support import REPOSITORY
 
 from negcore.errors import RunError
-from tasks.config.run_file import CampaignRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.config import provenance
+from tasks.config.campaign_run import CampaignRun
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.kinds import RUN_KINDS
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file, recorded_run
+from tasks.config.run_file import write_run_file
 
 
 @pytest.fixture
@@ -27,11 +37,136 @@ def test_the_command_line_takes_precedence_over_the_file(values):
     assert read_run_file(SkillRun, path, {"limit": 9}).limit == 9
 
 
-def test_an_unknown_field_is_refused_with_the_known_ones(values, tmp_path):
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ("limits", "did you mean 'limit'?"),
+        ("colour", "known are kind, format, model, out, site, "),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_kind_and_the_nearest_field_or_all(tmp_path, field, says):
     file = tmp_path / "mine.yaml"
-    file.write_text("model: [m]\ndataset: [d]\nlimits: 3\n")
-    with pytest.raises(RunError, match=r"mine.yaml: unknown field 'limits'; known are model, out, site, "):
+    file.write_text(f"kind: pipeline\nmodel: [m]\ndataset: [d]\n{field}: 3\n")
+    with pytest.raises(RunError) as error:
         read_run_file(SkillRun, file, {})
+    assert f"mine.yaml: unknown field '{field}' of a pipeline run; {says}" in str(error.value)
+
+
+def test_all_problems_of_a_file_are_listed_a_line_each(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: linearity\nmodels: [m]\nprompts: 0\nrange: [1, -2]\ndtype: int4\n")
+    with pytest.raises(RunError) as refused:
+        read_run_file(LinearityRun, file, {})
+    lines = str(refused.value).splitlines()
+    assert [line.removeprefix(f"{file}: ").split(" ")[0] for line in lines] == [
+        "'model'",
+        "dtype",
+        "prompts",
+        "range.1",
+        "unknown",
+    ]
+    with pytest.raises(RunError) as again:
+        recorded_run(file)
+    assert str(again.value) == str(refused.value)
+
+
+def test_one_value_may_stand_without_brackets(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: linearity\nmodel: m\nrange: 2\nestimator: neurgrad\n")
+    run = read_run_file(LinearityRun, file, {})
+    assert (run.model, run.ranges, run.estimator) == (("m",), (2.0,), ("neurgrad",))
+    assert read_run_file(CampaignRun, None, {"model": "m", "stage": "linearity"}).stage == ("linearity",)
+
+
+# Kind, form and writer
+
+
+def test_a_written_file_says_its_kind_its_form_and_who_wrote_it(values, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/neg", "pipeline", "--out", "s3://key:secret@host/a b"])
+    text = write_run_file(read_run_file(SkillRun, None, values)).read_text()
+    written = yaml.safe_load(text)
+    assert (written["kind"], written["format"]) == ("pipeline", 1)
+    assert written["written_by"]["command"] == "neg pipeline --out 's3://***@host/a b'"
+    assert written["written_by"]["version"] == version("neg-at-scale")
+    assert "secret" not in text
+
+
+def test_the_git_revision_is_the_commit_of_the_checkout(values):
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", REPOSITORY, "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    written = yaml.safe_load(write_run_file(SkillRun(**values)).read_text())["written_by"]
+    assert written["revision"].removesuffix("-dirty") == commit
+
+
+def test_without_git_the_file_names_no_revision(values, monkeypatch):
+    provenance._revision.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    try:
+        written = yaml.safe_load(write_run_file(SkillRun(**values)).read_text())["written_by"]
+    finally:
+        provenance._revision.cache_clear()
+    assert set(written) == {"command", "version"}
+
+
+@pytest.mark.parametrize("command", ["extract", "probe", "pipeline"])
+def test_the_commands_on_one_directory_share_their_run_files(command):
+    assert RUN_KINDS[command].run_class is SkillRun
+
+
+def test_kind_and_form_decide_no_name_and_no_numbers(values):
+    science = read_run_file(SkillRun, None, values).science
+    assert not {"kind", "format", "written_by"} & science.keys()
+
+
+def test_a_directory_of_another_kind_says_which_command_it_is_for(values, tmp_path):
+    write_run_file(LinearityRun(model=("m",), out=tmp_path))
+    with pytest.raises(RunError, match=f"^{tmp_path} holds a linearity run: use neg linearity$"):
+        read_run_file(SkillRun, tmp_path, {"limit": 3})
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: linearty\nmodel: m\n")
+    with pytest.raises(RunError, match="kind is 'linearty', but must be one of pipeline, mceval8k, linearity, skills"):
+        recorded_run(file)
+
+
+def test_another_form_is_refused_with_what_to_do_and_nothing_else(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("kind: pipeline\nformat: 2\nmodel: m\nnew: 3\n")
+    with pytest.raises(RunError, match="run.yaml: format is 2, but .* reads 1 only: use the version that") as error:
+        read_run_file(SkillRun, file, {})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("run", [LinearityRun(model=("m",)), CampaignRun(model=("m",)), EvaluationRun(model=("m",))])
+def test_a_file_without_its_kind_is_still_read_and_says_what_to_add(run, tmp_path, caplog):
+    file = write_run_file(run.model_copy(update={"out": tmp_path}))
+    old = "".join(file.read_text().splitlines(keepends=True)[2:])
+    assert old.startswith("model:")
+    file.write_text(old)
+    for _ in range(2):
+        assert recorded_run(tmp_path) == recorded_run(file) == run.model_copy(update={"out": tmp_path})
+    (line,) = caplog.messages
+    assert line == (
+        f"{file} names no kind and is read as a {run.kind} run; a later version needs `kind: {run.kind}` in it"
+    )
+
+
+def test_a_file_without_its_kind_that_fits_another_says_which_command_it_is_for(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: m\nprompts: 3\n")
+    with pytest.raises(RunError, match="mine.yaml holds a linearity run: use neg linearity"):
+        read_run_file(SkillRun, file, {})
+
+
+def test_the_former_name_of_the_shard_size_is_read_and_the_command_line_takes_precedence(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: linearity\nmodel: m\nshard_prompts: 3\n")
+    assert read_run_file(LinearityRun, file, {}).shard_rows == 3
+    assert read_run_file(LinearityRun, file, {"shard_rows": 4}).shard_rows == 4
 
 
 @pytest.mark.parametrize(
@@ -108,4 +243,4 @@ def test_every_kind_of_run_has_a_policy_for_numbers_that_are_not_finite_and_no_n
 def test_a_stage_of_a_campaign_may_have_its_own_policy_for_numbers_that_are_not_finite():
     values = {"model": ["m"], "nonfinite": "keep", "mceval8k": {"nonfinite": "skip"}}
     run = read_run_file(CampaignRun, None, values)
-    assert [part.run.nonfinite for part in run.parts] == ["skip", "keep"]
+    assert [step.run.nonfinite for step in run.steps] == ["skip", "keep"]

@@ -11,7 +11,10 @@ from flows.cli.app import app
 from flows.pipeline import run_extract
 from flows.stages import PlainStages
 from negcore.errors import RunError
-from tasks.config.run_file import EvaluationRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file
+from tasks.config.run_file import write_run_file
 from tasks.forecast import needs as forecasting
 from tasks.forecast.capacity import check_room, free_bytes, rooms
 from tasks.forecast.needs import Size, forecast, measured_rate, size_of, skill_runs

@@ -11,7 +11,8 @@ from clusters import ray_cluster
 from support import save_tiny_model
 
 from negcore.errors import RunError
-from tasks.config.run_file import SkillRun, read_run_file
+from tasks.config.dataset_runs import SkillRun
+from tasks.config.reading import read_run_file
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
 from tasks.plan import PlannedModel, plan

@@ -15,7 +15,9 @@ from flows.show.inspect_tables import duration, status_lines, status_tables
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import SetAside, shard_path
-from tasks.config.run_file import EvaluationRun, LinearityRun, SkillRun, write_run_file
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.run_file import write_run_file
 from tasks.rundir.claim import claim
 from tasks.rundir.layout import PLAN_FILE, note_failures, receipt_path, shard_folders, write_plan_file
 from tasks.rundir.status import pace, run_status

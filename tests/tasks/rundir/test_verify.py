@@ -17,10 +17,13 @@ from negcore.errors import RunError
 from negcore.store.identity import canonical_json, content_digest
 from negcore.store.publish import publish_shard
 from negcore.store.reader import mapped_batch
-from tasks.config.run_file import RUN_FILE, EvaluationRun, LinearityRun, SkillRun, read_run_file, write_run_file
+from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.linearity_run import LinearityRun
+from tasks.config.reading import read_run_file, recorded_run
+from tasks.config.run_file import RUN_FILE, write_run_file
 from tasks.plan import plan
 from tasks.rundir.claim import claim
-from tasks.rundir.layout import PLAN_FILE, recorded_run, shard_folders
+from tasks.rundir.layout import PLAN_FILE, shard_folders
 from tasks.rundir.verify import total_bytes, verify
 
 

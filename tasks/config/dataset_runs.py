@@ -1,0 +1,264 @@
+"""Run files of the runs on datasets: extraction and probes, evaluation of MCEval8K, analysis of skill neurons."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from negcore.datasets.base import PromptSettings
+from negcore.datasets.mceval8k import SPECS
+from negcore.store.identity import StorageLevel
+from tasks.config.run_file import PositiveFloat, RunFile, Several
+from tasks.config.wordings import WordingChoice, check_wordings, wording_for
+
+ProbeName = Literal[
+    "polar",
+    "magn",
+    "act",
+    "tree",
+    "polar-gradient",
+    "magn-gradient",
+    "polar-gxa",
+    "magn-gxa",
+    "polar-random",
+    "magn-random",
+    "polar-logistic",
+    "magn-logistic",
+]
+
+
+def _digit(value: Any) -> Any:
+    """Return a number that the command line gives as text as a number."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+class _PromptedRun(RunFile):
+    """The fields that all runs on datasets have."""
+
+    dataset: Several[str] = Field(
+        description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
+    )
+    wording: WordingChoice = Field(
+        "default", description="Name of one of the dataset's wordings; in a run file also your own, see the README."
+    )
+    limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
+    eval_limit: int | None = Field(
+        None, ge=1, description="Most rows of the valid and of the test split. By default as --limit."
+    )
+    split_policy: Literal["clean", "released"] = Field(
+        "clean", description="clean removes rows that splits share; released leaves the files as they are."
+    )
+    mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
+    max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
+    tree_neurons: int = Field(
+        2**13, ge=1, description="Neurons the forest reads, best first by Magn's score: 5 bytes x training rows each."
+    )
+    shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
+    batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
+    storage: StorageLevel = Field(
+        "values",
+        description="What is kept of NEGs: values; bfloat16 (values and activations in half the room: their range, "
+        "and 2 to 3 digits); codes (16 bits for order and signs of up to 5 options; every "
+        "probe but logistic regression gives the same); or stats (vote sums, and in a second pass the values of the "
+        "neurons that the run's probes choose; every probe but act gives the same).",
+    )
+
+    not_science = RunFile.not_science | {"mceval8k", "shard_rows", "batch_size"}
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return self.dataset
+
+    @property
+    def science(self) -> dict[str, Any]:
+        science = super().science
+        if self.storage == "values":
+            del science["storage"]  # runs have the names from before there was a choice
+        return science
+
+    @model_validator(mode="after")
+    def _check_nonfinite(self) -> Self:
+        if self.storage in ("codes", "stats") and self.nonfinite == "keep":
+            level = f"storage {self.storage!r}"
+            raise ValueError(f"{level} has none for NaN and infinity: set nonfinite to fail or skip, not keep")
+        return self
+
+    @model_validator(mode="after")
+    def _check_wordings(self) -> Self:
+        check_wordings(self.wording, self.dataset)
+        return self
+
+
+class _ProbedRun(_PromptedRun):
+    """The fields of runs that compare probes."""
+
+    probe: Several[ProbeName] = Field(
+        ("polar", "magn"), description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable."
+    )
+    confusion: bool = Field(False, description="Also count which option was answered for which.")
+
+    not_science = _PromptedRun.not_science | {"confusion"}
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> Self:
+        for name in self.probe:
+            if self.storage == "codes" and name.endswith("-logistic"):
+                raise ValueError(f"probe {name!r} reads values, not codes: leave it out, or set storage to values")
+            if self.storage == "stats" and name == "act":
+                raise ValueError(
+                    "probe 'act' reads the activations of all neurons, which storage 'stats' does not keep: leave it "
+                    "out, or set storage to values or codes"
+                )
+        return self
+
+
+class SkillRun(_ProbedRun):
+    """Extract NEGs and probe them.
+
+    Example: `neg pipeline --model smollm2-135m --dataset mceval8k/agnews --limit 200 --shots 1`
+
+    The run directory holds run.yaml; `neg pipeline DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+
+    kind: Literal["pipeline"] = "pipeline"
+
+    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+    demonstrations: int = Field(
+        0, ge=0, description="Which sample of demonstrations: 0, 1, ... are other training rows each."
+    )
+
+    @property
+    def dataset_runs(self) -> "tuple[SkillRun, ...]":
+        return (self,)
+
+    def prompts(self, dataset: str) -> PromptSettings:
+        """Return how the rows of one dataset, named as in `dataset`, become prompts."""
+        wording = wording_for(self.wording, dataset)
+        return PromptSettings(
+            shots=self.shots,
+            demonstrations=self.demonstrations,
+            wording=wording if isinstance(wording, str) else wording.wording(),
+            seed=self.seed,
+            limit=self.limit,
+            eval_limit=self.eval_limit,
+            split_policy=self.split_policy,
+        )
+
+
+class EvaluationRun(_ProbedRun):
+    """Evaluate probes on all 22 datasets of MCEval8K, without demonstrations and with one of each class.
+
+    Example: `neg mceval8k --model smollm2-135m --mceval8k data/MCEval8K --limit 200 --out runs/mceval8k`
+
+    DIR holds the tables (accuracy, averages, splits) as Arrow files, DIR/shots-0 and DIR/shots-1 the NEGs and the
+    fitted probes. A dataset that cannot be used is left out and named at the end; the exit code is then 1.
+    `neg mceval8k DIR/run.yaml` repeats the run and computes only what is missing.
+    """
+
+    kind: Literal["mceval8k"] = "mceval8k"
+
+    dataset: Several[str] = Field(
+        tuple(SPECS),
+        description="Dataset, to leave out the others. By default all 22 of MCEval8K. Repeatable.",
+    )
+    shots: Several[Annotated[Literal[0, 1], BeforeValidator(_digit)]] = Field(
+        (0, 1), description="Demonstrations in front of a question: 0, or 1 of each class. Repeatable."
+    )
+    probe: Several[ProbeName] = Field(
+        ("polar", "magn", "act", "tree"),
+        description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable.",
+    )
+
+    skips_unusable_datasets: ClassVar[bool] = True
+
+    @property
+    def dataset_runs(self) -> tuple[SkillRun, ...]:
+        return self.settings
+
+    @property
+    def settings(self) -> tuple[SkillRun, ...]:
+        """A run for each number of demonstrations, in a folder of its own below this one's."""
+        shared = self.shared_with(_ProbedRun)
+        return tuple(
+            SkillRun(**shared | {"shots": shots, "out": self.directory / f"shots-{shots}"})
+            for shots in dict.fromkeys(self.shots)
+        )
+
+
+VoteProbe = Literal["polar", "magn"]
+Variant = Literal["wording", "shots", "demonstrations"]
+
+
+class Condition(NamedTuple):
+    """One way to ask a dataset's questions."""
+
+    folder: str
+    """The directory of its NEGs, below the run directory."""
+    name: str
+    """The name that people read."""
+    run: SkillRun
+
+
+class SkillsRun(_PromptedRun):
+    """Analyse skill neurons: how many are enough, how far they carry over, which are shared, what they cause.
+
+    Example: `neg skills --model smollm2-135m --dataset mini/fact --dataset mini/nli --limit 60 --out runs/skills`
+
+    Every dataset is asked in several ways, so the NEGs of each are extracted: DIR/main, DIR/wording, DIR/shots and
+    DIR/demonstrations. Tables and figures are in DIR/skills. Rankings are shown with their causal check only: the
+    effect of shifting the best, random and last neurons. `neg skills DIR/run.yaml` computes only what is missing.
+    """
+
+    kind: Literal["skills"] = "skills"
+
+    shots: Literal[0, 1] = Field(0, description="Demonstrations in front of a question: none, or one of each class.")
+    variant: Several[Variant] = Field(
+        get_args(Variant),
+        description="Other way to ask, to see how far probes carry over: wording, shots, demonstrations. Repeatable.",
+    )
+    probe: Several[VoteProbe] = Field(
+        get_args(VoteProbe), description="Probe whose ranking of the neurons is analysed: polar, magn. Repeatable."
+    )
+    top: Several[Annotated[int, Field(ge=1)]] = Field(
+        (16, 256, 4096), description="So many of the best neurons are the skill neurons. Repeatable."
+    )
+    shift: Several[PositiveFloat] = Field(
+        (0.5, 2.0),
+        description="Shift of the skill neurons towards and away from the gold option, in units of activation. "
+        "Repeatable.",
+    )
+    draws: int = Field(3, ge=1, description="Random sets of neurons that the skill neurons are compared with.")
+    band: int = Field(64, ge=1, description="Neurons of a band of the ranking.")
+
+    @model_validator(mode="after")
+    def _check_stats(self) -> Self:
+        if self.storage == "stats":
+            raise ValueError("storage 'stats' keeps too little to analyse skill neurons: set it to values or codes")
+        return self
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """The ways to ask, the main one first: a run for each, in a folder of its own below this one's."""
+        other_wording = "default" if self.wording == "inline" else "inline"
+        ways: dict[str, tuple[str, dict[str, Any]]] = {
+            "main": (f"{_SHOTS[self.shots]}", {}),
+            "wording": (f"{_SHOTS[self.shots]}, {other_wording}", {"wording": other_wording}),
+            "shots": (_SHOTS[1 - self.shots], {"shots": 1 - self.shots}),
+            "demonstrations": ("one-shot, others", {"shots": 1, "demonstrations": 1}),
+        }
+        return tuple(
+            Condition(folder, name, self._asked(folder, **change))
+            for folder, (name, change) in ways.items()
+            if folder in ("main", *self.variant)
+        )
+
+    @property
+    def dataset_runs(self) -> tuple[SkillRun, ...]:
+        return tuple(condition.run for condition in self.conditions)
+
+    def _asked(self, folder: str, **change: Any) -> SkillRun:
+        own = {"shots": self.shots, "probe": self.probe, "out": self.directory / folder}
+        return SkillRun(**self.shared_with(_PromptedRun) | own | change)
+
+
+_SHOTS = ("zero-shot", "one-shot")

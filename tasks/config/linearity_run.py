@@ -1,0 +1,79 @@
+"""The run file of linearity studies."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from tasks.config.run_file import PositiveFloat, RunFile, Several
+
+EstimatorName = Literal[
+    "neurgrad",
+    "gradient",
+    "gradient_x_activation",
+    "integrated_gradients",
+    "log_probability_increase",
+    "ablation",
+]
+
+
+def _count_or_all(value: Any) -> Any:
+    """Return the number of neurons, or "all"; a union's own message would name the types of its members."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value != "all" and (not isinstance(number, int) or number < 1):
+        raise ValueError("give a whole number from 1, or 'all'")
+    return number
+
+
+class LinearityRun(RunFile):
+    """Measure NEGs by shifting neurons step by step, and compare every estimator with them.
+
+    Example: `neg linearity --model smollm2-135m --prompts 10 --neurons 60 --out runs/linearity`
+
+    Tables and figures are in DIR/linearity. `neg linearity DIR/run.yaml` repeats the run and measures only what is
+    missing.
+    """
+
+    kind: Literal["linearity"] = "linearity"
+
+    facts: str = Field(
+        "mini/facts",
+        description="Single-answer facts: mini/facts, or a .feather, .parquet or .jsonl file in MyriadLAMA's form, "
+        "on disk or hf://datasets/ORG/NAME/FILE.",
+    )
+    prompts: int = Field(30, ge=1, description="Prompts, a sample of whole facts: a fact comes in all its wordings.")
+    neurons: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
+        600,
+        description="Neurons that are swept in every prompt, as many in each layer, drawn once at random; or all.",
+    )
+    ranges: Several[PositiveFloat] = Field(
+        (0.5, 1.0, 2.0, 5.0, 10.0),
+        alias="range",
+        description="Range of shifts, from minus to plus so many units of activation. Repeatable.",
+    )
+    points: int = Field(
+        5, ge=2, description="Shifts on each side of zero in a range, evenly spaced; a range has the smaller ones' too."
+    )
+    estimator: Several[EstimatorName] = Field(
+        get_args(EstimatorName), description="Estimator to compare with the sweep. Repeatable."
+    )
+    set_shift: Several[PositiveFloat] = Field(
+        (0.5, 1.0, 2.0), description="Shift of neurons that are shifted together, in units of activation. Repeatable."
+    )
+    largest_set: int = Field(
+        4096, ge=1, description="Most neurons shifted together: sets hold 1, 2, 4... up to it or all of the model."
+    )
+    draws: int = Field(4, ge=1, description="Random sets of each size.")
+    bootstrap: int = Field(1000, ge=1, description="Samples of prompts behind the 95 % intervals.")
+    shard_rows: int = Field(5, ge=1, description="Prompts in a shard: with block-layers, what a crash can cost.")
+    block_layers: int = Field(5, ge=1, description="Layers that are swept together.")
+
+    not_science = RunFile.not_science | {"shard_rows", "block_layers"}
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        return (self.facts,)
+
+    @property
+    def main_range(self) -> float:
+        """The range nearest to the paper's +-2: tables that need one range are about it."""
+        return min(self.ranges, key=lambda largest: abs(largest - 2))

@@ -1,0 +1,117 @@
+"""Reading run files: of the kind that a command is for, or of whichever kind the file says."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from negcore.errors import RunError
+from negcore.store.files import is_dir, location, read_bytes
+from tasks.config.kinds import run_classes
+from tasks.config.problems import problem_lines
+from tasks.config.run_file import RUN_FILE, RunFile, kind_of
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=RunFile)
+
+
+def read_run_file(run_class: type[R], path: str | Path | None, overrides: Mapping[str, Any]) -> R:
+    """Read a run file of one kind, with the command line's values in place of its own.
+
+    Parameters
+    ----------
+    run_class : subclass of RunFile
+    path : path, optional
+        A YAML file of plain values, or a run directory that holds one; on disk or ``s3://BUCKET/...``.
+    overrides : mapping of field to value
+
+    Raises
+    ------
+    RunError
+        Naming file, field, value and what is allowed, in a line for each problem; or the command that the file is for.
+    """
+    if path is None:
+        return _validated(run_class, dict(overrides), "command line")
+    own = kind_of(run_class)
+    values = _read_values(path, overrides, first=own)
+    if values["kind"] != own:
+        raise RunError(f"{path} holds a {values['kind']} run: use neg {values['kind']}")
+    return _validated(run_class, values, str(path))
+
+
+def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
+    """Read the run file of a run directory, or a file, as the kind of run that it says it is.
+
+    Raises
+    ------
+    RunError
+        If it cannot be read, or no kind is the file's.
+    """
+    values = _read_values(path, overrides or {})
+    classes = run_classes()
+    any_class: Any = Annotated[Union[tuple(classes.values())], Field(discriminator="kind")]  # noqa: UP007
+    any_run: TypeAdapter[RunFile] = TypeAdapter(any_class)
+    try:
+        return any_run.validate_python(values)
+    except ValidationError as error:
+        kind = values["kind"]
+        raise _refusal(str(path), problem_lines(classes[kind], error, below=kind)) from None
+
+
+def _validated(run_class: type[R], values: Mapping[str, Any], place: str) -> R:
+    try:
+        return run_class.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(place, problem_lines(run_class, error)) from None
+
+
+def _refusal(place: str, lines: Iterable[str]) -> RunError:
+    return RunError("\n".join(f"{place}: {line}" for line in lines))
+
+
+def _read_values(path: str | Path, overrides: Mapping[str, Any], first: str | None = None) -> dict[str, Any]:
+    """Return what a file holds, overridden; the kind of a file that names none is guessed."""
+    place = location(path)
+    file = place / RUN_FILE if is_dir(place) else place
+    values = _read_yaml(file) | dict(overrides)
+    if "kind" not in values:
+        values["kind"] = _guessed_kind(file, values, first)
+    if values["kind"] not in list(run_classes()):
+        raise RunError(f"{file}: kind is {values['kind']!r}, but must be one of {', '.join(run_classes())}")
+    return values
+
+
+def _guessed_kind(file: Path, values: dict[str, Any], first: str | None) -> str:
+    """Return the kind that values fit, and say so; if they fit none, the wanted one or that of most of the fields."""
+    classes = run_classes()
+    wanted = {first: classes[first]} if first in classes else {}
+    for kind, run_class in (wanted | classes).items():
+        try:
+            run_class.model_validate(values)
+        except ValidationError:
+            continue
+        _tell_missing_kind(file, kind)
+        return kind
+    return first or min(classes, key=lambda kind: len(values.keys() - classes[kind].keys().keys()))
+
+
+@cache
+def _tell_missing_kind(file: Path, kind: str) -> None:
+    logger.warning("%s names no kind and is read as a %s run; a later version needs `kind: %s` in it", file, kind, kind)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(read_bytes(file).decode("utf-8"))
+    except OSError as error:
+        raise RunError(f"run file {str(file)!r} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"run file {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"run file {str(file)!r} must hold a mapping of fields, but holds {type(values).__name__}")
+    return values
