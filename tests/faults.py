@@ -68,7 +68,8 @@ def spoil(columns, row):
         columns["negs_POLN"][row, 0, 1, :2] = np.nan
         columns["activations_PLN"][row, 2, 0] = np.inf
     else:
-        next(values for values in columns.values() if values.dtype.kind == "f")[row].flat[0] = np.nan
+        first = next(values for values in columns.values() if values.dtype.kind == "f")
+        first.reshape(len(first), -1)[row, 0] = np.nan
 
 
 class Row(NamedTuple):
