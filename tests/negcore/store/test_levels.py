@@ -10,10 +10,10 @@ import pytest
 from negcore.errors import NegError, ShardError
 from negcore.store.identity import RunIdentity, StorageName, choice_digest
 from negcore.store.levels import STORAGE_LEVELS, NeuronPlaces, RowShape, has_columns_of
-from negcore.store.publish import Partition, SetAside, receipts, shard_path, write_shard
+from negcore.store.publish import SetAside, ShardPlace, publish_shard, receipts, shard_path
 from negcore.store.reader import ShardReader, open_negs
 from negcore.store.schema import ShardColumns
-from negcore.store.study import StudyIdentity, StudyPlace, read_study, write_study_shard
+from negcore.store.study import read_study, study_batch
 
 N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 4, 3, 2, 5
 SHAPE = RowShape(N_OPTIONS, N_LAYERS, N_NEURONS)
@@ -177,22 +177,24 @@ def test_six_options_are_no_columns_of_codes_though_the_file_says_so():
 # One reader for NEGs and studies
 
 
+def publish(root, place, index, identity, batch, set_aside=()):
+    about = {"axes": {"neurons": [4]}}
+    publish_shard(root, place, index, 3, identity=identity, batch=batch, about=about, set_aside=set_aside)
+    return place.path(root)
+
+
 def write_negs(root, index, n_rows, set_aside=()):
     identity = RunIdentity(**SETTINGS, storage="stats", neurons=choice_digest(CHOSEN))
     rows = [Row(f"{index}/{row}") for row in range(n_rows)]
-    place = Partition("m", "d", "test")
-    write_shard(
-        root, place, index, 3, identity=identity, examples=rows, set_aside=set_aside, neurons=CHOSEN, **numbers(n_rows)
-    )
-    return place.path(root)
+    batch = STORAGE_LEVELS["stats"].batch(rows, **numbers(n_rows), neurons=CHOSEN)
+    return publish(root, ShardPlace("negs", "m", "d", "test"), index, identity, batch, set_aside)
 
 
 def write_study(root, index, n_rows, **columns):
-    identity, place = StudyIdentity(**SETTINGS, study={}), StudyPlace("estimates", "m", "d", "neurgrad")
     rows = [Row(f"{index}/{row}") for row in range(n_rows)]
     columns = columns or {"scores": np.arange(n_rows * 2.0).reshape(n_rows, 2)}
-    write_study_shard(root, place, index, 3, identity=identity, examples=rows, columns=columns, axes={"neurons": [4]})
-    return place.path(root)
+    place = ShardPlace("estimates", "m", "d", "neurgrad")
+    return publish(root, place, index, RunIdentity(**SETTINGS, study={}), study_batch(rows, columns))
 
 
 @pytest.mark.parametrize("write", [write_negs, write_study])
