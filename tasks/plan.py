@@ -12,8 +12,7 @@ from negcore.errors import DatasetError, NegError
 from negcore.model.encoding import encode_labels, encode_prompts
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.probing.fitted import check_forest_size
-from negcore.store.codes import check_n_options
-from negcore.store.identity import RunIdentity, StorageLevel, choice_digest
+from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.publish import ShardPlace
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import n_stored, reads_training_values
@@ -107,8 +106,7 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     splits: list[ShardSet] = []
     for split, examples in dataset.splits.items():
         _check_rows(card, dataset.name, split, examples)
-        if run.storage == "codes":
-            _check_codes(dataset.name, examples)
+        _check_options(run, dataset.name, examples)
         splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
     if "tree" in run.probe:
         _check_forest(run, card, dataset)
@@ -120,7 +118,7 @@ def _passes(run: SkillRun, identity: RunIdentity, split: str) -> Iterator[tuple[
 
     With storage "stats" these are vote sums to choose neurons by, and the numbers of these neurons.
     """
-    if run.storage != "stats":
+    if not run.level.has_vote_sums:
         yield split, None
         return
     if split == "train":
@@ -154,7 +152,7 @@ def run_identity(
     prompt: Mapping[str, Any],
     fingerprint: str,
     *,
-    storage: StorageLevel = "values",
+    storage: str = DEFAULT_STORAGE,
     study: Mapping[str, Any] | None = None,
 ) -> RunIdentity:
     """Return the identity of what a run measures of a model on some prompts.
@@ -208,9 +206,9 @@ def _asked(settings: PromptSettings) -> str:
     return "".join(f" {part}" for part in parts)
 
 
-def _check_codes(dataset: str, examples: Sequence[Example]) -> None:
+def _check_options(run: SkillRun, dataset: str, examples: Sequence[Example]) -> None:
     try:
-        check_n_options(len(examples[0].labels))
+        run.level.check_n_options(len(examples[0].labels))
     except NegError as error:
         raise DatasetError(f"{dataset}: {error}") from None
 

@@ -126,7 +126,7 @@ class Prober:
 
     def _probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
         select = partial(open_negs(run.directory).select, planned.model, planned.dataset.name)
-        n_steps, has_sums = probe_steps(run), run.storage == "stats"
+        n_steps, has_sums = probe_steps(run), run.level.has_vote_sums
         ranked = select(SUMS if has_sums else "train")
         train = select("train") if has_sums and reads_training_values(run) else ranked
         splits = Splits(train, select("valid"), select("test"))

@@ -117,16 +117,16 @@ def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -
 def add_votes(
     scores_LN: Mapping[Vote, Ints],
     at: int,
-    ordinals_PON: Numbers,
+    signed_ranks_PON: Numbers,
     activations_PN: Callable[[], Numbers],
     gold_P: ArrayLike,
 ) -> None:
-    """Add to row `at` of each vote's scores what one layer of some prompts says; see `ordinal_effect`."""
+    """Add to row `at` of each vote's scores what one layer of some prompts says; see `signed_rank_effect`."""
     for vote, scores in scores_LN.items():
-        scores[at] += SCORES[vote.rule](ordinal_effect(vote.signal, ordinals_PON, activations_PN), gold_P)
+        scores[at] += SCORES[vote.rule](signed_rank_effect(vote.signal, signed_ranks_PON, activations_PN), gold_P)
 
 
-def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
+def signed_rank_effect(signal: Signal, signed_ranks_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
     """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
 
     Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
@@ -140,11 +140,11 @@ def ordinal_effect(signal: Signal, ordinals_PON: Numbers, activations_PN: Callab
         If the signal needs activations and one is NaN or infinite.
     """
     if signal == "neg":
-        return ordinals_PON
+        return signed_ranks_PON
     activations = check_finite(activations_PN(), "activation", ("row", "neuron"))[:, None]
     if signal == "gradient":
-        return np.where(activations > 0, ordinals_PON, -ordinals_PON)
-    return np.where(activations != 0, ordinals_PON, 0)
+        return np.where(activations > 0, signed_ranks_PON, -signed_ranks_PON)
+    return np.where(activations != 0, signed_ranks_PON, 0)
 
 
 def argmax_features(negs_POM: Numbers) -> NDArray[np.uint8]:

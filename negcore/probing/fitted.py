@@ -22,7 +22,7 @@ from negcore.errors import NegError
 from negcore.measure.votes import Ints, Numbers, Ranking, Signs, Vote, argmax_features, halvings
 from negcore.probing.evaluation import Accuracy, accuracy, choose_n_neurons
 from negcore.probing.probes import ActProbe, ActSplit, MagnProbe, PolarProbe, TreeProbe, neuron_counts
-from negcore.probing.rankings import ActScores, chosen_effects, chosen_ordinals
+from negcore.probing.rankings import ActScores, chosen_effects, chosen_signed_ranks
 from negcore.store.reader import NegSplit
 
 VOTE_PROBES = MappingProxyType({"polar": PolarProbe, "magn": MagnProbe})
@@ -77,14 +77,14 @@ class FittedVote(FittedProbe):
     def predict(self, split: NegSplit) -> Ints:
         probe, predicted_P = self.estimator, np.empty(split.n_rows, np.int64)
         for block in split.row_blocks():
-            predicted_P[block.rows] = probe.predict_kept(chosen_ordinals(block, self.vote.signal, probe.kept_))
+            predicted_P[block.rows] = probe.predict_kept(chosen_signed_ranks(block, self.vote.signal, probe.kept_))
         return predicted_P
 
     def accuracy_by_k(self, split: NegSplit) -> dict[int, Accuracy]:
         """Accuracy with the best 1, 2, 4, ... of the neurons."""
         probe, total = self.estimator, dict[int, Accuracy]()
         for block in split.row_blocks():
-            effects_POK = chosen_ordinals(block, self.vote.signal, probe.kept_)
+            effects_POK = chosen_signed_ranks(block, self.vote.signal, probe.kept_)
             for k, one in probe.accuracy_by_k(effects_POK, block.shard.numbers("gold")).items():
                 total[k] = total[k] + one if k in total else one
         return total
@@ -262,7 +262,7 @@ def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
     """For the given neurons of every prompt, the option with the largest NEG: shape (P, K); see `argmax_features`."""
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
     for block in split.row_blocks():
-        features_PK[block.rows] = argmax_features(block.ordinals(order_K))
+        features_PK[block.rows] = argmax_features(block.signed_ranks(order_K))
     return features_PK
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negcore.errors import NegError
-from negcore.measure.votes import Ints, Numbers, Signal, Vote, add_votes, check_finite, halvings, ordinal_effect
+from negcore.measure.votes import Ints, Numbers, Signal, Vote, add_votes, check_finite, halvings, signed_rank_effect
 from negcore.store.reader import NegSplit, RowBlock, Selection
 
 
@@ -78,9 +78,9 @@ def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Num
     return effect(signal, block.negs(selection), lambda: block.activations(selection))
 
 
-def chosen_ordinals(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
+def chosen_signed_ranks(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
     """What stands for a signal's values in order and sign, for K chosen neurons of a block of rows: (P, O, K)."""
-    return ordinal_effect(signal, block.ordinals(selection), lambda: block.activations(selection))
+    return signed_rank_effect(signal, block.signed_ranks(selection), lambda: block.activations(selection))
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:
@@ -101,7 +101,7 @@ def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act:
         If a NEG or activation is NaN or infinite: its prompt, layer and neuron are named. With storage "stats" also
         if activations are to be scored, or the shards hold chosen neurons instead of sums.
     """
-    if split.storage == "stats":
+    if split.level.has_vote_sums:
         votes_M = _added_sums(split, layers, votes)
     else:
         votes_M = training_scores(split, layers, votes, [split.n_rows])[split.n_rows].votes_M if votes else {}
@@ -168,8 +168,8 @@ def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBloc
 
 
 def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slice, layer: int) -> None:
-    ordinals_PON, gold_P = block.shard.ordinals_PON(layer)[rows], block.shard.numbers("gold")[rows]
-    add_votes(scores, at, ordinals_PON, lambda: block.shard.activations_PN(layer)[rows], gold_P)
+    signed_ranks_PON, gold_P = block.shard.signed_ranks_PON(layer)[rows], block.shard.numbers("gold")[rows]
+    add_votes(scores, at, signed_ranks_PON, lambda: block.shard.activations_PN(layer)[rows], gold_P)
 
 
 def act_scores(split: NegSplit, layers: range) -> ActScores:

@@ -20,7 +20,7 @@ from negcore.measure.votes import Numbers, check_negs, row_blocks
 MOST_OPTIONS = 5
 
 Codes = npt.NDArray[np.uint16]
-StandIns = npt.NDArray[np.int8]
+SignedRanks = npt.NDArray[np.int8]
 
 _UNUSED = -128
 
@@ -50,7 +50,7 @@ def encode(negs_PON: Numbers) -> Codes:
     return codes_PN
 
 
-def decode(codes_PN: Codes, n_options: int) -> StandIns:
+def decode(codes_PN: Codes, n_options: int) -> SignedRanks:
     """Small whole numbers with the order and the signs of the NEGs that were encoded.
 
     Parameters
@@ -72,17 +72,17 @@ def decode(codes_PN: Codes, n_options: int) -> StandIns:
     """
     check_n_options(n_options)
     ranks_OV = _ranks(n_options)
-    standins_PON = np.empty((len(codes_PN), n_options, codes_PN.shape[1]), np.int8)
+    signed_ranks_PON = np.empty((len(codes_PN), n_options, codes_PN.shape[1]), np.int8)
     for option, ranks_V in enumerate(ranks_OV):
-        standins_PON[:, option] = ranks_V[codes_PN]
-    is_unused_PN = standins_PON[:, 0] == _UNUSED
+        signed_ranks_PON[:, option] = ranks_V[codes_PN]
+    is_unused_PN = signed_ranks_PON[:, 0] == _UNUSED
     if is_unused_PN.any():
         row, neuron = np.argwhere(is_unused_PN)[0]
         raise NegError(
             f"code of row {row}, neuron {neuron} is {codes_PN[row, neuron]}, which stands for no order of {n_options} "
             "options: the shard is damaged, delete it and run the same command again"
         )
-    return standins_PON
+    return signed_ranks_PON
 
 
 def check_n_options(n_options: int) -> None:
@@ -111,7 +111,7 @@ def _encode_block(negs_PON: Numbers) -> Codes:
 
 
 @cache
-def _ranks(n_options: int) -> StandIns:
+def _ranks(n_options: int) -> SignedRanks:
     """Of each code the options' ranks, shape (O, V); `_UNUSED` where there is no such code."""
     ranks_OX = np.indices((2 * n_options + 1,) * n_options, np.int8).reshape(n_options, -1) - np.int8(n_options)
     # Of all ranks that stand in one order, those without gaps are the nearest to zero.

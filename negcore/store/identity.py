@@ -11,13 +11,13 @@ NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
 
 
-StorageLevel = Literal["values", "bfloat16", "codes", "stats"]
-"""What is kept of NEGs: their values; values and activations rounded to 16 bits (`negcore.store.bfloat16`); only the
-order and signs of each prompt's options (see `negcore.store.codes`); or vote sums of all neurons (see
-`negcore.measure.votes.vote_sums`) and the values of those that these choose."""
+StorageName = Literal["values", "bfloat16", "codes", "stats"]
+"""Names of the storage levels, whose classes are in `negcore.store.levels`."""
+DEFAULT_STORAGE: StorageName = "values"
+"""The level of runs from before there was a choice: their identities and run files do not name it."""
 
 
-_LATER_FIELDS = {"storage": "values", "neurons": None, "study": None}
+_LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class RunIdentity:
         Hash of the examples the run was made from.
     number_format : int
         Version of what the stored numbers mean.
-    storage : StorageLevel
-        What is kept of the NEGs.
+    storage : str
+        Storage level of NEGs: see `negcore.store.levels.STORAGE_LEVELS`.
     neurons : str or None
         Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
         chosen.
@@ -63,7 +63,7 @@ class RunIdentity:
     prompt: Mapping[str, Any]
     dataset_fingerprint: str
     number_format: int = NUMBER_FORMAT
-    storage: StorageLevel = "values"
+    storage: str = DEFAULT_STORAGE
     neurons: str | None = None
     study: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -89,7 +89,7 @@ class RunIdentity:
 
     def difference(self, other: "RunIdentity | Mapping[str, Any]") -> str:
         """Every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
-        unsaid = {"storage": "values"}
+        unsaid = {"storage": DEFAULT_STORAGE}
         mine = unsaid | _flat(self.comparable())
         theirs = unsaid | _flat(other if isinstance(other, Mapping) else other.comparable())
         differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))

@@ -19,10 +19,9 @@ from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
 from negcore.store.files import draft, read_all
-from negcore.store.identity import text_hash
 from negcore.store.publish import Receipt
-from negcore.store.reader import complete_receipts, local_shard, mapped_batch
-from negcore.store.schema import StoredExample, column, lists
+from negcore.store.reader import ShardReader
+from negcore.store.schema import ROW_COLUMNS, StoredExample, column, record_batch
 
 Floats32 = NDArray[np.float32]
 Columns = Mapping[str, NDArray[Any]]
@@ -56,17 +55,9 @@ def study_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.Recor
     columns : mapping of name to array (P, ...)
         Floats are stored as float32; a row is flat, its last axis fastest.
     """
-    arrays = {
-        "id": pa.array([example.id for example in examples], pa.string()),
-        "text_hash": pa.array([text_hash(example.prompt) for example in examples], pa.string()),
-        "group": pa.array([example.group for example in examples], pa.string()),
-    }
-    for name, values in columns.items():
-        array = np.asarray(values)
-        assert len(array) == len(examples), (name, array.shape)
-        arrays[name] = column(array.astype(np.float32) if array.dtype.kind == "f" else array)
-    fields = [pa.field(name, _type(array), nullable=False) for name, array in arrays.items()]
-    return pa.RecordBatch.from_arrays(list(arrays.values()), schema=pa.schema(fields))
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    stored = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in arrays.items()}
+    return record_batch(examples, {name: column(array) for name, array in stored.items()})
 
 
 class StudyShards(NamedTuple):
@@ -96,20 +87,14 @@ def read_study(folder: Path) -> StudyShards:
     ShardError
         If it is incomplete or damaged.
     """
-    receipts = complete_receipts(folder, verify=False)
-    batches = [mapped_batch(local_shard(folder, receipt)) for receipt in receipts]
-    if any(not batch.schema.equals(batches[0].schema) for batch in batches):
-        raise ShardError(
-            f"{str(folder)!r} holds shards with different columns: delete it and run the same command again"
-        )
-    schema = batches[0].schema
-    numbers = [field.name for field in schema if field.type != pa.string()]
+    reader = ShardReader(folder)
+    columns = reader.read(reader.schema.names)
     return StudyShards(
-        {name: np.concatenate([_rows(batch.column(name)) for batch in batches]) for name in numbers},
-        [id_ for batch in batches for id_ in batch.column("id").to_pylist()],
-        [group for batch in batches for group in batch.column("group").to_pylist()],
-        json.loads(schema.metadata[b"neg"])["axes"],
-        _seconds_per_prompt(folder, receipts),
+        {name: values for name, values in columns.items() if name not in ROW_COLUMNS},
+        columns["id"],
+        columns["group"],
+        reader.metadata["axes"],
+        _seconds_per_prompt(folder, reader.receipts),
     )
 
 
@@ -155,19 +140,6 @@ def write_seconds(folder: Path, index: int, seconds: float) -> None:
     """Note how long a published shard took."""
     with draft(folder / _SECONDS / _seconds_name(index)) as file:
         file.write_text(json.dumps(seconds))
-
-
-def _type(array: pa.Array) -> pa.DataType:
-    type_ = array.type
-    return lists(type_.value_type, type_.list_size) if pa.types.is_fixed_size_list(type_) else type_
-
-
-def _rows(array: pa.Array) -> Floats32:
-    if not pa.types.is_fixed_size_list(array.type):
-        flat: Floats32 = array.to_numpy()
-        return flat
-    rows: Floats32 = array.values.to_numpy().reshape(len(array), array.type.list_size)
-    return rows
 
 
 _SECONDS = "_seconds"

@@ -1,15 +1,18 @@
 """Run files of the runs on datasets: extraction and probes, evaluation of MCEval8K, analysis of skill neurons."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from negcore.datasets.base import PromptSettings
 from negcore.datasets.mceval8k import SPECS
-from negcore.store.identity import StorageLevel
+from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
+
+if TYPE_CHECKING:
+    from negcore.store.levels import StorageLevel
 
 ProbeName = Literal[
     "polar",
@@ -55,8 +58,8 @@ class _PromptedRun(RunFile):
     )
     shard_rows: int = Field(32, ge=1, description="Prompts in a shard: what a crash can cost.")
     batch_size: int | None = Field(None, ge=1, description="Prompts in a batch. By default chosen by length.")
-    storage: StorageLevel = Field(
-        "values",
+    storage: StorageName = Field(
+        DEFAULT_STORAGE,
         description="What is kept of NEGs: values; bfloat16 (values and activations in half the room: their range, "
         "and 2 to 3 digits); codes (16 bits for order and signs of up to 5 options; every "
         "probe but logistic regression gives the same); or stats (vote sums, and in a second pass the values of the "
@@ -72,13 +75,20 @@ class _PromptedRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        if self.storage == "values":
+        if self.storage == DEFAULT_STORAGE:
             del science["storage"]  # runs have the names from before there was a choice
         return science
 
+    @property
+    def level(self) -> "StorageLevel":
+        """The storage level: what it keeps and can answer."""
+        from negcore.store.levels import STORAGE_LEVELS  # needs pyarrow, which the command line starts without
+
+        return STORAGE_LEVELS[self.storage]
+
     @model_validator(mode="after")
     def _check_nonfinite(self) -> Self:
-        if self.storage in ("codes", "stats") and self.nonfinite == "keep":
+        if self.nonfinite == "keep" and not self.level.has_nonfinite:
             level = f"storage {self.storage!r}"
             raise ValueError(f"{level} has none for NaN and infinity: set nonfinite to fail or skip, not keep")
         return self
@@ -102,12 +112,14 @@ class _ProbedRun(_PromptedRun):
     @model_validator(mode="after")
     def _check_storage(self) -> Self:
         for name in self.probe:
-            if self.storage == "codes" and name.endswith("-logistic"):
-                raise ValueError(f"probe {name!r} reads values, not codes: leave it out, or set storage to values")
-            if self.storage == "stats" and name == "act":
+            if name.endswith("-logistic") and not self.level.has_values:
                 raise ValueError(
-                    "probe 'act' reads the activations of all neurons, which storage 'stats' does not keep: leave it "
-                    "out, or set storage to values or codes"
+                    f"probe {name!r} reads values, not {self.storage}: leave it out, or set storage to values"
+                )
+            if name == "act" and not self.level.has_all_neurons:
+                raise ValueError(
+                    f"probe {name!r} reads the activations of all neurons, which storage {self.storage!r} does not "
+                    "keep: leave it out, or set storage to values or codes"
                 )
         return self
 
@@ -232,8 +244,10 @@ class SkillsRun(_PromptedRun):
 
     @model_validator(mode="after")
     def _check_stats(self) -> Self:
-        if self.storage == "stats":
-            raise ValueError("storage 'stats' keeps too little to analyse skill neurons: set it to values or codes")
+        if not self.level.has_all_neurons:
+            raise ValueError(
+                f"storage {self.storage!r} keeps too little to analyse skill neurons: set it to values or codes"
+            )
         return self
 
     @property

@@ -10,7 +10,8 @@ import pyarrow as pa
 
 from negcore.datasets import Example
 from negcore.store.identity import canonical_json, choice_digest
-from negcore.store.schema import ALIGNMENT_BYTES, AXES, aligned_schema, lists, shard_schema
+from negcore.store.levels import STORAGE_LEVELS, RowShape
+from negcore.store.schema import ALIGNMENT_BYTES, aligned_schema, lists
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import n_chosen
 
@@ -20,79 +21,82 @@ _OFFSET_BYTES = 4
 
 
 def shard_bytes(split: ShardSet) -> list[int]:
-    """Bytes of each of a split's shards."""
-    n_options, n_layers, n_neurons = len(split.examples[0].labels), split.identity.n_layers, split.identity.n_neurons
-    schema = shard_schema(n_options, n_layers, n_neurons, split.identity.storage, n_chosen(split))
+    """Return the bytes of each of a split's shards."""
+    n_layers, n_neurons = split.identity.n_layers, split.identity.n_neurons
+    shape = RowShape(split.n_options, n_layers, n_neurons, n_chosen(split))
+    schema = STORAGE_LEVELS[split.identity.storage].schema(shape)
     file_bytes = _file_bytes(schema, split)
-    n_said = n_chosen(split) or n_layers * n_neurons
-    return [file_bytes(index, _body_bytes(schema, shard, n_said)) for index, shard in enumerate(split.shards)]
+    n_listed = n_chosen(split) or n_layers * n_neurons
+    return [file_bytes(index, _body_bytes(schema, shard, n_listed)) for index, shard in enumerate(split.shards)]
 
 
 def _file_bytes(schema: pa.Schema, split: ShardSet) -> Callable[[int, int], int]:
-    """The bytes of a file by the index of its shard and the bytes of its numbers and texts.
+    """Return a function that gives a file's bytes from its shard's index and the bytes of its numbers and texts.
 
-    A row of columns of one number each has a message as long as that of the shard, whose lengths are written in as
-    many bytes.
+    A batch of one row and one number a column stands for the shard: its message is as long, as lengths are written
+    in a fixed number of bytes.
     """
-    thin = pa.RecordBatch.from_pylist(
-        [{field.name: _one_value(field.type) for field in schema}],
-        schema=pa.schema([pa.field(field.name, _thin(field.type), nullable=False) for field in schema]),
-    )
-    thin_bytes = pa.ipc.get_record_batch_size(thin)
-    message_bytes: int = thin_bytes - pa.ipc.read_message(thin.serialize()).body.size
+    small = _small_batch(schema)
+    small_bytes = pa.ipc.get_record_batch_size(small)
+    message_bytes: int = small_bytes - pa.ipc.read_message(small.serialize()).body.size
 
     @cache
-    def around(index_digits: int, past_alignment: int) -> int:
-        """Bytes before and behind the batch: blanks in its metadata align it, see `aligned_schema`."""
-        about = canonical_json(_about(split, int("9" * index_digits)))
-        padded = thin.replace_schema_metadata(
-            aligned_schema(thin.schema, about, ALIGNMENT_BYTES + past_alignment).metadata
-        )
+    def bytes_around(index_digits: int, past_alignment: int) -> int:
+        """Return the bytes before and behind the batch: blanks in its metadata align it, see `aligned_schema`."""
+        metadata = canonical_json(_metadata(split, int("9" * index_digits)))
+        aligned = aligned_schema(small.schema, metadata, ALIGNMENT_BYTES + past_alignment)
         sink = pa.MockOutputStream()
-        with pa.ipc.new_file(sink, padded.schema) as writer:
-            writer.write_batch(padded)
-        n_bytes: int = sink.size() - thin_bytes
+        with pa.ipc.new_file(sink, aligned) as writer:
+            writer.write_batch(small.replace_schema_metadata(aligned.metadata))
+        n_bytes: int = sink.size() - small_bytes
         return n_bytes
 
     def file_bytes(index: int, body_bytes: int) -> int:
         batch_bytes = message_bytes + body_bytes
-        return around(len(str(index)), batch_bytes % ALIGNMENT_BYTES) + batch_bytes
+        return bytes_around(len(str(index)), batch_bytes % ALIGNMENT_BYTES) + batch_bytes
 
     return file_bytes
 
 
-def _about(split: ShardSet, index: int) -> dict[str, object]:
-    """What such a shard says of itself, or something as long."""
+def _metadata(split: ShardSet, index: int) -> dict[str, object]:
+    """Return the metadata of a shard, or something of the same length."""
     chosen = {} if n_chosen(split) is None else {"neurons": choice_digest(())}
     return {
         "identity": split.identity.comparable() | chosen,
         "versions": split.identity.versions,
         "digest": split.identity.digest,
         "partition": split.place.names,
-        "axes": dict(AXES[split.identity.storage]),
-        "n_options": len(split.examples[0].labels),
+        "axes": split.measurement.axes,
+        "n_options": split.n_options,
         "index": index,
         "n_shards": len(split.shards),
     }
 
 
-def _thin(type_: pa.DataType) -> pa.DataType:
-    return lists(type_.value_type, 1) if pa.types.is_fixed_size_list(type_) else type_
+def _small_batch(schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch of one row whose columns have the given types, but hold one number each."""
+    types = {
+        field.name: lists(field.type.value_type, 1) if pa.types.is_fixed_size_list(field.type) else field.type
+        for field in schema
+    }
+    fields = [pa.field(name, type_, nullable=False) for name, type_ in types.items()]
+    row = {name: _one_value(type_) for name, type_ in types.items()}
+    return pa.RecordBatch.from_pylist([row], schema=pa.schema(fields))
 
 
 def _one_value(type_: pa.DataType) -> object:
     if pa.types.is_string(type_):
         return ""
-    return [0] if pa.types.is_fixed_size_list(type_) or pa.types.is_list(type_) else 0
+    return [0] if pa.types.is_nested(type_) else 0
 
 
-def _body_bytes(schema: pa.Schema, shard: Sequence[Example], n_said: int) -> int:
-    """The buffers of a batch. Numbers are padded by us (see `negcore.store.schema.column`), all else by Arrow.
+def _body_bytes(schema: pa.Schema, shard: Sequence[Example], n_listed: int) -> int:
+    """Return the bytes of a batch's buffers: numbers are padded by `negcore.store.schema.column`, all else by Arrow.
 
     Parameters
     ----------
-    n_said : int
-        Values of a column that holds them in a shard's first row alone.
+    n_listed : int
+        Values in a column that holds a list in the first row alone.
     """
     offsets = _padded(_OFFSET_BYTES * (len(shard) + 1))
     texts = {
@@ -105,7 +109,7 @@ def _body_bytes(schema: pa.Schema, shard: Sequence[Example], n_said: int) -> int
         if pa.types.is_string(type_):
             n_bytes += offsets + _padded(texts[name])
         elif pa.types.is_list(type_):
-            n_bytes += offsets + _padded(n_said * _bytes_a_row(type_.value_type))
+            n_bytes += offsets + _padded(n_listed * _bytes_a_row(type_.value_type))
         else:
             n_bytes += _padded(len(shard) * _bytes_a_row(type_), ALIGNMENT_BYTES)
     return n_bytes

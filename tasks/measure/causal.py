@@ -169,7 +169,7 @@ def _gold_negs(split: NegSplit, examples: Sequence[Example], neurons_K: Ints) ->
         stored_P = [at for at, id_ in enumerate(split.ids[block.rows]) if id_ in rows]
         if stored_P:
             rows_P = [rows[split.ids[block.rows][at]] for at in stored_P]
-            gold_negs_PK[rows_P] = block.ordinals(neurons_K)[stored_P, gold_P[rows_P]]
+            gold_negs_PK[rows_P] = block.signed_ranks(neurons_K)[stored_P, gold_P[rows_P]]
     return gold_negs_PK
 
 

@@ -10,11 +10,11 @@ import pyarrow as pa
 from negcore.datasets import Example
 from negcore.measure.neurgrad import NeurGradBatch, neurgrad
 from negcore.model.language_model import LanguageModel
-from negcore.store.identity import StorageLevel
-from negcore.store.schema import AXES, StoredExample, record_batch
+from negcore.store.identity import DEFAULT_STORAGE
+from negcore.store.levels import STORAGE_LEVELS
+from negcore.store.schema import StoredExample
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 
-_STORED = {"i": np.int32, "f": np.float32}
 _MOST_LAYERS = 8
 """Layers that a message names."""
 
@@ -26,7 +26,7 @@ class NegMeasurement(Measurement):
     n_layers: int
     layer_width: int
     """Neurons a layer."""
-    storage: StorageLevel = "values"
+    storage: str = DEFAULT_STORAGE
     batch_size: int | None = None
     """Prompts in a batch; None to choose by length. Changes at most the last digits."""
     n_chosen: int | None = None
@@ -40,7 +40,7 @@ class NegMeasurement(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return dict(AXES[self.storage])
+        return dict(STORAGE_LEVELS[self.storage].axes)
 
     def about(self, n_options: int) -> dict[str, Any]:
         return {"axes": self.axes, "n_options": n_options}
@@ -61,10 +61,7 @@ class NegMeasurement(Measurement):
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
         assert self.n_chosen is None or self.neurons is not None, "the neurons are not chosen yet"
-        stored: dict[str, Any] = {
-            name: values.astype(_STORED[values.dtype.kind], copy=False) for name, values in columns.items()
-        }
-        return record_batch(examples, **stored, storage=self.storage, neurons=self.neurons)
+        return STORAGE_LEVELS[self.storage].batch(examples, **columns, neurons=self.neurons)
 
     def nonfinite(self, columns: Columns) -> list[Nonfinite]:
         return [Nonfinite(one.row, one.n_values, _where(one.layers)) for one in NeurGradBatch(**columns).nonfinite()]

@@ -15,9 +15,10 @@ from negcore.errors import ShardError
 from negcore.store.buckets import fetch, remove
 from negcore.store.files import find, is_remote, n_bytes, sizes
 from negcore.store.identity import choice_digest, content_digest
+from negcore.store.levels import has_columns_of
 from negcore.store.publish import Receipt, checksum, receipts, shard_of
 from negcore.store.reader import mapped_batch
-from negcore.store.schema import AXES, count_chosen, of_shard, shard_schema
+from negcore.store.schema import ROW_COLUMNS, first_row
 from tasks.rundir.layout import ShardFolder, receipt_path, receipts_of
 
 _NAMED = 8
@@ -184,24 +185,15 @@ def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -> bool:
     if folder.kind != "negs":  # a study's other columns depend on what it measures
-        return bool(schema.names[:3] == ["id", "text_hash", "group"])
-    if "probs" not in schema.names or not pa.types.is_fixed_size_list(schema.field("probs").type):
-        return False
-    n_options = schema.field("probs").type.list_size
-    n_layers, n_neurons = (receipt.identity.get(name) for name in ("n_layers", "n_neurons"))
-    storage, n_chosen = receipt.identity.get("storage", "values"), count_chosen(schema)
-    if not isinstance(n_layers, int) or not isinstance(n_neurons, int) or storage not in tuple(AXES):
-        return False
-    if storage != "stats" and n_layers > len(schema) or (n_chosen is None) != ("neurons" not in receipt.identity):
-        return False
-    return bool(schema.equals(shard_schema(n_options, n_layers, n_neurons, storage, n_chosen)))
+        return tuple(schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
+    return has_columns_of(receipt.identity, schema)
 
 
 def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
     """Whether a shard with chosen neurons holds those that its receipt says; one without rows names none."""
     if "neurons" not in receipt.identity or not batch.num_rows:
         return True
-    return bool(choice_digest(of_shard(batch, "neurons").tolist()) == receipt.identity["neurons"])
+    return bool(choice_digest(first_row(batch, "neurons").tolist()) == receipt.identity["neurons"])
 
 
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:

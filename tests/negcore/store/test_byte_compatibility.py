@@ -168,11 +168,12 @@ def test_old_codes_have_the_order_and_signs_of_the_values():
     negs_POLN, activations_PLN = part.joined("negs_POLN"), part.joined("activations_PLN")
     assert split.activations(range(N_ALL)).tobytes() == activations_PLN.tobytes()
     for layer in range(N_LAYERS):
-        ordinals_PON = np.concatenate([shard.ordinals_PON(layer) for shard in split.shards()])
+        signed_ranks_PON = np.concatenate([shard.signed_ranks_PON(layer) for shard in split.shards()])
         negs_PON = negs_POLN[:, :, layer]
-        assert np.array_equal(np.sign(ordinals_PON), np.sign(negs_PON))
+        assert np.array_equal(np.sign(signed_ranks_PON), np.sign(negs_PON))
         for one, other in product(range(split.n_options), repeat=2):
-            assert np.array_equal(ordinals_PON[:, one] > ordinals_PON[:, other], negs_PON[:, one] > negs_PON[:, other])
+            is_larger_PN = negs_PON[:, one] > negs_PON[:, other]
+            assert np.array_equal(signed_ranks_PON[:, one] > signed_ranks_PON[:, other], is_larger_PN)
 
 
 def test_old_vote_sums_are_those_of_the_values():

@@ -74,10 +74,10 @@ def test_random_values_come_back_in_their_order(n_options):
         np.array([0, -0.0, TINY, -TINY, 3 * TINY, 1, np.nextafter(1, 2), -3e38], np.float32), usual.shape
     )
     negs_PON = np.where(rng.random(usual.shape) < 0.5, usual, special)
-    standins_PON = decode(encode(negs_PON), n_options)
-    assert standins_PON.dtype == np.int8
-    assert np.array_equal(np.apply_along_axis(plain_ranks, 1, negs_PON), standins_PON)
-    assert np.array_equal(argmax_features(standins_PON), argmax_features(negs_PON))
+    signed_ranks_PON = decode(encode(negs_PON), n_options)
+    assert signed_ranks_PON.dtype == np.int8
+    assert np.array_equal(np.apply_along_axis(plain_ranks, 1, negs_PON), signed_ranks_PON)
+    assert np.array_equal(argmax_features(signed_ranks_PON), argmax_features(negs_PON))
 
 
 def test_blocks_of_rows_have_the_codes_of_the_whole(monkeypatch):
@@ -275,7 +275,7 @@ def test_a_damaged_code_is_refused_with_its_place(tmp_path):
     path = next(tmp_path.rglob("part-00001.arrow"))
     whole = path.read_bytes()
     (_, shard, _) = split.shards()
-    column = np.ascontiguousarray(shard.codes_PN(2)).tobytes()
+    column = np.ascontiguousarray(shard.numbers("code_02")).tobytes()
     assert whole.count(column) == 1
     path.write_bytes(whole.replace(column, b"\xff" * len(column)))
     with pytest.raises(NegError, match="'train/20' on, layer 2: code of row 0, neuron 0 is 65535"):

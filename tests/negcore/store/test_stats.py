@@ -222,7 +222,7 @@ def test_whoever_asks_for_what_is_not_stored_is_told_what_to_do(tmp_path):
     sums = write(tmp_path / "sums", "train", "stats")
     for split, neuron in ((chosen, 4), (sums, 0)):
         (block, *_) = split.row_blocks()
-        for question in (split.neurons, split.activations, block.negs, block.ordinals, block.activations):
+        for question in (split.neurons, split.activations, block.negs, block.signed_ranks, block.activations):
             with pytest.raises(ShardError, match=f"does not hold neuron {neuron} .* or with --storage values"):
                 question([neuron])
         questions = [

@@ -1,0 +1,359 @@
+"""Storage levels: what a shard keeps of NEGs and activations, one class for each `storage` of a run file.
+
+A level turns measured numbers into columns and columns into numbers, and says which questions its shards can answer.
+Everything else asks `STORAGE_LEVELS`; a new level is a class here, an entry there, and a name in `StorageName`.
+
+Axes: P prompts (rows), O options, L layers, N neurons a layer, M all neurons, K chosen neurons.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, get_args
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negcore.errors import NegError, ShardError
+from negcore.measure.votes import VOTES, Numbers, Vote, vote_sums
+from negcore.store import codes
+from negcore.store.codes import SignedRanks
+from negcore.store.identity import DEFAULT_STORAGE, StorageName
+from negcore.store.schema import (
+    IN_FIRST_ROW,
+    ShardColumns,
+    StoredExample,
+    column,
+    first_row,
+    first_row_column,
+    record_batch,
+    row_width,
+)
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class RowShape(NamedTuple):
+    """How many numbers each row of a shard has."""
+
+    n_options: int
+    n_layers: int
+    n_neurons: int
+    """Neurons a layer."""
+    n_chosen: int | None = None
+    """Neurons whose numbers are stored, where vote sums choose them."""
+
+
+class NeuronPlaces(NamedTuple):
+    """K neurons: the layer of each, its place there, and its flat layer-major index."""
+
+    layers_K: npt.NDArray[np.integer]
+    neurons_K: npt.NDArray[np.integer]
+    flat_K: npt.NDArray[np.integer]
+
+
+Neurons = int | NeuronPlaces
+"""All neurons of one layer, or chosen ones of any layers."""
+
+Chosen = Sequence[int] | None
+"""Flat indices, rising, of the neurons to store; None where vote sums have not chosen any."""
+Columns = dict[str, pa.Array]
+
+# What the columns mean. These texts are in the metadata of every file, so they are part of a shard's bytes and never
+# change, though two modules that they name have moved since (to negcore/store/codes.py and negcore/measure/votes.py).
+_PROBS = "probability of each option's label, softmax over the vocabulary"
+_ACT = "layer LL: row p holds N activations"
+_NEG = "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"
+_CODE = "layer LL: row p holds N codes: order and signs of the options' NEGs, see negcore/codes.py"
+_BFLOAT16 = "; as bfloat16: the upper 16 bits of a float32"
+
+
+class StorageLevel(ABC):
+    """A way to keep NEGs and activations in the columns of shards."""
+
+    name: ClassVar[StorageName]
+    axes: ClassVar[Mapping[str, str]]
+    """Meaning of the columns, as the metadata of every file says it."""
+    has_values: ClassVar[bool] = True
+    """Whether NEGs can be read, and not only their order and signs."""
+    has_all_neurons: ClassVar[bool] = True
+    """Whether every neuron can be read for every prompt."""
+    has_vote_sums: ClassVar[bool] = False
+    """Whether a first pass keeps vote sums of training prompts, and a second the numbers of neurons they choose."""
+    has_nonfinite: ClassVar[bool] = True
+    """Whether NaN and infinity can be stored."""
+
+    def check_n_options(self, n_options: int) -> None:
+        """Refuse a number of options that does not fit; most levels take any number.
+
+        Raises
+        ------
+        NegError
+        """
+        assert n_options > 0, n_options
+
+    def batch(
+        self,
+        examples: Sequence[StoredExample],
+        *,
+        label_ids_PO: npt.ArrayLike,
+        negs_POLN: npt.ArrayLike,
+        activations_PLN: npt.ArrayLike,
+        probs_PO: npt.ArrayLike,
+        neurons: Chosen = None,
+    ) -> pa.RecordBatch:
+        """Return the rows of one shard, possibly none; of the prompts only a hash.
+
+        Parameters
+        ----------
+        examples : sequence of P examples
+        label_ids_PO : int array (P, O)
+            Token id of every option's label.
+        negs_POLN : float array (P, O, L, N), probability per unit of activation
+        activations_PLN : float array (P, L, N)
+        probs_PO : float array (P, O)
+        neurons : sequence of K int, optional
+            At a level with vote sums, the neurons whose numbers are stored: flat indices, rising. Without them the
+            sums are stored. Other levels ignore it.
+
+        Raises
+        ------
+        NegError
+            If the level cannot hold so many options, or a NEG that is NaN or infinite.
+        """
+        negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
+        label_ids, probs = np.asarray(label_ids_PO, np.int32), np.asarray(probs_PO, np.float32)
+        gold_P = np.array([example.answer for example in examples], np.int16)
+        n_rows, n_options, n_layers, n_neurons = negs.shape
+        assert len(examples) == n_rows, (len(examples), n_rows)
+        assert label_ids.shape == probs.shape == (n_rows, n_options), (label_ids.shape, probs.shape)
+        assert activations.shape == (n_rows, n_layers, n_neurons), activations.shape
+        assert ((gold_P >= 0) & (gold_P < n_options)).all(), gold_P
+        shared = {"gold": column(gold_P), "label_ids": column(label_ids), "probs": column(probs)}
+        own = self._columns(negs, activations, gold_P, neurons)
+        # Lists come first, so that all columns of numbers stay aligned.
+        first = {name: values for name, values in own.items() if values.type == IN_FIRST_ROW}
+        return record_batch(examples, {**first, **shared, **own})
+
+    def schema(self, shape: RowShape) -> pa.Schema:
+        """Return the columns of shards with such rows, without metadata: those of a shard without any."""
+        n_options, n_layers, n_neurons, n_chosen = shape
+        return self.batch(
+            [],
+            label_ids_PO=np.empty((0, n_options)),
+            negs_POLN=np.empty((0, n_options, n_layers, n_neurons)),
+            activations_PLN=np.empty((0, n_layers, n_neurons)),
+            probs_PO=np.empty((0, n_options)),
+            neurons=None if n_chosen is None else range(n_chosen),
+        ).schema
+
+    def has_columns(self, schema: pa.Schema, shape: RowShape) -> bool:
+        """Tell whether a file has exactly the columns of such rows."""
+        try:
+            return bool(schema.equals(self.schema(shape)))
+        except (ValueError, OverflowError, MemoryError):  # no shard has rows of this shape
+            return False
+
+    def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
+        """Return NEGs: float32 (P, O, N) of a layer or (P, O, K), probability per unit of activation.
+
+        Raises
+        ------
+        ShardError
+            If the shard does not hold them.
+        """
+        return self._numbers(shard, "neg", neurons, shard.n_rows, shard.n_options)
+
+    def activations(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
+        """Return activations: float32 (P, N) of a layer or (P, K); `ShardError` if the shard does not hold them."""
+        return self._numbers(shard, "act", neurons, shard.n_rows)
+
+    def signed_ranks(self, shard: ShardColumns, neurons: Neurons) -> FloatArray | SignedRanks:
+        """Return numbers with the signs and the order of each prompt's NEGs, ties included, in the shape of `negs`.
+
+        Where NEGs are stored, these are the NEGs.
+
+        Raises
+        ------
+        NegError
+            As `negs`; also if the shard is damaged.
+        """
+        return self.negs(shard, neurons)
+
+    @abstractmethod
+    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
+        """Return the columns that depend on the level, by name and in order."""
+
+    @abstractmethod
+    def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+        """Return numbers of a layer, shape (*axes, N), or of chosen neurons, shape (*axes, K)."""
+
+
+class Values(StorageLevel):
+    """NEGs and activations in float32: two columns a layer, which can be read without the others."""
+
+    name: ClassVar[StorageName] = "values"
+    axes: ClassVar[Mapping[str, str]] = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "neg_LL": _NEG})
+
+    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
+        columns: Columns = {}
+        for layer in range(negs_POLN.shape[2]):
+            try:
+                stored = self._layer(negs_POLN[:, :, layer], activations_PLN[:, layer])
+            except NegError as error:
+                raise NegError(f"layer {layer}: {error}") from None
+            columns |= {f"{kind}_{layer:02d}": column(values) for kind, values in stored.items()}
+        return columns
+
+    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
+        """Return the arrays to store of one layer, by the beginning of their columns' names."""
+        return {"act": activations_PN, "neg": negs_PON}
+
+    def has_columns(self, schema: pa.Schema, shape: RowShape) -> bool:
+        # A receipt may claim any number of layers: no schema is made of more than the file has columns.
+        return shape.n_layers <= len(schema) and super().has_columns(schema, shape)
+
+    def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+        if not isinstance(neurons, NeuronPlaces):
+            return shard.numbers(f"{kind}_{neurons:02d}").reshape(*axes, -1)
+        picked = np.empty((*axes, neurons.flat_K.size), shard.numbers(f"{kind}_00").dtype)
+        for layer in np.unique(neurons.layers_K).tolist():
+            at = np.flatnonzero(neurons.layers_K == layer)
+            stored = shard.numbers(f"{kind}_{layer:02d}").reshape(*axes, -1)
+            picked[..., at] = stored[..., neurons.neurons_K[at]]
+        return picked
+
+
+class Bfloat16(Values):
+    """NEGs and activations rounded to the upper 16 bits of a float32.
+
+    The range is that of float32, so that small NEGs keep their sign, which float16 takes from one in five where
+    answers are improbable; the precision is 8 binary digits. Numbers of a model that computes in bfloat16 come back
+    unchanged.
+    """
+
+    name = "bfloat16"
+    axes = MappingProxyType({"act_LL": _ACT + _BFLOAT16, "probs": _PROBS, "neg_LL": _NEG + _BFLOAT16})
+
+    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
+        return {"act": bfloat16_bits(activations_PN), "neg": bfloat16_bits(negs_PON)}
+
+    def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+        return bfloat16_values(super()._numbers(shard, kind, neurons, *axes))
+
+
+class Codes(Values):
+    """The order and the signs of each prompt's NEGs in 16 bits, see `negcore.store.codes`; activations in float32."""
+
+    name = "codes"
+    axes = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "code_LL": _CODE})
+    has_values = False
+    has_nonfinite = False
+
+    def check_n_options(self, n_options: int) -> None:
+        codes.check_n_options(n_options)
+
+    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
+        return {"act": activations_PN, "code": codes.encode(negs_PON)}
+
+    def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
+        raise ShardError(
+            f"{str(shard.path)!r} holds codes, not values: order and signs of the NEGs are all that can be asked; "
+            "run with --storage values"
+        )
+
+    def signed_ranks(self, shard: ShardColumns, neurons: Neurons) -> SignedRanks:
+        return codes.decode(self._numbers(shard, "code", neurons, shard.n_rows), shard.n_options)
+
+
+class Stats(StorageLevel):
+    """Vote sums of all neurons over a shard's rows, or the values of the K neurons that such sums chose.
+
+    A shard with sums has a list of M sums for each vote; one with chosen neurons has the list of their flat indices,
+    rising, and their NEGs and activations in float32.
+    """
+
+    name = "stats"
+    axes = MappingProxyType(
+        {
+            "probs": _PROBS,
+            "sum_VOTE": "row 0 holds M sums over the rows: scores of all neurons, layer-major, see negcore/votes.py",
+            "neurons": "row 0 holds the flat layer-major indices of the K chosen neurons",
+            "act": "row p holds K activations",
+            "neg": "row p holds O*K values, option o and chosen neuron k at o*K + k; probability per activation",
+        }
+    )
+    has_all_neurons = False
+    has_vote_sums = True
+    has_nonfinite = False
+
+    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
+        n_rows = len(gold_P)
+        if neurons is None:
+            sums = vote_sums(negs_POLN, activations_PLN, gold_P) if n_rows else dict.fromkeys(VOTES, gold_P)
+            return {sum_column(vote): first_row_column(sums_M, n_rows) for vote, sums_M in sums.items()}
+        layers_K, neurons_K = np.divmod(np.array(neurons), negs_POLN.shape[3])
+        return {
+            "neurons": first_row_column(neurons, n_rows),
+            "act": column(activations_PLN[:, layers_K, neurons_K]),
+            "neg": column(negs_POLN[:, :, layers_K, neurons_K]),
+        }
+
+    def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+        if not isinstance(neurons, NeuronPlaces):
+            raise ShardError(
+                f"{str(shard.path)!r} holds vote sums or chosen neurons, not whole layers: run with --storage values"
+            )
+        if not neurons.flat_K.size:
+            return np.empty((*axes, 0), np.float32)
+        stored_K = first_row(shard.batch, "neurons")
+        absent_K = neurons.flat_K[~np.isin(neurons.flat_K, stored_K)]
+        if absent_K.size:
+            raise ShardError(
+                f"{str(shard.path)!r} does not hold neuron {absent_K[0]} (flat index): storage 'stats' keeps those "
+                "that the run's own probes can ask for; run with other probes in another directory, or with --storage "
+                "values"
+            )
+        return shard.numbers(kind).reshape(*axes, -1)[..., np.searchsorted(stored_K, neurons.flat_K)]
+
+
+STORAGE_LEVELS: Mapping[str, StorageLevel] = MappingProxyType(
+    {level.name: level for level in (Values(), Bfloat16(), Codes(), Stats())}
+)
+assert tuple(STORAGE_LEVELS) == get_args(StorageName)
+
+
+def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
+    """Tell whether a file has the columns of a run, given by its identity as the file's receipt holds it."""
+    level = STORAGE_LEVELS.get(str(identity.get("storage", DEFAULT_STORAGE)))
+    n_layers, n_neurons = identity.get("n_layers"), identity.get("n_neurons")
+    n_options, n_chosen = row_width(schema, "probs"), row_width(schema, "act")
+    if level is None or n_options is None or not isinstance(n_layers, int) or not isinstance(n_neurons, int):
+        return False
+    if ("neurons" in identity) != (n_chosen is not None):
+        return False
+    return level.has_columns(schema, RowShape(n_options, n_layers, n_neurons, n_chosen))
+
+
+def sum_column(vote: Vote) -> str:
+    """Return the name of the column with a vote's sums."""
+    return f"sum_{vote.rule}_{vote.signal}"
+
+
+def bfloat16_bits(values: FloatArray) -> npt.NDArray[np.uint16]:
+    """Return the bits of the nearest bfloat16 numbers, of two equally near ones the even one, in the same shape.
+
+    Infinity stays infinity, NaN becomes the one NaN 0x7FC0, and nothing above 2^-134 in size becomes zero.
+    """
+    with np.errstate(invalid="ignore"):  # raised by signalling NaNs
+        bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    bits[np.isnan(values)] = 0x7FC0
+    return bits
+
+
+def bfloat16_values(bits: npt.NDArray[np.uint16]) -> FloatArray:
+    """Return exactly the numbers that the bits of bfloat16 stand for: float32, in the same shape."""
+    values: FloatArray = bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    return values
