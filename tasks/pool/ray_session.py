@@ -1,6 +1,6 @@
-"""Ray for the length of a block: a private one on this machine, closed to the network, or a cluster that is joined.
+"""Ray for the length of a block: a private one on this machine, closed to the network, or a cluster to join.
 
-Ray is imported only when a session is opened: it reads some of its settings on import.
+Ray is imported only when a session is opened, because it reads some of its settings on import.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LONGEST_TEMP = 20
 """Characters: a socket's path has at most 107, and Ray adds about 85."""
 
 _OBJECT_STORE_BYTES = 200 * 2**20
-"""Only receipts travel through Ray's object store."""
+"""Small, because only receipts travel through Ray's object store."""
 
 _CONNECT_S = 10.0
 """Limit for reaching a cluster's head."""
@@ -94,7 +94,7 @@ def _joined_ray(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray would try for twenty minutes before it said that nobody answers."""
+    """Refuse an address where nobody answers: Ray would try for twenty minutes before it said so."""
     host, _, port = address.rpartition(":")
     if "/" in host or not host or not port.isdigit():
         raise RunError(f"the Ray address is {address!r}, but it must be host:port, 'auto' or 'local'")
@@ -106,7 +106,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _initialised(**options: Any) -> Iterator[Any]:
-    """Ray, initialised; the signal handler that it replaces is put back."""
+    """Initialise Ray and put the signal handler back that it replaces."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
@@ -123,7 +123,7 @@ def _initialised(**options: Any) -> Iterator[Any]:
 
 
 def _local_environment(home: Path) -> dict[str, str]:
-    """Settings that close a local Ray to the network and to other users."""
+    """Return settings that close a local Ray to the network and to other users."""
     token = home / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(_token())
@@ -136,13 +136,13 @@ def _local_environment(home: Path) -> dict[str, str]:
 
 @functools.cache
 def _token() -> str:
-    """The secret of all local sessions of this process: Ray keeps the first one that it reads."""
+    """Return the secret of all local sessions of this process: Ray keeps the first one that it reads."""
     return secrets.token_hex(32)
 
 
 @contextlib.contextmanager
 def _short_directory() -> Iterator[Path]:
-    """A directory for this user only, with a path short enough for the sockets that Ray makes.
+    """Make a directory for this user only, with a path short enough for the sockets that Ray makes.
 
     Ray opens its own directory to everybody; it must be one inside this.
     """
