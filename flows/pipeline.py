@@ -19,7 +19,7 @@ from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
-from tasks.forecast.capacity import check_room
+from tasks.forecast.capacity import check_disk
 from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
@@ -153,7 +153,7 @@ def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]
 
 def extract_planned(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
     """Compute every missing NEG shard; what is lost goes into the results' problems, each whole dataset is told."""
-    check_room(planned)
+    check_disk(planned)
     for run, models in planned:
         write_run_file(run)
         write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])

@@ -84,7 +84,8 @@ def _mean_cell(mean: Average, most: int) -> Cell:
 
 
 def _gains(comparison: Comparison) -> Table:
-    genres, blocks = _genres(comparison.gains), []
+    genres = _genres(comparison.gains)
+    blocks: list[Block] = []
     for shots, of_shots in by(comparison.gains, "shots").items():
         rows: list[list[Cell]] = [[Words(SHOTS[shots], "bold")]]
         for model, of_model in by(of_shots, "model").items():
@@ -146,7 +147,7 @@ def _pearson(row: LinearityRow) -> Cell:
 
 def _profiles(comparison: Comparison) -> Table:
     ends = [f"{100 * depth // N_DEPTHS}%" for depth in range(1, N_DEPTHS + 1)]
-    blocks = []
+    blocks: list[Block] = []
     for (measure, probe), rows in _shown(comparison.profiles).items():
         heading = Words(_MEASURES[measure] + (f" ({probe_title(probe)})" if probe else ""), "bold")
         by_model = by(rows, "model").items()

@@ -300,8 +300,9 @@ def _common(findings: SkillFindings) -> Table:
         counts = [sum((row.probe, row.top) == (probe, top) for row in findings.common) for top in tops(findings)]
         listed = ", ".join(f"{n} of {top}" for n, top in zip(counts, tops(findings), strict=True))
         best = [row for row in findings.common if (row.probe, row.top) == (probe, tops(findings)[-1])][:_MOST_COMMON]
-        rows = [["", *map(Number, (row.layer, row.neuron, row.worst_rank, row.n_same_polarity))] for row in best]
-        blocks.append([[f"{PROBE_TITLES[probe]}: {listed}"], *rows])
+        rows: Rows = [[f"{PROBE_TITLES[probe]}: {listed}"]]
+        rows += [["", *map(Number, (row.layer, row.neuron, row.worst_rank, row.n_same_polarity))] for row in best]
+        blocks.append(rows)
     return Table(
         key=f"common-{findings.model}",
         title=f"Neurons among the best of all {len(findings.datasets)} datasets {_CHECKED}",

@@ -43,6 +43,6 @@ def _linked(path: Path, text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a text in which nothing is read as markup. Prefect's pages show the backslashes of other ways to escape."""
+    """Return a text that no page reads as markup. Prefect would show the backslashes of other ways to escape."""
     line = " ".join(printable(text).split())
     return f"`{line.replace('`', '?')}`"

@@ -100,7 +100,7 @@ class Outcome:
     job : Any
         The job as it was given.
     result : Any or None
-        What ``run`` returned; None if the job failed.
+        Result of ``run``; None if the job failed.
     exception : Exception or None
         The error of the last attempt; None if the job succeeded.
     attempts : int
@@ -131,7 +131,7 @@ class PoolStatus:
     ready, starting, lost : int
         Workers that are usable, that are being made, and that died or were ended.
     note : str
-        What the pool waits for; empty if it does not wait.
+        Thing that the pool waits for; empty if it does not wait.
     """
 
     label: str
@@ -230,7 +230,7 @@ class Pool(ABC):
         tick_s : float
             Seconds between two calls of `on_tick`.
         suspect : bool
-            Whether the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
+            True if the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
             used again, and what they cost is replaced whatever `max_replacements` is.
 
         Yields

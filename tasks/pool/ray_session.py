@@ -15,11 +15,12 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from negcore.errors import RunError
+from tasks.environment import environment
 
 __all__ = ["ray_session"]
 
@@ -74,7 +75,7 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def _local_ray() -> Iterator[None]:
-    with _short_directory() as home, _environment(_ENVIRONMENT | _local_environment(home)):
+    with _short_directory() as home, environment(_ENVIRONMENT | _local_environment(home)):
         options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": str(home / "r")}
         with _initialised(address="local", **options) as ray:
             if ray.util.get_node_ip_address() != "127.0.0.1":
@@ -89,7 +90,7 @@ def _local_ray() -> Iterator[None]:
 def _joined_ray(address: str) -> Iterator[None]:
     if address != "auto":
         _check_reachable(address)
-    with _environment(_ENVIRONMENT), _initialised(address=address):
+    with environment(_ENVIRONMENT), _initialised(address=address):
         yield
 
 
@@ -152,16 +153,3 @@ def _short_directory() -> Iterator[Path]:
         yield home
     finally:
         shutil.rmtree(home, ignore_errors=True)  # dying processes may still write their logs
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

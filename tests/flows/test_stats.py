@@ -18,7 +18,7 @@ from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun, SkillsRun
 from tasks.config.reading import read_run_file
 from tasks.config.recipes import RECIPES, choose_neurons, n_stored
-from tasks.forecast.capacity import check_room
+from tasks.forecast.capacity import check_disk
 from tasks.forecast.needs import forecast, missing_shards
 from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.worker import ModelWorker
@@ -255,7 +255,7 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
         assert shard_bytes(split) == [file.stat().st_size for file in files]
         assert missing_shards(run, split) == []
     assert forecast(planned)[0].n_bytes_left == 0
-    check_room(planned)
+    check_disk(planned)
 
 
 def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, monkeypatch):
