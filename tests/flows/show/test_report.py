@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-        if self.open[-2:-1] in (["td"], ["th"]):
+        if {"td", "th"} & set(self.open[-2:]):
             self.rows[-1][-1] += data
 
 
