@@ -269,7 +269,7 @@ def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, 
     monkeypatch.setattr(ModelWorker, "run", failing)
     run_extract(run, PlainStages())
     status = run_status(run.directory)
-    assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.parts] == [
+    assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.folders] == [
         (SUMS, 3, 0, 0),
         ("valid", 3, 0, 0),
         ("test", 0, 3, 0),
@@ -314,7 +314,7 @@ def test_shards_of_values_do_not_count_as_chosen_ones(run):
     run_extract(values, PlainStages())
     results = run_extract(run, PlainStages())
     assert all("storage: 'stats' here, 'values' there" in problem for problem in results.problems)
-    in_the_way = {part.folder.names[2]: part.n_foreign for part in run_status(run.directory).parts}
+    in_the_way = {part.folder.names[2]: part.n_foreign for part in run_status(run.directory).folders}
     assert (in_the_way["valid"], in_the_way["test"]) == (3, 3)
 
 

@@ -15,7 +15,7 @@ from flows.show.inspect_tables import status_lines, status_tables
 from flows.show.text import duration
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import SetAside, shard_path
+from negcore.store.publish import SetAside, receipt_path, shard_path
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
