@@ -7,16 +7,17 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from flows.flow_run import noted, one_line, run_session, run_work
+from flows.flow_run import noted, run_session, run_work
 from flows.linearity import LinearityResults
 from flows.pipeline import Results
 from flows.prefect_flows import prefect_flow
-from flows.show.campaign_tables import artifact_tables, campaign_tables
+from flows.show.campaign_tables import campaign_tables
 from flows.show.report import RunResults, Section
 from flows.skills import SkillResults
 from flows.stages import Stages
-from negcore.errors import NegError
+from negcore.errors import NegError, typed_line
 from negcore.store.files import n_bytes
 from tasks.campaign import (
     Compared,
@@ -45,7 +46,7 @@ class CampaignResults(RunResults):
 
     comparison: Comparison = field(default_factory=Comparison)
 
-    @property
+    @cached_property
     def sections(self) -> list[Section]:
         return [Section("", list(campaign_tables(self.comparison)))]
 
@@ -89,7 +90,7 @@ def run_campaign(run: CampaignRun, stages: Stages) -> CampaignResults:
             results.problems += [f"{step.folder}, {step.study}: {problem}" for problem in problems]
     results.comparison = compare(outcomes, compared)
     with noted(results):
-        _publish(run, stages, results.comparison)
+        write_comparison(run, results.comparison)
     return results
 
 
@@ -114,7 +115,7 @@ def _carry_out(step: CampaignStep, stages: Stages, results: CampaignResults) -> 
     except NegError as error:
         return Compared(), [str(error)]
     except Exception as error:
-        return Compared(), [one_line(error)]
+        return Compared(), [typed_line(error)]
 
 
 def _set_aside(step: CampaignStep, extracted: Sequence[Extracted]) -> list[str]:
@@ -154,10 +155,3 @@ def compare_linearity(model: str, run: LinearityRun, results: LinearityResults) 
 def compare_skills(model: str, run: SkillsRun, results: SkillResults) -> Compared:
     """Return where in depth the skill neurons of a model are."""
     return skill_rows(model, results.findings[0]) if results.findings else Compared()
-
-
-def _publish(run: CampaignRun, stages: Stages, comparison: Comparison) -> None:
-    """Write the comparison as Arrow tables and show it."""
-    write_comparison(run, comparison)
-    for key, (title, rows) in artifact_tables(comparison).items():
-        stages.table(f"campaign-{key}", rows, title)

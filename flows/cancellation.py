@@ -1,7 +1,7 @@
-"""Cancellation of a flow run: the driver stops its stages, and what is finished stays.
+"""Cancellation of a flow run: the driver stops its stages and keeps what is finished.
 
-A worker, or `neg serve`, ends its flow runs by a signal when they are cancelled. Nobody would end a flow run that was
-started by hand: it asks for its own state.
+A Prefect worker, or `neg serve`, sends a signal to its flow runs when they are cancelled. A flow run that was started
+by hand gets no signal, so it asks for its own state.
 """
 
 import contextvars
@@ -24,18 +24,18 @@ _POLL_S = 2.0
 
 @contextmanager
 def stopped_by_cancellation(stop: threading.Event) -> Iterator[threading.Event]:
-    """Inside a flow: set `stop` once the flow run is to be cancelled and no worker will see to it.
+    """Set `stop` once the flow run around this block is cancelled and no worker ends it.
 
     Yields
     ------
     threading.Event
-        Set if that is why `stop` was set.
+        Set if `stop` was set for that reason.
     """
     context = FlowRunContext.get()
     assert context is not None, "only a flow run can be cancelled"
     cancelled, left = threading.Event(), threading.Event()
     if context.flow_run.deployment_id is None:  # started by hand
-        # A copy of the context, because the address of a private server stands in it.
+        # A copy of the context, because it holds the address of a private server.
         run = contextvars.copy_context().run
         args = (_watch, context.flow_run.id, cancelled, stop, left)
         threading.Thread(target=run, args=args, daemon=True).start()

@@ -11,9 +11,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from flows.cancellation import stopped_by_cancellation
-from flows.show.display import printable
 from flows.show.report import RunResults, write_report
-from flows.show.summary import run_summary
+from flows.show.summary import described, run_summary
+from flows.show.text import printable
 from flows.stages import PrefectStages, Stages
 from negcore.errors import RunError
 from tasks.config.run_file import RunFile
@@ -47,6 +47,8 @@ def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
     def worked(run: R, stages: Stages) -> E:
         with claim(run.directory, when_lost=stages.stop.set):
             results = work(run, stages)
+            for table in (table for section in results.sections for table in section.tables):
+                stages.table(table.key, table.records(), described(table))
             with noted(results):
                 write_report(results)
             return results
@@ -128,8 +130,3 @@ def listed(names: Sequence[str]) -> str:
     """Names, as far as they fit a line; of files and folders only the last part."""
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return ", ".join(short) if len(short) <= 3 else f"{short[0]} and {len(short) - 1} more"
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

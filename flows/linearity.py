@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from flows.flow_run import noted, one_line, run_session, run_work
+from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.linearity_figures import write_figures
-from flows.show.linearity_tables import artifact_tables, linearity_tables, summary
+from flows.show.linearity_tables import linearity_tables, summary
 from flows.show.report import RunResults, Section
 from flows.stages import Stages
-from negcore.errors import ModelError, NegError, RunError
+from negcore.errors import ModelError, NegError, RunError, typed_line
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
 from tasks.linearity import Findings, analyse, write_findings
@@ -32,7 +33,7 @@ class LinearityResults(RunResults):
     figures: dict[str, list[Path]] = field(default_factory=dict)
     """By model, SVG before PNG."""
 
-    @property
+    @cached_property
     def sections(self) -> list[Section]:
         return [Section(summary(one), linearity_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
@@ -59,7 +60,7 @@ def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
         _analyse(run, stages, results, study)
     if results.findings:
         with noted(results):
-            _publish(run, stages, results)
+            _publish(run, results)
     return results
 
 
@@ -83,7 +84,7 @@ def _measure(
     except (Stopped, KeyboardInterrupt, ModelError, RunError):
         raise
     except Exception as error:
-        results.problems.append(f"{name}: {one_line(error)}")
+        results.problems.append(f"{name}: {typed_line(error)}")
         return False
     results.extracted += extracted
     results.set_aside += [row for one in extracted for row in one.rows_set_aside]
@@ -110,9 +111,7 @@ def _analyse(run: LinearityRun, stages: Stages, results: LinearityResults, study
         results.problems.append(f"{name}: {error}")
 
 
-def _publish(run: LinearityRun, stages: Stages, results: LinearityResults) -> None:
+def _publish(run: LinearityRun, results: LinearityResults) -> None:
     folder = write_findings(run, results.findings)
     for findings in results.findings:
         results.figures[findings.model] = write_figures(findings, folder / "figures")
-        for key, (title, rows) in artifact_tables(findings).items():
-            stages.table(f"{key}-{findings.model}", rows, title)

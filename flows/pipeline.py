@@ -6,19 +6,20 @@ The functions that do the work take their `Stages`, so that the same steps run u
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
-from flows.flow_run import noted, one_line, run_session, run_work
+from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
-from flows.show.accuracy_tables import artifact_tables, confusion_tables, result_tables, rows_table
+from flows.show.accuracy_tables import accuracy_tables, confusion_tables, rows_table
 from flows.show.report import RunResults, Section
 from flows.stages import Pending, Stages
-from negcore.errors import ModelError, RunError
+from negcore.errors import ModelError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
-from tasks.forecast.capacity import check_room
+from tasks.forecast.capacity import check_disk
 from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
@@ -44,11 +45,11 @@ class Results(RunResults):
     n_datasets: int = 0
     """Datasets that were asked for, whether or not they could be used."""
 
-    @property
+    @cached_property
     def sections(self) -> list[Section]:
         if not self.scores:
             return []
-        accuracy = result_tables(self.scores, self.averages, self.n_datasets)
+        accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
         return [Section("", [rows_table(self.splits), *accuracy, *confusion_tables(self.confusion)])]
 
 
@@ -152,7 +153,7 @@ def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]
 
 def extract_planned(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
     """Compute every missing NEG shard; what is lost goes into the results' problems, each whole dataset is told."""
-    check_room(planned)
+    check_disk(planned)
     for run, models in planned:
         write_run_file(run)
         write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])
@@ -192,7 +193,7 @@ def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool
         except (Stopped, KeyboardInterrupt, ModelError, RunError):
             raise
         except Exception as error:
-            results.problems.append(f"{split.title}: {one_line(error)}")
+            results.problems.append(f"{split.title}: {typed_line(error)}")
             whole = False
             continue
         results.extracted.append(extracted)
@@ -231,7 +232,7 @@ def _collect(stages: Stages, results: Results, pending: Sequence[_PendingProbe])
         except (Stopped, KeyboardInterrupt):
             raise
         except Exception as error:
-            results.problems.append(f"{one.dataset.name}: probes: {one_line(error)}")
+            results.problems.append(f"{one.dataset.name}: probes: {typed_line(error)}")
             continue
         results.scores += probed.scores
         results.confusion += probed.confusion
@@ -240,11 +241,11 @@ def _collect(stages: Stages, results: Results, pending: Sequence[_PendingProbe])
             results.splits += split_accounts(one.dataset, one.run.shots)
     if results.scores:
         with noted(results):
-            _publish(stages, results)
+            _publish(results)
 
 
-def _publish(stages: Stages, results: Results) -> None:
-    """Write the results as Arrow tables and show them."""
+def _publish(results: Results) -> None:
+    """Write the results as Arrow tables."""
     if len({score.dataset for score in results.scores}) > 1:
         results.averages = averages(results.scores)
     write_table(results.directory / "accuracy.arrow", Score, [asdict(row) for row in results.scores])
@@ -252,5 +253,3 @@ def _publish(stages: Stages, results: Results) -> None:
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])
-    for key, (title, rows) in artifact_tables(results.scores, results.averages, results.splits).items():
-        stages.table(key, rows, title)

@@ -6,16 +6,18 @@ Nothing is said about the neurons of a dataset whose causal check failed.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from flows.flow_run import noted, one_line, run_session, run_work
+from flows.flow_run import noted, run_session, run_work
 from flows.pipeline import Results, extract_planned
 from flows.prefect_flows import prefect_flow
 from flows.show.report import RunResults, Section
 from flows.show.skill_figures import write_figures
-from flows.show.skill_tables import artifact_tables, skill_tables, summary
+from flows.show.skill_tables import skill_tables, summary
 from flows.stages import Stages
+from negcore.errors import typed_line
 from negcore.model.language_model import ModelCard
 from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.run_file import write_run_file
@@ -49,7 +51,7 @@ class SkillResults(RunResults):
     figures: dict[str, list[Path]] = field(default_factory=dict)
     """By model, SVG before PNG."""
 
-    @property
+    @cached_property
     def sections(self) -> list[Section]:
         return [Section(summary(one), skill_tables(one), self.figures.get(one.model, ())) for one in self.findings]
 
@@ -82,7 +84,7 @@ def run_skills(run: SkillsRun, stages: Stages) -> SkillResults:
             _analyse_model(run, stages, results, of_model.card, datasets)
     if results.findings:
         with noted(results):
-            _publish(run, stages, results)
+            _publish(run, results)
     return results
 
 
@@ -197,13 +199,11 @@ def _attempt(stages: Stages, results: SkillResults, name: str, kind: str, body: 
     except (Stopped, KeyboardInterrupt):
         raise
     except Exception as error:
-        results.problems.append(f"{name}: {one_line(error)}")
+        results.problems.append(f"{name}: {typed_line(error)}")
         return None
 
 
-def _publish(run: SkillsRun, stages: Stages, results: SkillResults) -> None:
+def _publish(run: SkillsRun, results: SkillResults) -> None:
     folder = write_findings(run, results.findings)
     for findings in results.findings:
         results.figures[findings.model] = write_figures(findings, folder / "figures")
-        for key, (title, rows) in artifact_tables(findings).items():
-            stages.table(f"{key}-{findings.model}", rows, title)

@@ -31,3 +31,19 @@ class ProbeError(NegError):
 
 class RunError(NegError):
     """A run cannot start or did not finish whole: configuration, resources, or lost rows."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, or its type's name if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def typed_line(error: BaseException) -> str:
+    """Return the type and the message of an exception on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type of an exception and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -12,7 +12,8 @@ from negcore.probing.rankings import Rankings, rank_layers, training_scores
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.run_file import RunFile
-from tasks.pool.base import Pool, PoolStatus, Resources, open_pool
+from tasks.pool.base import Pool, PoolStatus, Resources
+from tasks.pool.opening import open_pool
 
 
 @dataclass(frozen=True)

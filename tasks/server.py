@@ -1,7 +1,7 @@
 """A Prefect API for one run: the configured one, or a private server that lives as long as the driver.
 
-A private server listens on the loopback interface only and asks for a password, which stands in ``<home>/password``:
-its web page, at the server's address, asks for it too. To look at the run later::
+A private server listens on the loopback interface only and asks for the password in ``<home>/password``, on its web
+page too. To look at the run later::
 
     PREFECT_HOME=<home> prefect server start
 """
@@ -30,19 +30,20 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from negcore.errors import RunError
+from tasks.environment import environment
 
 __all__ = ["PrefectApi", "prefect_api"]
 
 logger = logging.getLogger(__name__)
 
 _START_S = 180.0
-"""Limit for a private server's start: on a loaded machine its first start makes the database slowly."""
+"""Limit for the start of a private server, which makes its database slowly on a loaded machine."""
 
 _QUIET_S = 1.0
-"""A server whose number of task runs stood still for this long, with none open, has recorded them all."""
+"""A server has recorded all task runs when their number stood still for this long and none is open."""
 
 _QUIET_OPEN_S = 5.0
-"""The same if task runs are open: those of a driver that was stopped never end."""
+"""The same if some are open: the task runs of a driver that was stopped never end."""
 
 _DRAIN_S = 60.0
 _STOP_S = 10.0
@@ -67,14 +68,14 @@ class PrefectApi(Protocol):
     url : str
         Its address.
     private : bool
-        Whether it was started for this run.
+        True if it was started for this run.
     """
 
     url: str
     private: bool
 
     def wait_ready(self) -> None:
-        """Return once the API answers; to be called before the first flow.
+        """Return once the API answers; call it before the first flow.
 
         Raises
         ------
@@ -87,8 +88,8 @@ class PrefectApi(Protocol):
 def prefect_api(home: Path) -> Iterator[PrefectApi]:
     """Make flows in the block report to the configured Prefect API, or else to a private server.
 
-    The server starts in the background, so that other things can start meanwhile; see `PrefectApi.wait_ready`. On
-    leaving, it is stopped when it has recorded all task runs. If this process is killed, it ends too.
+    The server starts in the background, so that other things can start meanwhile; see `PrefectApi.wait_ready`. At the
+    end of the block it stops once it has recorded all task runs. If this process is killed, the server ends too.
 
     Parameters
     ----------
@@ -102,17 +103,17 @@ def prefect_api(home: Path) -> Iterator[PrefectApi]:
     Raises
     ------
     RunError
-        If a private server is needed outside the main thread, with which it would end, or a flow cannot begin or end
-        because the API does not answer.
+        If a private server is needed in another thread than the main one, or if a flow cannot begin or end because the
+        API does not answer.
     """
     configured = PREFECT_API_URL.value()
     if configured:
-        with _loss_told(configured):
+        with _loss_as_error(configured):
             yield _ConfiguredApi(configured)
         return
     server = _PrivateServer(home)
     try:
-        with _loss_told(server.url), _reporting_to(server.url, server.auth):
+        with _loss_as_error(server.url), _reporting_to(server.url, server.auth):
             try:
                 yield server
             finally:
@@ -135,8 +136,8 @@ class _ConfiguredApi:
 
 
 @contextlib.contextmanager
-def _loss_told(url: str) -> Iterator[None]:
-    """Say in one line that the API is gone."""
+def _loss_as_error(url: str) -> Iterator[None]:
+    """Turn the loss of the API into an error of one line."""
     try:
         yield
     except httpx.RequestError as error:
@@ -150,17 +151,10 @@ def _loss_told(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporting_to(url: str, auth: str) -> Iterator[None]:
-    """Settings for this thread, the threads that Prefect starts, and child processes."""
-    before = {name: os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
-    os.environ.update(PREFECT_API_URL=url, PREFECT_API_AUTH_STRING=auth)
-    try:
-        with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: auth}):
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    """Set the API for this thread, the threads that Prefect starts, and child processes."""
+    variables = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
+    with environment(variables), temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: auth}):
+        yield
 
 
 class _PrivateServer:
@@ -210,7 +204,7 @@ class _PrivateServer:
                 self._ready = httpx.get(f"{self.url}/health", timeout=1.0, trust_env=False).is_success
 
     def drain(self) -> None:
-        """Wait until the server has recorded what this process told it: it does so in the background."""
+        """Wait until the server has recorded what this process told it, which it does in the background."""
         if not self._ready:
             return
         EventsWorker.drain_all(timeout=_DRAIN_S)
@@ -227,7 +221,7 @@ class _PrivateServer:
         logger.warning("the private Prefect server may lack the last task runs: see %s", self._log)
 
     def _count_task_runs(self) -> _TaskRuns | None:
-        """None if the server is too busy to answer."""
+        """Return the numbers of task runs, or None if the server is too busy to answer."""
         is_open = {"task_runs": {"state": {"type": {"any_": ["RUNNING", "PENDING"]}}}}
         with contextlib.suppress(httpx.TransportError, httpx.HTTPStatusError):
             return _TaskRuns(self._count({}), self._count(is_open))
@@ -249,7 +243,7 @@ class _PrivateServer:
 
 
 class _TaskRuns(NamedTuple):
-    """How many task runs a server has recorded, and how many of them are open."""
+    """Numbers of task runs that a server has recorded, and of those that are open."""
 
     recorded: int
     open: int
@@ -273,7 +267,7 @@ def _server_environment(home: Path, url: str, auth: str) -> dict[str, str]:
 
 
 def _die_with_parent() -> Callable[[], None]:
-    """What a child runs before its program: on Linux, ask to be ended when the thread that started it ends."""
+    """Return what a child process calls first: on Linux it asks to end with the thread that started it."""
     parent = os.getpid()
     if sys.platform != "linux":
         return lambda: None

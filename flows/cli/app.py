@@ -189,7 +189,7 @@ def compare(
         for place in places
     }
     table = comparison_table(scores)
-    if not table.row_count:
+    if not table.blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
     console.print(table)
 
@@ -348,7 +348,7 @@ def plan(
     """
     quiet_libraries()
     from flows.show.forecast_tables import forecast_lines, forecast_tables
-    from tasks.forecast.capacity import rooms
+    from tasks.forecast.capacity import requirements
     from tasks.forecast.needs import forecast, measured_rate, skill_runs
     from tasks.plan import plan as plan_run
 
@@ -360,14 +360,14 @@ def plan(
     first, of_first = planned[0]
     rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
     rates |= {model.name: gflops * 1e9 for model in models} if gflops else {}
-    needed = rooms(first, models)
+    needed = requirements(first, models)
     for table in forecast_tables(models, rates):
         console.print(table)
     left_out = {f"left out: {problem}" for _, of_run in planned for model in of_run for problem in model.problems}
     for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
         console.print(escape(line), soft_wrap=True, highlight=False)
-    for room in needed:
-        room.check()
+    for requirement in needed:
+        requirement.check()
 
 
 def _execute(name: str, run: RunFile, orchestrator: str) -> None:

@@ -91,8 +91,8 @@ def carry_out(
 
 def show(results: "RunResults") -> None:
     """Show a run's tables and where everything is, and name what is missing or was set aside."""
-    from flows.show.display import printable
     from flows.show.report import counted_now
+    from flows.show.text import printable
 
     for section in results.sections:
         if section.title:

@@ -1,9 +1,8 @@
-"""What a person at a terminal sees of a run: progress while it goes on, a table at its end."""
+"""Progress of a run, and datasets, as a person at a terminal sees them."""
 
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -15,14 +14,15 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from flows.show.table import Cell, Number, Table, numbers, texts
+from flows.show.text import printable
 from negcore.datasets import Dataset, DatasetInfo
 from tasks.pool.base import PoolStatus
 
 
 class Display:
-    """Progress bars: the whole run and each stage under way; without a terminal, a plain line a stage."""
+    """Progress bars of the whole run and of each stage under way; without a terminal, one line for each stage."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console = console
@@ -40,7 +40,7 @@ class Display:
         self._bars: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._finished = 0
-        """Parts of stages that ended: another stage may come by the same name."""
+        """Steps of stages that ended: another stage may have the same name."""
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -78,22 +78,21 @@ def _note(status: PoolStatus | None) -> str:
 
 
 def dataset_table(infos: Sequence[DatasetInfo]) -> Table:
-    """The datasets that have a name."""
-    table = Table("dataset", "genre", "options", "wordings", box=SIMPLE_HEAD)
-    for info in infos:
-        table.add_row(info.name, info.genre, str(info.n_options), ", ".join(info.wordings))
-    return table
+    """Return a table of the datasets that have a name."""
+    rows: list[list[Cell]] = [
+        [info.name, info.genre, Number(info.n_options), ", ".join(info.wordings)] for info in infos
+    ]
+    columns = [*texts("dataset", "genre"), *numbers("options"), *texts("wordings")]
+    return Table("datasets", "Datasets by name", columns, [rows])
 
 
 def describe_dataset(console: Console, dataset: Dataset) -> None:
     """Show how a dataset's splits came about and what a prompt looks like."""
     report = dataset.split_report
-    table = Table("split", "released", "damaged", "available", "used", box=SIMPLE_HEAD)
-    table.title = f"{dataset.name}, split policy {report.policy}"
-    for split in dataset.splits:
-        counts = (report.n_released, report.n_damaged, report.n_available, report.n_used)
-        table.add_row(split, *(str(count.get(split, 0)) for count in counts))
-    console.print(table)
+    counts = (report.n_released, report.n_damaged, report.n_available, report.n_used)
+    rows: list[list[Cell]] = [[split, *(Number(count.get(split, 0)) for count in counts)] for split in dataset.splits]
+    columns = [*texts("split"), *numbers("released", "damaged", "available", "used")]
+    console.print(Table("splits", f"{dataset.name}, split policy {report.policy}", columns, [rows]))
     for change in report.dropped:
         console.print(f"dropped {change.n_rows} rows of {change.split}: {change.reason}", markup=False)
     for change in report.drawn:
@@ -102,8 +101,3 @@ def describe_dataset(console: Console, dataset: Dataset) -> None:
     example = dataset.splits["test"][0]
     console.rule(f"prompt {escape(example.id)}, gold {escape(repr(example.labels[example.answer]))}")
     console.print(printable(example.prompt), markup=False, highlight=False)
-
-
-def printable(text: str) -> str:
-    """Text of a dataset or model without what a terminal would obey: control characters are spelled out."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -1,4 +1,4 @@
-"""What all figures have in common: how they look, how they show text, and how they are written as SVG and PNG."""
+"""The common look of all figures, and how they are written as SVG and PNG."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from flows.show.display import printable
+from flows.show.text import printable
 from flows.stages import artifact_key
 from negcore.store.files import output
 
@@ -28,7 +28,13 @@ _STYLE = {
 
 
 def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, model: str) -> list[Path]:
-    """Draw and write every figure of one model; the files, SVG before PNG. `RunError` if they cannot be written."""
+    """Draw and write every figure of one model, and return the files, SVG before PNG.
+
+    Raises
+    ------
+    RunError
+        If they cannot be written.
+    """
     paths = []
     with matplotlib.rc_context(_STYLE):
         for name, draw in drawings.items():
@@ -41,5 +47,5 @@ def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, mod
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shows as it is: no control characters, and no formula between dollar signs."""
+    """Return a text that matplotlib shows as it is, without control characters or a formula between dollar signs."""
     return printable(text).replace("\n", " ").replace("$", r"\$")

@@ -1,15 +1,11 @@
-"""What a person sees of `neg plan`."""
+"""Tables and lines of `neg plan`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from flows.show.accuracy_tables import short
-from flows.show.display import printable
-from flows.show.inspect_tables import duration
-from tasks.forecast.capacity import Room, in_binary_units
+from flows.show.table import Cell, Number, Table, numbers, texts
+from flows.show.text import duration, printable
+from tasks.forecast.capacity import Requirement, in_binary_units
 from tasks.forecast.needs import ModelForecast
 
 Rates = Mapping[str, float]
@@ -17,32 +13,30 @@ Rates = Mapping[str, float]
 
 
 def forecast_tables(models: Sequence[ModelForecast], rates: Rates) -> Iterator[Table]:
-    """A table for every model."""
+    """Return a table for every model."""
+    titles = ("prompts", "tokens\na prompt", "shards", "size", "still to\nwrite", "device\ntime")
     for model in models:
-        table = Table(title=escape(printable(model.name)), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        table.add_column("dataset", overflow="fold")
-        for name in ("prompts", "tokens\na prompt", "shards", "size", "still to\nwrite", "device\ntime"):
-            table.add_column(name, justify="right", no_wrap=True)
+        rows: list[list[Cell]] = []
         for one in model.datasets:
-            numbers = f"{one.n_rows}", f"{one.n_tokens / one.n_rows:.0f}", f"{one.n_shards}"
+            amounts = Number(one.n_rows), Number(one.n_tokens / one.n_rows, "{:.0f}".format), Number(one.n_shards)
             sizes = in_binary_units(one.n_bytes), in_binary_units(one.n_bytes_left)
             time = duration(one.operations / rates[model.name]) if model.name in rates else "unknown"
-            table.add_row(escape(printable(f"{short(one.name)} {one.way}".rstrip())), *numbers, *sizes, time)
-        yield table
+            rows.append([f"{short(one.name)} {one.condition}".rstrip(), *amounts, *sizes, time])
+        yield Table(model.name, model.name, [*texts("dataset"), *numbers(*titles)], [rows])
 
 
-def forecast_lines(models: Sequence[ModelForecast], rates: Rates, rooms: Sequence[Room]) -> Iterator[str]:
-    """What models and workers need, what is there, and the time."""
+def forecast_lines(models: Sequence[ModelForecast], rates: Rates, requirements: Sequence[Requirement]) -> Iterator[str]:
+    """Return what models and workers need, what is there, and the time."""
     for model in models:
         yield f"{printable(model.name)}: {_model(model)}"
         yield f"{printable(model.name)}: {_time(model, rates.get(model.name))}"
-    for room in rooms:
-        there = "unknown here" if room.there_bytes is None else f"{in_binary_units(room.there_bytes)} there"
-        yield f"{room.what}: {in_binary_units(room.needed_bytes)} needed, {there}"
+    for one in requirements:
+        there = "unknown here" if one.there_bytes is None else f"{in_binary_units(one.there_bytes)} there"
+        yield f"{one.resource}: {in_binary_units(one.needed_bytes)} needed, {there}"
 
 
 def _model(model: ModelForecast) -> str:
-    size = f"{model.size.n_parameters / 1e6:.1f} M parameters, {model.n_layers} x {model.n_neurons} neurons"
+    size = f"{model.parameters.n_all / 1e6:.1f} M parameters, {model.n_layers} x {model.n_neurons} neurons"
     batch = model.device_bytes - model.model_bytes
     worker = f"{in_binary_units(model.model_bytes)} the model, {in_binary_units(batch)} a batch"
     forest = f"; a forest takes {in_binary_units(model.forest_bytes)}" if model.forest_bytes else ""

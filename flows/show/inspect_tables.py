@@ -1,4 +1,4 @@
-"""What a person sees of a run directory: what `neg verify` found, how far `neg status` sees it."""
+"""Tables and lines about a run directory: what `neg verify` found, and how far it is for `neg status`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from pathlib import Path
 from time import localtime, strftime, time
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from flows.show.display import printable
+from flows.show.table import Cell, Number, Table, Words, numbers, texts
+from flows.show.text import count, duration, printable
 from negcore.errors import RunError
 from tasks.rundir.claim import Holder
 from tasks.rundir.layout import ShardFolder, shard_folders
-from tasks.rundir.status import PartStatus, RunStatus
+from tasks.rundir.status import FolderStatus, RunStatus
 
 if TYPE_CHECKING:  # it brings pyarrow, which `neg status` does without
     from tasks.rundir.verify import Verified
 
 _MIB = 2**20
 _SHOWN = 20
-"""Rows set aside that are named one by one."""
+"""Most rows set aside that are named one by one."""
 
 
 def checked(directory: Path, console: Console) -> list[Verified]:
@@ -47,55 +45,64 @@ def checked(directory: Path, console: Console) -> list[Verified]:
 
 
 def verified_tables(verified: Sequence[Verified], directory: Path) -> Iterator[Table]:
-    """A table for every run directory and model."""
+    """Return a table for every run directory and model."""
+    columns = [*texts("dataset", "part"), *numbers("shards", "rows", "MiB"), *texts("state")]
     for title, of_model in _by_model(verified, directory).items():
-        table = _table(title, ("shards", "rows", "MiB"), ("state",))
-        for one in of_model:
-            state = "whole" if not one.faults else f"[red]{_count(len(one.faults), 'problem')}[/red]"
-            table.add_row(*_names(one.folder), *_amounts(one.n_whole, one.n_shards, one.n_rows, one.n_bytes), state)
-        yield table
+        rows = [
+            [
+                *one.folder.names[1:],
+                *_amounts(one.n_whole, one.n_shards, one.n_rows, one.n_bytes),
+                Words(count(len(one.faults), "problem"), "red") if one.faults else "whole",
+            ]
+            for one in of_model
+        ]
+        yield Table(title, title, columns, [rows])
 
 
 def verified_lines(verified: Iterable[Verified], directory: Path) -> list[str]:
-    """A line for everything that is wrong."""
+    """Return a line for everything that is wrong."""
     return [f"{_label(one.folder, directory)}: {printable(fault.what)}" for one in verified for fault in one.faults]
 
 
 def status_tables(status: RunStatus, directory: Path) -> Iterator[Table]:
-    """A table for every run directory and model."""
-    for title, of_model in _by_model(status.parts, directory).items():
-        table = _table(title, ("shards", "rows", "MiB", "set\naside"), ("state",))
-        for part in of_model:
-            done = len(part.receipts)
-            aside = str(len(part.set_aside) or "")
-            amounts = _amounts(done, part.n_shards, part.n_rows, part.n_bytes)
-            table.add_row(*_names(part.folder), *amounts, aside, escape(_state(part)))
-        yield table
+    """Return a table for every run directory and model."""
+    columns = [*texts("dataset", "part"), *numbers("shards", "rows", "MiB", "set\naside"), *texts("state")]
+    for title, of_model in _by_model(status.folders, directory).items():
+        rows = [
+            [
+                *one.folder.names[1:],
+                *_amounts(len(one.receipts), one.n_shards, one.n_rows, one.n_bytes),
+                str(len(one.set_aside) or ""),
+                _state(one),
+            ]
+            for one in of_model
+        ]
+        yield Table(title, title, columns, [rows])
 
 
-def _state(part: PartStatus) -> str:
+def _state(one: FolderStatus) -> str:
     notes = [
-        f"{part.n_foreign} of another run in the way" if part.n_foreign else "",
-        f"{part.n_damaged} damaged" if part.n_damaged else "",
-        f"{len(part.failures)} failed" if part.failures else "",
+        f"{one.n_foreign} of another run in the way" if one.n_foreign else "",
+        f"{one.n_damaged} damaged" if one.n_damaged else "",
+        f"{len(one.failures)} failed" if one.failures else "",
     ]
-    if part.n_missing is None:
+    if one.n_missing is None:
         notes.append("receipts are missing")
-    elif part.n_missing:
-        notes.append(f"{part.n_missing} missing" if part.receipts else "not begun")
+    elif one.n_missing:
+        notes.append(f"{one.n_missing} missing" if one.receipts else "not begun")
     return ", ".join(filter(None, notes)) or "done"
 
 
 def status_lines(status: RunStatus, directory: Path) -> Iterator[str]:
-    """Everything about a run in words: what is set aside, what is not planned, how much there is, and how fast."""
-    aside = [(part, row) for part in status.parts for row in part.set_aside]
-    for part, row in aside[:_SHOWN]:
-        yield f"set aside: {_label(part.folder, directory)}: {printable(row.id)}: {printable(row.reason)}"
+    """Return in words what is set aside, failed or not planned yet, how much is there, how fast it is and who works."""
+    aside = [(one, row) for one in status.folders for row in one.set_aside]
+    for one, row in aside[:_SHOWN]:
+        yield f"set aside: {_label(one.folder, directory)}: {printable(row.id)}: {printable(row.reason)}"
     if len(aside) > _SHOWN:
         yield f"set aside: {len(aside) - _SHOWN} more rows, named in the receipts"
-    for part in status.parts:
-        for index, error in part.failures.items():
-            yield f"failed: {_label(part.folder, directory)}: shard {index}: {printable(error)}"
+    for one in status.folders:
+        for index, error in one.failures.items():
+            yield f"failed: {_label(one.folder, directory)}: shard {index}: {printable(error)}"
     for model, dataset in status.not_planned:
         yield f"not planned yet: {printable(model)} {printable(dataset)}"
     yield _total(status)
@@ -115,10 +122,10 @@ def _holder(holder: Holder) -> str:
 
 
 def _total(status: RunStatus) -> str:
-    done = sum(len(part.receipts) for part in status.parts)
-    rows, size = sum(part.n_rows for part in status.parts), sum(part.n_bytes for part in status.parts)
+    done = sum(len(one.receipts) for one in status.folders)
+    rows, size = sum(one.n_rows for one in status.folders), sum(one.n_bytes for one in status.folders)
     missing = "an unknown number" if status.n_missing is None else str(status.n_missing)
-    return f"{rows} prompts in {_count(done, 'shard')}, {size / _MIB:.0f} MiB; {missing} missing"
+    return f"{rows} prompts in {count(done, 'shard')}, {size / _MIB:.0f} MiB; {missing} missing"
 
 
 def _pace(status: RunStatus) -> str:
@@ -132,19 +139,8 @@ def _pace(status: RunStatus) -> str:
 
 
 def clock(time_s: float) -> str:
-    """A moment, given in seconds since the epoch, in local time."""
+    """Return a moment, given in seconds since the epoch, in local time."""
     return strftime("%Y-%m-%d %H:%M:%S", localtime(time_s))
-
-
-def duration(seconds: float) -> str:
-    """A length of time in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 class _OfFolder(Protocol):
@@ -156,7 +152,7 @@ T = TypeVar("T", bound=_OfFolder)
 
 
 def _by_model(items: Sequence[T], directory: Path) -> dict[str, list[T]]:
-    """Directories of shards by the title of their table: where they are, what they hold, and of which model."""
+    """Return directories of shards by their table's title: where they are, what they hold, and the model."""
     groups: dict[str, list[T]] = {}
     for item in items:
         title = f"{_where(item.folder, directory)}{item.folder.kind}, {item.folder.names[0]}"
@@ -169,29 +165,11 @@ def _label(folder: ShardFolder, directory: Path) -> str:
 
 
 def _where(folder: ShardFolder, directory: Path) -> str:
-    """Of a run below the directory, its place there."""
+    """Return the place of a run below the directory."""
     below = folder.root != directory and folder.root.is_relative_to(directory)
     return f"{folder.root.relative_to(directory)} " if below else ""
 
 
-def _table(title: str, numbers: Sequence[str], words: Sequence[str]) -> Table:
-    table = Table(title=escape(printable(title)), box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("dataset", overflow="fold")
-    table.add_column("part", overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in words:
-        table.add_column(name)
-    return table
-
-
-def _names(folder: ShardFolder) -> list[str]:
-    return [escape(printable(name)) for name in folder.names[1:]]
-
-
-def _amounts(done: int, n_shards: int | None, n_rows: int, n_bytes: int) -> list[str]:
-    return [f"{done} of {'?' if n_shards is None else n_shards}", str(n_rows), f"{n_bytes / _MIB:.1f}"]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _amounts(done: int, n_shards: int | None, n_rows: int, n_bytes: int) -> list[Cell]:
+    shards = f"{done} of {'?' if n_shards is None else n_shards}"
+    return [shards, Number(n_rows), Number(n_bytes / _MIB, "{:.1f}".format)]

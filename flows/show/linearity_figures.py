@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flows.show.drawing import BLUE, GREY, ORANGE, Axes, plain, save_figures
-from flows.show.linearity_tables import ESTIMATOR_TITLES, number, whole_model
+from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
+from flows.show.text import correlation
 from tasks.linearity import Findings
 
 
@@ -67,7 +68,7 @@ def estimators(findings: Findings) -> Figure:
         axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=BLUE, linewidths=0, rasterized=True)
         _symlog(axes.set_xscale, axes.xaxis, scores_PK)
         _symlog(axes.set_yscale, axes.yaxis, negs_PK)
-        axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {number(row.pearson)}", xlabel="estimate")
+        axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {correlation(row.pearson)}", xlabel="estimate")
         axes.set_ylabel("measured NEG")
     for axes in list(figure.axes)[len(rows) :]:
         axes.set_visible(False)

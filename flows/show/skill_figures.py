@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flows.show.accuracy_tables import PROBE_TITLES, share, short
+from flows.show.accuracy_tables import PROBE_TITLES, short
 from flows.show.drawing import BLUE, GREY, ORANGE, Axes, plain, save_figures
 from flows.show.skill_tables import (
     DIRECTION_TITLES,
@@ -29,9 +29,9 @@ from flows.show.skill_tables import (
     fitted,
     has_forests,
     probes,
-    times,
     tops,
 )
+from flows.show.text import share, times
 from tasks.skills import DatasetFindings, SkillFindings
 
 Floats = NDArray[np.float64]

@@ -1,10 +1,11 @@
-"""What Prefect's pages say of a whole run: what became of its rows, and where its report and files are."""
+"""The summary of a whole run on Prefect's pages: its rows, its report and its files."""
 
 from pathlib import Path
 from urllib.parse import quote
 
-from flows.show.display import printable
 from flows.show.report import KNOWN_FILES, RunResults, counted_now, files_of
+from flows.show.table import Table
+from flows.show.text import printable
 from negcore.store.files import is_remote
 
 _MOST_PROBLEMS = 20
@@ -12,7 +13,7 @@ _LONGEST_PROBLEM = 300
 
 
 def run_summary(results: RunResults) -> str:
-    """Markdown that counts a run's rows and names its report and files, with links; no prompt is in it.
+    """Return Markdown that counts a run's rows and links its report and files; it holds no prompt.
 
     Browsers follow a link to a file only on the machine that has it, and not from every page, so paths are written out
     too.
@@ -27,6 +28,11 @@ def run_summary(results: RunResults) -> str:
     return "\n".join(lines)
 
 
+def described(table: Table) -> str:
+    """Return Markdown with a table's title, which may hold names, and its caption."""
+    return "\n\n".join([_code(table.title), table.caption]).strip()
+
+
 def _file_line(path: Path) -> str:
     what = KNOWN_FILES.get(path.name)
     return f"- {_linked(path, path.name)}" + (f": {what}" if what else "")
@@ -37,6 +43,6 @@ def _linked(path: Path, text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text in which nothing is read as markup. (Prefect's pages show the backslashes of other ways to escape.)"""
+    """Return a text that no page reads as markup. Prefect would show the backslashes of other ways to escape."""
     line = " ".join(printable(text).split())
     return f"`{line.replace('`', '?')}`"

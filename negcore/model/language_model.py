@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from negcore.errors import ModelError
+from negcore.errors import ModelError, one_line
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.store.files import cache_directory
@@ -249,7 +249,7 @@ def load_model(
             revision=card.ref.partition("@")[2] or "main",
         ).to(target)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {card.name!r} could not be loaded: {_one_line(error)}") from error
+        raise ModelError(f"model {card.name!r} could not be loaded: {one_line(error)[:300]}") from error
     return LanguageModel(_prepared(model), card, resolved)
 
 
@@ -314,7 +314,7 @@ def _describe(name: str, source: Path | str, hub_revision: str | None = None) ->
     except ModelError as error:
         raise ModelError(f"model {name!r}: {error}") from None
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} could not be read: {_one_line(error)}; {_allowed_refs()}") from error
+        raise ModelError(f"model {name!r} could not be read: {one_line(error)[:300]}; {_allowed_refs()}") from error
     if isinstance(source, Path):
         revision = f"xxh3:{_directory_digest(source)}"
     else:
@@ -325,10 +325,6 @@ def _describe(name: str, source: Path | str, hub_revision: str | None = None) ->
 def _allowed_refs() -> str:
     aliases = ", ".join(EMBEDDED)
     return f"give a Hugging Face id (org/name[@revision]), a local directory, a .gguf file or one of: {aliases}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _embedded_file(alias: str) -> Path:
@@ -364,7 +360,7 @@ def _write_safetensors(file: Path, directory: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {_one_line(error)}") from error
+        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {one_line(error)[:300]}") from error
     # The weights are plain floats by now, but transformers refuses to save what it still marks as quantized.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -171,3 +171,11 @@ def output(target: Path) -> Iterator[Path]:
 def hidden(target: Path) -> Path:
     """Return a name beside `target` that no other writer takes and no reader looks at."""
     return target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a file; it is no error if there is none."""
+    if is_remote(path):
+        buckets.remove(path)
+    else:
+        path.unlink(missing_ok=True)

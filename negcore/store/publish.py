@@ -274,6 +274,11 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"part-{index:05d}.arrow"
 
 
+def receipt_path(folder: Path, index: int) -> Path:
+    """Return the file of a shard's receipt in the shard's directory."""
+    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
+
+
 # Files: all that touches the disk on the writing side
 
 
@@ -330,15 +335,15 @@ def _remove_abandoned(folder: Path) -> None:
 
 def _publish(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
     """Show the shard, then its receipt. Locked, so that of two writers one shard and *its* receipt remain."""
-    receipt_path = _receipt_path(folder, receipt.index)
-    hidden_receipt = hidden(receipt_path)
+    path = receipt_path(folder, receipt.index)
+    hidden_receipt = hidden(path)
     _sync(temporary)
     with locked(_lock(folder)):
-        receipt_path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         temporary.replace(shard_of(folder, receipt))
         hidden_receipt.write_text(_sealed(receipt), encoding="ascii")
         _sync(hidden_receipt)
-        hidden_receipt.replace(receipt_path)
+        hidden_receipt.replace(path)
     return receipt
 
 
@@ -349,12 +354,12 @@ def _sync(path: Path) -> None:
 
 def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
     """Put the shard under its own name, then be the one who puts the receipt, or take the receipt that is there."""
-    shard, receipt_path = shard_of(folder, receipt), _receipt_path(folder, receipt.index)
+    shard, path = shard_of(folder, receipt), receipt_path(folder, receipt.index)
     content = _sealed(receipt).encode("ascii")
     upload(temporary, shard)
-    standing = create(receipt_path, content)
+    standing = create(path, content)
     while standing is not None:
-        other = _parsed_receipt(receipt_path.name, standing.content)
+        other = _parsed_receipt(path.name, standing.content)
         if other == receipt:
             return receipt
         if other is not None and (other.digest, other.n_shards) != (receipt.digest, receipt.n_shards):
@@ -364,7 +369,7 @@ def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Recei
             if other.file != receipt.file:
                 remove(shard)
             return other
-        standing = replace(receipt_path, content, standing)
+        standing = replace(path, content, standing)
     _remove_rivals(folder, receipt)
     return receipt
 
@@ -381,10 +386,6 @@ def _name_with_checksum(index: int, file_xxh3: str) -> str:
     return f"part-{index:05d}-{file_xxh3}.arrow"
 
 
-def _receipt_path(folder: Path, index: int) -> Path:
-    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
-
-
 def _sealed(receipt: Receipt) -> str:
     record = asdict(receipt)
     return canonical_json(record | {"seal": content_digest(record)}) + "\n"
@@ -397,7 +398,7 @@ def _parsed_receipt(name: str, content: bytes) -> Receipt | None:
         seal = record.pop("seal")
         known = {item.name: record[item.name] for item in fields(Receipt) if item.name in record}
         receipt = Receipt(**known | {"set_aside": tuple(SetAside(**row) for row in record.get("set_aside", ()))})
-        in_place = _receipt_path(Path(), receipt.index).name == name
+        in_place = receipt_path(Path(), receipt.index).name == name
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return receipt if in_place and seal == content_digest(record) and _names_its_own(receipt) else None

@@ -1,8 +1,8 @@
-"""What a run will need, known before it starts: rows, bytes, memory and operations.
+"""The needs of a run, known before it starts: rows, bytes, memory and operations.
 
 Rows, shards and bytes follow from the prompts and the shards' columns. Memory is an estimate: it was 8 % and 24 % above
 the peaks of two measured runs of SmolLM2-135M. Operations are 2 for each parameter and token that is run, and as many
-for each option's gradient; divided by a rate they give the time. What this machine has is in `tasks.forecast.capacity`.
+for each option's gradient; divided by a rate they give the time. `tasks.forecast.capacity` knows what this machine has.
 """
 
 import time
@@ -28,79 +28,79 @@ from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel
 
 Planned = Sequence[tuple[SkillRun, Sequence[PlannedModel]]]
-"""Runs with their plans: one, or several that ask the same models in different ways."""
+"""Runs with their plans: one, or several that ask the same models under different conditions."""
 
 _PROCESS_BYTES = 600 * 2**20
 """A worker's process before it holds a model."""
-_COPIES_OF_A_CACHE = 3
-"""Of a batch's keys and values: its own, those that the probed token joins, and what making them takes."""
-_COPIES_OF_A_SHARD = 2
-"""As columns, and as bytes on their way to the disk; before that its values are computed."""
+_CACHE_COPIES = 3
+"""Copies of a batch's keys and values: its own, those with the probed token, and those needed to make them."""
+_SHARD_COPIES = 2
+"""Copies of a shard: as columns, and as bytes on their way to the disk."""
 _FOREST_BYTES_A_FEATURE = 5
-"""One byte, and four in scikit-learn's copy."""
+"""Bytes of one feature: one, and four in scikit-learn's copy."""
 _CALIBRATION_PROMPTS = 16
 
 
 @dataclass(frozen=True)
-class Size:
-    """What of a model decides time and memory."""
+class ParameterCounts:
+    """Parameters of a model, which decide its time and memory."""
 
-    n_parameters: int
+    n_all: int
     n_in_layers: int
-    """Parameters that every token runs through."""
+    """Parameters of the layers, which every token runs through."""
     n_in_head: int
-    """Parameters that the probed token runs through besides."""
+    """Parameters of the head, which only the probed token runs through."""
 
 
 @dataclass(frozen=True)
 class DatasetForecast:
-    """What one model needs for one dataset."""
+    """The needs of one model for one dataset."""
 
     name: str
-    way: str
-    """Of a run that asks in several ways: this way's folder; else empty."""
+    condition: str
+    """Folder of the condition, if a run asks under several; otherwise empty."""
     n_rows: int
-    """Of all shards: with storage "stats" training prompts may be measured twice."""
+    """Rows of all shards: with storage "stats", training prompts may be measured twice."""
     n_shards: int
     n_tokens: int
     n_bytes: int
-    """Of all shards."""
+    """Bytes of all shards."""
     n_bytes_left: int
-    """Of those that are not there yet."""
+    """Bytes of the shards that are not there yet."""
     operations: float
-    """For those that are not there yet."""
+    """Operations for the shards that are not there yet."""
     batch_bytes: int
-    """Of the largest batch, on the model's device."""
+    """Bytes of the largest batch, on the model's device."""
     assembly_bytes: int
-    """Of the largest shard as it is put together, in main memory."""
+    """Bytes in main memory while the largest shard is put together."""
     forest_bytes: int
-    """Of the forest as it grows, in the driver's memory; 0 without one."""
+    """Bytes in the driver's memory while the forest grows; 0 without a forest."""
 
 
 @dataclass(frozen=True)
 class ModelForecast:
-    """What one model needs."""
+    """The needs of one model."""
 
     name: str
     n_layers: int
     n_neurons: int
-    size: Size
+    parameters: ParameterCounts
     model_bytes: int
     datasets: tuple[DatasetForecast, ...]
 
     @property
     def device_bytes(self) -> int:
-        """What a worker needs where its model is: the model and the largest batch."""
+        """Bytes that a worker needs on its model's device: the model and the largest batch."""
         return self.model_bytes + max((one.batch_bytes for one in self.datasets), default=0)
 
     @property
     def host_bytes(self) -> int:
-        """What a worker needs in main memory besides."""
+        """Bytes that a worker needs in main memory besides."""
         return _PROCESS_BYTES + max((one.assembly_bytes for one in self.datasets), default=0)
 
     @property
     def forest_bytes(self) -> int:
-        """What the largest forest needs."""
+        """Bytes that the largest forest needs."""
         return max((one.forest_bytes for one in self.datasets), default=0)
 
     @property
@@ -109,7 +109,7 @@ class ModelForecast:
 
     @property
     def operations(self) -> float:
-        """For all that is left to do."""
+        """Operations for all that is left to do."""
         return sum(one.operations for one in self.datasets)
 
 
@@ -129,7 +129,7 @@ def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
 
 
 def forecast(planned: Planned) -> tuple[ModelForecast, ...]:
-    """What every model needs under runs that ask in different ways.
+    """Return the needs of every model under runs that ask the same models.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def forecast(planned: Planned) -> tuple[ModelForecast, ...]:
 
 
 def measured_rate(run: SkillRun, model: PlannedModel) -> float:
-    """Operations a second of one worker, from a few prompts: loads the model.
+    """Load the model and measure on a few prompts how many operations a second one worker does.
 
     Raises
     ------
@@ -154,16 +154,19 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
     prompts, labels = [example.prompt for example in examples], [example.labels for example in examples]
     with _threads(run.cpus):
-        neurgrad(lm, prompts[:1], labels[:1])  # what only the first call costs
+        neurgrad(lm, prompts[:1], labels[:1])  # the first call costs more
         started = time.perf_counter()
         neurgrad(lm, prompts, labels, batch_size=run.batch_size)
         seconds = time.perf_counter() - started
-    return _operations(model.card, size_of(model.card), encode_prompts(model.card, prompts), len(labels[0])) / seconds
+    return (
+        _operations(model.card, count_parameters(model.card), encode_prompts(model.card, prompts), len(labels[0]))
+        / seconds
+    )
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, as a worker does."""
+    """Compute with as many threads as a worker has."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -172,27 +175,27 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def size_of(card: ModelCard) -> Size:
-    """Count a model's parameters, without its weights."""
+def count_parameters(card: ModelCard) -> ParameterCounts:
+    """Count a model's parameters without loading its weights."""
     kind = transformers.AutoModelForMaskedLM if card.arch.masked else transformers.AutoModelForCausalLM
     with torch.device("meta"):
         model = kind.from_config(card.config)
-    return Size(
-        n_parameters=_count(model),
+    return ParameterCounts(
+        n_all=_count(model),
         n_in_layers=_count(model.get_submodule(card.arch.layers)),
         n_in_head=card.text_config.vocab_size * model.get_output_embeddings().in_features,
     )
 
 
 def missing_shards(run: SkillRun, split: ShardSet) -> list[int]:
-    """Shards that are not there yet."""
+    """Return the indices of the shards that are not there yet."""
     there = receipts(split.place.path(run.directory))
     done = {receipt.index for receipt in there if receipt.planned_digest == split.identity.digest}
     return [index for index in range(len(split.shards)) if index not in done]
 
 
 def splits_of(model: PlannedModel) -> list[ShardSet]:
-    """Every split of every dataset of a model."""
+    """Return every split of every dataset of a model."""
     return [split for dataset in model.datasets for split in dataset.splits]
 
 
@@ -201,15 +204,15 @@ def splits_of(model: PlannedModel) -> list[ShardSet]:
 
 def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelForecast:
     run, model = of_model[0]
-    size = size_of(model.card)
+    parameters = count_parameters(model.card)
     return ModelForecast(
         name=model.card.name,
         n_layers=model.card.n_layers,
         n_neurons=model.card.n_neurons,
-        size=size,
-        model_bytes=size.n_parameters * DTYPES[run.dtype].itemsize,
+        parameters=parameters,
+        model_bytes=parameters.n_all * DTYPES[run.dtype].itemsize,
         datasets=tuple(
-            _dataset_forecast(run, model.card, size, dataset, several=len(of_model) > 1)
+            _dataset_forecast(run, model.card, parameters, dataset, several=len(of_model) > 1)
             for run, model in of_model
             for dataset in model.datasets
         ),
@@ -217,13 +220,13 @@ def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelF
 
 
 def _dataset_forecast(
-    run: SkillRun, card: ModelCard, size: Size, dataset: PlannedDataset, *, several: bool
+    run: SkillRun, card: ModelCard, parameters: ParameterCounts, dataset: PlannedDataset, *, several: bool
 ) -> DatasetForecast:
-    needs = [_split_needs(run, card, size, split) for split in dataset.splits]
+    needs = [_split_needs(run, card, parameters, split) for split in dataset.splits]
     n_features = min(run.tree_neurons, card.n_layers * card.n_neurons) if "tree" in run.probe else 0
     return DatasetForecast(
         name=dataset.dataset.name,
-        way=run.directory.name if several else "",
+        condition=run.directory.name if several else "",
         n_rows=sum(len(split.examples) for split in dataset.splits),
         n_shards=sum(len(split.shards) for split in dataset.splits),
         n_tokens=sum(one.n_tokens for one in needs),
@@ -245,7 +248,7 @@ class _Needs(NamedTuple):
     assembly_bytes: int
 
 
-def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: ShardSet) -> _Needs:
+def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, split: ShardSet) -> _Needs:
     ids = encode_prompts(card, [example.prompt for example in split.examples])
     n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
     shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
@@ -253,9 +256,9 @@ def _split_needs(run: SkillRun, card: ModelCard, size: Size, split: ShardSet) ->
         n_tokens=sum(map(len, ids)),
         n_bytes=sum(sizes),
         n_bytes_left=sum(sizes[index] for index in missing),
-        operations=sum(_operations(card, size, shards_ids[index], n_options) for index in missing),
+        operations=sum(_operations(card, parameters, shards_ids[index], n_options) for index in missing),
         batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_options),
-        assembly_bytes=max(shard_bytes(_with_values(split))) + _COPIES_OF_A_SHARD * max(sizes),
+        assembly_bytes=max(shard_bytes(_with_values(split))) + _SHARD_COPIES * max(sizes),
     )
 
 
@@ -265,18 +268,18 @@ def _with_values(split: ShardSet) -> ShardSet:
     return replace(split, identity=identity, measurement=NegMeasurement(identity.n_layers, identity.n_neurons))
 
 
-def _operations(card: ModelCard, size: Size, ids: Sequence[Sequence[int]], n_options: int) -> float:
-    """Of the prompts of one shard: see the module. The tokens that all begin with run once, without a gradient."""
+def _operations(card: ModelCard, parameters: ParameterCounts, ids: Sequence[Sequence[int]], n_options: int) -> float:
+    """Count the operations of one shard; the tokens that all prompts begin with run once, without a gradient."""
     n_rows, n_tokens, passes = len(ids), sum(map(len, ids)), 1 + n_options
     if card.arch.masked:
-        return 2.0 * passes * (size.n_in_layers * n_tokens + size.n_in_head * n_rows)
+        return 2.0 * passes * (parameters.n_in_layers * n_tokens + parameters.n_in_head * n_rows)
     n_prefix = common_prefix_length(ids)
     n_before = n_prefix + n_tokens - n_rows * (n_prefix + 1)
-    return 2.0 * (size.n_in_layers * (n_before + n_rows * passes) + size.n_in_head * n_rows * passes)
+    return 2.0 * (parameters.n_in_layers * (n_before + n_rows * passes) + parameters.n_in_head * n_rows * passes)
 
 
 def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) -> int:
-    """Of a batch of prompts that are as long as the longest: what its layers work with, and its gradients."""
+    """Return the bytes of a batch of the longest prompts: the values of its layers, and its gradients."""
     config, width = card.text_config, DTYPES[run.dtype].itemsize
     n_rows = min(run.batch_size or max(1, TOKEN_BUDGET // n_tokens), run.shard_rows)
     gradients = n_options * n_rows * (card.n_layers * card.n_neurons + 3 * config.vocab_size) * width
@@ -286,7 +289,7 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) 
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width
-    cache = _COPIES_OF_A_CACHE * 2 * card.n_layers * keys * n_rows * n_tokens * width
+    cache = _CACHE_COPIES * 2 * card.n_layers * keys * n_rows * n_tokens * width
     return int(cache + n_rows * n_tokens * a_token * width + gradients)
 
 

@@ -14,7 +14,8 @@ from negcore.store.study import write_seconds
 from tasks.config.run_file import RunFile
 from tasks.measure.measurement import Columns
 from tasks.measure.shard_set import ShardJob
-from tasks.pool.base import Pool, open_pool
+from tasks.pool.base import Pool
+from tasks.pool.opening import open_pool
 
 
 class ModelWorker:

@@ -1,24 +1,21 @@
-"""Plain workers, run here or as Ray actors: one queue of jobs, bounded retries, replaced actors, a stop event.
+"""Pools of plain workers: one queue of jobs, bounded retries, a stop event.
 
 A *worker* is a plain class with a method ``run(job) -> result``, made from a recipe ``(cls, kwargs)``. Jobs and
-results are small plain data: a worker writes its arrays itself and returns a receipt. The pool of actors is in
-`tasks.pool.ray_pool`, which is imported only when such a pool is opened.
+results are small plain data: a worker writes its arrays itself and returns a receipt. `tasks.pool.opening` opens a
+pool in this process (`tasks.pool.local_pool`) or of Ray actors (`tasks.pool.ray_pool`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from negcore.errors import NegError, RunError
-from tasks.pool.ray_session import ray_session
+from negcore.errors import NegError, RunError, first_line
 
 __all__ = [
     "Outcome",
@@ -27,15 +24,10 @@ __all__ = [
     "Resources",
     "Stopped",
     "WorkerLost",
-    "open_pool",
 ]
 
-Backend = Literal["local", "ray"]
-
-logger = logging.getLogger(__name__)
-
 POLL_S = 0.2
-"""How long a wait may last before the stop event and the deadlines are looked at again."""
+"""Longest wait, in seconds, before the stop event and the deadlines are checked again."""
 
 
 class Stopped(Exception):  # noqa: N818  a request that was honoured, not an error
@@ -48,7 +40,7 @@ class WorkerLost(RuntimeError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the workers of a pool may use.
+    """Resources that the workers of a pool may use.
 
     Parameters
     ----------
@@ -61,8 +53,8 @@ class Resources:
     max_attempts : int
         Attempts a job gets before it is handed back with its error.
     max_replacements : int
-        Workers that may be lost, without a job succeeding in between, before the pool shrinks. All that one job
-        loses count as one.
+        Workers that may be lost, without a job succeeding in between, before the pool shrinks. All workers that
+        one job loses count as one.
     start_timeout_s : float
         Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable.
     job_timeout_s : float or None
@@ -95,20 +87,20 @@ class Resources:
 
     @property
     def demand(self) -> dict[str, float]:
-        """What Ray must reserve for one worker, by resource name."""
+        """Resources that Ray must reserve for one worker, by name."""
         return {"CPU": self.cpus, "GPU": self.gpus}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job.
+    """The end of a job: its result, or its error.
 
     Parameters
     ----------
     job : Any
         The job as it was given.
     result : Any or None
-        What ``run`` returned; None if the job failed.
+        Result of ``run``; None if the job failed.
     exception : Exception or None
         The error of the last attempt; None if the job succeeded.
     attempts : int
@@ -128,7 +120,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """How far a pool's ``map`` is: jobs and workers by state.
+    """The state of a pool's ``map``: numbers of jobs and of workers.
 
     Parameters
     ----------
@@ -139,7 +131,7 @@ class PoolStatus:
     ready, starting, lost : int
         Workers that are usable, that are being made, and that died or were ended.
     note : str
-        What the pool waits for; empty if it does not wait.
+        Thing that the pool waits for; empty if it does not wait.
     """
 
     label: str
@@ -194,7 +186,7 @@ class Batch:
         return Outcome(attempt.job, result, None, attempt.number)
 
     def failed_once(self, attempt: Attempt, exception: Exception) -> Outcome | None:
-        """The outcome if the job is handed back; None if it went back into the queue."""
+        """Return the outcome if the job is handed back; None if it went back into the queue."""
         if attempt.number < self.max_attempts and not isinstance(exception, NegError):
             attempt.number += 1
             self.todo.append(attempt)
@@ -204,7 +196,7 @@ class Batch:
 
 
 class Pool(ABC):
-    """Workers of one recipe. Obtained from `open_pool`, usable until its ``with`` block ends."""
+    """Workers of one recipe. `open_pool` makes it, and it lives until that ``with`` block ends."""
 
     def __init__(self, cls: type, kwargs: Mapping[str, Any], resources: Resources, label: str) -> None:
         self._cls = cls
@@ -225,7 +217,7 @@ class Pool(ABC):
         """Run the jobs and yield their outcomes in order of completion.
 
         Work starts with the first ``next``. Calls from several threads take turns. An error that only the user
-        can mend (`NegError`) is not tried again; every other error is, up to ``max_attempts`` times.
+        can repair (`NegError`) is not tried again; every other error is, up to ``max_attempts`` times.
 
         Parameters
         ----------
@@ -238,7 +230,7 @@ class Pool(ABC):
         tick_s : float
             Seconds between two calls of `on_tick`.
         suspect : bool
-            Whether the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
+            True if the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
             used again, and what they cost is replaced whatever `max_replacements` is.
 
         Yields
@@ -271,86 +263,7 @@ class Pool(ABC):
 
     @abstractmethod
     def _status(self, batch: Batch) -> PoolStatus:
-        """How far the batch is."""
+        """Return the state of the batch."""
 
     def _cannot_start(self, error: Exception) -> RunError:
         return RunError(f"{self._label}: the worker {self._cls.__name__} cannot start: {first_line(error)}")
-
-
-class _LocalPool(Pool):
-    """One worker in this process."""
-
-    _worker: Any = None
-
-    def _outcomes(self, batch: Batch) -> Iterator[Outcome]:
-        while batch.todo:
-            batch.check_stop()
-            outcome = self._run(batch, batch.todo.popleft())
-            if outcome is not None:
-                yield outcome
-            if batch.tick_due():
-                batch.tick(self._status(batch))
-
-    def _run(self, batch: Batch, attempt: Attempt) -> Outcome | None:
-        if self._worker is None:
-            self._worker = self._build()
-        try:
-            return batch.succeeded(attempt, self._worker.run(attempt.job))
-        except Exception as error:
-            logger.debug("%s: attempt %d failed", self._label, attempt.number, exc_info=True)
-            return batch.failed_once(attempt, error)
-
-    def _build(self) -> Any:
-        try:
-            return self._cls(**self._kwargs)
-        except NegError:
-            raise
-        except Exception as error:
-            raise self._cannot_start(error) from error
-
-    def _status(self, batch: Batch) -> PoolStatus:
-        ready = int(self._worker is not None)
-        return PoolStatus(self._label, batch.done, batch.failed, 0, len(batch.todo), ready, 0, 0)
-
-
-@contextlib.contextmanager
-def open_pool(
-    backend: Backend, cls: type, kwargs: Mapping[str, Any], resources: Resources, *, label: str
-) -> Iterator[Pool]:
-    """Open a pool of workers, each made by ``cls(**kwargs)`` when there is work for it.
-
-    Parameters
-    ----------
-    backend : {"local", "ray"}
-        "local" runs the jobs in this process, one after the other; "ray" in actors, one job at a time each. Inside
-        `ray_session` that session is used; otherwise one is opened for this pool.
-    cls : type
-        The worker's class, importable where the actors run.
-    kwargs : mapping
-        The constructor's arguments, small plain data.
-    resources : Resources
-    label : str
-        Name of the pool in messages.
-
-    Yields
-    ------
-    Pool
-
-    Raises
-    ------
-    RunError
-        If no node of the cluster is large enough for a worker, or the cluster cannot be reached.
-    """
-    if backend == "local":
-        yield _LocalPool(cls, kwargs, resources, label)
-        return
-    from tasks.pool.ray_pool import RayPool
-
-    with ray_session(resources.address), contextlib.closing(RayPool(cls, kwargs, resources, label)) as pool:
-        yield pool
-
-
-def first_line(error: BaseException) -> str:
-    """Type of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""The pool of Ray actors: what is lost, replaced and tried again is decided here, never by Ray.
+"""The pool of Ray actors. It decides itself, and never Ray, when an actor is lost, replaced or tried again.
 
-With `tasks.pool.ray_session` the one place that imports Ray.
+Only this module and `tasks.pool.ray_session` import Ray, and only once a pool or a session is opened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from negcore.errors import NegError, RunError
+from negcore.errors import NegError, RunError, first_line
 from tasks.pool.base import (
     POLL_S,
     Attempt,
@@ -24,7 +24,6 @@ from tasks.pool.base import (
     Resources,
     Stopped,
     WorkerLost,
-    first_line,
 )
 
 __all__ = ["RayPool"]
@@ -39,9 +38,9 @@ _PLACED_SOON_S = 5.0
 
 
 class _Host:
-    """What runs in an actor: it answers as soon as its process runs, and makes the worker when asked to.
+    """The content of an actor: it answers as soon as its process runs, and makes the worker when asked to.
 
-    Two steps, because waiting for a free GPU and loading a model have different limits and messages.
+    These are two steps because waiting for a free GPU and loading a model have different limits and messages.
     """
 
     _worker: Any = None
@@ -86,7 +85,7 @@ class _Actor:
 
 
 class RayPool(Pool):
-    """Actors that are never restarted by Ray: what is lost, replaced and tried again is decided here."""
+    """A pool of actors that Ray never restarts."""
 
     def __init__(self, cls: type, kwargs: Mapping[str, Any], resources: Resources, label: str) -> None:
         super().__init__(cls, kwargs, resources, label)
@@ -130,7 +129,7 @@ class RayPool(Pool):
             raise Stopped("the pool was closed")
 
     def _running(self) -> list[_Actor]:
-        """Actors with a job of the present batch."""
+        """Return the actors with a job of the present batch."""
         return [actor for actor in self._actors if actor.attempt is not None]
 
     def _hire(self, batch: Batch) -> None:
@@ -192,14 +191,14 @@ class RayPool(Pool):
         return batch.succeeded(attempt, call.result())
 
     def _is_broken(self, actor: _Actor, batch: Batch, error: Exception) -> bool:
-        """Whether a worker is not to be trusted with another job; a suspect may have spoilt it for the next."""
+        """Tell whether a worker must not get another job; a suspect job may have spoilt it for the next."""
         if batch.suspect:
             return not isinstance(error, NegError)
         spare = self._resources.max_replacements - self._lost_in_a_row
         return actor.failures_in_a_row >= _FAILURES_IN_A_ROW and spare > 0
 
     def _overdue(self, batch: Batch) -> Iterator[Outcome | None]:
-        """End the actors whose call takes too long, and the batch if no actor can even be placed."""
+        """End the actors whose call takes too long, and the whole batch if no actor can even be placed."""
         for actor in list(self._actors):
             limit_s = self._limit_s(actor)
             if limit_s is not None and actor.waits_s > limit_s and not actor.answered:
@@ -212,7 +211,7 @@ class RayPool(Pool):
         return {"build": self._resources.start_timeout_s, "run": self._resources.job_timeout_s}.get(actor.phase)
 
     def _lose(self, actor: _Actor, batch: Batch, error: Exception) -> Outcome | None:
-        """Give an actor up; its job, if it has one, failed once more."""
+        """Give an actor up, and count its job, if it has one, as failed once more."""
         self._check_open()
         logger.warning("%s: a worker was lost: %s", self._label, first_line(error))
         self._dismiss(actor)
@@ -227,7 +226,7 @@ class RayPool(Pool):
         self._actors.remove(actor)
 
     def _error_of(self, call: Future[Any]) -> Exception | None:
-        """The error a call ended with: the worker's own, or `WorkerLost`."""
+        """Return the error a call ended with: the worker's own, or `WorkerLost`."""
         error = call.exception()
         if error is None:
             return None
@@ -255,7 +254,7 @@ class RayPool(Pool):
         return f"waiting for {_amounts(self._resources.demand)} a worker (free: {_amounts(free)})"
 
     def _check_cluster(self) -> None:
-        """Ray would wait for ever, and in silence, for an actor that fits on no node."""
+        """Refuse an actor that fits on no node: Ray would wait for it for ever, and in silence."""
         demand = self._resources.demand
         offers = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         if not any(all(offer.get(name, 0) >= amount for name, amount in demand.items()) for offer in offers):

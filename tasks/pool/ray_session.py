@@ -1,6 +1,6 @@
-"""Ray for the length of a block: a private one on this machine, closed to the network, or a cluster that is joined.
+"""Ray for the length of a block: a private one on this machine, closed to the network, or a cluster to join.
 
-Ray is imported only when a session is opened: it reads some of its settings on import.
+Ray is imported only when a session is opened, because it reads some of its settings on import.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from negcore.errors import RunError
+from tasks.environment import environment
 
 __all__ = ["ray_session"]
 
@@ -27,7 +28,7 @@ _LONGEST_TEMP = 20
 """Characters: a socket's path has at most 107, and Ray adds about 85."""
 
 _OBJECT_STORE_BYTES = 200 * 2**20
-"""Only receipts travel through Ray's object store."""
+"""Small, because only receipts travel through Ray's object store."""
 
 _CONNECT_S = 10.0
 """Limit for reaching a cluster's head."""
@@ -74,7 +75,7 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def _local_ray() -> Iterator[None]:
-    with _short_directory() as home, _environment(_ENVIRONMENT | _local_environment(home)):
+    with _short_directory() as home, environment(_ENVIRONMENT | _local_environment(home)):
         options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": str(home / "r")}
         with _initialised(address="local", **options) as ray:
             if ray.util.get_node_ip_address() != "127.0.0.1":
@@ -89,12 +90,12 @@ def _local_ray() -> Iterator[None]:
 def _joined_ray(address: str) -> Iterator[None]:
     if address != "auto":
         _check_reachable(address)
-    with _environment(_ENVIRONMENT), _initialised(address=address):
+    with environment(_ENVIRONMENT), _initialised(address=address):
         yield
 
 
 def _check_reachable(address: str) -> None:
-    """Ray would try for twenty minutes before it said that nobody answers."""
+    """Refuse an address where nobody answers: Ray would try for twenty minutes before it said so."""
     host, _, port = address.rpartition(":")
     if "/" in host or not host or not port.isdigit():
         raise RunError(f"the Ray address is {address!r}, but it must be host:port, 'auto' or 'local'")
@@ -106,7 +107,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _initialised(**options: Any) -> Iterator[Any]:
-    """Ray, initialised; the signal handler that it replaces is put back."""
+    """Initialise Ray and put the signal handler back that it replaces."""
     import ray
 
     handler = signal.getsignal(signal.SIGTERM)
@@ -123,7 +124,7 @@ def _initialised(**options: Any) -> Iterator[Any]:
 
 
 def _local_environment(home: Path) -> dict[str, str]:
-    """Settings that close a local Ray to the network and to other users."""
+    """Return settings that close a local Ray to the network and to other users."""
     token = home / "token"
     with os.fdopen(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(_token())
@@ -136,13 +137,13 @@ def _local_environment(home: Path) -> dict[str, str]:
 
 @functools.cache
 def _token() -> str:
-    """The secret of all local sessions of this process: Ray keeps the first one that it reads."""
+    """Return the secret of all local sessions of this process: Ray keeps the first one that it reads."""
     return secrets.token_hex(32)
 
 
 @contextlib.contextmanager
 def _short_directory() -> Iterator[Path]:
-    """A directory for this user only, with a path short enough for the sockets that Ray makes.
+    """Make a directory for this user only, with a path short enough for the sockets that Ray makes.
 
     Ray opens its own directory to everybody; it must be one inside this.
     """
@@ -152,16 +153,3 @@ def _short_directory() -> Iterator[Path]:
         yield home
     finally:
         shutil.rmtree(home, ignore_errors=True)  # dying processes may still write their logs
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

@@ -1,8 +1,8 @@
-"""One driver a run directory: who works in it says so in a file there, and goes on saying so while it lives.
+"""Claims: one driver for each run directory. The driver writes a claim file there and renews it while it lives.
 
-Only what every place for files has is asked for (create a file that must be new, write, read, delete), so a claim holds
-in network directories and buckets too. On the holder's own machine its death shows at once, elsewhere by its silence:
-whoever comes next watches the file for a while, by its own clock, so that no two clocks need to agree.
+A claim needs only what every file system offers (create a new file, write, read, delete), so it holds in network
+directories and buckets too. On the holder's own machine its death shows at once, elsewhere by its silence: the next
+driver watches the file for a while by its own clock, so that no two clocks need to agree.
 """
 
 import json
@@ -20,8 +20,8 @@ from datetime import datetime
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.store.buckets import create, remove
-from negcore.store.files import draft, is_remote, read_bytes
+from negcore.store.buckets import create
+from negcore.store.files import draft, is_remote, read_bytes, remove
 from tasks.config.provenance import this_command
 
 __all__ = ["CLAIM_FILE", "Holder", "claim", "holder_of"]
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 _BEAT_S = 5.0
 _SILENCE_S = 60.0
-"""A claim that is not renewed for so long is nobody's."""
+"""A claim that was not renewed for so long belongs to nobody."""
 _POLL_S = 1.0
 _SETTLE_S = 0.5
-"""Of two who take over the same dead claim, the first sees within this time that the other did."""
+"""If two drivers take over the same dead claim, the first sees within this time that the second did."""
 _LONGEST_COMMAND = 200
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a directory."""
+    """The driver that holds a directory."""
 
     token: str
     """Different for every claim."""
@@ -49,23 +49,23 @@ class Holder:
     """Host and, on Linux, its space of process ids: containers may share a host's name."""
     pid: int
     birth: str
-    """When the process began: see `_birth`."""
+    """Start of the process: see `_birth`."""
     since: str
-    """For people, in the time zone of the holder."""
+    """Time of the claim for people, in the time zone of the holder."""
     command: str
     beat: int = 0
     """Times that the claim was renewed."""
 
     @classmethod
     def this_process(cls) -> "Holder":
-        """A new claim of this process."""
+        """Return this process as the holder of a new claim."""
         command = this_command()[:_LONGEST_COMMAND]
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         return cls(uuid.uuid4().hex, _machine(), os.getpid(), _birth(os.getpid()), since, command)
 
     @property
     def is_dead(self) -> bool | None:
-        """Whether its process is gone, or its id another's by now; None if that cannot be told from here."""
+        """True if its process is gone or its id belongs to another process; None if that cannot be told from here."""
         if self.machine != _machine():
             return None
         try:
@@ -88,33 +88,33 @@ class _Claim:
     def __init__(self, directory: Path, holder: Holder) -> None:
         self.directory, self.holder = directory, holder
         self.loss: str | None = None
-        """How the claim was lost, if it was."""
+        """The way the claim was lost; None while it holds."""
         self._listeners: list[Callable[[], None]] = []
         self._given_back = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claim", daemon=True)
         self._thread.start()
 
     def when_lost(self, call: Callable[[], None]) -> None:
-        """Have `call` called, by another thread, when the claim is lost; at once if it is."""
+        """Call `call` in another thread when the claim is lost; at once if it is lost already."""
         self._listeners.append(call)
         if self.loss is not None:
             call()
 
     def give_back(self) -> None:
-        """Leave the directory to the next; a claim that cannot be deleted ends by silence."""
+        """Leave the directory to the next driver; a claim that cannot be deleted ends by silence."""
         self._given_back.set()
         self._thread.join()
         try:
             if _is_of(holder_of(self.directory), self.holder):
-                _delete(self.directory)
+                remove(self.directory / CLAIM_FILE)
         except OSError as error:
             logger.warning("the claim on %s cannot be given back: %s", self.directory, error)
 
     def error(self) -> RunError:
-        """What to say of a claim that was lost."""
+        """Return the error of a claim that was lost."""
         return RunError(
-            f"run directory {str(self.directory)!r} is not this run's any more, {self.loss}: stopped; finished shards "
-            "are kept"
+            f"run directory {str(self.directory)!r} no longer belongs to this run, {self.loss}: stopped; finished "
+            "shards are kept"
         )
 
     def _renew(self) -> None:
@@ -123,7 +123,7 @@ class _Claim:
             try:
                 self._beat()
                 renewed_at = time.monotonic()
-            except (OSError, RunError) as error:  # a bucket's troubles are RunErrors
+            except (OSError, RunError) as error:  # those of a bucket are RunErrors
                 logger.warning("the claim on %s cannot be renewed: %s", self.directory, error)
                 if time.monotonic() - renewed_at > _SILENCE_S:
                     self.loss = f"its claim could not be renewed for {_SILENCE_S:g} s"
@@ -140,18 +140,18 @@ class _Claim:
 
 
 _held: ContextVar[Mapping[str, _Claim]] = ContextVar("held")
-"""The claims of those who called from here."""
+"""Claims that the callers of the present code hold."""
 
 
 @contextmanager
 def claim(directory: Path, *, when_lost: Callable[[], None] | None = None) -> Iterator[None]:
-    """Work alone in a run directory, which is made if need be; inside the block, claiming it again changes nothing.
+    """Claim a run directory for this driver alone, and make it if needed; inside the block it may be claimed again.
 
     Parameters
     ----------
     directory : Path
     when_lost : callable, optional
-        Called in another thread if someone else takes the directory over: stop working then.
+        Called in another thread if someone else takes the directory over; the work must stop then.
 
     Raises
     ------
@@ -179,12 +179,12 @@ def claim(directory: Path, *, when_lost: Callable[[], None] | None = None) -> It
 
 
 def holder_of(directory: Path) -> Holder | None:
-    """Who claims a directory, alive or not; None if nobody does, or one who is just writing it down."""
+    """Return the driver that claims a directory, dead or alive; None without a claim, or while it is being written."""
     return _parsed(_content(directory))
 
 
 def _acquire(directory: Path) -> Holder:
-    """Claim a directory that nobody holds, or that a dead driver left."""
+    """Claim a directory that nobody holds or that a dead driver left."""
     me = Holder.this_process()
     try:
         if _create(directory, me):
@@ -203,7 +203,7 @@ def _acquire(directory: Path) -> Holder:
 
 
 def _living(directory: Path) -> str | None:
-    """Who holds the directory and lives; None if the holder is dead, silent or gone."""
+    """Return the living holder of the directory; None if the holder is dead, silent or gone."""
     first = _content(directory)
     holder = _parsed(first)
     is_dead = holder.is_dead if holder is not None else None
@@ -230,7 +230,7 @@ def _is_of(holder: Holder | None, other: Holder) -> bool:
 
 
 def _create(directory: Path, holder: Holder) -> bool:
-    """Whether the claim is new: of several who try, exactly one succeeds."""
+    """Create the claim file and tell whether it is new: of several drivers that try, exactly one succeeds."""
     file = directory / CLAIM_FILE
     if is_remote(file):
         return create(file, _encoded(holder)) is None
@@ -249,7 +249,7 @@ def _write(directory: Path, holder: Holder) -> None:
 
 
 def _rewrite(directory: Path, holder: Holder) -> None:
-    """Write over one's own claim: a draft would need room, and a full disk must not cost a living driver its claim."""
+    """Overwrite the own claim in place: a draft needs space, and a full disk must not end a living driver's claim."""
     file = directory / CLAIM_FILE
     if is_remote(file):
         _write(directory, holder)
@@ -257,14 +257,6 @@ def _rewrite(directory: Path, holder: Holder) -> None:
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as held:
         held.write(_encoded(holder))
         held.truncate()
-
-
-def _delete(directory: Path) -> None:
-    file = directory / CLAIM_FILE
-    if is_remote(file):
-        remove(file)
-    else:
-        file.unlink(missing_ok=True)
 
 
 def _content(directory: Path) -> bytes | None:
@@ -279,7 +271,7 @@ def _encoded(holder: Holder) -> bytes:
 
 
 def _parsed(content: bytes | None) -> Holder | None:
-    """None also of what is no claim: one that was just being written, say."""
+    """Return the holder in a claim file; None if it holds no claim, for example because it is being written."""
     try:
         record = json.loads(content or b"")
         return Holder(**{field.name: field.type(record[field.name]) for field in fields(Holder)})  # type: ignore[operator]
@@ -291,7 +283,7 @@ def _parsed(content: bytes | None) -> Holder | None:
 
 
 def _birth(pid: int) -> str:
-    """When a process began, in ticks since its machine did; "zombie" after its end; empty where that is not told."""
+    """Return the start of a process in ticks since its machine's; "zombie" after its end; empty if it is unknown."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

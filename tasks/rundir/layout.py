@@ -1,4 +1,4 @@
-"""What a run directory says of itself, read without any model: its run file, its plan, and where its shards lie.
+"""The contents of a run directory, read without any model: its plan, and where its shards lie.
 
 The plan is written when a flow starts, so that those who watch or check the directory know what is still to come.
 """
@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from negcore.errors import RunError
 from negcore.store.files import draft, find, is_dir, n_bytes, read_bytes
 from negcore.store.identity import canonical_json
-from negcore.store.publish import Receipt, ShardPlace, receipts, shard_path
+from negcore.store.publish import Receipt, ShardPlace, receipts
 from tasks.config.run_file import RUN_FILE
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class PlannedShards:
     place: str
     """The directory below the run directory."""
     digest: str
-    """Of the run's identity, as `Receipt.planned_digest`."""
+    """Digest of the run's identity, as in `Receipt.planned_digest`."""
     n_shards: int
     n_rows: int
 
     def __post_init__(self) -> None:
-        kind, *pairs = self.place.split("/")  # the file may be anybody's: nothing outside of its directory is meant
+        kind, *pairs = self.place.split("/")  # anybody may have written the file, so it must not lead elsewhere
         if kind in ("", ".", "..") or len(pairs) != 3 or not all("=" in pair for pair in pairs):
             raise ValueError(f"{self.place!r} is no directory of shards")
 
@@ -58,22 +58,22 @@ class ShardFolder:
 
     @property
     def kind(self) -> str:
-        """``negs``, or what a study measures."""
+        """``negs``, or the name of a study's measurement."""
         return self.place.split("/")[0]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Model, dataset, and split or part."""
+        """Names of the model, the dataset, and the split or part."""
         return tuple(unquote(pair.partition("=")[2]) for pair in self.place.split("/")[1:])
 
 
 class Receipts(NamedTuple):
-    """The undamaged receipts of one directory of shards, those of another run apart."""
+    """The undamaged receipts of one directory of shards, its own run's and those of other runs."""
 
     own: list[Receipt]
     foreign: list[Receipt]
     n_shards: int | None
-    """Shards that make the directory whole; None if neither a plan nor a receipt says."""
+    """Shards that make the directory whole; None if neither a plan nor a receipt tells."""
 
 
 def write_plan_file(root: Path, shard_sets: "Iterable[ShardSet]") -> None:
@@ -96,7 +96,7 @@ def write_plan_file(root: Path, shard_sets: "Iterable[ShardSet]") -> None:
 
 
 def read_plan_file(root: Path) -> dict[str, PlannedShards]:
-    """What the directory's last run was to make, by place; nothing if no plan was noted.
+    """Return what the directory's last run was to make, by place; nothing if no plan was noted.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def note_failures(root: Path, place: ShardPlace, errors: Mapping[int, str]) -> N
 
 
 def read_failures(folder: Path) -> dict[int, str]:
-    """The shards of a directory that its last run could not make, and why; nothing if the note is damaged."""
+    """Return the shards that a directory's last run could not make, and why; nothing if the note is damaged."""
     try:
         return {int(index): str(error) for index, error in json.loads(read_bytes(folder / FAILURES_FILE)).items()}
     except (FileNotFoundError, ValueError, AttributeError):
@@ -130,7 +130,7 @@ def read_failures(folder: Path) -> dict[int, str]:
 
 
 def shard_folders(directory: Path) -> list[ShardFolder]:
-    """Every directory of shards below a run directory (or below a part of one), planned or begun, as planned.
+    """Return every directory of shards below a run directory or a part of one, planned ones first.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def shard_folders(directory: Path) -> list[ShardFolder]:
 
 
 def receipts_of(folder: ShardFolder) -> Receipts:
-    """The receipts in a directory; its own run is the planned one, else the one of most receipts."""
+    """Return the receipts in a directory; its own run is the planned one, or else the one with the most receipts."""
     found = receipts(folder.path)
     runs = Counter((receipt.planned_digest, receipt.n_shards) for receipt in found)
     if folder.planned is not None:
@@ -161,18 +161,13 @@ def receipts_of(folder: ShardFolder) -> Receipts:
     return Receipts(list(compress(found, is_own)), list(compress(found, map(not_, is_own))), own[1])
 
 
-def receipt_path(folder: Path, index: int) -> Path:
-    """Where the receipt of a shard is."""
-    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
-
-
 def run_roots(directory: Path) -> list[Path]:
-    """The directory and those below it that hold a run file."""
+    """Return those of the directory and the directories below it that hold a run file."""
     return [file.parent for file in find(directory, f"**/{RUN_FILE}")]
 
 
 def _folder_of(path: Path) -> Path:
-    """The directory of shards that a file in it, or in one of its own directories, belongs to."""
+    """Return the directory of shards of a file in it, or in its directory of receipts."""
     return path.parent.parent if path.parent.name.startswith("_") else path.parent
 
 

@@ -1,4 +1,4 @@
-"""How far a run is, read from its directory alone: no model is loaded, and the run may be going on meanwhile."""
+"""The state of a run, read from its directory alone: no model is loaded, and the run may go on meanwhile."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from negcore.errors import RunError
 from negcore.store.files import find, n_bytes
-from negcore.store.publish import Receipt, SetAside, whole_shards
+from negcore.store.publish import Receipt, SetAside, receipt_path, whole_shards
 from tasks.config.reading import recorded_run
 from tasks.config.run_file import RUN_FILE
 from tasks.rundir.claim import Holder, holder_of
@@ -18,29 +18,28 @@ from tasks.rundir.layout import (
     PLAN_FILE,
     ShardFolder,
     read_failures,
-    receipt_path,
     receipts_of,
     run_roots,
     shard_folders,
 )
 
 _PAUSE = 5.0
-"""A gap between two shards that is so many times longer than usual is a pause of the run."""
+"""Times that a gap between two shards must be longer than usual to count as a pause of the run."""
 
 
 @dataclass(frozen=True)
-class PartStatus:
-    """How far one directory of shards is."""
+class FolderStatus:
+    """The state of one directory of shards."""
 
     folder: ShardFolder
     n_shards: int | None
-    """Of the whole directory; None if it is not known yet."""
+    """Shards of the whole directory; None if their number is not known yet."""
     receipts: tuple[Receipt, ...]
-    """Of its finished shards."""
+    """Receipts of its finished shards."""
     n_damaged: int
-    """Receipts whose shard is missing or of another length: these shards are computed again."""
+    """Receipts whose shard is missing or has another length: these shards are computed again."""
     n_foreign: int
-    """Receipts of another run: they are in the way of this one."""
+    """Receipts of other runs, which are in the way of this one."""
     failures: Mapping[int, str]
     """Errors of the shards that the last run could not make, by index."""
 
@@ -64,30 +63,30 @@ class PartStatus:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast the present session is: the shards that it has published, without its pauses."""
+    """The speed at which the present session publishes shards, without its pauses."""
 
     shards_per_s: float
     rows_per_s: float
     newest_s: float
-    """When the newest shard was published: seconds since the epoch."""
+    """Time at which the newest shard was published, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run directory is."""
+    """The state of a run directory."""
 
-    parts: tuple[PartStatus, ...]
+    folders: tuple[FolderStatus, ...]
     not_planned: tuple[tuple[str, str], ...]
-    """Model and dataset of which nothing but the name in the run file is known."""
+    """Models and datasets that the run file names and that are not planned yet."""
     pace: Pace | None
     """None if the present session has published nothing yet."""
     holders: tuple[Holder, ...]
-    """Drivers that claim the run, alive or not."""
+    """Drivers that claim the run, alive or dead."""
 
     @property
     def n_missing(self) -> int | None:
-        """Shards that are still to come; None if that is not known yet."""
-        counts = [part.n_missing for part in self.parts]
+        """Number of shards that are still to come; None if it is not known yet."""
+        counts = [one.n_missing for one in self.folders]
         if self.not_planned or None in counts:
             return None
         return sum(count for count in counts if count is not None)
@@ -100,33 +99,33 @@ class RunStatus:
 
 
 def run_status(directory: Path) -> RunStatus:
-    """Read how far a run is.
+    """Read the state of a run.
 
     Raises
     ------
     RunError
         If there is no such directory, nothing of a run is in it, or its run file or plan is damaged.
     """
-    parts = tuple(map(_part_status, shard_folders(directory)))
-    if not parts and not run_roots(directory):
+    folders = tuple(map(_folder_status, shard_folders(directory)))
+    if not folders and not run_roots(directory):
         raise RunError(f"{str(directory)!r} holds no shards and no {RUN_FILE}: give a run directory")
     return RunStatus(
-        parts, tuple(_not_planned(directory, parts)), _pace_now(directory, parts), tuple(_holders(directory))
+        folders, tuple(_not_planned(directory, folders)), _pace_now(directory, folders), tuple(_holders(directory))
     )
 
 
-def _part_status(folder: ShardFolder) -> PartStatus:
+def _folder_status(folder: ShardFolder) -> FolderStatus:
     own, foreign, n_shards = receipts_of(folder)
     whole = tuple(whole_shards(folder.path, own, verify=False))
     done = {receipt.index for receipt in whole}
     failures = {index: error for index, error in read_failures(folder.path).items() if index not in done}
-    return PartStatus(folder, n_shards, whole, len(own) - len(whole), len(foreign), failures)
+    return FolderStatus(folder, n_shards, whole, len(own) - len(whole), len(foreign), failures)
 
 
-def _not_planned(directory: Path, parts: Sequence[PartStatus]) -> Iterator[tuple[str, str]]:
-    """Models and datasets of run files whose plan is not noted, as far as no shard of them is there."""
+def _not_planned(directory: Path, folders: Sequence[FolderStatus]) -> Iterator[tuple[str, str]]:
+    """Return models and datasets of run files without a plan of which no shard is there."""
     roots = run_roots(directory)
-    begun = {(part.folder.root, part.folder.names[0], Path(part.folder.names[1]).name) for part in parts}
+    begun = {(one.folder.root, one.folder.names[0], Path(one.folder.names[1]).name) for one in folders}
     for root in roots:
         holds_others = any(root in other.parents for other in roots)
         if holds_others or n_bytes(root / PLAN_FILE) is not None:
@@ -138,14 +137,14 @@ def _not_planned(directory: Path, parts: Sequence[PartStatus]) -> Iterator[tuple
 
 
 def _holders(directory: Path) -> list[Holder]:
-    """Those who claim the directory, a run below it, or the one that it is a part of."""
+    """Return the drivers that claim the directory, a run below it, or the run that it is a part of."""
     found = map(holder_of, [*reversed(directory.parents), directory, *run_roots(directory)])
     return list(dict.fromkeys(holder for holder in found if holder is not None))
 
 
-def _pace_now(directory: Path, parts: Sequence[PartStatus]) -> Pace | None:
-    """The pace of what is measured now: the kind of shards and the model that the newest shard is of."""
-    published = [one for part in parts for one in _published(part)]
+def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:
+    """Return the pace of the present work: of shards with the newest one's kind and model."""
+    published = [one for folder in folders for one in _published(folder)]
     if not published:
         return None
     newest = max(published, key=lambda one: one.time_s).folder
@@ -161,18 +160,18 @@ class _Published(NamedTuple):
     folder: ShardFolder
 
 
-def _published(part: PartStatus) -> Iterator[_Published]:
-    for receipt in part.receipts:
+def _published(one: FolderStatus) -> Iterator[_Published]:
+    for receipt in one.receipts:
         with suppress(FileNotFoundError):  # its shard is being published anew
-            time_s = receipt_path(part.folder.path, receipt.index).stat().st_mtime
-            yield _Published(time_s, receipt.n_rows, part.folder)
+            time_s = receipt_path(one.folder.path, receipt.index).stat().st_mtime
+            yield _Published(time_s, receipt.n_rows, one.folder)
 
 
 def pace(published: Iterable[tuple[float, int]], started_s: float | None, workers: int) -> Pace | None:
-    """How fast shards are published, without the pauses of the run.
+    """Return how fast shards are published, without the pauses of the run.
 
-    Every shard counts with the time since the one before it. Where that time is a pause, neither counts: a pause is
-    more than five times as long as it usually takes that every worker publishes one shard.
+    Every shard counts with the time since the one before it. If that time is a pause, neither counts: a pause is more
+    than five times as long as it usually takes until every worker has published one shard.
 
     Parameters
     ----------

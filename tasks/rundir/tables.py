@@ -19,7 +19,6 @@ _TYPES = {
     bool: pa.bool_(),
 }
 
-
 T = TypeVar("T")
 
 
@@ -48,7 +47,7 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
 
 
 def _type(hint: Any) -> pa.DataType:
-    """The column type of a field; a choice of strings is one."""
+    """Return the column type of a field; a choice of strings is a string."""
     return pa.string() if get_origin(hint) is Literal else _TYPES[hint]
 
 
@@ -58,7 +57,7 @@ def read_table(path: Path, kind: type[T]) -> list[T]:
     Raises
     ------
     RunError
-        If there is no such file, or it holds no such rows.
+        If there is no such file, or it does not hold such rows.
     """
     try:
         rows = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all().to_pylist()

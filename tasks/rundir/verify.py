@@ -1,4 +1,4 @@
-"""Check every shard of a run directory against its receipt, and make ready for computing again what is damaged."""
+"""Check every shard of a run directory against its receipt, and prepare what is damaged for being computed again."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from negcore.errors import ShardError
-from negcore.store.buckets import fetch, remove
-from negcore.store.files import find, is_remote, n_bytes, sizes
+from negcore.store.buckets import fetch
+from negcore.store.files import find, is_remote, n_bytes, remove, sizes
 from negcore.store.identity import choice_digest, content_digest
 from negcore.store.levels import has_columns_of
-from negcore.store.publish import Receipt, checksum, receipts, shard_of
+from negcore.store.publish import Receipt, checksum, receipt_path, receipts, shard_of
 from negcore.store.reader import mapped_batch
 from negcore.store.schema import ROW_COLUMNS, first_row
-from tasks.rundir.layout import ShardFolder, receipt_path, receipts_of
+from tasks.rundir.layout import ShardFolder, receipts_of
 
 _NAMED = 8
 """Missing shards that a line names."""
@@ -32,65 +32,58 @@ class Fault:
     what: str
     """One line."""
     recompute: bool = False
-    """Whether the same run, started again, mends it."""
+    """True if the same run, started again, repairs it."""
     remove: Path | None = None
-    """A file that must go first: the receipt of a damaged shard, or what a dead writer left behind."""
+    """A file to remove before that: the receipt of a damaged shard, or a leftover of a dead writer."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found in one directory of shards."""
+    """The result of checking one directory of shards."""
 
     folder: ShardFolder
     n_shards: int | None
-    """Shards that make it whole, as planned or as its receipts say; None where neither is known."""
+    """Shards that make it whole, by its plan or its receipts; None without either."""
     n_whole: int
     n_rows: int
-    """Rows and bytes of the whole shards."""
+    """Rows in the whole shards; `n_bytes` are theirs too."""
     n_bytes: int
     faults: tuple[Fault, ...]
 
     @property
     def recompute(self) -> bool:
-        """Whether the same run, started again, has something to compute here."""
+        """True if the same run, started again, has something to compute here."""
         return any(fault.recompute for fault in self.faults)
 
 
 def verify(folders: Iterable[ShardFolder], checked: Callable[[int], None]) -> Iterator[Verified]:
     """Check directories of shards, one after the other; nothing is changed.
 
-    Of a shard, in this order: its receipt's seal, its size, its checksum; only then is it parsed, and its place, run,
-    columns and row ids are compared.
+    Compares in this order: the receipt's seal, the shard's size and checksum; only then is the shard parsed, and its
+    place, run, columns and row ids are compared.
 
     Parameters
     ----------
     checked : callable
-        Told the bytes of every shard that was looked at.
+        Called with the bytes of every shard that was checked.
     """
     for folder in folders:
         yield _verified(folder, checked)
 
 
 def total_bytes(folders: Iterable[ShardFolder]) -> int:
-    """Bytes of all shards, as their receipts say: what the progress of `verify` is counted in."""
+    """Return the bytes of all shards by their receipts, in which the progress of `verify` is counted."""
     return sum(receipt.n_bytes for folder in folders for receipt in receipts(folder.path))
 
 
 def unpublish(verified: Verified) -> None:
-    """Remove the receipts of damaged shards, so that the same run makes these again, and leftovers; nothing else.
+    """Remove leftovers and the receipts of damaged shards, so that the same run makes these shards again.
 
     Nobody may be writing to the directory.
     """
     for fault in verified.faults:
         if fault.remove is not None:
-            _remove(fault.remove)
-
-
-def _remove(path: Path) -> None:
-    if is_remote(path):
-        remove(path)
-    else:
-        path.unlink(missing_ok=True)
+            remove(fault.remove)
 
 
 def _verified(folder: ShardFolder, checked: Callable[[int], None]) -> Verified:
@@ -119,7 +112,7 @@ def _verified(folder: ShardFolder, checked: Callable[[int], None]) -> Verified:
 
 
 def _shard_fault(folder: ShardFolder, receipt: Receipt) -> str | None:
-    """What is wrong with a shard, or None; nothing is parsed unless its bytes are those that were published."""
+    """Return what is wrong with a shard, or None; it is parsed only if its bytes are those that were published."""
     path = shard_of(folder.path, receipt)
     size = n_bytes(path)
     if size is None:
@@ -139,7 +132,7 @@ def _shard_fault(folder: ShardFolder, receipt: Receipt) -> str | None:
 
 @contextmanager
 def _on_this_machine(path: Path) -> Iterator[Path]:
-    """The file itself; of one in a bucket, a copy."""
+    """Yield the file itself, or a copy of a file in a bucket."""
     if not is_remote(path):
         yield path
         return
@@ -154,7 +147,7 @@ def _content_fault(folder: ShardFolder, receipt: Receipt, batch: pa.RecordBatch)
     if _place(about) != folder.names:
         return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
     if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest")):
-        return "what it says of itself is not what its receipt says"
+        return "its metadata are not those of its receipt"
     if not _has_its_columns(folder, receipt, batch.schema):
         return "its columns are not those of its model and dataset"
     if not _has_its_neurons(receipt, batch):
@@ -166,7 +159,7 @@ def _content_fault(folder: ShardFolder, receipt: Receipt, batch: pa.RecordBatch)
 
 
 def _about(batch: pa.RecordBatch) -> dict[str, Any]:
-    """What the shard says of itself; empty if nothing that can be read."""
+    """Return the shard's metadata; empty if it cannot be read."""
     try:
         about = json.loads((batch.schema.metadata or {})[b"neg"])
     except (KeyError, ValueError):
@@ -190,14 +183,14 @@ def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -
 
 
 def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
-    """Whether a shard with chosen neurons holds those that its receipt says; one without rows names none."""
+    """Tell whether a shard with chosen neurons holds those of its receipt; a shard without rows names none."""
     if "neurons" not in receipt.identity or not batch.num_rows:
         return True
     return bool(choice_digest(first_row(batch, "neurons").tolist()) == receipt.identity["neurons"])
 
 
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
-    """Shards without a receipt that can be read."""
+    """Return a fault for every shard without a readable receipt."""
     damaged = {_index(path.name): path for path in find(folder.path, "_receipts/part-*.json")}
     shards = {_index(name) for name in sizes(folder.path, "part-*.arrow")}
     for index in sorted((damaged.keys() | shards) - proven.keys()):
@@ -210,7 +203,7 @@ def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Re
 
 
 def _missing(n_shards: int, there: Set[int]) -> Iterator[Fault]:
-    """Shards of which nothing is there, named as far as they fit a line."""
+    """Return a fault for the shards that are missing altogether, and name as many as fit a line."""
     named = list(islice((str(index) for index in range(n_shards) if index not in there), _NAMED + 1))
     if named:
         count = n_shards - sum(0 <= index < n_shards for index in there)
@@ -219,7 +212,7 @@ def _missing(n_shards: int, there: Set[int]) -> Iterator[Fault]:
 
 
 def _foreign(own: Sequence[Receipt], foreign: Sequence[Receipt]) -> Iterator[Fault]:
-    """Receipts of other runs, one fault a run."""
+    """Return a fault for every other run that has receipts here."""
     for digest, n_shards in dict.fromkeys((receipt.digest, receipt.n_shards) for receipt in foreign):
         of_run = [receipt for receipt in foreign if (receipt.digest, receipt.n_shards) == (digest, n_shards)]
         listed = f"{len(of_run)} of {n_shards} shards are of another run, the first is shard {of_run[0].index}"
@@ -242,7 +235,7 @@ def _short(value: object) -> str:
 
 
 def _leftovers(folder: ShardFolder, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
-    """What writers left who died, or (in a bucket) were not the first to publish."""
+    """Return a fault for every leftover of a writer that died or, in a bucket, was not the first to publish."""
     for pattern in (".part-*", "_receipts/.part-*"):
         for path in find(folder.path, pattern):
             yield Fault(f"{path.name}: left by a writer that died, if nobody is writing now", remove=path)
@@ -253,6 +246,6 @@ def _leftovers(folder: ShardFolder, proven: Mapping[int, Receipt]) -> Iterator[F
 
 
 def _index(name: str) -> int:
-    """Index of the shard that a file belongs to."""
+    """Return the index of the shard that a file belongs to, or -1."""
     digits = name.removeprefix("part-")[:5]
     return int(digits) if digits.isdecimal() else -1

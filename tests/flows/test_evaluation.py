@@ -12,7 +12,8 @@ from rich.console import Console
 from support import SHARED, neg, save_tiny_model
 
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
-from flows.show.accuracy_tables import artifact_tables, comparison_table, confusion_tables, result_tables, rows_table
+from flows.show.accuracy_tables import PROBE_TITLES, accuracy_tables, comparison_table, confusion_tables, rows_table
+from flows.show.text import share
 from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError, RunError
 from negcore.probing.evaluation import Accuracy, accuracy, macro_average
@@ -246,7 +247,7 @@ def test_the_widest_table_fits_a_terminal_of_100_columns():
         for name, genre in [("amazon-review-multi", "multilingual"), ("xnli", "multilingual"), ("fever", "fact")]
         for probe in probes
     ]
-    text = printed(result_tables(rows, averages(rows), n_datasets=5))
+    text = printed(accuracy_tables(rows, averages(rows), n_datasets=5))
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert "amazon-review-multi" in text
@@ -258,13 +259,13 @@ def test_the_widest_table_fits_a_terminal_of_100_columns():
 
 def test_the_table_of_one_dataset_has_no_averages(results):
     one = [s for s in results.scores if s.dataset == "local/two"]
-    text = printed(result_tables(one, [], n_datasets=1))
+    text = printed(accuracy_tables(one, [], n_datasets=1))
     assert "average" not in text.lower()
     assert "local/two" in text
 
 
 def test_languages_have_rows_of_their_own(results):
-    lines = [line.strip() for line in printed(result_tables(results.scores, results.averages, 2)).splitlines()]
+    lines = [line.strip() for line in printed(accuracy_tables(results.scores, results.averages, 2)).splitlines()]
     assert sum(line.startswith("de ") for line in lines) == sum(line.startswith("en ") for line in lines) == 3
 
 
@@ -280,11 +281,21 @@ def test_confusion_tables_show_every_dataset(results):
     ]
 
 
-def test_artifacts_have_a_row_a_score(results):
-    tables = artifact_tables(results.scores, results.averages, results.splits)
-    assert tables.keys() == {"accuracy", "averages", "rows"}
-    assert len(tables["accuracy"][1]) == len(results.scores)
-    assert json.loads(json.dumps(tables))
+def test_artifacts_have_every_score(results):
+    tables = list(accuracy_tables(results.scores, results.averages, results.n_datasets))
+    records = [table.records() for table in tables]
+    assert len({table.key for table in tables}) == len(tables)
+    assert json.loads(json.dumps(records, allow_nan=False)) == records
+    titles = {probe: title.replace("\n", " ") for probe, title in PROBE_TITLES.items()}
+    for score in results.scores:
+        name = f"  {score.group}" if score.group else score.dataset
+        shown = [
+            row[titles[score.probe]]
+            for own in records
+            for row in own
+            if titles[score.probe] in row and row["dataset"] == name
+        ]
+        assert any(cell.startswith(share(score.accuracy)) for cell in shown)
 
 
 # MCEval8K
@@ -319,7 +330,7 @@ def test_a_dataset_that_cannot_be_evaluated_is_named_and_the_others_go_on(small)
     assert fever["valid"].n_released == 1000
     assert fever["valid"].changes == "1000 dropped: also in test; 1000 drawn from train"
     assert fever["train"].changes == "215 dropped: also in valid; 1000 moved to valid; 2 shown as demonstrations"
-    text = printed([rows_table(results.splits), *result_tables(results.scores, results.averages, results.n_datasets)])
+    text = printed([rows_table(results.splits), *accuracy_tables(results.scores, results.averages, results.n_datasets)])
     assert text.count("average of 3") == 2
     assert "(1 missing)" in text
     assert sorted(path.name for path in small.directory.glob("shots-*")) == ["shots-0", "shots-1"]
@@ -444,8 +455,8 @@ def test_runs_stand_side_by_side_where_two_have_the_dataset():
 
 
 def test_runs_are_compared_by_a_command_that_refuses_what_is_none(tmp_path):
-    for name, share in (("one", 0.25), ("two", 0.75)):
-        write_table(tmp_path / name / "accuracy.arrow", Score, [asdict(answered("mini/nli", "lm", share))])
+    for name, value in (("one", 0.25), ("two", 0.75)):
+        write_table(tmp_path / name / "accuracy.arrow", Score, [asdict(answered("mini/nli", "lm", value))])
     ran = neg("compare", tmp_path / "one", tmp_path / "two")
     assert ran.returncode == 0 and ".250" in ran.stdout and ".750" in ran.stdout
     alone = neg("compare", tmp_path / "one", tmp_path / "one")

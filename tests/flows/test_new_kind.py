@@ -139,7 +139,7 @@ def test_its_directory_is_told_of_and_repaired_by_carrying_it_out_again(run):
     assert repair.n_steps == 1
     repair.work(run, PlainStages())
     assert recorded_run(run.directory) == run
-    assert run_status(run.directory).parts == ()
+    assert run_status(run.directory).folders == ()
 
 
 def test_it_is_a_study_of_campaigns(tmp_path):

@@ -18,7 +18,7 @@ from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun, SkillsRun
 from tasks.config.reading import read_run_file
 from tasks.config.recipes import RECIPES, choose_neurons, n_stored
-from tasks.forecast.capacity import check_room
+from tasks.forecast.capacity import check_disk
 from tasks.forecast.needs import forecast, missing_shards
 from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.worker import ModelWorker
@@ -255,7 +255,7 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
         assert shard_bytes(split) == [file.stat().st_size for file in files]
         assert missing_shards(run, split) == []
     assert forecast(planned)[0].n_bytes_left == 0
-    check_room(planned)
+    check_disk(planned)
 
 
 def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, monkeypatch):
@@ -269,7 +269,7 @@ def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, 
     monkeypatch.setattr(ModelWorker, "run", failing)
     run_extract(run, PlainStages())
     status = run_status(run.directory)
-    assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.parts] == [
+    assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.folders] == [
         (SUMS, 3, 0, 0),
         ("valid", 3, 0, 0),
         ("test", 0, 3, 0),
@@ -314,7 +314,7 @@ def test_shards_of_values_do_not_count_as_chosen_ones(run):
     run_extract(values, PlainStages())
     results = run_extract(run, PlainStages())
     assert all("storage: 'stats' here, 'values' there" in problem for problem in results.problems)
-    in_the_way = {part.folder.names[2]: part.n_foreign for part in run_status(run.directory).parts}
+    in_the_way = {part.folder.names[2]: part.n_foreign for part in run_status(run.directory).folders}
     assert (in_the_way["valid"], in_the_way["test"]) == (3, 3)
 
 

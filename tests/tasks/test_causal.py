@@ -23,7 +23,8 @@ from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
-from tasks.pool.base import Resources, open_pool
+from tasks.pool.base import Resources
+from tasks.pool.opening import open_pool
 
 SHIFTS = (-1.0, 0.5)
 MAGN = Vote("magn", "neg")

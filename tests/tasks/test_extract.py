@@ -20,7 +20,8 @@ from tasks.config.reading import read_run_file
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
-from tasks.pool.base import Resources, open_pool
+from tasks.pool.base import Resources
+from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
 
 SHARD_ROWS = 4

@@ -3,14 +3,14 @@
 import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from typing import get_args
 from urllib.parse import unquote
 
 import pytest
-from rich.markup import escape
-from rich.table import Table
 
-from flows.show.display import printable
 from flows.show.report import REPORT_FILE, RunResults, Section, write_report
+from flows.show.table import Number, Style, Table, Words, numbers, texts
+from flows.show.text import share
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }} \x1b[31m"
 VOID = {"meta", "img"}
@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-        if self.open[-2:-1] in (["td"], ["th"]):
+        if {"td", "th"} & set(self.open[-2:]):
             self.rows[-1][-1] += data
 
 
@@ -67,45 +67,49 @@ def report_of(results: RunResults) -> bytes:
     return (results.directory / REPORT_FILE).read_bytes()
 
 
+BLOCKS = [[[Words("fact", "bold")]], [["  de", (Number(0.5, share, "bold"), Words(" 8", "dim"), "\n.1-.9")]]]
+
+
+def table_of(blocks):
+    return Table(
+        "accuracy", "Accuracy on test", [*texts("dataset"), *numbers("train\ntest")], blocks, "Below: interval"
+    )
+
+
 @pytest.fixture
 def table():
-    table = Table(title="Accuracy [dim]on test[/dim]", caption="Below: interval")
-    table.add_column("dataset")
-    table.add_column("train\ntest", justify="right")
-    table.add_row("[bold]fact[/bold]")
-    table.add_section()
-    table.add_row("  de", "[bold].5[/bold] 8\n.1-.9")
-    return table
+    return table_of(BLOCKS)
 
 
 def test_a_table_is_shown_whole_with_its_styles(tmp_path, table):
     page = page_of(Shown(tmp_path, shown=[Section("tiny on questions", [table])]))
-    assert page.rows == [["dataset", "train\ntest"], ["fact", ""], ["  de", ".5 8\n.1-.9"]]
+    assert page.rows == [["dataset", "train\ntest"], ["fact", ""], ["  de", ".500 8\n.1-.9"]]
     for part in ("tiny on questions", "Accuracy on test", "Below: interval"):
         assert part in page.text
     markup = (tmp_path / REPORT_FILE).read_text()
-    assert '<span class="bold">.5</span>' in markup
-    assert markup.count('class="end"') == 1
-    assert markup.count('td class="right"') == 2
+    assert '<span class="bold">.500</span>' in markup
+    assert markup.count("<tbody>") == 2
+    assert markup.count('td class="number"') == 2
 
 
-def test_every_style_and_justification_has_a_rule(tmp_path, table):
-    table.add_row("[red]a[/red][yellow]b[/yellow][green]c[/green]", "[italic]d[/italic][dim]e[/dim]")
+def test_every_style_and_alignment_has_a_rule(tmp_path):
+    styles = set(get_args(Style)) - {""}
+    table = table_of([[[tuple(Words("a", style) for style in styles), Number(1)]]])
     write_report(Shown(tmp_path, shown=[Section("", [table])]))
     markup = (tmp_path / REPORT_FILE).read_text()
-    used = {name for names in re.findall(r'<(?:span|td|th) class="([^"]+)"', markup) for name in names.split()}
-    assert used - {"none", "left"} == {"bold", "dim", "italic", "red", "yellow", "green", "right"}
-    assert all(re.search(rf"\.{name}\b.*\{{", markup) for name in used - {"none", "left"})
+    used = set(re.findall(r'<(?:span|td|th) class="([^"]+)"', markup))
+    assert used == styles | {"number"} == {"bold", "dim", "italic", "red", "yellow", "green", "number"}
+    assert all(re.search(rf"\.{name}\b.*\{{", markup) for name in used)
 
 
-def test_hostile_names_and_errors_are_text(tmp_path, table):
-    table.add_row(*[escape(printable(HOSTILE))] * 2)
+def test_hostile_names_and_errors_are_text(tmp_path):
+    table = Table("hostile", HOSTILE, [*texts(HOSTILE), *numbers("b")], [[[HOSTILE, Words(HOSTILE, "red")]]], HOSTILE)
     directory = tmp_path / HOSTILE.replace("/", "_")
     (directory / "a b<i>.arrow").mkdir(parents=True)
     shown = [Section(HOSTILE, [table])]
     page = page_of(Shown(directory, shown=shown, problems=[HOSTILE], set_aside=[HOSTILE]))
     assert "script" not in page.names
-    assert page.text.count("<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }}") >= 5
+    assert page.text.count("<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }}") >= 8
     assert "\x1b" not in page.text
     assert page.links == ["a%20b%3Ci%3E.arrow"]
 

@@ -10,12 +10,11 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from rich.console import Console
-from rich.text import Text
 
 from flows.show import skill_figures
 from flows.show.drawing import save_figures
 from flows.show.skill_figures import write_figures
-from flows.show.skill_tables import artifact_tables, skill_tables, summary
+from flows.show.skill_tables import skill_tables, summary
 from negcore.analysis.causal import DIRECTIONS, CausalRow
 from negcore.analysis.skills import (
     DEPTHS,
@@ -156,14 +155,13 @@ def findings():
 def tables(findings):
     """Tables by the first words of their titles; of the causal checks the second dataset's."""
     shown = skill_tables(findings)
-    return {"causal": shown[1]} | {str(table.title).partition(" (causal")[0]: table for table in shown[4:]}
+    return {"causal": shown[1]} | {table.title.partition(" (causal")[0]: table for table in shown[4:]}
 
 
 def grid(table):
-    """What stands in the cells, row by row, without markup."""
-    return list(
-        zip(*([Text.from_markup(cell).plain for cell in column.cells] for column in table.columns), strict=True)
-    )
+    """The text of the cells, row by row."""
+    rows = (row for block in table.pieces for row in block)
+    return [tuple("".join(piece.text for piece in cell) for cell in row) for row in rows]
 
 
 def of_dataset(table, name):
@@ -190,7 +188,7 @@ def lines(findings, width=100):
 
 
 def test_the_causal_checks_come_first_and_every_other_title_points_back_to_them(findings):
-    titles = [str(table.title) for table in skill_tables(findings)]
+    titles = [table.title for table in skill_tables(findings)]
     for title, name in zip(titles[:4], ("agnews", "amazon-review-multi", "imdb", "local/$x_1$"), strict=True):
         assert title.startswith(f"Causal check of the rankings\n{name}")
         assert "100 test rows, accuracy .270 without a shift" in title
@@ -198,7 +196,7 @@ def test_the_causal_checks_come_first_and_every_other_title_points_back_to_them(
     assert all(title.endswith("(causal check above)") for title in titles[4:])
 
 
-@pytest.mark.parametrize("show", [skill_tables, artifact_tables, lambda findings: write_figures(findings, None)])
+@pytest.mark.parametrize("show", [skill_tables, lambda findings: write_figures(findings, None)])
 def test_a_ranking_without_its_causal_check_is_not_shown(show):
     unchecked = skill_findings()
     unchecked.datasets[2].causal[:] = [row for row in unchecked.datasets[2].causal if row.probe != "magn"]
@@ -210,8 +208,7 @@ def test_without_forests_nothing_is_shown_of_them(monkeypatch):
     monkeypatch.setattr(skill_figures, "save_figures", lambda drawings, folder, model: list(drawings))
     for probe, shown in (("polar", False), ("magn", True)):
         findings = skill_findings(probes=[probe])
-        assert any("forests" in str(table.title) for table in skill_tables(findings)) is shown
-        assert ("forests" in artifact_tables(findings)) is shown
+        assert any("forests" in table.title for table in skill_tables(findings)) is shown
         assert ("forests" in write_figures(findings, None)) is shown
 
 
@@ -236,14 +233,14 @@ def test_a_change_is_bold_where_its_interval_leaves_out_zero(findings):
     found = {(r.probe, r.size, r.direction, r.shift, r.neurons): r for r in findings.datasets[0].causal}
     best, last = (found["polar", 4096, "gold", 2.0, neurons] for neurons in ("top", "bottom"))
     assert best.change_low > 0 > last.change_low
-    columns = [list(column.cells) for column in table.columns]
-    at = next(i for i, key in enumerate(zip(*columns[:3], strict=True)) if key == ("4096", "NEG", "+2"))
-    assert [columns[i][at].startswith("[bold]") for i in (3, 5)] == [True, False]
+    at = next(i for i, row in enumerate(grid(table)) if row[:3] == ("4096", "NEG", "+2"))
+    row = [row for block in table.pieces for row in block][at]
+    assert [row[i][0].style for i in (3, 5)] == ["bold", ""]
 
 
 def test_references_and_the_chosen_probes_stand_beside_each_other(findings, tables):
     one = findings.datasets[2]
-    ((genre, rows, floors, lm, polar, magn),) = of_dataset(tables["Accuracy on test: tiny $y$ \\[b]\\x07"], "imdb")
+    ((genre, rows, floors, lm, polar, magn),) = of_dataset(tables["Accuracy on test: tiny $y$ [b]\x07"], "imdb")
     assert (genre, rows, floors) == ("classification", "200\n90, 100", ".250\n.260")
     assert lm == f"{one.reference.lm:.3f}\n{one.reference.low:.3f}-{one.reference.high:.3f}".replace("0.", ".")
     for probe, shown in (("polar", polar), ("magn", magn)):
@@ -254,7 +251,7 @@ def test_references_and_the_chosen_probes_stand_beside_each_other(findings, tabl
 def test_accuracies_by_neurons_are_those_of_a_few_sizes(findings, tables):
     table = tables["Accuracy by number of neurons"]
     sizes = [1, 16, 256, 4096, 16384]
-    assert [column.header for column in table.columns] == ["dataset", "probe", "neurons", *map(str, sizes)]
+    assert [column.title for column in table.columns] == ["dataset", "probe", "neurons", *map(str, sizes)]
     found = {(row.probe, row.order, row.n_neurons): row for row in findings.datasets[1].neuron_counts}
     expected = [
         (title, order, *(cell(found[probe, order, k]) for k in sizes))
@@ -270,8 +267,8 @@ def test_accuracies_by_training_rows_end_with_all_rows_of_each_dataset():
     smaller.references[:] = [replace(smaller.reference, n_train=100)]
     smaller.training_rows[:] = [replace(row, n_train=min(row.n_train, 100)) for row in smaller.training_rows[:4]]
     smaller.training_rows.extend(replace(row, probe="magn") for row in smaller.training_rows[:4])
-    (table,) = [table for table in skill_tables(findings) if "training rows" in str(table.title)]
-    assert [column.header for column in table.columns[2:]] == ["16", "32", "64", "128", "all"]
+    (table,) = [table for table in skill_tables(findings) if "training rows" in table.title]
+    assert [column.title for column in table.columns[2:]] == ["16", "32", "64", "128", "all"]
     ((_, *shown), _) = of_dataset(table, "agnews")
     rows = smaller.training_rows[:4]
     expected = [cell(row).replace("\n", f" {row.n_neurons}\n") for row in rows]
@@ -280,7 +277,7 @@ def test_accuracies_by_training_rows_end_with_all_rows_of_each_dataset():
 
 def test_transfers_have_a_row_for_what_was_trained_on_and_a_column_for_what_was_tested_on(findings, tables):
     table = tables["Accuracy under other conditions"]
-    assert [column.header.replace("\n", " ") for column in table.columns[3:]] == list(CONDITIONS)
+    assert [column.title.replace("\n", " ") for column in table.columns[3:]] == list(CONDITIONS)
     found = {(row.probe, row.trained_on, row.tested_on): row for row in findings.datasets[0].transfers}
     row = of_dataset(table, "agnews")[4 + 1]
     assert row == ("Magn", CONDITIONS[1], *(cell(found["magn", CONDITIONS[1], name]) for name in CONDITIONS))
@@ -289,14 +286,14 @@ def test_transfers_have_a_row_for_what_was_trained_on_and_a_column_for_what_was_
 def test_bands_reach_from_the_first_to_the_last_rank(findings, tables):
     table = tables["Accuracy of 64 neurons further down the ranking"]
     starts = [0, 256, 2048, 16384, 46016]
-    assert [column.header for column in table.columns[2:]] == [str(start) for start in starts]
+    assert [column.title for column in table.columns[2:]] == [str(start) for start in starts]
     found = {row.first_rank: row for row in findings.datasets[0].bands if row.probe == "polar"}
     assert of_dataset(table, "agnews")[0] == ("Polar", *(cell(found[start]) for start in starts))
 
 
 def test_forests_stand_beside_the_probes_that_vote(findings, tables):
     table = tables["Accuracy of forests on the best 8192 neurons by Magn's score"]
-    assert [column.header for column in table.columns[2:]] == [*map(str, TREES), "Polar", "Magn"]
+    assert [column.title for column in table.columns[2:]] == [*map(str, TREES), "Polar", "Magn"]
     found = {(row.depth, row.n_trees): row for row in findings.datasets[0].forests}
     rows = of_dataset(table, "agnews")
     assert [row[:6] for row in rows] == [
@@ -315,8 +312,8 @@ def test_shared_neurons_stand_above_what_chance_would_give(findings, tables):
     assert rows[-2][0] == "two random sets: mean"
     assert [float(value) for value in rows[-2][2:]] == pytest.approx([row.chance for row in own], rel=0.05)
     assert [float(value) for value in rows[-1][2:]] == pytest.approx([row.chance_high for row in own], rel=0.05)
-    cells = list(table.columns[4].cells)
-    bold = {row[:2]: "[bold]" in text for row, text in zip(rows, cells, strict=True)}
+    cells = [row[4] for block in table.pieces for row in block]
+    bold = {row[:2]: cell[-1].style == "bold" for row, cell in zip(rows, cells, strict=True)}
     assert all(
         bold[f"agnews, {name}", "Polar"] is (row.jaccard > row.chance_high)
         for name, dataset in (("imdb", "mceval8k/imdb"), ("amazon-review-multi", "mceval8k/amazon-review-multi"))
@@ -326,13 +323,13 @@ def test_shared_neurons_stand_above_what_chance_would_give(findings, tables):
 
 def test_of_many_pairs_those_that_share_most_are_shown():
     findings = skill_findings({f"mceval8k/d{i}": "nli" for i in range(9)}, probes=["magn"])
-    (table,) = [table for table in skill_tables(findings) if "datasets share" in str(table.title)]
+    (table,) = [table for table in skill_tables(findings) if "datasets share" in table.title]
     shown = [row[0] for row in grid(table)[:-2]]
     share = {f"d{a}, d{b}": 0.0 for a, b in combinations(range(9), 2)}
     for row in findings.overlaps:
         share[f"{row.dataset_a[9:]}, {row.dataset_b[9:]}"] += row.jaccard
     assert shown == sorted(share, key=lambda pair: -share[pair])[:28]
-    assert "The 28 of 36 pairs that share most" in str(table.caption)
+    assert "The 28 of 36 pairs that share most" in table.caption
 
 
 def test_genres_are_compared_with_chance(findings, tables):
@@ -377,7 +374,7 @@ def test_tables_fit_100_columns_and_names_stay_text(n):
 
 def test_one_dataset_asked_in_one_way_has_no_tables_of_what_it_lacks():
     findings = skill_findings({"mini/nli": "nli"}, conditions=["zero-shot"])
-    titles = " ".join(str(table.title) for table in skill_tables(findings))
+    titles = " ".join(table.title for table in skill_tables(findings))
     assert "conditions" not in titles
     assert "share" not in titles
 
@@ -386,21 +383,17 @@ def test_one_dataset_asked_in_one_way_has_no_tables_of_what_it_lacks():
 
 
 def test_artifacts_are_json_with_the_causal_check_first(findings):
-    tables = artifact_tables(findings)
-    assert list(json.loads(json.dumps(tables, allow_nan=False))) == list(tables)
-    assert list(tables)[0] == "causal"
-    assert all(
-        title.endswith("(causal check above)")
-        for key, (title, _) in tables.items()
-        if key not in ("causal", "references")
-    )
-    _, rows = tables["causal"]
-    assert len(rows) == 4 * 2 * 3 * 2 * 4 * 3
-    first = findings.datasets[0].causal[0]
-    assert rows[0]["dataset"] == "mceval8k/agnews"
-    assert rows[0]["accuracy change"] == pytest.approx(first.accuracy_change, abs=1e-4)
-    assert len(tables["common"][1]) == 20
-    assert "\x1b" not in str(tables)
+    shown = skill_tables(findings)
+    records = {table.key: table.records() for table in shown}
+    assert len(records) == len(shown)
+    assert json.loads(json.dumps(records, allow_nan=False)) == records
+    assert [table.key.startswith("causal") for table in shown] == [True] * 4 + [False] * 10
+    rows = [row for key, own in records.items() if key.startswith("causal") for row in own]
+    assert len(rows) == 4 * 2 * (1 + 3 * 2 * 2)  # datasets, probes; a heading, sizes, who says so, both directions
+    first = next(r for r in findings.datasets[0].causal if (r.size, r.shift) == (16, 2.0))
+    assert (rows[1]["k"], rows[1]["by"], rows[1]["shift"]) == (16, "NEG", "+2")
+    assert rows[1]["accuracy best"].split(" / ")[0] == f"{first.accuracy_change:+.3f}".replace("0.", ".")
+    assert "\x1b" not in str(records)
 
 
 def test_the_summary_is_one_line_without_markup(findings):

@@ -16,8 +16,8 @@ from tasks.config.linearity_run import LinearityRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.forecast import needs as forecasting
-from tasks.forecast.capacity import check_room, free_bytes, rooms
-from tasks.forecast.needs import Size, forecast, measured_rate, size_of, skill_runs
+from tasks.forecast.capacity import check_disk, free_bytes, requirements
+from tasks.forecast.needs import ParameterCounts, count_parameters, forecast, measured_rate, skill_runs
 from tasks.forecast.shard_size import shard_bytes
 from tasks.plan import plan
 
@@ -105,8 +105,8 @@ def test_other_settings_count_nothing_of_what_is_there(run):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_parameters_are_counted_without_weights(family):
     lm = tiny_model(family)
-    size = size_of(lm.card)
-    assert size.n_parameters == sum(one.numel() for one in lm.model.parameters())
+    size = count_parameters(lm.card)
+    assert size.n_all == sum(one.numel() for one in lm.model.parameters())
     assert size.n_in_layers == sum(one.numel() for one in lm.layers.parameters())
     assert size.n_in_head == lm.model.get_output_embeddings().weight.numel()
 
@@ -114,7 +114,7 @@ def test_parameters_are_counted_without_weights(family):
 def test_operations_of_two_prompts_that_fit_on_paper():
     # Tokens 1 2 run once for both, token 4 once; then the last tokens: forward and a gradient for each of 2 options.
     causal = SimpleNamespace(arch=SimpleNamespace(masked=False))
-    size = Size(n_parameters=999, n_in_layers=10, n_in_head=100)
+    size = ParameterCounts(n_all=999, n_in_layers=10, n_in_head=100)
     assert forecasting._operations(causal, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 10 * (3 + 2 * 3) + 2 * 100 * 2 * 3
     masked = SimpleNamespace(arch=SimpleNamespace(masked=True))
     assert forecasting._operations(masked, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 3 * (10 * 7 + 100 * 2)
@@ -132,7 +132,7 @@ def test_memory_grows_with_workers_but_not_beyond_the_cores(run, monkeypatch):
     models = forecast([(run, plan(run))])
 
     def memory(**changes):
-        return rooms(run.model_copy(update={"backend": "ray", **changes}), models)[1].needed_bytes
+        return requirements(run.model_copy(update={"backend": "ray", **changes}), models)[1].needed_bytes
 
     assert memory(workers=3) == 3 * memory(workers=1)
     assert memory(workers=9) == memory(workers=4) == 2 * memory(workers=9, cpus=2)
@@ -141,14 +141,14 @@ def test_memory_grows_with_workers_but_not_beyond_the_cores(run, monkeypatch):
 def test_a_model_on_a_gpu_takes_its_memory_and_shares_it_with_others_there(run):
     run = run.model_copy(update={"backend": "ray", "gpus": 0.5, "workers": 1})
     models = forecast([(run, plan(run))])
-    _, memory, gpu = rooms(run, models)
+    _, memory, gpu = requirements(run, models)
     assert gpu.needed_bytes == 2 * models[0].device_bytes
     assert memory.needed_bytes == models[0].host_bytes
 
 
 def test_the_memory_of_a_cluster_is_not_known_here(run):
     far = run.model_copy(update={"backend": "ray", "ray_address": "head:6379"})
-    _, memory = rooms(far, forecast([(run, plan(run))]))
+    _, memory = requirements(far, forecast([(run, plan(run))]))
     assert memory.there_bytes is None
     assert memory.fits
 
@@ -164,7 +164,7 @@ def test_shards_that_do_not_fit_the_disk_are_refused_before_anything_is_computed
     planned = [(run, plan(run))]
     needed = sum(sum(shard_bytes(split)) for split in plan(run)[0].datasets[0].splits)
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: needed)
-    check_room(planned)
+    check_disk(planned)
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: needed - 1)
     with pytest.raises(RunError, match=r"does not fit: .* of disk space for shards in .* are needed, .*: use another"):
         run_extract(run, PlainStages())
@@ -174,7 +174,7 @@ def test_shards_that_do_not_fit_the_disk_are_refused_before_anything_is_computed
 def test_a_run_that_has_almost_ended_still_fits_a_full_disk(run, monkeypatch):
     run_extract(run, PlainStages())
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: 0)
-    check_room([(run, plan(run))])
+    check_disk([(run, plan(run))])
 
 
 def test_free_space_is_that_of_the_disk_a_directory_will_be_on(tmp_path):

@@ -16,7 +16,8 @@ from tasks.config.reading import read_run_file
 from tasks.measure.missing import measure_missing
 from tasks.measure.worker import ModelWorker
 from tasks.plan import PlannedModel, plan
-from tasks.pool.base import Pool, Resources, open_pool
+from tasks.pool.base import Pool, Resources
+from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
 
 N_ROWS = 24

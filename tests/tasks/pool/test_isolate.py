@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import pytest
 from faults import Row, RowsJob, RowsWorker, by_value
 
-from tasks.pool.base import Outcome, PoolStatus, Resources, Stopped, open_pool
+from tasks.pool.base import Outcome, PoolStatus, Resources, Stopped
 from tasks.pool.isolate import map_isolating, without_text
+from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
 
 N_ROWS = 8

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from negcore.errors import ModelError, PromptError, RunError
-from tasks.pool.base import Outcome, PoolStatus, Resources, Stopped, WorkerLost, open_pool
+from tasks.pool.base import Outcome, PoolStatus, Resources, Stopped, WorkerLost
+from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
 
 TWO = Resources(workers=2, cpus=0.5)

@@ -11,15 +11,16 @@ import pytest
 from rich.console import Console
 from support import REPOSITORY, negs_place, write_negs
 
-from flows.show.inspect_tables import duration, status_lines, status_tables
+from flows.show.inspect_tables import status_lines, status_tables
+from flows.show.text import duration
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import SetAside, shard_path
+from negcore.store.publish import SetAside, receipt_path, shard_path
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
 from tasks.rundir.claim import claim
-from tasks.rundir.layout import PLAN_FILE, note_failures, receipt_path, shard_folders, write_plan_file
+from tasks.rundir.layout import PLAN_FILE, note_failures, shard_folders, write_plan_file
 from tasks.rundir.status import pace, run_status
 
 BEGAN_S = 1_700_000_000.0
@@ -89,7 +90,7 @@ def shown(directory):
 
 def test_a_run_that_has_just_begun_has_everything_before_it(run):
     status = run_status(run.directory)
-    assert [(part.folder.names[2], part.n_shards, part.n_missing) for part in status.parts] == [
+    assert [(part.folder.names[2], part.n_shards, part.n_missing) for part in status.folders] == [
         ("train", 4, 4),
         ("test", 2, 2),
     ]
@@ -100,7 +101,7 @@ def test_a_run_that_has_just_begun_has_everything_before_it(run):
 def test_finished_shards_their_rows_and_bytes_are_counted_and_the_others_are_missing(run, parts):
     publish(run.directory, parts[0], 0)
     publish(run.directory, parts[0], 2)
-    train, test = run_status(run.directory).parts
+    train, test = run_status(run.directory).folders
     assert (len(train.receipts), train.n_missing, train.n_rows) == (2, 2, 6)
     assert train.n_bytes == sum(path.stat().st_size for path in run.directory.rglob("*.arrow"))
     assert (len(test.receipts), test.n_missing, test.n_rows) == (0, 2, 0)
@@ -125,14 +126,14 @@ def test_shards_that_are_gone_or_cut_are_damaged_and_missing(run, parts):
     folder = parts[0].place.path(run.directory)
     shard_path(folder, 0).unlink()
     shard_path(folder, 1).write_bytes(b"half")
-    train, _ = run_status(run.directory).parts
+    train, _ = run_status(run.directory).folders
     assert (train.n_damaged, train.n_missing) == (2, 3)
     assert "2 damaged, 3 missing" in shown(run.directory)
 
 
 def test_shards_of_another_run_are_not_counted_and_in_the_way(run, parts):
     publish(run.directory, parts[0], 0, site="act")
-    train, _ = run_status(run.directory).parts
+    train, _ = run_status(run.directory).folders
     assert (train.n_foreign, len(train.receipts), train.n_missing) == (1, 0, 4)
     assert "1 of another run in the way" in shown(run.directory)
 
@@ -140,7 +141,7 @@ def test_shards_of_another_run_are_not_counted_and_in_the_way(run, parts):
 def test_rows_set_aside_are_counted_and_named_with_their_reason(run, parts):
     reason = "OverflowError: \x1b[31mtoo large[/red]"
     publish(run.directory, parts[0], 0, set_aside=[SetAside(id="train/0-1", cause="failure", reason=reason)])
-    (train, _) = run_status(run.directory).parts
+    (train, _) = run_status(run.directory).folders
     assert (train.n_rows, train.n_missing, len(train.set_aside)) == (2, 3, 1)
     text = shown(run.directory)
     assert "set aside: negs org/model mini/fact train: train/0-1: OverflowError: \\x1b[31mtoo large[/red]" in text
@@ -149,11 +150,11 @@ def test_rows_set_aside_are_counted_and_named_with_their_reason(run, parts):
 def test_shards_that_failed_are_named_until_they_are_made(run, parts):
     note_failures(run.directory, TRAIN, {0: "OSError: disk gone", 1: "OSError: disk gone"})
     publish(run.directory, parts[0], 0)
-    train, _ = run_status(run.directory).parts
+    train, _ = run_status(run.directory).folders
     assert train.failures == {1: "OSError: disk gone"}
     assert "failed: negs org/model mini/fact train: shard 1: OSError: disk gone" in shown(run.directory)
     note_failures(run.directory, TRAIN, {})
-    assert run_status(run.directory).parts[0].failures == {}
+    assert run_status(run.directory).folders[0].failures == {}
 
 
 def test_what_nothing_but_a_run_file_tells_of_is_named(tmp_path):
@@ -161,7 +162,7 @@ def test_what_nothing_but_a_run_file_tells_of_is_named(tmp_path):
     write_run_file(run)
     status = run_status(tmp_path)
     assert status.not_planned == (("org/model", "mini/fact"), ("org/model", "mini/nli"))
-    assert (status.parts, status.n_missing) == ((), None)
+    assert (status.folders, status.n_missing) == ((), None)
     assert "not planned yet: org/model mini/nli" in shown(tmp_path)
 
 
@@ -170,7 +171,7 @@ def test_without_a_plan_receipts_tell_how_many_shards_a_begun_dataset_has(run, p
     write_run_file(run.model_copy(update={"dataset": ("mini/fact", "data/mine.jsonl")}))
     publish(run.directory, parts[0], 1)
     status = run_status(run.directory)
-    assert [(part.n_shards, part.n_missing) for part in status.parts] == [(4, 3)]
+    assert [(part.n_shards, part.n_missing) for part in status.folders] == [(4, 3)]
     assert status.not_planned == (("org/model", "data/mine.jsonl"),)
 
 
@@ -182,7 +183,7 @@ def test_the_runs_below_an_evaluation_are_told_one_by_one(tmp_path, parts):
         write_run_file(one)
         write_plan_file(one.directory, [part])
     status = run_status(run.directory)
-    assert [part.folder.root.name for part in status.parts] == ["shots-0", "shots-1"]
+    assert [part.folder.root.name for part in status.folders] == ["shots-0", "shots-1"]
     assert (status.not_planned, status.n_missing) == ((), 6)
     assert "shots-1 negs, org/model" in shown(run.directory)
 
@@ -194,7 +195,7 @@ def test_a_linearity_study_that_is_not_planned_is_named_by_its_facts(tmp_path):
 
 def test_a_part_of_a_run_directory_can_be_asked_for(run, parts):
     publish(run.directory, parts[0], 0)
-    (train,) = run_status(TRAIN.path(run.directory)).parts
+    (train,) = run_status(TRAIN.path(run.directory)).folders
     assert (train.n_shards, len(train.receipts)) == (4, 1)
 
 
