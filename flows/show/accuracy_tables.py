@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.show.display import printable
-from tasks.probe import Confusion, Score
+from tasks.probe import AccuracyRow, Confusion
 from tasks.results import Average, SplitAccount
 
 PROBE_TITLES = MappingProxyType(
@@ -34,11 +34,11 @@ SHOTS = ("zero-shot", "one-shot")
 _PROBES_A_TABLE = 5
 _OVERLAPPING = "[red]overlapping[/red]"
 
-Row = Score | Average
+Row = AccuracyRow | Average
 T = TypeVar("T")
 
 
-def result_tables(scores: Sequence[Score], averages: Sequence[Average], n_datasets: int) -> Iterator[Table]:
+def result_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], n_datasets: int) -> Iterator[Table]:
     """A table for every model and number of demonstrations; where there are many probes, several.
 
     Parameters
@@ -57,7 +57,7 @@ def result_tables(scores: Sequence[Score], averages: Sequence[Average], n_datase
 
 
 def _accuracy_table(
-    title: str, probes: Sequence[str], scores: Sequence[Score], averages: Sequence[Average], n_datasets: int
+    title: str, probes: Sequence[str], scores: Sequence[AccuracyRow], averages: Sequence[Average], n_datasets: int
 ) -> Table:
     table = _table(title)
     table.caption = "After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson)."
@@ -87,7 +87,7 @@ def _accuracy_table(
     return table
 
 
-def _score_cells(scores: Sequence[Score], probes: Sequence[str]) -> list[str]:
+def _score_cells(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[str]:
     first, by_probe = scores[0], {score.probe: score for score in scores}
     name = escape(printable(f"  {first.group}" if first.group else short(first.dataset)))
     mark = f"\n{_OVERLAPPING}" if first.overlapping and not first.group else ""
@@ -106,12 +106,12 @@ def _floors(row: Row) -> str:
 
 
 def _cell(row: Row) -> str:
-    n_neurons = row.n_neurons if isinstance(row, Score) else None
+    n_neurons = row.n_neurons if isinstance(row, AccuracyRow) else None
     kept = "" if n_neurons is None else f" [dim]{n_neurons}[/dim]"
     return f"[bold]{share(row.accuracy)}[/bold]{kept}\n{share(row.low)}-{share(row.high)}"
 
 
-def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
+def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
     """Accuracies of several runs side by side: for every model, shots and dataset that two of them have, a line a run.
 
     Parameters
@@ -127,7 +127,7 @@ def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
     table.add_column("run", overflow="fold")
     for name in ("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes)):
         table.add_column(name, justify="right", no_wrap=True)
-    asked: dict[tuple[str, int, str], dict[str, dict[str, Score]]] = {}
+    asked: dict[tuple[str, int, str], dict[str, dict[str, AccuracyRow]]] = {}
     for name, score in named:
         asked.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
     for question, by_run in asked.items():
@@ -144,7 +144,7 @@ def _question(model: str, shots: int, dataset: str, *, several: bool) -> str:
     return escape(printable(short(dataset))) + where
 
 
-def _run_cells(name: str, by_probe: Mapping[str, Score], probes: Sequence[str]) -> list[str]:
+def _run_cells(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[str]) -> list[str]:
     first = next(iter(by_probe.values()))
     mark = f"\n{_OVERLAPPING}" if first.overlapping else ""
     cells = [_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
@@ -193,7 +193,7 @@ def _confusion_table(counts: Sequence[Confusion]) -> Table:
 
 
 def artifact_tables(
-    scores: Sequence[Score], averages: Sequence[Average], accounts: Sequence[SplitAccount]
+    scores: Sequence[AccuracyRow], averages: Sequence[Average], accounts: Sequence[SplitAccount]
 ) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Title and rows by artifact key."""
     tables = {"accuracy": ("Accuracy of probes on test", [_score_row(score) for score in scores])}
@@ -214,7 +214,7 @@ def artifact_tables(
     return tables | {"rows": ("Rows released and used", rows)}
 
 
-def _score_row(score: Score) -> dict[str, Any]:
+def _score_row(score: AccuracyRow) -> dict[str, Any]:
     return {
         "model": score.model,
         "shots": score.shots,

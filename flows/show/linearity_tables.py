@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flows.show.display import printable
 from negcore.analysis.linearity import AgreementRow, RangeRow
-from negcore.measure.benchmark import Comparison
+from negcore.measure.benchmark import Timing
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(
@@ -73,7 +73,7 @@ def artifact_tables(findings: Findings) -> dict[str, tuple[str, list[dict[str, A
     }
 
 
-def benchmark_table(comparisons: Sequence[Comparison], title: str) -> Table:
+def benchmark_table(comparisons: Sequence[Timing], title: str) -> Table:
     """Medians of both ways and their ratio."""
     table = Table(title=escape(title), box=SIMPLE_HEAD)
     table.add_column("medians")

@@ -18,15 +18,8 @@ from rich.table import Table
 
 from flows.show.accuracy_tables import PROBE_TITLES, share, short
 from flows.show.display import printable
-from negcore.analysis.skills import (
-    BandRow,
-    CommonNeuronRow,
-    ForestRow,
-    NeuronCountRow,
-    OverlapRow,
-    TrainingRowsRow,
-    TransferRow,
-)
+from negcore.analysis.shared_neurons import CommonNeuronRow, OverlapRow
+from negcore.analysis.skills import BandRow, ForestRow, NeuronCountRow, TrainingRowsRow, TransferRow
 from tasks.skills import DatasetFindings, SkillFindings
 
 NEURON_TITLES = MappingProxyType({"top": "best", "random": "random", "bottom": "last"})
