@@ -25,7 +25,7 @@ from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.plan import SUMS, PlannedDataset, PlannedModel, choosing, n_chosen, plan
 from tasks.pool.base import Pool, Stopped
-from tasks.probe import Confusion, Probed, Prober, Score, probe_steps
+from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
 from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.rundir.layout import write_plan_file
@@ -36,7 +36,7 @@ from tasks.rundir.tables import write_table
 class Results(RunResults):
     """What a run on datasets produced, and what it could not."""
 
-    scores: list[Score] = field(default_factory=list)
+    scores: list[AccuracyRow] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
     """Of `scores`, where there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
@@ -248,7 +248,7 @@ def _publish(results: Results) -> None:
     """Write the results as Arrow tables."""
     if len({score.dataset for score in results.scores}) > 1:
         results.averages = averages(results.scores)
-    write_table(results.directory / "accuracy.arrow", Score, [asdict(row) for row in results.scores])
+    write_table(results.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in results.scores])
     write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:

@@ -29,8 +29,8 @@ from tasks.pool.base import Pool, Stopped
 from tasks.rank import rank_pool
 from tasks.skills import (
     DatasetFindings,
+    NeuronScores,
     PlannedSkills,
-    Scores,
     SkillFindings,
     analyse_dataset,
     compare_datasets,
@@ -122,12 +122,12 @@ def _analyse_model(
 
 def _rank(
     run: SkillsRun, stages: Stages, results: SkillResults, datasets: Sequence[PlannedDataset]
-) -> dict[str, Scores]:
+) -> dict[str, NeuronScores]:
     scores = {}
     with rank_pool(run) as pool:
         for one in datasets:
 
-            def body(advance: Advance, one: PlannedDataset = one) -> Scores:
+            def body(advance: Advance, one: PlannedDataset = one) -> NeuronScores:
                 ranked = rank_dataset(
                     pool,
                     run,
@@ -151,7 +151,7 @@ def _check(
     results: SkillResults,
     card: ModelCard,
     datasets: Sequence[PlannedDataset],
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, NeuronScores],
 ) -> dict[str, dict[str, ShardSet]]:
     """The finished causal checks of every dataset's probes."""
     finished = {}
@@ -180,7 +180,7 @@ def _analyse(
     results: SkillResults,
     planned: PlannedDataset,
     card: ModelCard,
-    scores: Scores,
+    scores: NeuronScores,
     parts: Mapping[str, ShardSet],
 ) -> DatasetFindings | None:
     def body(advance: Advance) -> DatasetFindings:

@@ -1,10 +1,10 @@
-"""What a campaign compares between its models: accuracy, linearity, and where in depth they have what.
+"""The comparison of a campaign's models: accuracy, linearity, and profiles of their depth.
 
-Models differ in their number of layers, so profiles are by tenths of a model's depth.
+Models differ in their number of layers, so a profile has one value for each tenth of a model's depth.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 
 from tasks.config.campaign_run import CampaignRun, CampaignStep
 from tasks.linearity import Findings
-from tasks.probe import Score
+from tasks.probe import AccuracyRow
 from tasks.results import Average, averages
-from tasks.rundir.tables import write_table
+from tasks.rundir.tables import write_tables
 from tasks.skills import SkillFindings
 
 N_DEPTHS = 10
-"""Parts of equal size that a model's layers are put into."""
+"""Number of equal parts into which a model's depth is divided."""
 
 
 @dataclass(frozen=True)
 class OutcomeRow:
-    """What became of one stage with one model."""
+    """The outcome of one study of one model."""
 
     model: str
     name: str
-    """Of the model's folder, and of the model in tables."""
+    """Name of the model's folder, and of the model in tables."""
     stage: str
     outcome: str
-    """whole, in part, or failed: nothing to compare."""
+    """"whole", "in part", or "failed": there is nothing to compare."""
     n_problems: int
     reason: str
     """The first problem; empty if there is none."""
@@ -40,8 +40,8 @@ class OutcomeRow:
 class GainRow:
     """A model's best probe beside LM-Prob, on the average of datasets.
 
-    Best is the probe of the highest accuracy over all genres, on the very test rows that are reported here, and it is
-    the same one for every genre.
+    The best probe has the highest accuracy over all genres, on the same test rows that are reported here. It is the
+    same probe for every genre.
     """
 
     model: str
@@ -51,14 +51,14 @@ class GainRow:
     probe: str
     accuracy: float
     low: float
-    """Lower end of the 95 % interval, as of `Average`."""
+    """Lower end of the 95 % interval, as in `Average`."""
     high: float
     lm: float
     """Accuracy of LM-Prob."""
     lm_low: float
     lm_high: float
     gain: float
-    """Accuracy of the probe less that of LM-Prob."""
+    """Accuracy of the probe minus that of LM-Prob."""
     n_datasets: int
     majority: float
     random: float
@@ -66,18 +66,18 @@ class GainRow:
 
 @dataclass(frozen=True)
 class LinearityRow:
-    """How linear a model's neurons are, and how well NeurGrad foretells their NEG, within one range of shifts."""
+    """Linearity of a model's neurons and agreement of NeurGrad with their NEG, within one range of shifts."""
 
     model: str
     dataset: str
     range: float
     n_prompts: int
     n_neurons: int
-    """Swept in every prompt."""
+    """Neurons swept in every prompt."""
     linear_share: float
     positive_share: float
     pearson: float | None
-    """r between NeurGrad and NEG; None where NeurGrad was not computed."""
+    """Pearson r between NeurGrad and NEG; None if NeurGrad was not computed."""
     pearson_low: float | None
     pearson_high: float | None
 
@@ -88,21 +88,21 @@ class ProfileRow:
 
     model: str
     measure: str
-    """linear_share, median_size: of the neurons of its layers, mean over layers; the size is |NEG|. skill_share: part
-    of the skill neurons that lies there, mean over datasets; 0.1 where they are spread evenly."""
+    """"linear_share" or "median_size" (of |NEG|): mean over the layers in the tenth. "skill_share": share of the skill
+    neurons that lie in the tenth, mean over datasets; 0.1 if they are spread evenly."""
     probe: str
-    """Whose skill neurons; else empty."""
+    """Probe that chose the skill neurons; empty for other measures."""
     top: int | None
-    """How many skill neurons."""
+    """Number of skill neurons."""
     low: float
-    """Where the tenth begins: 0 is the first layer, 1 the end of the last."""
+    """Start of the tenth: 0 is the start of the first layer, 1 the end of the last."""
     high: float
     value: float | None
-    """None where none of its layers was measured."""
+    """None if no layer in the tenth was measured."""
 
 
 class Compared(NamedTuple):
-    """What one stage with one model has for the comparison."""
+    """The rows that one study of one model contributes to the comparison."""
 
     accuracy: Sequence[Average] = ()
     linearity: Sequence[LinearityRow] = ()
@@ -111,23 +111,23 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a campaign says about its models."""
+    """The tables that compare a campaign's models."""
 
     outcomes: list[OutcomeRow] = field(default_factory=list)
     accuracy: list[Average] = field(default_factory=list)
-    """By model, number of demonstrations, genre and probe."""
+    """Averages by model, number of demonstrations, genre and probe."""
     gains: list[GainRow] = field(default_factory=list)
     linearity: list[LinearityRow] = field(default_factory=list)
     profiles: list[ProfileRow] = field(default_factory=list)
 
     @property
     def names(self) -> dict[str, str]:
-        """Short names of the models."""
+        """Short name of each model."""
         return {row.model: row.name for row in self.outcomes}
 
 
 def compare(outcomes: Iterable[OutcomeRow], compared: Iterable[Compared]) -> Comparison:
-    """Put together what the stages have for the comparison."""
+    """Put the rows of all studies together."""
     comparison = Comparison(list(outcomes))
     for one in compared:
         comparison.accuracy.extend(one.accuracy)
@@ -150,13 +150,13 @@ def outcome(step: CampaignStep, compared: Compared | None, problems: Sequence[st
     )
 
 
-def accuracy_rows(model: str, scores: Sequence[Score]) -> Compared:
-    """Mean accuracy by number of demonstrations, genre and probe; of a genre with one dataset, that dataset's."""
+def accuracy_rows(model: str, scores: Sequence[AccuracyRow]) -> Compared:
+    """Average accuracy by number of demonstrations, genre and probe."""
     return Compared(accuracy=[replace(mean, model=model) for mean in averages(scores)])
 
 
 def gains(accuracy: Sequence[Average]) -> list[GainRow]:
-    """The best probe of each model and number of demonstrations, beside LM-Prob."""
+    """Compare the best probe of each model and number of demonstrations with LM-Prob."""
     by_key = {(mean.model, mean.shots, mean.genre, mean.probe): mean for mean in accuracy}
     best: dict[tuple[str, int], Average] = {}
     for mean in accuracy:
@@ -190,7 +190,7 @@ def _gain(probe: Average, lm: Average) -> GainRow:
 
 
 def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
-    """Linearity of the whole model within the main range, and of each tenth of its layers."""
+    """Summarise linearity of the whole model within the main range, and of each tenth of its depth."""
     ranges = {row.layer: row for row in findings.ranges if row.range == findings.main_range}
     whole = [row for row in findings.agreement if row.layer is None and row.range == findings.main_range]
     neurgrad = next((row for row in whole if row.estimator == "neurgrad"), None)
@@ -214,7 +214,7 @@ def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
 
 
 def skill_rows(model: str, findings: SkillFindings) -> Compared:
-    """Where in depth the skill neurons lie, by probe and number of neurons, mean over datasets."""
+    """Compute the share of skill neurons in each tenth of depth, by probe and number of neurons, mean over datasets."""
     shares: dict[tuple[str, int], dict[int, list[float]]] = {}
     for one in findings.datasets:
         for row in one.layers:
@@ -228,19 +228,19 @@ def skill_rows(model: str, findings: SkillFindings) -> Compared:
 
 
 def by_depth(values: Mapping[int, float], n_layers: int) -> list[float | None]:
-    """Mean of a measure over the layers of each tenth of a model's depth.
+    """Average a measure over the layers of each tenth of a model's depth.
 
     Parameters
     ----------
     values : mapping of layer to float
         Layers may be missing.
     n_layers : int
-        Layers of the model, each as deep as another: one that lies in two tenths counts in both, by its share.
+        Layers of the model, all equally deep. A layer that lies in two tenths counts in both, by its share.
 
     Returns
     -------
     list of float or None
-        `N_DEPTHS` means; None where no layer has a value.
+        `N_DEPTHS` means; None if no layer of the tenth has a value.
     """
     layers = sorted(values)
     weights_DL = _overlaps(n_layers)[:, layers]
@@ -250,7 +250,7 @@ def by_depth(values: Mapping[int, float], n_layers: int) -> list[float | None]:
 
 
 def _overlaps(n_layers: int) -> NDArray[np.int64]:
-    """How much of each tenth each layer takes up, in whole numbers so that the ends meet: shape (D, L)."""
+    """Return how much of each tenth each layer takes up, in whole numbers so that the ends meet: shape (D, L)."""
     begin_D, begin_L = np.arange(N_DEPTHS)[:, None] * n_layers, np.arange(n_layers)[None] * N_DEPTHS
     shared_DL = np.minimum(begin_D + n_layers, begin_L + N_DEPTHS) - np.maximum(begin_D, begin_L)
     overlaps_DL: NDArray[np.int64] = np.maximum(shared_DL, 0)
@@ -266,15 +266,6 @@ def _profile(
     ]
 
 
-_TABLES: dict[str, type] = {
-    "outcomes": OutcomeRow,
-    "accuracy": Average,
-    "gains": GainRow,
-    "linearity": LinearityRow,
-    "profiles": ProfileRow,
-}
-
-
 def write_comparison(run: CampaignRun, comparison: Comparison) -> None:
     """Write the comparison as Arrow files into the campaign's directory.
 
@@ -283,6 +274,4 @@ def write_comparison(run: CampaignRun, comparison: Comparison) -> None:
     RunError
         If they cannot be written.
     """
-    for name, kind in _TABLES.items():
-        rows = [asdict(row) for row in getattr(comparison, name)]
-        write_table(run.directory / "campaign" / f"{name}.arrow", kind, rows)
+    write_tables(run.directory / "campaign", Comparison, [((), comparison)])

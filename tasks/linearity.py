@@ -1,9 +1,8 @@
 """Analyse a measured study: read its shards, make its tables, and write them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ from tasks.config.linearity_run import LinearityRun
 from tasks.measure.measurement import count_nonfinite
 from tasks.measure.shard_set import ShardSet
 from tasks.plan_linearity import PlannedStudy, fact_of
-from tasks.rundir.tables import write_table
+from tasks.rundir.tables import write_tables
 
 MEASURED = "sweep"
 
@@ -63,18 +62,6 @@ class Findings:
     agreement: list[AgreementRow]
     interventions: list[InterventionRow]
     costs: list[CostRow]
-
-    @property
-    def tables(self) -> dict[str, tuple[type, Sequence[Any]]]:
-        """Kind of row and rows, by the table's name."""
-        return {
-            "ranges": (RangeRow, self.ranges),
-            "sizes": (SizeRow, self.sizes),
-            "stability": (StabilityRow, self.stability),
-            "agreement": (AgreementRow, self.agreement),
-            "interventions": (InterventionRow, self.interventions),
-            "costs": (CostRow, self.costs),
-        }
 
 
 def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
@@ -129,7 +116,7 @@ def _check_finite(shard_set: ShardSet, shards: StudyShards) -> None:
 
 
 def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
-    """Write the tables of all models as Arrow files; the folder they are in.
+    """Write the tables of all models as Arrow files, and return their folder.
 
     Raises
     ------
@@ -137,9 +124,7 @@ def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
         If they cannot be written.
     """
     folder = run.directory / "linearity"
-    for name, (kind, _) in findings[0].tables.items():
-        rows = [{"model": f.model, "dataset": f.dataset, **asdict(row)} for f in findings for row in f.tables[name][1]]
-        write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
+    write_tables(folder, Findings, [((one.model, one.dataset), one) for one in findings], names=("model", "dataset"))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Fit skill-neuron probes to a dataset's NEG shards, keep them, and score them on its test split."""
+"""Fit skill-neuron probes to a dataset's NEG shards, save them, and measure them on its test split."""
 
 import threading
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from tasks.rank import rank_split
 
 
 @dataclass(frozen=True)
-class Score:
+class AccuracyRow:
     """One probe's accuracy on one dataset's test split, or on one group of it."""
 
     model: str
@@ -34,10 +34,10 @@ class Score:
     genre: str
     dataset: str
     group: str
-    """Language (or other group) that the row is about; empty for the whole test split."""
+    """Language (or other group) of the prompts; empty for the whole test split."""
     probe: str
     n_neurons: int | None
-    """Neurons kept, chosen on validation; `None` where a probe keeps none."""
+    """Number of kept neurons, chosen on validation; `None` for a probe that keeps none."""
     accuracy: float
     low: float
     """Lower end of the 95 % interval (Wilson)."""
@@ -46,16 +46,16 @@ class Score:
     n_test: int
     n_train: int
     majority: float
-    """Accuracy of always giving the commonest training answer."""
+    """Accuracy of always giving the most common training answer."""
     random: float
     """Expected accuracy of guessing."""
     overlapping: bool
-    """Whether the splits share rows (policy `released`)."""
+    """True if the splits share rows (policy `released`)."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often a probe answered one option where another (or the same) was gold."""
+    """Number of times that a probe answered one option when another (or the same) was gold."""
 
     model: str
     shots: int
@@ -68,34 +68,34 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Probed:
-    """What the probes of one dataset gave."""
+    """Results of the probes of one dataset."""
 
-    scores: list[Score] = field(default_factory=list)
+    scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
 
 
 class Answers(NamedTuple):
-    """What one probe said about the test prompts."""
+    """Answers of one probe to the test prompts."""
 
     probe: str
-    n_neurons: int | None
+    n_kept: int | None
     predicted_P: Ints
 
 
 def probe_steps(run: SkillRun) -> int:
-    """Parts that probing one dataset is reported in: the ranking, and each probe."""
+    """Return the number of steps in which probing one dataset reports progress: the ranking, and each probe."""
     return 1 + len(run.probe)
 
 
 class Prober:
-    """Probes datasets one at a time, so that the memory it takes is that of one.
+    """The probing of datasets, one at a time, so that only one takes memory.
 
     Parameters
     ----------
     pool : Pool
-        Of `RankWorker`.
+        Pool of `RankWorker`.
     stop : threading.Event
-        Once set, waiting and ranking end with `Stopped`.
+        Waiting and ranking end with `Stopped` once it is set.
     """
 
     def __init__(self, pool: Pool, stop: threading.Event) -> None:
@@ -104,7 +104,7 @@ class Prober:
         self._turn = threading.Lock()
 
     def probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
-        """Fit on train, choose the number of neurons on valid, answer test. LM-Prob comes first.
+        """Fit probes on train, choose their number of neurons on valid, answer test. LM-Prob comes first.
 
         Raises
         ------
@@ -133,18 +133,18 @@ class Prober:
         advance(0, n_steps, None)
         rankings = self._rank(run, ranked, advance)
         answers = [_lm_answers(splits)]
-        workshop = Workshop(run, splits, rankings)
+        fitter = ProbeFitter(run, splits, rankings)
         for done, name in enumerate(run.probe, 1):
             self._check_stop()
             advance(done, n_steps, None)
-            probe = workshop.fit(name)
+            probe = fitter.fit(name)
             save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
-            answers.append(Answers(name, probe.n_neurons, probe.predict(splits.test)))
+            answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
         advance(n_steps, n_steps, None)
         return _probed(run, planned, splits, answers)
 
     def _rank(self, run: SkillRun, train: NegSplit, advance: Advance) -> Rankings:
-        return rank_split(
+        ranked = rank_split(
             self._pool,
             run.directory,
             train,
@@ -154,6 +154,7 @@ class Prober:
             stop=self._stop,
             on_tick=lambda status: advance(0, probe_steps(run), status),
         )
+        return ranked[train.n_rows]
 
 
 class Splits(NamedTuple):
@@ -164,15 +165,15 @@ class Splits(NamedTuple):
     test: NegSplit
 
 
-class Workshop:
-    """Fits a dataset's probes from the scores of its neurons."""
+class ProbeFitter:
+    """A dataset's probes, fitted one by one from the scores of its neurons."""
 
     def __init__(self, run: SkillRun, splits: Splits, rankings: Rankings) -> None:
         self._run, self._splits, self._rankings = run, splits, rankings
         self._voters: dict[Vote, FittedVote] = {}
 
     def fit(self, name: ProbeName) -> FittedProbe:
-        """The probe of that name."""
+        """Fit the probe of this name."""
         kind, vote = RECIPES[name]
         train, seed = self._splits.train, self._run.seed
         if kind == "act":
@@ -189,7 +190,7 @@ class Workshop:
         return self._voter(vote)
 
     def _voter(self, vote: Vote) -> FittedVote:
-        """Fitted once, as its baselines take its number of neurons."""
+        """Return the vote probe, fitted once: its baselines take its number of neurons."""
         if vote not in self._voters:
             scores_M = self._rankings.votes_M[vote]
             self._voters[vote] = fit_vote(vote, scores_M, self._splits.valid, max_neurons=self._run.max_neurons)
@@ -197,8 +198,9 @@ class Workshop:
 
 
 def probe_path(root: Path, model: str, dataset: str, probe: str) -> Path:
-    """The file of a saved probe; read it with `negcore.probing.saved_probes.load_probe`."""
-    return root / "probes" / f"model={quote(model, safe='')}" / f"dataset={quote(dataset, safe='')}" / f"{probe}.arrow"
+    """Return the file of a saved probe, which `negcore.load_probe` reads."""
+    folder = root / "probes" / f"model={quote(model, safe='')}" / f"dataset={quote(dataset, safe='')}"
+    return folder / f"{probe}.safetensors"
 
 
 def _lm_answers(splits: Splits) -> Answers:
@@ -223,23 +225,23 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
             gold_P = test.gold_P[chosen]
             majority = majority_floor(splits.train.gold_P, gold_P).value
             result = accuracy(gold_P, one.predicted_P[chosen])
-            probed.scores.append(_score({**common, "group": group, "majority": majority}, one, result))
+            probed.scores.append(_accuracy_row({**common, "group": group, "majority": majority}, one, result))
         if run.confusion:
             probed.confusion.extend(_confusion(place, one, test))
     return probed
 
 
 def _groups(test: NegSplit) -> dict[str, Ints]:
-    """Rows of each group, in alphabetical order; rows without a group are in none."""
+    """Return the rows of each group, in alphabetical order; rows without a group are left out."""
     return {group: np.flatnonzero(np.array(test.groups) == group) for group in sorted({*test.groups} - {""})}
 
 
-def _score(common: dict[str, Any], one: Answers, result: Accuracy) -> Score:
+def _accuracy_row(common: dict[str, Any], one: Answers, result: Accuracy) -> AccuracyRow:
     low, high = result.interval
-    return Score(
+    return AccuracyRow(
         **common,
         probe=one.probe,
-        n_neurons=one.n_neurons,
+        n_neurons=one.n_kept,
         accuracy=result.value,
         low=low,
         high=high,

@@ -1,4 +1,4 @@
-"""Score all neurons of a training split on the pool: a job a block of layers, whose result is its score vectors."""
+"""Score all neurons of a training split on the pool: each job scores one block of layers."""
 
 import threading
 from collections.abc import Callable, Collection
@@ -27,14 +27,14 @@ class RankJob:
     votes: tuple[Vote, ...]
     act: bool
     sizes: tuple[int, ...]
-    """Numbers of rows to score instead of all."""
+    """Numbers of first rows to score; empty for all rows."""
 
 
 class RankWorker:
-    """Reads one layer of one shard (or one vote's sums) at a time; needs neither a model nor a GPU."""
+    """A worker that needs neither a model nor a GPU: it reads one layer of one shard (or one vote's sums) at a time."""
 
     def run(self, job: RankJob) -> dict[int, Rankings]:
-        """Scores of the job's layers by number of rows: some bytes a neuron, whatever the number of prompts."""
+        """Score the job's layers, by number of rows; the result takes some bytes a neuron, whatever the prompts."""
         split = open_negs(job.root).at(job.place)
         layers = range(job.first_layer, job.end_layer)
         if job.sizes:
@@ -43,7 +43,7 @@ class RankWorker:
 
 
 def rank_pool(run: RunFile) -> AbstractContextManager[Pool]:
-    """Workers for ranking beside those that hold models: they reserve nothing, as they mostly read files."""
+    """Open a pool of ranking workers beside those with models; they reserve no CPUs, as they mostly read files."""
     resources = Resources(workers=run.workers, cpus=0, job_timeout_s=run.job_timeout_s, address=run.ray_address)
     return open_pool(run.backend, RankWorker, {}, resources, label="ranking")
 
@@ -54,12 +54,20 @@ def rank_split(
     split: NegSplit,
     votes: Collection[Vote],
     *,
-    act: bool,
+    act: bool = False,
+    sizes: Collection[int] = (),
     n_blocks: int,
     stop: threading.Event,
     on_tick: Callable[[PoolStatus], None] | None = None,
-) -> Rankings:
-    """Scores of all neurons, from blocks of layers scored on the pool.
+) -> dict[int, Rankings]:
+    """Score all neurons of a split by number of rows, in blocks of layers on the pool.
+
+    Parameters
+    ----------
+    act : bool
+        True to score activations too, if there are no `sizes`.
+    sizes : collection of int
+        Numbers of first rows; by default all rows alone.
 
     Raises
     ------
@@ -68,37 +76,7 @@ def rank_split(
     Stopped
         If `stop` is set.
     """
-    job = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, ())
-    return _rank(pool, split, job, n_blocks, stop, on_tick)[split.n_rows]
-
-
-def rank_rows(
-    pool: Pool,
-    root: Path,
-    split: NegSplit,
-    votes: Collection[Vote],
-    sizes: Collection[int],
-    *,
-    n_blocks: int,
-    stop: threading.Event,
-    on_tick: Callable[[PoolStatus], None] | None = None,
-) -> dict[int, Rankings]:
-    """Scores of all neurons on the first rows of a split, for several numbers of rows.
-
-    Raises: as `rank_split`.
-    """
-    job = RankJob(root, split.place, 0, split.n_layers, tuple(votes), False, tuple(sizes))
-    return _rank(pool, split, job, n_blocks, stop, on_tick)
-
-
-def _rank(
-    pool: Pool,
-    split: NegSplit,
-    whole: RankJob,
-    n_blocks: int,
-    stop: threading.Event,
-    on_tick: Callable[[PoolStatus], None] | None,
-) -> dict[int, Rankings]:
+    whole = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, tuple(sizes))
     n_blocks = min(n_blocks, split.n_layers)
     ends = [split.n_layers * index // n_blocks for index in range(n_blocks + 1)]
     jobs = [replace(whole, first_layer=first, end_layer=end) for first, end in zip(ends, ends[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""What scores add up to: averages over datasets, the account of every dataset's rows, and their Arrow tables."""
+"""Summaries of a run's results: averages over datasets, and an account of every dataset's rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from negcore.datasets import SPLITS, SplitReport
 from negcore.probing.evaluation import Accuracy, macro_average
 from tasks.plan import PlannedDataset
-from tasks.probe import Score
+from tasks.probe import AccuracyRow
 
 
 @dataclass(frozen=True)
 class Average:
-    """A probe's mean accuracy over datasets, each counting the same (macro average)."""
+    """A probe's mean accuracy over datasets, which all count the same (macro average)."""
 
     model: str
     shots: int
@@ -20,18 +20,18 @@ class Average:
     probe: str
     accuracy: float
     low: float
-    """Lower end of the 95 % interval of `negcore.probing.evaluation.macro_average`: rows vary, datasets do not."""
+    """Lower end of the 95 % interval of `negcore.probing.evaluation.macro_average`: for other rows, same datasets."""
     high: float
     n_datasets: int
     majority: float
     random: float
     overlapping: bool
-    """Whether any of the datasets' splits share rows."""
+    """True if splits of any of the datasets share rows."""
 
 
-def averages(scores: Sequence[Score]) -> list[Average]:
-    """Averages by model, shots, genre and probe, and over all genres (genre "")."""
-    members: dict[tuple[str, int, str, str], list[Score]] = {}
+def averages(scores: Sequence[AccuracyRow]) -> list[Average]:
+    """Average scores by model, shots, genre and probe, and over all genres (genre "")."""
+    members: dict[tuple[str, int, str, str], list[AccuracyRow]] = {}
     for score in scores:
         if not score.group:
             for genre in (score.genre, ""):
@@ -39,7 +39,7 @@ def averages(scores: Sequence[Score]) -> list[Average]:
     return [_average(*key, of_key) for key, of_key in members.items()]
 
 
-def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[Score]) -> Average:
+def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[AccuracyRow]) -> Average:
     mean = macro_average([Accuracy(score.n_correct, score.n_test) for score in scores])
     return Average(
         model=model,
@@ -58,7 +58,7 @@ def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[Sc
 
 @dataclass(frozen=True)
 class SplitAccount:
-    """How many rows of one split were used, and what became of the others."""
+    """Number of rows of one split that were used, and the reasons why others were not."""
 
     genre: str
     dataset: str
@@ -67,17 +67,17 @@ class SplitAccount:
     policy: str
     n_released: int
     n_available: int
-    """After the policy, damaged rows and demonstrations."""
+    """Rows that remain after the policy, without damaged rows and demonstrations."""
     n_used: int
-    """After the limit."""
+    """Rows that remain within the limit."""
     changes: str
-    """Rows left out or drawn from elsewhere, and why."""
+    """Rows left out or drawn from elsewhere, with reasons."""
     overlapping: bool
-    """Whether the dataset's splits share rows."""
+    """True if the dataset's splits share rows."""
 
 
 def split_accounts(planned: PlannedDataset, shots: int) -> list[SplitAccount]:
-    """The account of every split of a dataset."""
+    """Account for the rows of every split of a dataset."""
     dataset, report = planned.dataset, planned.dataset.split_report
     return [
         SplitAccount(

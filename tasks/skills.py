@@ -1,35 +1,37 @@
-"""What `neg skills` finds: rankings of the neurons, their causal check, and every analysis of what they say.
+"""The work of `neg skills`: it ranks the neurons, plans their causal check, and runs every analysis of skill neurons.
 
-The analyses themselves are in `negcore.analysis.skills`; here they are put together for a dataset and for a model.
+The analyses themselves are in `negcore.analysis`; here they are put together for a dataset and for a model.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from negcore.analysis.causal import CausalRow, causal_rows, skill_sets
-from negcore.analysis.skills import (
-    BandRow,
+from negcore.analysis.shared_neurons import (
     CommonNeuronRow,
-    ForestRow,
     GenreOverlapRow,
     LayerShareRow,
-    NeuronCountRow,
     OverlapRow,
+    common_neurons,
+    genre_overlaps,
+    layer_shares,
+    overlaps,
+    rank_with_random_ties,
+)
+from negcore.analysis.skills import (
+    BandRow,
+    ForestRow,
+    NeuronCountRow,
     TrainingRowsRow,
     TransferRow,
     accuracy_by_neurons,
     accuracy_by_rows,
     bands,
-    common_neurons,
     forest_grid,
-    genre_overlaps,
-    layer_shares,
-    overlaps,
-    rank_by_lot,
     training_sizes,
     transfer,
 )
@@ -44,17 +46,17 @@ from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel, plan
 from tasks.pool.base import Pool, PoolStatus
-from tasks.rank import rank_rows, rank_split
-from tasks.rundir.tables import write_table
+from tasks.rank import rank_split
+from tasks.rundir.tables import write_tables
 
 _BOOTSTRAP = 1000
 _FOREST = Vote("magn", "neg")
-"""By whose score a forest's neurons are chosen, as for the Tree-Probe: without a check of Magn's there is no forest."""
+"""The vote that chooses a forest's neurons, as for the Tree-Probe; a run without the probe "magn" has no forest."""
 
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """What a dataset's probes are to be measured against: LM-Prob and two floors, on test."""
+    """Test accuracies to compare a dataset's probes with: LM-Prob and two floors."""
 
     genre: str
     n_train: int
@@ -69,7 +71,7 @@ class ReferenceRow:
 
 @dataclass(frozen=True)
 class DatasetFindings:
-    """What the skill neurons of one dataset are like; the rows are those of `negcore.analysis.skills`."""
+    """Rows of all analyses of one dataset's skill neurons; `negcore.analysis` describes them."""
 
     dataset: str
     references: list[ReferenceRow]
@@ -89,32 +91,33 @@ class DatasetFindings:
 
 @dataclass(frozen=True)
 class SkillFindings:
-    """What the skill neurons of one model are like."""
+    """Rows of all analyses of one model's skill neurons."""
 
     model: str
     conditions: tuple[str, ...]
-    """Ways that the questions were asked, the main one first; all but `DatasetFindings.transfers` is about that."""
-    datasets: list[DatasetFindings]
+    """Ways of asking the questions, the main one first. Only `DatasetFindings.transfers` is about the others."""
+    datasets: Sequence[DatasetFindings]
+    """Not a list: they have tables of their own."""
     overlaps: list[OverlapRow] = field(default_factory=list)
     genre_overlaps: list[GenreOverlapRow] = field(default_factory=list)
     common: list[CommonNeuronRow] = field(default_factory=list)
 
 
 class PlannedSkills(NamedTuple):
-    """One model, and what it reads under every condition."""
+    """One model, and the prompts that it reads under every condition."""
 
     card: ModelCard
     models: Mapping[str, PlannedModel]
-    """By the condition's folder."""
+    """Planned models by the condition's folder."""
 
     @property
     def datasets(self) -> tuple[PlannedDataset, ...]:
-        """As the main condition has them."""
+        """Datasets of the main condition."""
         return self.models["main"].datasets
 
     @property
     def n_shards(self) -> int:
-        """Shards of NEGs, under all conditions."""
+        """Number of NEG shards under all conditions."""
         return sum(model.n_shards for model in self.models.values())
 
 
@@ -135,17 +138,17 @@ def plan_skills(run: SkillsRun) -> tuple[PlannedSkills, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Scores:
+class NeuronScores:
     """Scores of all neurons of one model on one dataset: arrays of shape (M,)."""
 
     by_size: Mapping[int, Mapping[Vote, Ints]]
-    """Of the main condition, by number of training rows; the last is all of them."""
+    """Scores under the main condition, by number of training rows; the last number is all rows."""
     by_condition: Mapping[str, Mapping[Vote, Ints]]
-    """Of all training rows, by the condition's folder."""
+    """Scores on all training rows, by the condition's folder."""
 
     @property
     def main(self) -> Mapping[Vote, Ints]:
-        """Of all training rows of the main condition."""
+        """Scores on all training rows of the main condition."""
         return self.by_condition["main"]
 
 
@@ -157,8 +160,8 @@ def rank_dataset(
     *,
     stop: threading.Event,
     on_tick: Callable[[PoolStatus], None] | None = None,
-) -> Scores:
-    """Score all neurons on the training rows: under every condition, and on ever more rows of the main one.
+) -> NeuronScores:
+    """Score all neurons on the training rows under every condition, and on growing numbers of rows of the main one.
 
     Raises
     ------
@@ -173,19 +176,16 @@ def rank_dataset(
     for condition in run.conditions:
         root = condition.run.directory
         train = open_negs(root).select(model, dataset, "train")
-        if condition.folder == "main":
-            sizes = training_sizes(train.n_rows)
-            ranked = rank_rows(pool, root, train, votes, sizes, n_blocks=run.workers, stop=stop, on_tick=on_tick)
+        sizes = training_sizes(train.n_rows) if condition.folder == "main" else ()
+        ranked = rank_split(pool, root, train, votes, sizes=sizes, n_blocks=run.workers, stop=stop, on_tick=on_tick)
+        by_condition[condition.folder] = ranked[train.n_rows].votes_M
+        if sizes:
             by_size = {size: rankings.votes_M for size, rankings in ranked.items()}
-            by_condition["main"] = by_size[train.n_rows]
-        else:
-            block = rank_split(pool, root, train, votes, act=False, n_blocks=run.workers, stop=stop, on_tick=on_tick)
-            by_condition[condition.folder] = block.votes_M
-    return Scores(by_size, by_condition)
+    return NeuronScores(by_size, by_condition)
 
 
-def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores) -> dict[str, ShardSet]:
-    """The causal check of each probe's ranking, on the test split.
+def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores) -> dict[str, ShardSet]:
+    """Plan the causal check of each probe's ranking, on the test split.
 
     Raises
     ------
@@ -203,19 +203,19 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
 
 
 def tops(run: SkillsRun, card: ModelCard) -> list[int]:
-    """Numbers of skill neurons: those of the run file, each at most half of the model's neurons."""
+    """Return the numbers of skill neurons in the run file, each cut to at most half of the model's neurons."""
     return list(dict.fromkeys(min(top, card.n_layers * card.n_neurons // 2) for top in run.top))
 
 
 def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
-    """The ranking behind everything that names neurons, and behind its causal check."""
-    return rank_by_lot({dataset: scores_M}, seed=run.seed)[dataset]
+    """Return the ranking that all tables with named neurons use, and its causal check too."""
+    return rank_with_random_ties({dataset: scores_M}, seed=run.seed)[dataset]
 
 
 def analyse_dataset(
-    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: Scores, checks: Mapping[str, ShardSet]
+    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores, checks: Mapping[str, ShardSet]
 ) -> DatasetFindings:
-    """Everything about one dataset's skill neurons, from its shards.
+    """Run all analyses of one dataset's skill neurons on its shards.
 
     Raises
     ------
@@ -264,7 +264,7 @@ def _reference(planned: PlannedDataset, train: NegSplit, valid: NegSplit, test: 
     )
 
 
-def _transfers(run: SkillsRun, model: str, dataset: str, vote: Vote, scores: Scores) -> list[TransferRow]:
+def _transfers(run: SkillsRun, model: str, dataset: str, vote: Vote, scores: NeuronScores) -> list[TransferRow]:
     fitted, tests = {}, {}
     for folder, name, of_condition in run.conditions:
         negs = open_negs(of_condition.directory)
@@ -275,38 +275,22 @@ def _transfers(run: SkillsRun, model: str, dataset: str, vote: Vote, scores: Sco
 
 
 def compare_datasets(
-    run: SkillsRun, card: ModelCard, scores: Mapping[str, Scores], findings: Sequence[DatasetFindings]
+    run: SkillsRun, card: ModelCard, scores: Mapping[str, NeuronScores], findings: Sequence[DatasetFindings]
 ) -> SkillFindings:
-    """What the datasets of a model share. Only those with `findings`, and so with a causal check, take part."""
+    """Compare the datasets of a model. Only those with `findings`, and so with a causal check, take part."""
     result = SkillFindings(card.name, tuple(condition.name for condition in run.conditions), list(findings))
     genres = {one.dataset: one.reference.genre for one in findings}
     for probe in run.probe if len(genres) > 1 else ():
-        rankings = rank_by_lot({name: scores[name].main[Vote(probe, "neg")] for name in genres}, seed=run.seed)
+        scores_M = {name: scores[name].main[Vote(probe, "neg")] for name in genres}
+        rankings = rank_with_random_ties(scores_M, seed=run.seed)
         result.overlaps.extend(overlaps(probe, rankings, genres, tops(run, card)))
-        result.common.extend(common_neurons(probe, rankings, tops(run, card), n_neurons=card.n_neurons))
+        result.common.extend(common_neurons(probe, rankings, tops(run, card), layer_width=card.n_neurons))
     result.genre_overlaps.extend(genre_overlaps(result.overlaps))
     return result
 
 
-_OF_DATASET: dict[str, type] = {
-    "references": ReferenceRow,
-    "causal": CausalRow,
-    "neuron_counts": NeuronCountRow,
-    "training_rows": TrainingRowsRow,
-    "transfers": TransferRow,
-    "bands": BandRow,
-    "forests": ForestRow,
-    "layers": LayerShareRow,
-}
-_OF_MODEL: dict[str, type] = {
-    "overlaps": OverlapRow,
-    "genre_overlaps": GenreOverlapRow,
-    "common": CommonNeuronRow,
-}
-
-
 def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
-    """Write the tables of all models as Arrow files; the folder they are in.
+    """Write the tables of all models as Arrow files, and return their folder.
 
     Raises
     ------
@@ -314,15 +298,7 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
         If they cannot be written.
     """
     folder = run.directory / "skills"
-    for name, kind in _OF_DATASET.items():
-        rows: list[dict[str, Any]] = [
-            {"model": of_model.model, "dataset": one.dataset, **asdict(row)}
-            for of_model in findings
-            for one in of_model.datasets
-            for row in getattr(one, name)
-        ]
-        write_table(folder / f"{name}.arrow", kind, rows, names=("model", "dataset"))
-    for name, kind in _OF_MODEL.items():
-        rows = [{"model": one.model, **asdict(row)} for one in findings for row in getattr(one, name)]
-        write_table(folder / f"{name}.arrow", kind, rows, names=("model",))
+    datasets = [((found.model, one.dataset), one) for found in findings for one in found.datasets]
+    write_tables(folder, DatasetFindings, datasets, names=("model", "dataset"))
+    write_tables(folder, SkillFindings, [((found.model,), found) for found in findings], names=("model",))
     return folder

@@ -177,7 +177,7 @@ def compare(
     Every dataset that two of the runs have is shown, with a line for each run.
     """
     from flows.show.accuracy_tables import comparison_table
-    from tasks.probe import Score
+    from tasks.probe import AccuracyRow
     from tasks.rundir.tables import read_table
 
     if len(set(runs)) < 2:
@@ -185,7 +185,7 @@ def compare(
     places = [location(run) for run in runs]
     names = [place.name for place in places]
     scores = {
-        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", Score)
+        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
         for place in places
     }
     table = comparison_table(scores)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, numbers, texts
 from flows.show.text import share
-from tasks.probe import Confusion, Score
+from tasks.probe import AccuracyRow, Confusion
 from tasks.results import Average, SplitAccount
 
 PROBE_TITLES = MappingProxyType(
@@ -34,7 +34,7 @@ _OF_AVERAGES = (
     " Averages count every dataset the same; their interval (MOVER of Wilson's) is for other rows of the same datasets."
 )
 
-Row = Score | Average
+Row = AccuracyRow | Average
 
 
 class Measured(Protocol):
@@ -48,7 +48,7 @@ class Measured(Protocol):
     def high(self) -> float: ...
 
 
-def accuracy_tables(scores: Sequence[Score], averages: Sequence[Average], n_datasets: int) -> Iterator[Table]:
+def accuracy_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], n_datasets: int) -> Iterator[Table]:
     """Return a table for every model and number of demonstrations, or several where there are many probes.
 
     Parameters
@@ -72,7 +72,7 @@ def accuracy_tables(scores: Sequence[Score], averages: Sequence[Average], n_data
 
 
 def _genre_blocks(
-    scores: Sequence[Score], means: Mapping[tuple[str, str], Average], probes: Sequence[str], n_datasets: int
+    scores: Sequence[AccuracyRow], means: Mapping[tuple[str, str], Average], probes: Sequence[str], n_datasets: int
 ) -> Iterator[Block]:
     """Return a block for every genre, with its average if it has several datasets, and one for all genres."""
     for genre, of_genre in by(scores, "genre").items():
@@ -85,7 +85,7 @@ def _genre_blocks(
     yield [_average_row(whole, name, Words("all genres\n", "bold"))]
 
 
-def _rows_of(scores: Sequence[Score], probes: Sequence[str]) -> list[list[Cell]]:
+def _rows_of(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[list[Cell]]:
     """Return a row for every dataset, and below it one for every group of its rows."""
     return [
         _score_row(of_group, probes)
@@ -94,7 +94,7 @@ def _rows_of(scores: Sequence[Score], probes: Sequence[str]) -> list[list[Cell]]
     ]
 
 
-def _score_row(scores: Sequence[Score], probes: Sequence[str]) -> list[Cell]:
+def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[Cell]:
     first, by_probe = scores[0], {score.probe: score for score in scores}
     cells = [_score_cell(by_probe[probe]) for probe in probes]
     if first.group:
@@ -112,11 +112,11 @@ def _average_row(means: Sequence[Average], name: str, *heading: Words) -> list[C
     return [(*heading, *marked), "", _floors(means[0]), *map(accuracy_cell, means)]
 
 
-def _score_cell(score: Score) -> Cell:
+def _score_cell(score: AccuracyRow) -> Cell:
     return accuracy_cell(score, "" if score.n_neurons is None else kept(score.n_neurons))
 
 
-def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
+def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
     """Return accuracies of several runs side by side, for every model, shots and dataset that two of them have.
 
     Parameters
@@ -126,7 +126,7 @@ def comparison_table(runs: Mapping[str, Sequence[Score]]) -> Table:
     """
     named = [(name, score) for name, scores in runs.items() for score in scores if not score.group]
     probes = list(dict.fromkeys(score.probe for _, score in named))
-    asked: dict[tuple[str, int, str], dict[str, dict[str, Score]]] = {}
+    asked: dict[tuple[str, int, str], dict[str, dict[str, AccuracyRow]]] = {}
     for name, score in named:
         asked.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
     several = len({key[:2] for key in asked}) > 1
@@ -143,7 +143,7 @@ def _question(model: str, shots: int, dataset: str, *, several: bool) -> Cell:
     return short(dataset), Words(f"\n{_model(model)}, {SHOTS[shots]}" if several else "", "dim")
 
 
-def _run_row(name: str, by_probe: Mapping[str, Score], probes: Sequence[str]) -> list[Cell]:
+def _run_row(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[str]) -> list[Cell]:
     first = next(iter(by_probe.values()))
     cells: list[Cell] = [_score_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
     return [_marked(name, first.overlapping), f"{first.n_train}\n{first.n_test}", _floors(first), *cells]

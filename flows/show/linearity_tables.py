@@ -8,7 +8,7 @@ from types import MappingProxyType
 from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, texts
 from flows.show.text import correlation, printable
 from negcore.analysis.linearity import AgreementRow
-from negcore.measure.benchmark import Comparison
+from negcore.measure.benchmark import Timing
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(
@@ -37,7 +37,7 @@ def linearity_tables(findings: Findings) -> list[Table]:
     return [_agreement(findings), _ranges(findings), _stability(findings), _interventions(findings)]
 
 
-def benchmark_table(comparisons: Sequence[Comparison], title: str) -> Table:
+def benchmark_table(comparisons: Sequence[Timing], title: str) -> Table:
     """Return the medians of both ways and their ratio."""
     rows: list[list[Cell]] = []
     for one in comparisons:

@@ -13,7 +13,8 @@ import numpy as np
 from flows.show.accuracy_tables import PROBE_TITLES, accuracy_cell, kept, short
 from flows.show.table import Block, Cell, Number, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import bare, change, printable, share, times
-from negcore.analysis.skills import OverlapRow, TrainingRowsRow
+from negcore.analysis.shared_neurons import OverlapRow
+from negcore.analysis.skills import TrainingRowsRow
 from tasks.skills import DatasetFindings, SkillFindings
 
 NEURON_TITLES = MappingProxyType({"top": "best", "random": "random", "bottom": "last"})

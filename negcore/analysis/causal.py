@@ -1,10 +1,10 @@
-"""The causal check of a ranking: do its best neurons move the answer more than random ones, or than its last?
+"""The causal check of a ranking: do its best neurons move the answer more than random neurons, or than its last?
 
 The best k neurons are shifted together towards or away from the gold option, and so are as many random neurons of
-the same layers and the last k. A probe can read an answer from neurons that do not make it: only what the best do
-beyond the random ones speaks for the ranking. Which way is towards gold is asked in two ways: of each neuron's NEG for
-the prompt's gold option, which moves the answer with any neurons and tells how much these could do; and of the
-ranking's polarities, which do not know the answer and are what the ranking claims.
+the same layers and the last k. A probe can read an answer from neurons that do not produce it, so only the part of the
+effect that exceeds the random neurons' speaks for the ranking. The direction towards gold is taken in two ways. From
+each neuron's NEG for the prompt's gold option: this moves the answer with any neurons and shows how far these could
+move it. From the ranking's polarities: these do not know the answer, and are what the ranking claims.
 
 Shapes: P prompts, O options, M conditions (a set of neurons and a shift), K neurons, L layers, N neurons a layer,
 B bootstrap samples. Neurons are flat indices, layer-major: neuron n of layer l is l*N + n.
@@ -12,20 +12,19 @@ B bootstrap samples. Neurons are flat indices, layer-major: neuron n of layer l 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from negcore.analysis.linearity import bootstrap_weights
 from negcore.errors import NegError
 from negcore.measure.interventions import JointShift, check_shift, shift_together
-from negcore.measure.votes import Ints, Ranking, Signs, check_finite, check_gold
+from negcore.measure.sweeps import Floats
+from negcore.measure.votes import Ints, Numbers, Ranking, Signs, check_finite, check_gold
 from negcore.model.encoding import Labels, encode_labels, encode_prompts
 from negcore.model.language_model import LanguageModel
 
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
 SetKind = Literal["top", "random", "bottom"]
 Direction = Literal["gold", "polarity"]
 DIRECTIONS: tuple[Direction, ...] = ("gold", "polarity")
@@ -33,24 +32,24 @@ DIRECTIONS: tuple[Direction, ...] = ("gold", "polarity")
 
 @dataclass(frozen=True)
 class CausalRow:
-    """What shifting the neurons of one kind and number did; intervals hold the middle 95 % of bootstrap samples."""
+    """The effect of shifting neurons of one kind and number; intervals hold the middle 95 % of bootstrap samples."""
 
     probe: str
-    """Whose ranking it is."""
+    """Name of the probe that made the ranking."""
     neurons: str
-    """top: the best of the ranking; random: of the same layers, averaged over the draws; bottom: its last."""
+    """top: the best of the ranking; random: drawn from the same layers, averaged over the draws; bottom: its last."""
     size: int
     """Neurons that were shifted together."""
     direction: str
-    """Where towards gold is. gold: as each neuron's NEG for the prompt's gold option says; polarity: as the ranking
-    says, the same way in every prompt."""
+    """Source of the direction towards gold. gold: each neuron's NEG for the prompt's gold option; polarity: the
+    ranking, so that the direction is the same in every prompt."""
     shift: float
     """In units of activation; positive is towards the gold option, negative away from it."""
     n_prompts: int
     base_accuracy: float
     """Share of prompts whose most probable option is the gold one, without a shift."""
     accuracy: float
-    """The same with the shift."""
+    """Accuracy with the shift."""
     accuracy_change: float
     change_low: float
     change_high: float
@@ -68,15 +67,15 @@ class SkillSet(NamedTuple):
     kind: SetKind
     size: int
     draw: int
-    """Which of the random draws; 0 for the others."""
+    """Number of the random draw; 0 for the other kinds."""
     neurons_K: Ints
     """Flat indices."""
     polarity_K: Signs
-    """Their polarities in the ranking."""
+    """Polarities of the neurons in the ranking."""
 
 
 class Condition(NamedTuple):
-    """A set of neurons, and which way and how far it is shifted."""
+    """A set of neurons, with the direction and size of its shift."""
 
     neurons: SetKind
     size: int
@@ -90,45 +89,47 @@ class CausalResult:
     """Probabilities of every option under every condition; float32, or float64 from a float64 model."""
 
     conditions: tuple[Condition, ...]
-    """What the columns M are."""
+    """Conditions of the columns M."""
     gold_P: Ints
     """Index of each prompt's gold option."""
-    base_probs_PO: Array
-    """Without a shift."""
-    probs_PMO: Array
-    """With the condition's neurons shifted; softmax over the whole vocabulary."""
+    base_probs_PO: Numbers
+    """Probabilities without a shift; softmax over the whole vocabulary."""
+    probs_PMO: Numbers
+    """Probabilities with the condition's neurons shifted."""
 
 
 def skill_sets(
-    ranking: Ranking, sizes: Sequence[int], n_layers: int, n_neurons: int, *, draws: int, seed: int
+    ranking: Ranking, sizes: Sequence[int], n_layers: int, layer_width: int, *, draws: int, seed: int
 ) -> list[SkillSet]:
-    """The sets that a ranking is checked with: of each size the best, random ones of the same layers, and the last.
+    """Choose the sets that check a ranking: for each size the best neurons, random ones of the same layers, the last.
 
-    A random set has as many neurons in each layer as the best have there, and none of the best. Where a layer has
-    too few others, all of them are taken and the rest are drawn from the best: there, and only there, the two share
-    neurons.
+    A random set has as many neurons in each layer as the best have there, and none of the best. If a layer has too
+    few other neurons, all of them are taken and the rest are drawn from the best: only in such a layer do the two sets
+    share neurons.
 
     Parameters
     ----------
     ranking : Ranking
-        Of all L*N neurons.
+        Ranking of all L*N neurons.
     sizes : sequence of int
-        Each at most half of the neurons, so that the best and the last share none.
+        Numbers of neurons, each at most half of all, so that the best and the last share none.
+    n_layers, layer_width : int
+        L and N.
     draws : int
-        Random sets of each size. A set depends on the ranking, its size, its draw and the seed only.
+        Number of random sets of each size. A set depends only on the ranking, its size, its draw and the seed.
 
     Returns
     -------
     list of SkillSet
-        By size; of each size the best, the draws, the last. The last are those of the smallest absolute score, of
-        equal ones those that the ranking puts last.
+        By size; for each size the best, the draws, the last. The last have the smallest absolute scores; of equal
+        scores, they are those that the ranking puts last.
 
     Raises
     ------
     NegError
         If the ranking leaves neurons out, a size or the number of draws is out of range.
     """
-    n_total = n_layers * n_neurons
+    n_total = n_layers * layer_width
     if len(ranking.order_K) != n_total:
         raise NegError(f"the ranking holds {len(ranking.order_K)} neurons of {n_total}; give one of all neurons")
     if draws < 1:
@@ -136,16 +137,16 @@ def skill_sets(
     for size in sizes:
         if not 1 <= size <= n_total // 2:
             raise NegError(f"a set of {size} neurons cannot be checked; of {n_total} neurons take 1 to {n_total // 2}")
-    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, n_neurons, draws, seed)]
+    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, layer_width, draws, seed)]
 
 
 def chosen_neurons(sets: Sequence[SkillSet]) -> Ints:
-    """The neurons that are in any of the sets, in ascending order: flat indices, shape (K,)."""
+    """Return the neurons of all sets together, in ascending order: flat indices, shape (K,)."""
     return np.unique(np.concatenate([one.neurons_K for one in sets]))
 
 
 def conditions_of(sets: Sequence[SkillSet], shifts: Sequence[float]) -> tuple[Condition, ...]:
-    """What `shift_sets` measures, in its order: by set, then by direction, then by shift."""
+    """List the conditions that `shift_sets` measures, in its order: by set, then by direction, then by shift."""
     return tuple(
         Condition(one.kind, one.size, one.draw, direction, float(shift))
         for one in sets
@@ -167,20 +168,20 @@ def shift_sets(
     """Shift sets of neurons together, towards each prompt's gold option or away from it.
 
     A shift d moves a neuron's activation a to a + d * g * s(a), where s(a) is +1 where a > 0, else -1, and g is the
-    sign of its NEG for the gold option, or its polarity in the ranking: a positive shift asks every neuron to raise
-    the gold option, of which the NEG is sure for each neuron alone, and which the polarity guesses without knowing the
-    answer. A neuron whose g is zero stays. Directions are those of the unshifted pass.
+    sign of its NEG for the gold option, or its polarity in the ranking. A positive shift asks every neuron to raise
+    the gold option: its NEG is sure to, for each neuron alone; its polarity is a guess that does not know the answer.
+    A neuron with g = 0 stays where it is. Directions are those of the unshifted pass.
 
     Parameters
     ----------
     lm : LanguageModel
     prompts : sequence of str, length P
     labels : sequence of str, or one such sequence for each prompt
-        Of the options; encoded exactly as given.
+        Labels of the options, encoded exactly as given.
     gold_P : int array of shape (P,)
         Index of each prompt's gold option.
     gold_negs_PK : float array of shape (P, K), probability per unit of activation
-        NEG for the gold option of the neurons in `chosen_neurons(sets)`, in that order. Only signs matter.
+        NEGs for the gold option of the neurons in `chosen_neurons(sets)`, in that order. Only signs matter.
     sets : sequence of SkillSet
     shifts : sequence of float
         Sizes other than zero, in units of activation.
@@ -195,8 +196,8 @@ def shift_sets(
     PromptError, LabelError
         As for `neurgrad`.
     NegError
-        If there are no sets or shifts, a shift is zero or not finite, a neuron does not exist, a gold option is none
-        of the options, or the NEGs do not fit or are not finite.
+        If there are no sets or shifts, a shift is zero or not finite, a neuron does not exist, a gold option is not
+        one of the options, or the NEGs do not fit or are not finite.
     """
     _check_settings(lm, sets, shifts)
     ids = encode_prompts(lm.card, prompts)
@@ -229,18 +230,18 @@ def shift_sets(
 
 
 def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int = 0) -> list[CausalRow]:
-    """What each kind and number of neurons did under each shift, over all prompts.
+    """Summarise the effect of each kind and number of neurons under each shift, over all prompts.
 
-    The model answers with its most probable option (ties: the lowest, as LM-Prob does). Each prompt is compared with
-    itself, and random draws are averaged within a prompt before anything else: the percentile bootstrap draws
-    prompts, so its intervals say how the change would vary with other prompts, not with other draws.
+    The model answers with its most probable option (ties: the lowest, as for LM-Prob). Each prompt is compared with
+    itself, and random draws are averaged within a prompt before anything else. The percentile bootstrap draws prompts,
+    so its intervals say how the change would vary with other prompts, not with other draws.
 
     Parameters
     ----------
     probe : str
-        Name of the probe whose ranking it is.
+        Name of the probe that made the ranking.
     n_bootstrap : int
-        Samples of prompts behind the intervals.
+        Number of samples of prompts behind the intervals.
 
     Raises
     ------
@@ -281,11 +282,11 @@ def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int
     return rows
 
 
-def _sets_of_size(ranking: Ranking, size: int, n_neurons: int, draws: int, seed: int) -> list[SkillSet]:
+def _sets_of_size(ranking: Ranking, size: int, layer_width: int, draws: int, seed: int) -> list[SkillSet]:
     top_K, bottom_K = ranking.order_K[:size], ranking.order_K[-size:]
     polarity_M = np.empty_like(ranking.polarity_K)
     polarity_M[ranking.order_K] = ranking.polarity_K
-    drawn = [_layer_matched(top_K, n_neurons, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
+    drawn = [_layer_matched(top_K, layer_width, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
     return [
         SkillSet("top", size, 0, top_K, polarity_M[top_K]),
         *(SkillSet("random", size, draw, one_K, polarity_M[one_K]) for draw, one_K in enumerate(drawn)),
@@ -293,11 +294,11 @@ def _sets_of_size(ranking: Ranking, size: int, n_neurons: int, draws: int, seed:
     ]
 
 
-def _layer_matched(top_K: Ints, n_neurons: int, random: np.random.Generator) -> Ints:
-    """As many neurons of each layer as are in the top, others before those of the top."""
+def _layer_matched(top_K: Ints, layer_width: int, random: np.random.Generator) -> Ints:
+    """Draw as many neurons of each layer as are in the top, and other neurons before those of the top."""
     drawn = []
-    for layer, count in zip(*np.unique(top_K // n_neurons, return_counts=True), strict=True):
-        shuffled_N = layer * n_neurons + random.permutation(n_neurons)
+    for layer, count in zip(*np.unique(top_K // layer_width, return_counts=True), strict=True):
+        shuffled_N = layer * layer_width + random.permutation(layer_width)
         others_first = np.argsort(np.isin(shuffled_N, top_K), kind="stable")
         drawn.append(shuffled_N[others_first[:count]])
     return np.concatenate(drawn)
@@ -321,7 +322,7 @@ def _checked_gold(gold_P: ArrayLike, n_prompts: int, n_options: int) -> Ints:
     return gold
 
 
-def _checked_negs(gold_negs_PK: ArrayLike, expected: tuple[int, int]) -> Array:
+def _checked_negs(gold_negs_PK: ArrayLike, expected: tuple[int, int]) -> Numbers:
     negs = np.asarray(gold_negs_PK)
     if negs.shape != expected:
         raise NegError(f"NEGs of shape {negs.shape} do not fit; these prompts and sets need {expected}")
@@ -334,12 +335,12 @@ class _Answers(NamedTuple):
     share_PM: Floats
 
 
-def _answers(probs_PMO: Array, gold_P: Ints) -> _Answers:
+def _answers(probs_PMO: Numbers, gold_P: Ints) -> _Answers:
     check_finite(probs_PMO, "probability", ("row", "condition", "option"))
     probs = probs_PMO.astype(np.float64)
     gold_PM = np.take_along_axis(probs, gold_P[:, None, None], axis=2)[:, :, 0]
     total_PM = probs.sum(axis=2)
-    # A far shift can make all options too improbable for a float32: then none is ahead.
+    # A large shift can make all options too improbable for a float32: then no option is ahead.
     share_PM = np.divide(gold_PM, total_PM, out=np.full_like(total_PM, 1 / probs.shape[2]), where=total_PM > 0)
     return _Answers((probs.argmax(axis=2) == gold_P[:, None]).astype(np.float64), gold_PM, share_PM)
 

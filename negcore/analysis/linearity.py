@@ -1,4 +1,4 @@
-"""What sweeps say about neurons: how many are linear, how stable their NEG is, and which estimator foretells it.
+"""Findings from sweeps: how many neurons are linear, how stable their NEG is, and which estimator predicts it.
 
 Every result is a list of plain rows, one for each line of a table; `layer` is None for the whole model.
 
@@ -10,39 +10,37 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from negcore.errors import NegError
 from negcore.measure.sweeps import Floats, SweepResult
-
-Array = NDArray[Any]
+from negcore.measure.votes import Ints, Numbers
 
 TOP_SHARE = 0.01
-"""Share of a prompt's neurons that count as its top."""
+"""Share of neurons that count as the top of a prompt."""
 PER_ACTIVATION = frozenset({"neurgrad", "gradient"})
-"""Estimators in probability per unit of activation, the unit of NEG: only theirs is an error in size."""
+"""Estimators in probability per unit of activation, the unit of NEG: only they can be wrong in size."""
 
 
-def draw_neurons(n_layers: int, n_neurons: int, n_chosen: int, *, seed: int = 0) -> NDArray[np.int64]:
-    """Neurons at random without repetition, as many in each layer as in another, or one more: shape (K, 2).
+def draw_neurons(n_layers: int, layer_width: int, n_chosen: int, *, seed: int = 0) -> Ints:
+    """Draw neurons at random without repetition, evenly from all layers (up to one neuron): shape (K, 2).
 
     Raises
     ------
     NegError
-        If the model has not so many.
+        If ``n_chosen`` is below 1, or the model has fewer neurons.
     """
-    if not 1 <= n_chosen <= n_layers * n_neurons:
-        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * n_neurons}")
+    if not 1 <= n_chosen <= n_layers * layer_width:
+        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * layer_width}")
     random = np.random.default_rng(seed)
     counts_L = np.full(n_layers, n_chosen // n_layers)
     counts_L[random.choice(n_layers, n_chosen % n_layers, replace=False)] += 1
-    drawn = [np.sort(random.choice(n_neurons, count, replace=False)) for count in counts_L]
+    drawn = [np.sort(random.choice(layer_width, count, replace=False)) for count in counts_L]
     return np.stack([np.repeat(np.arange(n_layers), counts_L), np.concatenate(drawn)], axis=1)
 
 
 def nested_grid(ranges: Sequence[float], points: int) -> Floats:
-    """Shifts that hold, for every range, `points` evenly spaced sizes on each side of zero."""
+    """Return shifts that contain, for every range, `points` evenly spaced sizes on each side of zero."""
     sizes = np.unique(np.round([largest * step / points for largest in ranges for step in range(1, points + 1)], 12))
     return np.concatenate([-sizes[::-1], sizes])
 
@@ -57,15 +55,15 @@ class RangeRow:
     n: int
     """Prompts times neurons."""
     n_constant: int
-    """Of these, how many the label's probability never answers to. They have no r and count as not linear."""
+    """Number of these where the label's probability never changes. They have no r and count as not linear."""
     linear_share: float
-    """Share of all n with |Pearson r| >= 0.95 between shift and change."""
+    """Share of all n where |Pearson r| >= 0.95 between shift and change."""
     positive_share: float
     """Share of positive NEGs among those that are not zero."""
 
 
 def ranges_table(sweep: SweepResult, ranges: Sequence[float]) -> list[RangeRow]:
-    """Share of linear neurons and of positive NEG by range, for the model and each layer."""
+    """Compute the share of linear neurons and of positive NEGs by range, for the model and each layer."""
     return [
         _range_row(sweep.within(largest), largest, layer, chosen_K)
         for largest in ranges
@@ -73,7 +71,7 @@ def ranges_table(sweep: SweepResult, ranges: Sequence[float]) -> list[RangeRow]:
     ]
 
 
-def _range_row(part: SweepResult, largest: float, layer: int | None, chosen_K: Array) -> RangeRow:
+def _range_row(part: SweepResult, largest: float, layer: int | None, chosen_K: Numbers) -> RangeRow:
     negs, pearson = part.negs_PK[:, chosen_K], part.pearson_PK[:, chosen_K]
     moved = negs[negs != 0]
     return RangeRow(
@@ -101,8 +99,8 @@ class SizeRow:
     largest: float
 
 
-def sizes_table(negs_PK: Array, neurons_K2: NDArray[np.int64]) -> list[SizeRow]:
-    """How large NEGs are, in the model and each layer."""
+def sizes_table(negs_PK: Numbers, neurons_K2: Ints) -> list[SizeRow]:
+    """Describe the sizes of NEGs, in the model and each layer."""
     rows = []
     for layer, chosen_K in layers_of(neurons_K2):
         sizes = np.abs(negs_PK[:, chosen_K])
@@ -112,28 +110,28 @@ def sizes_table(negs_PK: Array, neurons_K2: NDArray[np.int64]) -> list[SizeRow]:
 
 
 class Facts(NamedTuple):
-    """What tells which prompts belong together; each a sequence of P strings."""
+    """Names that tell which prompts belong together; each is a sequence of P strings."""
 
     facts: Sequence[str]
     """Subject and relation: MyriadLAMA's whole `uuid`. Its first part names the relation alone."""
     wordings: Sequence[str]
-    """Template that words the fact, such as `P37-d2cd...`: MyriadLAMA's `tpl`, an example's `group`."""
+    """Template of the prompt, such as `P37-d2cd...`: MyriadLAMA's `tpl`, an example's `group`."""
     answers: Sequence[str]
 
     @property
     def relations(self) -> list[str]:
-        """The wording's part before its dash, such as `P37`."""
+        """Part of each wording before its dash, such as `P37`."""
         return [wording.split("-", 1)[0] for wording in self.wordings]
 
 
 @dataclass(frozen=True)
 class StabilityRow:
-    """How alike the NEGs of two prompts are, over pairs of prompts; the same neurons in both."""
+    """Similarity of the NEGs of the same neurons in two prompts, over pairs of prompts."""
 
     pairs: str
     n_pairs: int
     sign_agreement: float
-    """Share of neurons whose NEG has the same sign, mean over pairs; where either is zero, left out."""
+    """Share of neurons whose NEG has the same sign, mean over pairs; neurons with a NEG of zero are left out."""
     sign_agreement_sd: float
     """Standard deviation over pairs."""
     pearson: float
@@ -142,13 +140,12 @@ class StabilityRow:
     """Rank correlation between the two prompts' |NEG|, mean over pairs."""
 
 
-def stability_table(negs_PK: Array, facts: Facts) -> list[StabilityRow]:
-    """Stability of sign and size of NEG across prompts, and across wordings.
+def stability_table(negs_PK: Numbers, facts: Facts) -> list[StabilityRow]:
+    """Measure how stable sign and size of NEG are across prompts, and across wordings.
 
-    Pairs of prompts are: all; those of one fact in different wordings; those of one relation and answer in different
-    wordings (where a source words each fact once, as the released files of MyriadLAMA do, these are the nearest to
-    the former); those of one wording, whatever the fact; those of different relations. A kind without a pair has no
-    row. Every pair has equal weight.
+    The kinds of pairs are: all prompts; one fact in different wordings; one relation and answer in different wordings
+    (the nearest substitute if a source words each fact once, as the released files of MyriadLAMA do); one wording,
+    whatever the fact; different relations. A kind without a pair has no row. Every pair has equal weight.
     """
     alike = _pairwise(negs_PK)
     rows = []
@@ -161,10 +158,10 @@ def stability_table(negs_PK: Array, facts: Facts) -> list[StabilityRow]:
     return rows
 
 
-def _kinds_of_pairs(facts: Facts) -> dict[str, Array]:
-    def same(values: Sequence[str]) -> Array:
+def _kinds_of_pairs(facts: Facts) -> dict[str, Numbers]:
+    def same(values: Sequence[str]) -> Numbers:
         array = np.array(values)
-        equal: Array = array[:, None] == array
+        equal: Numbers = array[:, None] == array
         return equal
 
     fact, wording, relation = same(facts.facts), same(facts.wordings), same(facts.relations)
@@ -183,7 +180,7 @@ class _Alike(NamedTuple):
     sizes_PP: Floats
 
 
-def _pairwise(negs_PK: Array) -> _Alike:
+def _pairwise(negs_PK: Numbers) -> _Alike:
     signs_PK = np.sign(negs_PK).astype(np.float64)
     both_PP = np.abs(signs_PK) @ np.abs(signs_PK).T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -194,7 +191,7 @@ def _pairwise(negs_PK: Array) -> _Alike:
 
 @dataclass(frozen=True)
 class AgreementRow:
-    """How well an estimator agrees with the measured NEG; `_low` and `_high` end the 95 % interval over prompts."""
+    """Agreement of an estimator with the measured NEG; `_low` and `_high` end the 95 % interval over prompts."""
 
     estimator: str
     range: float
@@ -209,11 +206,11 @@ class AgreementRow:
     spearman_low: float
     spearman_high: float
     signs: float
-    """Share of pairs with the same sign, of those where neither is zero."""
+    """Share of estimates with the sign of the NEG, of those where neither is zero."""
     signs_low: float
     signs_high: float
     mae: float | None
-    """Mean absolute error, probability per unit of activation; None where the estimator has another unit."""
+    """Mean absolute error, probability per unit of activation; None if the estimator has another unit."""
     mae_low: float | None
     mae_high: float | None
     top: float
@@ -225,17 +222,17 @@ class AgreementRow:
 def agreement_table(
     estimator: str,
     range_: float,
-    negs_PK: Array,
-    scores_PK: Array,
-    neurons_K2: NDArray[np.int64],
+    negs_PK: Numbers,
+    scores_PK: Numbers,
+    neurons_K2: Ints,
     *,
     n_bootstrap: int,
     seed: int = 0,
 ) -> list[AgreementRow]:
     """Compare an estimator with the measured NEG over all prompts and neurons together, in the model and each layer.
 
-    Prompts are drawn anew `n_bootstrap` times, each with all its neurons; the interval holds the middle 95 %. In the
-    samples' rank correlations the ranks stay those of the whole sample.
+    The bootstrap draws prompts `n_bootstrap` times, each with all its neurons; the interval holds the middle 95 %.
+    Rank correlations of the samples use the ranks in the whole sample.
     """
     weights_BP = bootstrap_weights(len(negs_PK), n_bootstrap, seed)
     rows = []
@@ -262,13 +259,13 @@ def _agreement(x_PK: Floats, y_PK: Floats, weights_BP: Floats) -> dict[str, Any]
 
 
 def bootstrap_weights(n_prompts: int, n_samples: int, seed: int) -> Floats:
-    """How often each prompt is in each sample: shape (B, P); the first row is the sample itself."""
+    """Draw how often each prompt is in each sample: shape (B, P); the first row is the sample itself."""
     drawn = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=n_samples)
     return np.concatenate([np.ones((1, n_prompts)), drawn])
 
 
-def weighted_pearson(x_PK: Array, y_PK: Array, weights_BP: Floats) -> Floats:
-    """Pearson r over all values of each sample of prompts: shape (B,); NaN where either is constant."""
+def weighted_pearson(x_PK: Numbers, y_PK: Numbers, weights_BP: Floats) -> Floats:
+    """Compute Pearson r over all values of each sample of prompts: shape (B,); NaN if either is constant."""
     x, y = _standard(x_PK), _standard(y_PK)
     moments_P5 = np.stack([values.sum(1) for values in (x, y, x * x, y * y, x * y)], axis=1)
     means_B5 = weights_BP @ moments_P5 / (weights_BP.sum(1, keepdims=True) * x.shape[1])
@@ -277,8 +274,8 @@ def weighted_pearson(x_PK: Array, y_PK: Array, weights_BP: Floats) -> Floats:
     return _ratio(xy - mx * my, np.sqrt(np.maximum(spread, 0)))
 
 
-def top_overlap(x_PK: Array, y_PK: Array) -> Floats:
-    """Share of each prompt's top neurons by |x| that are top by |y| too: shape (P,); ties go to the first."""
+def top_overlap(x_PK: Numbers, y_PK: Numbers) -> Floats:
+    """Compute the share of each prompt's top neurons by |x| that are top by |y| too: (P,); ties go to the first."""
     n_top = max(1, round(TOP_SHARE * x_PK.shape[1]))
     tops = [_top(values, n_top) for values in (x_PK, y_PK)]
     shares: Floats = (tops[0] & tops[1]).sum(1) / n_top
@@ -287,10 +284,10 @@ def top_overlap(x_PK: Array, y_PK: Array) -> Floats:
 
 @dataclass(frozen=True)
 class InterventionRow:
-    """Whether the sum of single NEGs foretells what a set of neurons does together."""
+    """Agreement of the summed NEGs of single neurons with the effect of the neurons together."""
 
     shift: float
-    """What each neuron is shifted by, in the direction of its NEG, in units of activation."""
+    """Shift of each neuron in the direction of its NEG, in units of activation."""
     set_size: int
     n: int
     """Prompts times sets."""
@@ -306,14 +303,14 @@ class InterventionRow:
 
 def interventions_table(
     shifts_D: Sequence[float],
-    sizes_M: NDArray[np.int64],
-    predicted_PDM: Array,
-    changes_PDM: Array,
+    sizes_M: Ints,
+    predicted_PDM: Numbers,
+    changes_PDM: Numbers,
     *,
     n_bootstrap: int,
     seed: int = 0,
 ) -> list[InterventionRow]:
-    """Correlation of predicted and true changes by shift and set size, with bootstrap intervals over prompts."""
+    """Correlate predicted and true changes by shift and set size, with bootstrap intervals over prompts."""
     weights_BP = bootstrap_weights(len(predicted_PDM), n_bootstrap, seed)
     rows = []
     for index, shift in enumerate(shifts_D):
@@ -326,8 +323,8 @@ def interventions_table(
     return rows
 
 
-def layers_of(neurons_K2: NDArray[np.int64]) -> Iterator[tuple[int | None, Array]]:
-    """Which neurons are the model's (None: all) and each layer's."""
+def layers_of(neurons_K2: Ints) -> Iterator[tuple[int | None, Numbers]]:
+    """Yield masks of the chosen neurons: all of them (layer None), then those of each layer."""
     yield None, np.ones(len(neurons_K2), bool)
     for layer in np.unique(neurons_K2[:, 0]).tolist():
         yield layer, neurons_K2[:, 0] == layer
@@ -344,8 +341,8 @@ def _ranks(values_PK: Floats) -> Floats:
     return ranks
 
 
-def _standard(values: Array) -> Floats:
-    """Centred and scaled: probabilities are so small that their squares would lose digits."""
+def _standard(values: Numbers) -> Floats:
+    """Centre and scale: probabilities are so small that their squares would lose digits."""
     if np.ptp(values) == 0:  # exactly: the mean of equal numbers may differ from them
         return np.zeros(values.shape)
     centred = values.astype(np.float64) - values.mean(dtype=np.float64)
@@ -353,7 +350,7 @@ def _standard(values: Array) -> Floats:
     return standard
 
 
-def _top(values_PK: Array, n_top: int) -> Array:
+def _top(values_PK: Numbers, n_top: int) -> Numbers:
     order_PK = np.argsort(-np.abs(values_PK), axis=1, kind="stable")
     top_PK = np.zeros(values_PK.shape, bool)
     np.put_along_axis(top_PK, order_PK[:, :n_top], True, axis=1)

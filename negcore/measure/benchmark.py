@@ -23,7 +23,7 @@ N_SHIFTS = 20
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Timing:
     """Times of a fast path and its plain twin, one a repeat."""
 
     what: str
@@ -38,7 +38,7 @@ class Comparison:
 
 def benchmark(
     lm: LanguageModel, prompt: str, labels: Sequence[str], *, neurons: int = 16, repeats: int = 3
-) -> list[Comparison]:
+) -> list[Timing]:
     """Time sweeps and gradients both ways.
 
     Parameters
@@ -95,10 +95,10 @@ def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> to
     return torch.stack(gradients)
 
 
-def _compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int) -> Comparison:
+def _compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int) -> Timing:
     fast()  # the first call allocates
     times = [(fast(), plain()) for _ in range(repeats)]
-    return Comparison(what, [a for a, _ in times], [b for _, b in times])
+    return Timing(what, [a for a, _ in times], [b for _, b in times])
 
 
 def _time(call: Callable[[], object]) -> float:

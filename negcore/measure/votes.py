@@ -1,4 +1,4 @@
-"""Vote-probe arithmetic: pure functions of a block of prompts and a block of neurons, in numpy alone.
+"""The arithmetic of vote probes: pure functions of a block of prompts and a block of neurons, in numpy alone.
 
 Shapes: P prompts, O options, M = L*N neurons (flat index, layer-major: neuron n of layer l is l*N + n),
 K neurons in rank order, best first.
@@ -23,12 +23,12 @@ Numbers = NDArray[Any]
 Ints = NDArray[np.int64]
 Signs = NDArray[np.int8]
 
-# Values worked on at once: bounds every temporary, and keeps sums of +-1 exact in float32.
+# Values worked on at once: this bounds every temporary array and keeps sums of +-1 exact in float32.
 _BLOCK_VALUES = 2**22
 
 
 def polar_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
-    """Polar-Probe's score of each neuron: sum over prompts of 2*sign(v_gold) - sum over options of sign(v).
+    """Score neurons as the Polar-Probe does: sum over prompts of 2*sign(v_gold) - sum over options of sign(v).
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def polar_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
     Returns
     -------
     array of int64, shape (M,)
-        Adds up over blocks of prompts, concatenates over blocks of neurons.
+        Scores of blocks of prompts add up; scores of blocks of neurons concatenate.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def polar_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
 
 
 def magn_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
-    """Magn-Probe's score of each neuron: sum over prompts and options of sign(v_gold - v_option).
+    """Score neurons as the Magn-Probe does: sum over prompts and options of sign(v_gold - v_option).
 
     Parameters, Returns, Raises: as `polar_scores`.
     """
@@ -61,7 +61,7 @@ def magn_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
 
 Rule = Literal["polar", "magn"]
 Signal = Literal["neg", "gradient", "gxa"]
-"""What stands for a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
+"""A measure of a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
 
 SCORES: Mapping[Rule, Callable[[Numbers, ArrayLike], Ints]] = MappingProxyType(
     {"polar": polar_scores, "magn": magn_scores}
@@ -69,14 +69,14 @@ SCORES: Mapping[Rule, Callable[[Numbers, ArrayLike], Ints]] = MappingProxyType(
 
 
 class Vote(NamedTuple):
-    """A way to score neurons: by the sign or the order of the options' values, and which value it is."""
+    """A way to score neurons: the rule compares signs or sizes of the options' values, the signal is that value."""
 
     rule: Rule
     signal: Signal
 
     @property
     def name(self) -> str:
-        """As run files name the probe: the rule, and the signal unless that is NEG."""
+        """Name of the probe in run files: the rule, and the signal unless that is NEG."""
         return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
 
 
@@ -85,7 +85,7 @@ VOTES = tuple(Vote(rule, signal) for rule, signal in product(get_args(Rule), get
 
 
 def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -> dict[Vote, Ints]:
-    """Every neuron's score by every vote: all that ranking asks of some prompts.
+    """Score every neuron by every vote: a ranking needs nothing else of these prompts.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -
     Returns
     -------
     dict of Vote to array of int64, shape (M,)
-        They add up over blocks of prompts.
+        Scores of blocks of prompts add up.
 
     Raises
     ------
@@ -121,18 +121,17 @@ def add_votes(
     activations_PN: Callable[[], Numbers],
     gold_P: ArrayLike,
 ) -> None:
-    """Add to row `at` of each vote's scores what one layer of some prompts says; see `signed_rank_effect`."""
+    """Add the scores of one layer of some prompts to row `at` of each vote's scores; see `signed_rank_effect`."""
     for vote, scores in scores_LN.items():
         scores[at] += SCORES[vote.rule](signed_rank_effect(vote.signal, signed_ranks_PON, activations_PN), gold_P)
 
 
 def signed_rank_effect(signal: Signal, signed_ranks_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
-    """What stands for a signal's values in order and sign, shape (P, O, N), from what stands so for NEGs.
+    """Return numbers with the order and signs of a signal's values, shape (P, O, N), from such numbers for NEGs.
 
-    Within a prompt gradient x activation is NEG times a number that is no smaller than zero and the same for every
-    option: signs and order of the options are NEG's own, unless the neuron is at exactly zero. Nothing is multiplied,
-    as a product's rounding could tie NEGs next to each other and lose small ones. Polar and Magn on gradient x
-    activation therefore equal Polar and Magn on NEG, but for neurons at exactly zero.
+    Within a prompt, gradient x activation is NEG times a factor that is the same for every option and not negative.
+    Signs and order of the options are therefore those of NEG, unless the neuron is at exactly zero, and so are Polar
+    and Magn. Nothing is multiplied, as rounding a product could make neighbouring NEGs equal and small ones zero.
 
     Raises
     ------
@@ -148,7 +147,7 @@ def signed_rank_effect(signal: Signal, signed_ranks_PON: Numbers, activations_PN
 
 
 def argmax_features(negs_POM: Numbers) -> NDArray[np.uint8]:
-    """Tree-Probe's features: of each prompt and neuron, the index of the option with the largest NEG.
+    """Return the Tree-Probe's features: for each prompt and neuron, the index of the option with the largest NEG.
 
     Parameters
     ----------
@@ -191,7 +190,7 @@ def _sum_over_rows(score_block: Callable[[Numbers, Ints], Ints], negs_POM: Numbe
 
 def _polar_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
     n_rows, n_options, n_neurons = negs_POM.shape
-    # 2*sign(v_gold) - sum of all signs: the gold option counts +1, every other -1; a product does the sum.
+    # In 2*sign(v_gold) - sum of all signs the gold option counts +1 and every other one -1; a product does the sum.
     weights_PO = np.where(gold_P[:, None] == np.arange(n_options), 1, -1).astype(np.float32)
     signs = _signs(negs_POM).astype(np.float32).reshape(n_rows * n_options, n_neurons)
     return (weights_PO.ravel() @ signs).astype(np.int64)
@@ -199,7 +198,7 @@ def _polar_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
 
 def _magn_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
     gold_P1M = negs_POM[np.arange(len(gold_P)), gold_P][:, None]
-    # Compared, not subtracted: a difference of tiny NEGs may be flushed to zero.
+    # NEGs are compared, not subtracted: a difference of tiny NEGs may be flushed to zero.
     ahead_POM = (gold_P1M > negs_POM).view(np.int8) - (gold_P1M < negs_POM).view(np.int8)
     return np.asarray(ahead_POM.sum(axis=(0, 1), dtype=np.int64))
 
@@ -209,14 +208,14 @@ def polar_votes(negs_POK: Numbers, polarity_K: Signs) -> Signs:
 
 
 def magn_votes(negs_POK: Numbers, polarity_K: Signs) -> Signs:
-    # Polarity 0 makes all options equal: each gets the neuron's vote, which decides nothing.
+    # A polarity of 0 makes all options equal: each gets the neuron's vote, which decides nothing.
     directed_POK = negs_POK * polarity_K.astype(negs_POK.dtype)
     wins_POK: Numbers = directed_POK == directed_POK.max(axis=1, keepdims=True)
     return wins_POK.view(np.int8)
 
 
 def _signs(values: Numbers) -> Signs:
-    # A quarter of np.sign's memory for float32.
+    # This takes a quarter of the memory that np.sign takes for float32.
     return (values > 0).view(np.int8) - (values < 0).view(np.int8)
 
 
@@ -237,46 +236,36 @@ class Ranking:
 
     @classmethod
     def from_scores(cls, scores_M: ArrayLike) -> Self:
-        """Rank all neurons by their scores, array of int, shape (M,); `NegError` if they are not that."""
+        """Rank all neurons by their scores, array of int, shape (M,); raise `NegError` for any other array."""
         scores = np.asarray(scores_M)
         if scores.ndim != 1 or scores.dtype.kind != "i":
             raise NegError(f"scores have shape {scores.shape} and type {scores.dtype}: give one integer a neuron")
         order = np.argsort(-np.abs(scores.astype(np.int64)), kind="stable")
         return cls(order, np.sign(scores[order]).astype(np.int8))
 
-    def top(self, k: int) -> Ranking:
-        """The k best neurons (all, if there are fewer); `NegError` unless k is at least 1."""
-        if k < 1:
-            raise NegError(f"n_neurons is {k}: keep at least 1 neuron")
-        return Ranking(self.order_K[:k], self.polarity_K[:k])
-
-
-def halvings(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Act-Probe's binary questions over the classes [start, stop): (start, middle, stop), each before its halves'."""
-    if stop - start < 2:
-        return
-    middle = (start + stop) // 2
-    yield start, middle, stop
-    yield from halvings(start, middle)
-    yield from halvings(middle, stop)
+    def top(self, n_kept: int) -> Ranking:
+        """Return the best neurons (all, if there are fewer); raise `NegError` unless ``n_kept`` is at least 1."""
+        if n_kept < 1:
+            raise NegError(f"n_kept is {n_kept}: keep at least 1 neuron")
+        return Ranking(self.order_K[:n_kept], self.polarity_K[:n_kept])
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of rows that hold about `_BLOCK_VALUES` values each, at least one row."""
+    """Yield slices of rows that hold about `_BLOCK_VALUES` values each, and at least one row."""
     step = max(1, _BLOCK_VALUES // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
 
 def check_negs(negs_POM: Numbers, neurons_M: Ints | None = None) -> Numbers:
-    """The NEGs, or `NegError` if they have not three axes or are not finite; see `check_finite`."""
+    """Return the NEGs, or raise `NegError` unless they have three axes and are finite; see `check_finite`."""
     if negs_POM.ndim != 3:
         raise NegError(f"NEGs have shape {negs_POM.shape}: give (prompts, options, neurons)")
     return check_finite(negs_POM, "NEG", ("row", "option", "neuron"), neurons_M)
 
 
 def check_finite(values: Numbers, what: str, axes: tuple[str, ...], neurons_M: Ints | None = None) -> Numbers:
-    """The values, or `NegError` naming the first NaN or infinity; ``neurons_M``: names for the last axis."""
+    """Return the values; raise `NegError` for the first NaN or infinity (``neurons_M``: numbers of the last axis)."""
     for rows in row_blocks(values.shape):
         finite = np.isfinite(values[rows])
         if not finite.all():
@@ -290,7 +279,7 @@ def check_finite(values: Numbers, what: str, axes: tuple[str, ...], neurons_M: I
 
 
 def check_gold(gold_P: ArrayLike, n_options: int) -> NDArray[np.int64]:
-    """Gold options as int64, refused unless every one is the index of an option.
+    """Return gold options as int64; refuse any that is not the index of an option.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How good a prediction is: accuracy with its interval, and the floors every probe must beat.
+"""The quality of predictions: accuracy with its interval, and the floors that every probe must beat.
 
 Shapes: P prompts, O options.
 """
@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How many of how many prompts were answered right.
+    """Number of prompts answered right, out of the number asked.
 
     Accuracies of disjoint sets of prompts add up: ``a + b`` is the accuracy on both.
 
@@ -49,8 +49,8 @@ class Accuracy:
     def __post_init__(self) -> None:
         if self.n < 1 or not 0 <= self.n_correct <= self.n:
             raise NegError(
-                f"{self.n_correct} right of {self.n} prompts is no accuracy: give at least one prompt "
-                "and between none and all of them right"
+                f"{self.n_correct} right of {self.n} prompts is not an accuracy: give at least one prompt, "
+                "of which none to all are right"
             )
 
     def __add__(self, other: Accuracy) -> Accuracy:
@@ -77,12 +77,12 @@ class MacroAverage(NamedTuple):
 
 
 def macro_average(accuracies: Sequence[Accuracy]) -> MacroAverage:
-    """Mean accuracy over datasets, each counting the same whatever its size.
+    """Average the accuracies of datasets; each counts the same, whatever its size.
 
-    The datasets are taken as they are, their rows as samples: the interval says how the mean would vary with other
-    rows of the same datasets, not with other datasets. It is put together from the datasets' own Wilson intervals:
-    the distance of each end is the root of the sum of their squared distances, over the number of datasets (method
-    of variance estimates recovery). Of one dataset it is the Wilson interval itself.
+    The rows are samples, the datasets are not: the interval says how the mean would vary with other rows of the same
+    datasets, not with other datasets. It combines the datasets' own Wilson intervals: the distance of each end is the
+    root of the sum of their squared distances, over the number of datasets (method of variance estimates recovery).
+    For one dataset it is the Wilson interval itself.
 
     References
     ----------
@@ -96,7 +96,7 @@ def macro_average(accuracies: Sequence[Accuracy]) -> MacroAverage:
     """
     n = len(accuracies)
     if not n:
-        raise NegError("no accuracies to average: give at least one dataset's")
+        raise NegError("no accuracies to average: give that of at least one dataset")
     value = sum(one.value for one in accuracies) / n
     below = sum((one.value - one.interval.low) ** 2 for one in accuracies) ** 0.5 / n
     above = sum((one.interval.high - one.value) ** 2 for one in accuracies) ** 0.5 / n
@@ -104,7 +104,7 @@ def macro_average(accuracies: Sequence[Accuracy]) -> MacroAverage:
 
 
 def confusion_counts(gold_P: ArrayLike, predicted_P: ArrayLike, n_options: int) -> NDArray[np.int64]:
-    """How often each option was predicted for each gold option: counts, shape (gold O, predicted O).
+    """Count how often each option was predicted for each gold option: shape (gold O, predicted O).
 
     Raises
     ------
@@ -122,7 +122,7 @@ def confusion_counts(gold_P: ArrayLike, predicted_P: ArrayLike, n_options: int) 
 
 
 def accuracy(gold_P: NDArray[Any], predicted_P: NDArray[Any]) -> Accuracy:
-    """Share of prompts whose predicted option is the gold one.
+    """Count the prompts whose predicted option is the gold one.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def accuracy(gold_P: NDArray[Any], predicted_P: NDArray[Any]) -> Accuracy:
 
 
 def majority_floor(gold_train: ArrayLike, gold_test: ArrayLike) -> Accuracy:
-    """Accuracy on test of always answering the commonest training option (ties: the lowest index).
+    """Return the test accuracy of always answering the most common training option (ties: the lowest index).
 
     Parameters
     ----------
@@ -155,12 +155,12 @@ def majority_floor(gold_train: ArrayLike, gold_test: ArrayLike) -> Accuracy:
     n_options = int(max(np.max(gold_train, initial=0), np.max(gold_test, initial=0))) + 1
     train, test = check_gold(gold_train, n_options), check_gold(gold_test, n_options)
     if not train.size:
-        raise NegError("no training rows: the commonest option needs at least one")
+        raise NegError("no training rows, so no option is the most common: give at least one row")
     return accuracy(test, np.full_like(test, np.bincount(train).argmax()))
 
 
 def random_floor(gold_P: ArrayLike, n_options: int) -> float:
-    """Expected accuracy of answering at random: 1/O, whatever the gold options, as every prompt has O.
+    """Return the expected accuracy of answering at random: 1/O, whatever the gold options are.
 
     Parameters
     ----------
@@ -178,14 +178,14 @@ def random_floor(gold_P: ArrayLike, n_options: int) -> float:
     return 1 / n_options
 
 
-def choose_n_neurons(accuracy_by_k: Mapping[int, Accuracy]) -> int:
-    """The number of neurons with the largest validation accuracy; ties go to the smallest number.
+def choose_n_kept(accuracy_by_k: Mapping[int, Accuracy]) -> int:
+    """Return the number of neurons with the largest validation accuracy; of equally good ones the smallest.
 
     Parameters
     ----------
     accuracy_by_k : mapping of int to Accuracy
-        Accuracy on *validation* prompts for each number of kept neurons. Never on test prompts: the
-        largest of many test accuracies is not an estimate of accuracy.
+        Accuracy on *validation* prompts for each number of kept neurons. Never give accuracies on test prompts:
+        the largest of many test accuracies does not estimate accuracy.
 
     Raises
     ------

@@ -1,41 +1,35 @@
-"""How well every neuron tells the gold option, over a whole split: sums over shards, one block of layers at a time.
+"""Scores of all neurons over a whole split: how well each tells the gold option, one block of layers at a time.
 
-What is read of a split at any moment is one layer of one shard; what comes out is a number or two for each neuron.
-Blocks of layers concatenate, so they can be scored anywhere.
+Scores are sums over shards. One layer of one shard is in memory at a time, and each neuron gets a number or two.
+Blocks of layers concatenate, so any worker can score any block.
 
-Axes: P prompts, O options, C classes (distinct gold options), S binary questions between classes, N neurons a layer,
-M neurons of a block of layers (layer-major), K chosen neurons.
+Axes: P prompts, O options, C classes (distinct gold options), S binary questions between classes, L layers,
+N neurons a layer, M neurons of a block of layers (layer-major), K chosen neurons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from negcore.errors import NegError
-from negcore.measure.votes import Ints, Numbers, Signal, Vote, add_votes, check_finite, halvings, signed_rank_effect
+from negcore.measure.votes import (
+    Ints,
+    Numbers,
+    Ranking,
+    Rule,
+    Signal,
+    Vote,
+    add_votes,
+    check_finite,
+    signed_rank_effect,
+)
+from negcore.probing.act_scores import ActScores, above_scores, class_sums, mean_thresholds
 from negcore.store.reader import NegSplit, RowBlock, Selection
-
-
-@dataclass(frozen=True, eq=False)
-class ActScores:
-    """What an Act-Probe needs of each neuron, for every binary question in `halvings`' order.
-
-    Attributes
-    ----------
-    scores_SM : array of int64, shape (S, M)
-        2n * (accuracy - 0.5) of "above the threshold means the upper half".
-    thresholds_SM : array of float64, shape (S, M), activation
-        Mean activation over the prompts of the question's classes.
-    """
-
-    scores_SM: Ints
-    thresholds_SM: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,44 +41,62 @@ class Rankings:
 
     @classmethod
     def joined(cls, blocks: Sequence[Rankings]) -> Rankings:
-        """Blocks of consecutive layers, in their order, as one."""
+        """Join the scores of consecutive blocks of layers, in their order."""
         acts = [block.act for block in blocks if block.act is not None]
-        act = None
-        if acts:
-            act = ActScores(
-                np.concatenate([one.scores_SM for one in acts], axis=1),
-                np.concatenate([one.thresholds_SM for one in acts], axis=1),
-            )
         votes_M = {vote: np.concatenate([block.votes_M[vote] for block in blocks]) for vote in blocks[0].votes_M}
-        return cls(votes_M, act)
+        return cls(votes_M, ActScores.joined(acts) if acts else None)
 
 
-def effect(signal: Signal, negs_PON: Numbers, activations_PN: Callable[[], Numbers]) -> Numbers:
-    """A signal's values, shape (P, O, N), from NEGs and, where it needs them, activations.
+def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Ranking:
+    """Rank all neurons by how well they tell the gold option of a split's prompts.
+
+    Parameters
+    ----------
+    split : NegSplit
+        Training prompts.
+    rule : Rule
+        "magn": by the order of the options' values; "polar": by their signs.
+    signal : Signal
+        The values that are compared.
+
+    Raises
+    ------
+    NegError
+        As `rank_layers`.
+
+    Examples
+    --------
+    >>> from negcore import open_negs, rank
+    >>> ranking = rank(open_negs("RUN").select("smollm2-135m", "agnews", "train"))  # doctest: +SKIP
+    >>> ranking.top(2).order_K  # neuron n of layer l is l * layer width + n  # doctest: +SKIP
+    array([31042, 29877])
+    """
+    vote = Vote(rule, signal)
+    return Ranking.from_scores(rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote])
+
+
+def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
+    """Return a signal's values for K chosen neurons of a block of rows: float32, shape (P, O, K).
 
     As NEG is the gradient times s(a), with s(a) = 1 if a > 0 and else -1, the plain gradient is NEG * s(a), and
     gradient x activation is NEG * |a|.
     """
+    negs_POK = block.negs(selection)
     if signal == "neg":
-        return negs_PON
-    activations = activations_PN()[:, None]
+        return negs_POK
+    activations = block.activations(selection)[:, None]
     if signal == "gradient":
-        return np.where(activations > 0, negs_PON, -negs_PON)
-    return np.asarray(negs_PON * np.abs(activations))
-
-
-def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
-    """A signal's values for K chosen neurons of a block of rows: float32 (P, O, K)."""
-    return effect(signal, block.negs(selection), lambda: block.activations(selection))
+        return np.where(activations > 0, negs_POK, -negs_POK)
+    return np.asarray(negs_POK * np.abs(activations))
 
 
 def chosen_signed_ranks(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
-    """What stands for a signal's values in order and sign, for K chosen neurons of a block of rows: (P, O, K)."""
+    """Return numbers with the order and signs of a signal's values, for K chosen neurons of a block: (P, O, K)."""
     return signed_rank_effect(signal, block.signed_ranks(selection), lambda: block.activations(selection))
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:
-    """Score every neuron of some layers on all prompts of a split, or add up the vote sums that its shards hold.
+    """Score every neuron of some layers on all prompts of a split, or add up the vote sums in its shards.
 
     Parameters
     ----------
@@ -93,13 +105,13 @@ def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act:
     votes : collection of Vote
         Scores for Polar- and Magn-like probes.
     act : bool
-        Whether to score activations too.
+        True to score activations too.
 
     Raises
     ------
     NegError
-        If a NEG or activation is NaN or infinite: its prompt, layer and neuron are named. With storage "stats" also
-        if activations are to be scored, or the shards hold chosen neurons instead of sums.
+        If a NEG or activation is NaN or infinite; the message names its prompts, layer and neuron. With storage
+        "stats" also if ``act`` is true, or the shards hold chosen neurons instead of sums.
     """
     if split.level.has_vote_sums:
         votes_M = _added_sums(split, layers, votes)
@@ -122,7 +134,7 @@ def training_scores(
 ) -> dict[int, Rankings]:
     """Score every neuron of some layers on the first rows of a split, for several numbers of rows at once.
 
-    Scores are sums over prompts, so every row is read once, and none behind the largest number.
+    Scores are sums over prompts, so each row up to the largest number is read once, and no later row.
 
     Parameters
     ----------
@@ -135,7 +147,7 @@ def training_scores(
     Returns
     -------
     dict of int to Rankings
-        For each size, smallest first, what `rank_layers` gives of a split with only those rows.
+        For each size, smallest first, the scores that `rank_layers` would give if the split had only those rows.
 
     Raises
     ------
@@ -144,7 +156,9 @@ def training_scores(
     """
     for size in sizes:
         if not 1 <= size <= split.n_rows:
-            raise NegError(f"scores of the first {size} rows: {split.place.dataset} has 1..{split.n_rows}")
+            raise NegError(
+                f"cannot score the first {size} rows of {split.place.dataset}: give a number in 1..{split.n_rows}"
+            )
     assert sizes, "no numbers of rows"
     scores = {vote: np.zeros((len(layers), split.n_neurons), np.int64) for vote in votes}
     found: dict[int, Rankings] = {}
@@ -158,7 +172,7 @@ def training_scores(
 
 
 def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBlock, int, int]]:
-    """Blocks of rows up to the last of the rising sizes, cut at each: (block, first row, end row)."""
+    """Yield blocks of rows up to the last of the rising sizes, cut at each size: (block, first row, end row)."""
     for block in split.row_blocks():
         end = min(block.rows.stop, sizes[-1])
         if end <= block.rows.start:
@@ -173,57 +187,31 @@ def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slic
 
 
 def act_scores(split: NegSplit, layers: range) -> ActScores:
-    """Thresholds and scores of an Act-Probe's neurons, in two passes over the shards: means, then counts above."""
+    """Score the neurons of an Act-Probe in two passes over the shards: first means, then counts above the means."""
     classes, class_P = np.unique(split.gold_P, return_inverse=True)
-    n_C = np.bincount(class_P, minlength=len(classes))
-    questions = list(halvings(0, len(classes)))
-    sums_CM = _class_sums(split, layers, class_P, len(classes))
-    thresholds_SM = np.empty((len(questions), sums_CM.shape[1]))
-    for at, (start, _, stop) in enumerate(questions):
-        thresholds_SM[at] = sums_CM[start:stop].sum(axis=0) / n_C[start:stop].sum()
-    return ActScores(_above_scores(split, layers, class_P, questions, thresholds_SM), thresholds_SM)
+    sums_CM = np.zeros((len(classes), len(layers) * split.n_neurons))
+    for rows, columns, activations_PN in _activations(split, layers):
+        sums_CM[:, columns] += class_sums(activations_PN, class_P[rows], len(classes))
+    thresholds_SM = mean_thresholds(sums_CM, class_P)
+    scores_SM = np.zeros(thresholds_SM.shape, np.int64)
+    for rows, columns, activations_PN in _activations(split, layers):
+        scores_SM[:, columns] += above_scores(activations_PN, class_P[rows], thresholds_SM[:, columns])
+    return ActScores(scores_SM, thresholds_SM)
 
 
-def _class_sums(split: NegSplit, layers: range, class_P: Ints, n_classes: int) -> NDArray[np.float64]:
-    """Sum of activations of each class, float64: the sum of equal float32 values is then exact."""
-    sums_CLN = np.zeros((n_classes, len(layers), split.n_neurons))
+def _activations(split: NegSplit, layers: range) -> Iterator[tuple[slice, slice, Numbers]]:
+    """Yield the activations of every block of rows and layer, all finite: (rows, columns of the layer, (P, N))."""
     for block in split.row_blocks():
-        is_class_CP = class_P[block.rows] == np.arange(n_classes)[:, None]
         for at, layer in enumerate(layers):
             activations_PN = block.shard.activations_PN(layer)
             with _named(split, block.rows.start, layer):
                 check_finite(activations_PN, "activation", ("row", "neuron"))
-            for of_class, is_class_P in enumerate(is_class_CP):
-                sums_CLN[of_class, at] += activations_PN[is_class_P].sum(axis=0, dtype=np.float64)
-    return sums_CLN.reshape(n_classes, -1)
-
-
-def _above_scores(
-    split: NegSplit,
-    layers: range,
-    class_P: Ints,
-    questions: Sequence[tuple[int, int, int]],
-    thresholds_SM: NDArray[np.float64],
-) -> Ints:
-    """Right minus wrong answers of "above the threshold means the upper half"."""
-    scores_SM = np.zeros(thresholds_SM.shape, np.int64)
-    for block in split.row_blocks():
-        here_P = class_P[block.rows]
-        for at, layer in enumerate(layers):
-            activations_PN = block.shard.activations_PN(layer)
-            columns = slice(at * split.n_neurons, (at + 1) * split.n_neurons)
-            for question, (start, middle, stop) in enumerate(questions):
-                # +1 in the upper half, -1 in the lower, 0 where the question does not arise.
-                side_P = np.where(here_P >= middle, 1, -1) * ((here_P >= start) & (here_P < stop))
-                above_PN = activations_PN > thresholds_SM[question, columns]
-                right_N = 2 * (side_P.astype(np.float32) @ above_PN.astype(np.float32)) - side_P.sum()
-                scores_SM[question, columns] += right_N.astype(np.int64)
-    return scores_SM
+            yield block.rows, slice(at * split.n_neurons, (at + 1) * split.n_neurons), activations_PN
 
 
 @contextmanager
 def _named(split: NegSplit, start: int, layer: int) -> Iterator[None]:
-    """Say of a refused number in which prompts and layer it is."""
+    """Add the prompts and the layer to the message about a refused number."""
     try:
         yield
     except NegError as error:

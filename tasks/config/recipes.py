@@ -8,7 +8,7 @@ import numpy as np
 
 from negcore.measure.votes import Ints, Ranking, Vote
 from negcore.probing.fitted import random_neurons
-from negcore.probing.probes import neuron_counts
+from negcore.probing.probes import kept_counts
 from negcore.probing.rankings import rank_layers
 from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
@@ -97,5 +97,5 @@ def _draws(run: SkillRun, n_all: int) -> Ints:
     """Return the neurons that random baselines may draw, for every number that validation may choose."""
     if not any(RECIPES[name].kind == "random" for name in run.probe):
         return np.empty(0, np.int64)
-    counts = neuron_counts(min(run.max_neurons, n_all))
+    counts = kept_counts(min(run.max_neurons, n_all))
     return np.unique(np.concatenate([random_neurons(n_all, count, seed=run.seed) for count in counts]))

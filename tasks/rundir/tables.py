@@ -1,9 +1,9 @@
 """Tables of results as Arrow files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
@@ -44,6 +44,36 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
     schema = pa.schema(columns)
     with output(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+
+
+def write_tables(
+    folder: Path, kind: type, findings: Sequence[tuple[Sequence[str], Any]], *, names: Sequence[str] = ()
+) -> None:
+    """Write one table for each field of `kind` that is a list of dataclasses, named as the field.
+
+    Parameters
+    ----------
+    folder : Path
+    kind : dataclass
+        Class of the findings.
+    findings : sequence of (labels, object of `kind`)
+        The labels of an object stand before each of its rows.
+    names : sequence of str
+        Columns of the labels, in their order.
+
+    Raises
+    ------
+    RunError
+        If a table cannot be written.
+    """
+    for table, hint in get_type_hints(kind).items():
+        if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
+            rows = [
+                dict(zip(names, labels, strict=True)) | asdict(row)
+                for labels, found in findings
+                for row in getattr(found, table)
+            ]
+            write_table(folder / f"{table}.arrow", get_args(hint)[0], rows, names=names)
 
 
 def _type(hint: Any) -> pa.DataType:

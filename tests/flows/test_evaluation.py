@@ -24,7 +24,7 @@ from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.plan import plan
 from tasks.pool.base import Stopped
-from tasks.probe import RECIPES, Confusion, Prober, Score, probe_path
+from tasks.probe import RECIPES, AccuracyRow, Confusion, Prober, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
 from tasks.rundir.tables import write_table
@@ -141,7 +141,7 @@ def test_the_tables_on_disk_hold_what_was_shown(run, results):
             tuple(vars(r).values()) for r in rows
         ]
     assert len(read(directory / "confusion.arrow")) == len(results.confusion) == 13 * (9 + 4)
-    assert read(directory / "accuracy.arrow")[0].keys() == Score.__dataclass_fields__.keys()
+    assert read(directory / "accuracy.arrow")[0].keys() == AccuracyRow.__dataclass_fields__.keys()
 
 
 def test_probing_again_on_more_workers_gives_the_same(run, results):
@@ -198,7 +198,7 @@ def score(dataset, genre, n_correct, n_test=10, probe="magn", group="", **change
     fields = {"model": "m", "shots": 0, "n_neurons": 16384, "n_train": 6000, "majority": 0.5, "random": 0.25}
     fields |= {"overlapping": False, "accuracy": n_correct / n_test, "low": low, "high": high}
     fields |= {"n_correct": n_correct, "n_test": n_test, "genre": genre, "dataset": dataset, "group": group}
-    return Score(**fields | {"probe": probe} | changes)
+    return AccuracyRow(**fields | {"probe": probe} | changes)
 
 
 def test_averages_by_pencil_count_datasets_the_same_and_groups_not_at_all():
@@ -439,7 +439,7 @@ def test_a_wording_that_asks_for_another_field_is_refused_with_the_datasets(smal
 def answered(dataset, probe, share, **changes):
     fields = {"model": "m", "shots": 0, "genre": "nli", "group": "", "n_neurons": 4, "low": 0.1, "high": 0.9}
     fields |= {"n_correct": 1, "n_test": 10, "n_train": 20, "majority": 0.5, "random": 0.5, "overlapping": False}
-    return Score(**(fields | {"dataset": dataset, "probe": probe, "accuracy": share} | changes))
+    return AccuracyRow(**(fields | {"dataset": dataset, "probe": probe, "accuracy": share} | changes))
 
 
 def test_runs_stand_side_by_side_where_two_have_the_dataset():
@@ -456,7 +456,7 @@ def test_runs_stand_side_by_side_where_two_have_the_dataset():
 
 def test_runs_are_compared_by_a_command_that_refuses_what_is_none(tmp_path):
     for name, value in (("one", 0.25), ("two", 0.75)):
-        write_table(tmp_path / name / "accuracy.arrow", Score, [asdict(answered("mini/nli", "lm", value))])
+        write_table(tmp_path / name / "accuracy.arrow", AccuracyRow, [asdict(answered("mini/nli", "lm", value))])
     ran = neg("compare", tmp_path / "one", tmp_path / "two")
     assert ran.returncode == 0 and ".250" in ran.stdout and ".750" in ran.stdout
     alone = neg("compare", tmp_path / "one", tmp_path / "one")

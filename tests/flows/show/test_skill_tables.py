@@ -16,20 +16,16 @@ from flows.show.drawing import save_figures
 from flows.show.skill_figures import write_figures
 from flows.show.skill_tables import skill_tables, summary
 from negcore.analysis.causal import DIRECTIONS, CausalRow
+from negcore.analysis.shared_neurons import CommonNeuronRow, LayerShareRow, OverlapRow, genre_overlaps, jaccard_chance
 from negcore.analysis.skills import (
     DEPTHS,
     TREES,
     BandRow,
-    CommonNeuronRow,
     ForestRow,
-    LayerShareRow,
     NeuronCountRow,
-    OverlapRow,
     TrainingRowsRow,
     TransferRow,
     band_starts,
-    genre_overlaps,
-    jaccard_chance,
     training_sizes,
 )
 from tasks.skills import DatasetFindings, ReferenceRow, SkillFindings

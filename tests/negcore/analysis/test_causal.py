@@ -131,7 +131,7 @@ def test_bad_sets_are_refused_in_one_line(settings, message):
         skill_sets(
             **{
                 "ranking": Ranking.from_scores(np.arange(20)),
-                **{"sizes": [4], "n_layers": 2, "n_neurons": 10, "draws": 1, "seed": 0},
+                **{"sizes": [4], "n_layers": 2, "layer_width": 10, "draws": 1, "seed": 0},
                 **settings,
             }
         )

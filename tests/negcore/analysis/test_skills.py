@@ -3,94 +3,45 @@
 from fractions import Fraction
 from itertools import combinations
 from math import comb
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support import negs_place, write_negs
+from stored_negs import N_ALL, N_LAYERS, N_ROWS, Numbers, numbers, write_split, write_splits
 
+from negcore.analysis.shared_neurons import (
+    common_neurons,
+    genre_overlaps,
+    jaccard_chance,
+    layer_shares,
+    overlaps,
+    rank_with_random_ties,
+)
 from negcore.analysis.skills import (
     accuracy_by_neurons,
     accuracy_by_rows,
     band_starts,
     bands,
-    common_neurons,
     forest_grid,
-    genre_overlaps,
-    jaccard_chance,
-    layer_shares,
-    overlaps,
-    rank_by_lot,
     training_sizes,
     transfer,
 )
 from negcore.errors import NegError
-from negcore.measure.votes import Ranking, argmax_features, magn_scores, polar_scores
-from negcore.probing.evaluation import accuracy, choose_n_neurons
-from negcore.probing.fitted import Forest, fit_forest, fit_vote
+from negcore.measure.votes import VOTES, Ranking, Vote, argmax_features, magn_scores, polar_scores
+from negcore.probing.evaluation import accuracy, choose_n_kept
+from negcore.probing.fitted import fit_forest, fit_vote
+from negcore.probing.forest import Forest
 from negcore.probing.probes import MagnProbe, PolarProbe, TreeProbe
-from negcore.probing.rankings import Rankings, Vote, rank_layers, training_scores
-from negcore.store.identity import RunIdentity
-from negcore.store.reader import open_negs
+from negcore.probing.rankings import Rankings, rank_layers, training_scores
 
-N_LAYERS, N_NEURONS, N_OPTIONS, N_ROWS = 3, 5, 3, 40
-N_ALL = N_LAYERS * N_NEURONS
 POLAR, MAGN = Vote("polar", "neg"), Vote("magn", "neg")
-VOTES = [Vote(rule, signal) for rule in ("polar", "magn") for signal in ("neg", "gradient", "gxa")]
 BOTH = pytest.mark.parametrize("vote", [POLAR, MAGN])
 ESTIMATORS = {"polar": PolarProbe, "magn": MagnProbe}
 SCORES = {"polar": polar_scores, "magn": magn_scores}
 
 
-class Row(NamedTuple):
-    id: str
-    prompt: str
-    answer: int
-    group: str
-
-
-class Numbers(NamedTuple):
-    negs_POM: np.ndarray
-    activations_PM: np.ndarray
-    gold_P: np.ndarray
-
-
-def numbers(split, dataset="d", n_options=N_OPTIONS):
-    """Small whole numbers: many ties and zeros."""
-    rng = np.random.default_rng([len(split), *dataset.encode(), n_options])
-    gold_P = rng.permutation(np.arange(N_ROWS) % n_options)
-    negs_POM = rng.integers(-2, 3, (N_ROWS, n_options, N_ALL)).astype(np.float32)
-    negs_POM[np.arange(N_ROWS), gold_P, 7] += 1  # a neuron with a little skill
-    activations_PM = rng.integers(-3, 4, (N_ROWS, N_ALL)).astype(np.float32)
-    return Numbers(negs_POM, activations_PM, gold_P)
-
-
-def write(root, split, data, *, dataset="d", shard_rows=16):
-    settings = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
-    settings |= {"n_layers": N_LAYERS, "n_neurons": N_NEURONS, "prompt": {}, "dataset_fingerprint": "f"}
-    starts = range(0, len(data.gold_P), shard_rows)
-    for index, start in enumerate(starts):
-        negs_POM, activations_PM, gold_P = (values[start : start + shard_rows] for values in data)
-        n, n_options = negs_POM.shape[:2]
-        write_negs(
-            root,
-            negs_place("m", dataset, split),
-            index,
-            len(starts),
-            identity=RunIdentity(**settings),
-            examples=[Row(f"{split}/{start + i}", "?", int(gold), "") for i, gold in enumerate(gold_P)],
-            label_ids_PO=np.tile(np.arange(5, 5 + n_options), (n, 1)),
-            negs_POLN=negs_POM.reshape(n, n_options, N_LAYERS, N_NEURONS),
-            activations_PLN=activations_PM.reshape(n, N_LAYERS, N_NEURONS),
-            probs_PO=np.full((n, n_options), 0.1),
-        )
-    return open_negs(root).select("m", dataset, split)
-
-
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    return {split: write(root, split, numbers(split)) for split in ("train", "valid", "test")}
+    return write_splits(tmp_path_factory.mktemp("run"))
 
 
 def train_scores(vote, n_rows=N_ROWS):
@@ -141,11 +92,11 @@ def plain_order(scores_M):
 @pytest.mark.parametrize("shard_rows", [16, 40])
 def test_scores_of_the_first_rows_are_those_of_a_split_with_only_these_rows(tmp_path, shard_rows):
     data, sizes = numbers("train"), [1, 7, 16, 20, 32, 33, 40]
-    whole = write(tmp_path / "whole", "train", data, shard_rows=shard_rows)
+    whole = write_split(tmp_path / "whole", "train", data, shard_rows=shard_rows)
     blocks = [training_scores(whole, layers, VOTES, [33, *sizes[::-1]]) for layers in (range(1), range(1, 3))]
     assert [list(block) for block in blocks] == [sizes, sizes]
     for size in sizes:
-        few = write(tmp_path / str(size), "train", Numbers(*(values[:size] for values in data)))
+        few = write_split(tmp_path / str(size), "train", Numbers(*(values[:size] for values in data)))
         expected = rank_layers(few, range(N_LAYERS), VOTES, act=False)
         found = Rankings.joined([block[size] for block in blocks])
         for vote in VOTES:
@@ -166,7 +117,9 @@ def test_scores_of_the_first_rows_read_every_row_once_and_none_behind_the_last_s
 
 @pytest.mark.parametrize("size", [0, 41])
 def test_scores_of_rows_that_do_not_exist_are_refused_in_one_line(splits, size):
-    with pytest.raises(NegError, match=rf"first {size} rows: d has 1\.\.40") as refused:
+    with pytest.raises(
+        NegError, match=rf"cannot score the first {size} rows of d: give a number in 1\.\.40"
+    ) as refused:
         training_scores(splits["train"], range(N_LAYERS), [MAGN], [size])
     assert "\n" not in str(refused.value)
 
@@ -174,7 +127,7 @@ def test_scores_of_rows_that_do_not_exist_are_refused_in_one_line(splits, size):
 def test_a_neg_that_is_no_number_is_refused_with_the_place_of_its_piece_of_a_shard(tmp_path):
     data = numbers("train")
     data.negs_POM[17, 0, 6] = np.nan
-    split = write(tmp_path, "train", data, shard_rows=40)
+    split = write_split(tmp_path, "train", data, shard_rows=40)
     with pytest.raises(NegError, match="d, rows from 'train/10' on, layer 1: NEG of row 7, option 0, neuron 1 is nan"):
         training_scores(split, range(N_LAYERS), [MAGN], [10, 40])
     assert list(training_scores(split, range(N_LAYERS), [MAGN], [10])) == [10]
@@ -224,8 +177,8 @@ def test_accuracy_by_rows_is_that_of_probes_that_saw_the_first_rows_alone(splits
     train, valid, test = (numbers(split) for split in ("train", "valid", "test"))
     for row in rows:
         few = train.negs_POM[: row.n_train], train.gold_P[: row.n_train]
-        probes = {k: ESTIMATORS[vote.rule](n_neurons=k).fit(*few) for k in (1, 2, 4, 8)}
-        best = choose_n_neurons({k: accuracy(valid.gold_P, one.predict(valid.negs_POM)) for k, one in probes.items()})
+        probes = {k: ESTIMATORS[vote.rule](n_kept=k).fit(*few) for k in (1, 2, 4, 8)}
+        best = choose_n_kept({k: accuracy(valid.gold_P, one.predict(valid.negs_POM)) for k, one in probes.items()})
         assert (row.probe, row.n_neurons) == (vote.rule, best)
         assert figures(row) == measured(test, probes[best].predict(test.negs_POM))
 
@@ -237,7 +190,8 @@ def test_transfer_tests_the_probe_of_each_condition_on_the_prompts_of_every_cond
     names = ["wording a", "wording b", "wording c"]
     data = {name: {split: numbers(split, name) for split in ("train", "valid", "test")} for name in names}
     splits = {
-        name: {split: write(tmp_path, split, data[name][split], dataset=name) for split in data[name]} for name in names
+        name: {split: write_split(tmp_path, split, data[name][split], dataset=name) for split in data[name]}
+        for name in names
     }
     fitted, scores = {}, {}
     for name in names:
@@ -249,7 +203,7 @@ def test_transfer_tests_the_probe_of_each_condition_on_the_prompts_of_every_cond
         kept = plain_order(scores[row.trained_on])[: row.n_neurons]
         test = data[row.tested_on]["test"]
         answers = plain_answers("magn", scores[row.trained_on], kept, test.negs_POM)
-        assert row.n_neurons == fitted[row.trained_on].n_neurons
+        assert row.n_neurons == fitted[row.trained_on].n_kept
         assert figures(row) == measured(test, answers), row
 
 
@@ -261,7 +215,7 @@ def test_forests_are_transferred_too(splits):
 
 
 def test_transfer_to_other_options_is_refused(splits, tmp_path):
-    two = write(tmp_path, "test", numbers("test", n_options=2))
+    two = write_split(tmp_path, "test", numbers("test", n_options=2))
     probe = fit_vote(MAGN, train_scores(MAGN), splits["valid"], max_neurons=4)
     with pytest.raises(NegError, match="give 3 options"):
         transfer("magn", {"a": probe}, {"b": two})
@@ -354,34 +308,34 @@ def scores_of(names, *, n_all=60, seed=0):
 
 def test_a_ranking_by_lot_draws_the_order_of_equal_neurons_and_nothing_else():
     scores = scores_of(["a", "b"])
-    for dataset, ranking in rank_by_lot(scores, seed=1).items():
+    for dataset, ranking in rank_with_random_ties(scores, seed=1).items():
         ordered = scores[dataset][ranking.order_K]
         assert sorted(ranking.order_K.tolist()) == list(range(60))
         assert np.all(np.diff(np.abs(ordered)) <= 0)
         assert ranking.polarity_K.tolist() == np.sign(ordered).tolist()
     distinct = np.array([3, -9, 0, 7, -1])
-    (drawn,) = rank_by_lot({"a": distinct}, seed=1).values()
+    (drawn,) = rank_with_random_ties({"a": distinct}, seed=1).values()
     assert drawn.order_K.tolist() == Ranking.from_scores(distinct).order_K.tolist()
 
 
 def test_a_draw_depends_on_the_seed_and_the_dataset_alone():
     scores = dict.fromkeys(("a", "b"), np.zeros(60, np.int64))
-    both, again, other = (rank_by_lot(scores, seed=seed) for seed in (1, 1, 2))
-    alone = rank_by_lot({"b": scores["b"]}, seed=1)
+    both, again, other = (rank_with_random_ties(scores, seed=seed) for seed in (1, 1, 2))
+    alone = rank_with_random_ties({"b": scores["b"]}, seed=1)
     assert both["b"].order_K.tolist() == again["b"].order_K.tolist() == alone["b"].order_K.tolist()
     assert len({tuple(one.order_K) for one in (both["a"], both["b"], other["a"], other["b"])}) == 4
 
 
 def test_neurons_that_are_equal_in_two_datasets_are_not_shared_more_than_by_chance():
     equal = dict.fromkeys(("a", "b"), np.ones(2000, np.int64))
-    (row,) = overlaps("magn", rank_by_lot(equal, seed=0), {"a": "x", "b": "x"}, [400])
+    (row,) = overlaps("magn", rank_with_random_ties(equal, seed=0), {"a": "x", "b": "x"}, [400])
     assert row.chance / 2 < row.jaccard < 2 * row.chance
     by_index = {name: Ranking.from_scores(scores_M) for name, scores_M in equal.items()}
     assert overlaps("magn", by_index, {"a": "x", "b": "x"}, [400])[0].jaccard == 1
 
 
 def test_equal_neurons_do_not_look_like_a_preference_for_early_layers():
-    (ranking,) = rank_by_lot({"a": np.ones(3000, np.int64)}, seed=0).values()
+    (ranking,) = rank_with_random_ties({"a": np.ones(3000, np.int64)}, seed=0).values()
     shares = [row.share for row in layer_shares("magn", ranking, [600], n_layers=3)]
     assert min(shares) > 0.25
 
@@ -400,7 +354,7 @@ def test_chance_is_what_counting_all_pairs_of_sets_gives(n_all, top):
 def test_overlaps_are_those_of_plain_sets():
     names, tops = ["a", "b", "c"], [1, 8, 60, 99]
     genres = {"a": "x", "b": "y", "c": "x"}
-    ranked = rank_by_lot(scores_of(names), seed=0)
+    ranked = rank_with_random_ties(scores_of(names), seed=0)
     rows = overlaps("polar", ranked, genres, tops)
     pairs = [("a", "b"), ("a", "c"), ("b", "c")]
     assert [(row.top, row.dataset_a, row.dataset_b) for row in rows] == [
@@ -417,7 +371,7 @@ def test_overlaps_are_those_of_plain_sets():
 def test_genres_get_the_mean_of_their_pairs_and_one_with_itself_only_if_it_has_two_datasets():
     names = ["a", "b", "c", "d"]
     genres = {"a": "y", "b": "x", "c": "y", "d": "z"}
-    rows = overlaps("magn", rank_by_lot(scores_of(names), seed=0), genres, [8, 16])
+    rows = overlaps("magn", rank_with_random_ties(scores_of(names), seed=0), genres, [8, 16])
     found = genre_overlaps(rows)
     expected = {("x", "y"): ["ab", "bc"], ("y", "y"): ["ac"], ("y", "z"): ["ad", "cd"], ("x", "z"): ["bd"]}
     assert {(row.genre_a, row.genre_b) for row in found} == set(expected)
@@ -449,7 +403,7 @@ def test_common_neurons_by_pencil():
     # Layers of two neurons. Orders: 1 3 0 2 and 3 1 2 0 and 3 0 1 2.
     scores = {"a": np.array([5, 9, 1, 7]), "b": np.array([1, -8, 2, 9]), "c": np.array([-6, -5, 0, 9])}
     ranked = {name: Ranking.from_scores(scores_M) for name, scores_M in scores.items()}
-    rows = common_neurons("magn", ranked, [1, 3], n_neurons=2)
+    rows = common_neurons("magn", ranked, [1, 3], layer_width=2)
     assert [(row.top, row.layer, row.neuron, row.worst_rank, row.n_same_polarity) for row in rows] == [
         (3, 1, 1, 1, 3),
         (3, 0, 1, 2, 2),
@@ -459,9 +413,9 @@ def test_common_neurons_by_pencil():
 def test_common_neurons_are_those_of_plain_sets_and_ranks():
     names = ["a", "b", "c", "d"]
     scores = scores_of(names)
-    ranked = rank_by_lot(scores, seed=0)
+    ranked = rank_with_random_ties(scores, seed=0)
     ranks = {name: {m: rank for rank, m in enumerate(ranked[name].order_K.tolist())} for name in names}
-    rows = common_neurons("polar", ranked, [30, 60], n_neurons=7)
+    rows = common_neurons("polar", ranked, [30, 60], layer_width=7)
     assert {row.top for row in rows} == {30, 60}
     for top in (30, 60):
         shared = set.intersection(*(set(ranked[name].order_K[:top].tolist()) for name in names))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from support import LABELS, prompts_for, tiny_model
 
-from negcore.measure.benchmark import Comparison, benchmark, plain_gradients
+from negcore.measure.benchmark import Timing, benchmark, plain_gradients
 from negcore.measure.neurgrad import neurgrad
 
 
@@ -18,7 +18,7 @@ def test_the_plain_gradients_are_those_of_neurgrad_but_for_the_direction(family)
 
 
 def test_the_ratio_is_that_of_the_medians():
-    assert Comparison("it", [1.0, 2.0, 9.0], [8.0, 6.0, 90.0]).ratio == 4.0
+    assert Timing("it", [1.0, 2.0, 9.0], [8.0, 6.0, 90.0]).ratio == 4.0
 
 
 def test_every_repeat_of_both_ways_is_timed():

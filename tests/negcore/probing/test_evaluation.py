@@ -8,7 +8,7 @@ from negcore.probing.evaluation import (
     Accuracy,
     accuracy,
     check_gold,
-    choose_n_neurons,
+    choose_n_kept,
     confusion_counts,
     macro_average,
     majority_floor,
@@ -80,12 +80,12 @@ def test_gold_options_that_are_no_indices_are_refused(gold):
 
 def test_the_fewest_of_the_equally_accurate_neurons_are_chosen():
     curve = {4: Accuracy(7, 9), 1: Accuracy(6, 9), 8: Accuracy(7, 9), 2: Accuracy(7, 9)}
-    assert choose_n_neurons(curve) == 2
+    assert choose_n_kept(curve) == 2
 
 
 def test_choosing_from_nothing_is_refused():
     with pytest.raises(NegError, match="no accuracies"):
-        choose_n_neurons({})
+        choose_n_kept({})
 
 
 def test_a_macro_average_by_pencil_counts_datasets_the_same():

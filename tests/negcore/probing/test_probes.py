@@ -9,8 +9,10 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from negcore.errors import NegError
 from negcore.measure import votes
 from negcore.measure.votes import Ranking, argmax_features, magn_scores, polar_scores
+from negcore.probing.act_probe import ActProbe
+from negcore.probing.act_scores import halvings
 from negcore.probing.evaluation import accuracy
-from negcore.probing.probes import ActProbe, LMProbe, MagnProbe, PolarProbe, TreeProbe
+from negcore.probing.probes import LMProbe, MagnProbe, PolarProbe, TreeProbe
 
 VOTE_PROBES = pytest.mark.parametrize("probe_type", [PolarProbe, MagnProbe])
 OPTIONS = pytest.mark.parametrize("n_options", [2, 3, 4, 5])
@@ -29,6 +31,11 @@ def tied_negs(n_options, n_rows=23, n_neurons=21, seed=0):
 
 def sign(x):
     return int(x > 0) - int(x < 0)
+
+
+def from_scores(probe_type, scores_M, *, n_kept, n_options):
+    ranking = Ranking.from_scores(scores_M).top(n_kept)
+    return probe_type.from_ranking(ranking, n_options=n_options, n_all=len(scores_M))
 
 
 # Slow twins
@@ -71,7 +78,7 @@ def twin_predictions(probe_type, train_POM, gold_P, test_POM, k):
 
 def test_polar_by_pencil():
     assert polar_scores(PENCIL_NEGS, PENCIL_GOLD).tolist() == [2, -2, -3]
-    probe = PolarProbe(n_neurons=2).fit(PENCIL_NEGS, PENCIL_GOLD)
+    probe = PolarProbe(n_kept=2).fit(PENCIL_NEGS, PENCIL_GOLD)
     assert probe.kept_.tolist() == [2, 0]
     assert probe.polarity_.tolist() == [-1, 1]
     assert probe.classes_.tolist() == [0, 1]
@@ -81,13 +88,13 @@ def test_polar_by_pencil():
 
 def test_magn_by_pencil():
     assert magn_scores(PENCIL_NEGS, PENCIL_GOLD).tolist() == [2, -2, -2]
-    probe = MagnProbe(n_neurons=3).fit(PENCIL_NEGS, PENCIL_GOLD)
+    probe = MagnProbe(n_kept=3).fit(PENCIL_NEGS, PENCIL_GOLD)
     assert probe.kept_.tolist() == [0, 1, 2]
     assert probe.polarity_.tolist() == [1, -1, -1]
     # Neurons 0 and 2 see equal options and vote for both; neuron 1, against its NEG, for option 1: 2 to 3.
     prompt = np.array([[[1.0, 1.0, 4.0], [1.0, 0.0, 4.0]]])
     assert probe.predict(prompt).tolist() == [1]
-    assert MagnProbe(n_neurons=1).fit(PENCIL_NEGS, PENCIL_GOLD).predict(prompt).tolist() == [0]
+    assert MagnProbe(n_kept=1).fit(PENCIL_NEGS, PENCIL_GOLD).predict(prompt).tolist() == [0]
 
 
 @VOTE_PROBES
@@ -98,7 +105,7 @@ def test_scores_and_predictions_equal_those_of_plain_loops(probe_type, n_options
     expected = [TWINS[probe_type][0](train[:, :, m], gold) for m in range(train.shape[2])]
     assert SCORES[probe_type](train, gold).tolist() == expected
     for k in (1, 2, 7, 21):
-        predictions = probe_type(n_neurons=k).fit(train, gold).predict(test)
+        predictions = probe_type(n_kept=k).fit(train, gold).predict(test)
         assert predictions.tolist() == twin_predictions(probe_type, train, gold, test, k)
 
 
@@ -119,7 +126,7 @@ def test_results_do_not_depend_on_the_size_of_the_inner_blocks(probe_type, monke
     negs, gold = tied_negs(3)
 
     def results():
-        probe = probe_type(n_neurons=16).fit(negs, gold)
+        probe = probe_type(n_kept=16).fit(negs, gold)
         return SCORES[probe_type](negs, gold).tolist(), probe.accuracy_by_k(negs[:, :, probe.kept_], gold)
 
     in_one_block = results()
@@ -130,8 +137,8 @@ def test_results_do_not_depend_on_the_size_of_the_inner_blocks(probe_type, monke
 @VOTE_PROBES
 def test_a_probe_from_summed_scores_is_the_fitted_probe(probe_type):
     negs, gold = tied_negs(4)
-    fitted = probe_type(n_neurons=5).fit(negs, gold)
-    summed = probe_type.from_scores(SCORES[probe_type](negs, gold), n_neurons=5, n_options=4)
+    fitted = probe_type(n_kept=5).fit(negs, gold)
+    summed = from_scores(probe_type, SCORES[probe_type](negs, gold), n_kept=5, n_options=4)
     for name in ("kept_", "polarity_", "classes_", "n_features_in_"):
         assert np.array_equal(getattr(fitted, name), getattr(summed, name)), name
     assert np.array_equal(summed.predict(negs), fitted.predict(negs))
@@ -143,18 +150,18 @@ def test_a_probe_from_summed_scores_is_the_fitted_probe(probe_type):
 def test_accuracy_by_k_equals_a_new_probe_for_each_k(probe_type, n_options):
     train, gold = tied_negs(n_options)
     held_out, held_out_gold = tied_negs(n_options, seed=1)
-    widest = probe_type(n_neurons=21).fit(train, gold)
+    widest = probe_type(n_kept=21).fit(train, gold)
     curve = widest.accuracy_by_k(held_out[:, :, widest.kept_], held_out_gold)
     assert list(curve) == [1, 2, 4, 8, 16]
     for k, measured in curve.items():
-        refitted = probe_type(n_neurons=k).fit(train, gold)
+        refitted = probe_type(n_kept=k).fit(train, gold)
         assert measured == accuracy(held_out_gold, refitted.predict(held_out))
 
 
 @VOTE_PROBES
 def test_accuracies_by_k_of_two_blocks_add_up(probe_type):
     negs, gold = tied_negs(4)
-    probe = probe_type(n_neurons=8).fit(negs, gold)
+    probe = probe_type(n_kept=8).fit(negs, gold)
     kept = negs[:, :, probe.kept_]
     first, second = (probe.accuracy_by_k(kept[rows], gold[rows]) for rows in (slice(0, 10), slice(10, None)))
     assert {k: first[k] + second[k] for k in first} == probe.accuracy_by_k(kept, gold)
@@ -165,8 +172,8 @@ def test_a_table_of_negs_is_read_option_by_option(probe_type):
     negs, gold = tied_negs(3)
     table = np.concatenate([negs[:, 0], negs[:, 1], negs[:, 2]], axis=1)
     labels = np.array(["ant", "bee", "cat"])
-    from_table = probe_type(n_neurons=4).fit(table, labels[gold])
-    from_axes = probe_type(n_neurons=4).fit(negs, gold)
+    from_table = probe_type(n_kept=4).fit(table, labels[gold])
+    from_axes = probe_type(n_kept=4).fit(negs, gold)
     assert from_table.classes_.tolist() == ["ant", "bee", "cat"]
     assert from_table.n_features_in_ == from_axes.n_features_in_ == 3 * 21
     assert np.array_equal(from_table.predict(table), labels[from_axes.predict(negs)])
@@ -182,8 +189,8 @@ def test_an_option_that_is_never_gold_stays_an_option(probe_type):
 
 @VOTE_PROBES
 def test_neurons_of_score_zero_favour_no_option(probe_type):
-    decided = probe_type.from_scores([0, 1, 0], n_neurons=1, n_options=3)
-    with_zeros = probe_type.from_scores([0, 1, 0], n_neurons=3, n_options=3)
+    decided = from_scores(probe_type, [0, 1, 0], n_kept=1, n_options=3)
+    with_zeros = from_scores(probe_type, [0, 1, 0], n_kept=3, n_options=3)
     negs, _ = tied_negs(3, n_neurons=3)
     assert with_zeros.polarity_.tolist() == [1, 0, 0]
     assert np.array_equal(with_zeros.predict(negs), decided.predict(negs))
@@ -210,7 +217,7 @@ def test_a_neg_that_is_no_number_is_refused_with_its_place(reader, value, monkey
 @VOTE_PROBES
 def test_a_kept_neuron_that_is_no_number_is_refused_by_its_flat_index(probe_type):
     negs, gold = tied_negs(4)
-    probe = probe_type(n_neurons=4).fit(negs, gold)
+    probe = probe_type(n_kept=4).fit(negs, gold)
     negs[3, 1, probe.kept_[2]] = np.nan
     for answer in (lambda: probe.predict(negs), lambda: probe.accuracy_by_k(negs[:, :, probe.kept_], gold)):
         with pytest.raises(NegError, match=f"row 3, option 1, neuron {probe.kept_[2]} is nan"):
@@ -223,9 +230,9 @@ def test_a_kept_neuron_that_is_no_number_is_refused_by_its_flat_index(probe_type
         (lambda: polar_scores(PENCIL_NEGS, [0, 2]), "row 1: gold option 2 is not one of the 2"),
         (lambda: polar_scores(PENCIL_NEGS, [0]), "1 gold options for 2 rows"),
         (lambda: polar_scores(PENCIL_NEGS[0], [0, 1]), "give .prompts, options, neurons"),
-        (lambda: PolarProbe(n_neurons=0).fit(PENCIL_NEGS, PENCIL_GOLD), "n_neurons is 0"),
-        (lambda: PolarProbe.from_scores([1, 2], n_neurons=1, n_options=0), "n_options is 0"),
-        (lambda: PolarProbe.from_scores([0.5], n_neurons=1, n_options=2), "one integer a neuron"),
+        (lambda: PolarProbe(n_kept=0).fit(PENCIL_NEGS, PENCIL_GOLD), "n_kept is 0"),
+        (lambda: from_scores(PolarProbe, [1, 2], n_kept=1, n_options=0), "n_options is 0"),
+        (lambda: from_scores(PolarProbe, [0.5], n_kept=1, n_options=2), "one integer a neuron"),
         (lambda: PolarProbe().fit(np.ones((2, 3)), [0, 1]), "3 columns, no multiple of the 2 options"),
         (lambda: PolarProbe().fit(PENCIL_NEGS, ["a", "b"]), "one integer a prompt"),
         (
@@ -233,7 +240,7 @@ def test_a_kept_neuron_that_is_no_number_is_refused_by_its_flat_index(probe_type
             "3 options: this probe was fitted on 2",
         ),
         (
-            lambda: PolarProbe(n_neurons=2).fit(PENCIL_NEGS, PENCIL_GOLD).predict_kept(PENCIL_NEGS),
+            lambda: PolarProbe(n_kept=2).fit(PENCIL_NEGS, PENCIL_GOLD).predict_kept(PENCIL_NEGS),
             "2 options x 2 kept neurons",
         ),
         (lambda: argmax_features(np.ones((1, 1, 2))), "1 options: features of one byte need 2..256"),
@@ -284,11 +291,10 @@ def act_twin(train, labels, classes, k, prompt):
 def test_act_by_pencil():
     # Means 2 and 5. Neuron 0 is above its mean for class 1 only; neuron 1 for class 0 only.
     train = np.array([[1, 6], [1, 6], [3, 4], [3, 4]], np.float32)
-    (split,) = ActProbe().fit(train, [0, 0, 1, 1]).splits_
-    assert split.threshold_K.tolist() == [2, 5]
-    assert split.kept.order_K.tolist() == [0, 1]
-    assert split.kept.polarity_K.tolist() == [1, -1]
-    probe = ActProbe(n_neurons=2).fit(train, [0, 0, 1, 1])
+    probe = ActProbe(n_kept=2).fit(train, [0, 0, 1, 1])
+    assert probe.threshold_.tolist() == [[2, 5]]
+    assert probe.kept_.tolist() == [[0, 1]]
+    assert probe.polarity_.tolist() == [[1, -1]]
     # At the threshold is not above it, so (2, 5) is one vote each: a draw goes to the lower half.
     assert probe.predict([[9.0, 0.0], [0.0, 9.0], [2.0, 5.0]]).tolist() == [1, 0, 0]
 
@@ -296,8 +302,9 @@ def test_act_by_pencil():
 def test_act_splits_sorted_classes_into_halves_the_lower_one_smaller():
     probe = ActProbe().fit(np.arange(10.0).reshape(5, 2), list("ecdba"))
     assert probe.classes_.tolist() == list("abcde")
-    bounds = [(split.start, split.middle, split.stop) for split in probe.splits_]
-    assert bounds == [(0, 2, 5), (0, 1, 2), (2, 3, 5), (3, 4, 5)]
+    assert list(halvings(0, 5)) == [(0, 2, 5), (0, 1, 2), (2, 3, 5), (3, 4, 5)]
+    # Neuron 0 holds 8, 6, 2, 4, 0 for the classes a to e, and each split keeps its mean over the split's classes.
+    assert probe.threshold_[:, probe.kept_[0] == 0].ravel().tolist() == [4, 7, 2, 2]
 
 
 @pytest.mark.parametrize("block_values", [2**22, 30])
@@ -308,7 +315,7 @@ def test_act_equals_its_definition(n_options, block_values, monkeypatch):
     train, test = rng.integers(-2, 3, (2, 30, 9)).astype(np.float32)
     labels = rng.permutation(np.arange(30) % n_options)
     for k in (1, 2, 9):
-        predictions = ActProbe(n_neurons=k).fit(train, labels).predict(test)
+        predictions = ActProbe(n_kept=k).fit(train, labels).predict(test)
         twins = [act_twin(train, labels, list(range(n_options)), k, prompt) for prompt in test]
         assert predictions.tolist() == twins
 
@@ -319,15 +326,15 @@ def test_act_learns_a_skill_hidden_in_few_neurons():
     activations = rng.standard_normal((400, 50)).astype(np.float32)
     activations[:, 7] += 4 * (labels >= 2)
     activations[:, 8] -= 4 * (labels % 2)
-    probe = ActProbe(n_neurons=1).fit(activations[:200], labels[:200])
+    probe = ActProbe(n_kept=1).fit(activations[:200], labels[:200])
     assert accuracy(labels[200:], probe.predict(activations[200:])).value > 0.9
 
 
 def test_equal_float32_activations_are_not_above_their_mean():
     activations = np.full((22, 1), 0.1, np.float32)  # 22 of them add up to too little in float32
-    (split,) = ActProbe().fit(activations, [0] * 12 + [1] * 10).splits_
-    assert split.kept.polarity_K.tolist() == [1]  # never above: right on the twelve of the lower half
-    assert not split.is_upper(activations).any()
+    probe = ActProbe().fit(activations, [0] * 12 + [1] * 10)
+    assert probe.polarity_.tolist() == [[1]]  # never above: right on the twelve of the lower half
+    assert not probe.predict(activations).any()
 
 
 def test_an_activation_that_is_no_number_is_refused_with_its_place():

@@ -42,6 +42,7 @@ from fixtures.make_shards import (
 
 from negcore.analysis.causal import Condition
 from negcore.measure.votes import vote_sums
+from negcore.probing.probe_parts import parts_of
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, receipts
@@ -290,13 +291,25 @@ def test_an_old_probe_answers_as_it_did(probed, name):
 
 @pytest.mark.parametrize("name", PROBE_NAMES)
 def test_an_old_probe_that_is_saved_anew_is_the_same(probed, tmp_path, name):
-    """Content is compared, not bytes: these depend on the version of what compresses them."""
-    old, new = PROBES / f"{name}.arrow", tmp_path / f"{name}.arrow"
-    saved = load_probe(old)
-    assert saved.name == name
-    save_probe(new, name, saved.probe, probed["train"])
-    tables = [pa.ipc.open_file(path).read_all() for path in (old, new)]
-    assert tables[0].equals(tables[1], check_metadata=True)
+    """The content is compared: an old probe is an Arrow file, and a new one a safetensors file."""
+    old = load_probe(PROBES / f"{name}.arrow")
+    assert old.name == name
+    save_probe(tmp_path / f"{name}.safetensors", name, old.probe, probed["train"])
+    new = load_probe(tmp_path / f"{name}.safetensors")
+    assert (new.name, new.origin) == (name, old.origin)
+    parts = parts_of(new.probe), parts_of(old.probe)
+    assert parts[0][:2] == parts[1][:2]
+    assert [
+        {key: (values.dtype, values.shape, values.tobytes()) for key, values in one.arrays.items()} for one in parts
+    ] == [read_arrays(PROBES / f"{name}.arrow")] * 2
+
+
+def read_arrays(path):
+    """Arrays of an old probe, without the code under test."""
+    table = pa.ipc.open_file(path).read_all()
+    shapes = json.loads(table.schema.metadata[b"neg_probe"])["shapes"]
+    arrays = {key: np.array(table.column(key)[0].values).reshape(shape) for key, shape in shapes.items()}
+    return {key: (values.dtype, values.shape, values.tobytes()) for key, values in arrays.items()}
 
 
 # Run files of before

@@ -215,7 +215,7 @@ def test_act_probes_are_the_same_as_activations_are_stored_as_they_are(levels):
     answers = []
     for splits in levels.values():
         probe = fit_act(scores(splits["train"], []).act, splits["train"].gold_P, splits["valid"], max_neurons=N_ALL)
-        answers.append((probe.n_neurons, probe.predict(splits["test"]).tolist()))
+        answers.append((probe.n_kept, probe.predict(splits["test"]).tolist()))
     assert answers[0] == answers[1]
 
 
@@ -326,16 +326,16 @@ def test_a_probe_fitted_on_one_level_answers_the_other(levels, tmp_path):
         probes |= {"tree": fit_forest(train, np.arange(N_ALL), seed=0)}
         probes |= {"act": fit_act(ranked.act, train.gold_P, valid, max_neurons=N_ALL)}
         for name, probe in probes.items():
-            save_probe(tmp_path / f"{name}.arrow", name, probe, train)
-            saved = load_probe(tmp_path / f"{name}.arrow")
+            save_probe(tmp_path / f"{name}.safetensors", name, probe, train)
+            saved = load_probe(tmp_path / f"{name}.safetensors")
             assert saved.predict(levels[other]["test"]).tolist() == probe.predict(test).tolist()
 
 
 def test_a_logistic_regression_fitted_on_values_does_not_answer_codes(levels, tmp_path):
     train = levels["values"]["train"]
-    save_probe(tmp_path / "one.arrow", "polar-logistic", fit_logistic(VOTES[0], np.arange(4), train), train)
+    save_probe(tmp_path / "one.safetensors", "polar-logistic", fit_logistic(VOTES[0], np.arange(4), train), train)
     with pytest.raises(ShardError, match="holds codes, not values"):
-        load_probe(tmp_path / "one.arrow").predict(levels["codes"]["test"])
+        load_probe(tmp_path / "one.safetensors").predict(levels["codes"]["test"])
 
 
 # Bytes

@@ -491,7 +491,7 @@ def test_a_draft_appears_whole_or_not_at_all(bucket, tmp_path):
 
 def test_a_missing_probe_in_a_bucket_is_named(bucket):
     with pytest.raises(ProbeError, match="no probe at 's3://bucket-"):
-        load_probe(f"{bucket}/probes/polar.arrow")
+        load_probe(f"{bucket}/probes/polar.safetensors")
 
 
 def test_how_long_a_shard_took_is_kept_in_a_bucket(bucket):
@@ -674,7 +674,7 @@ def test_a_pipeline_into_a_bucket_is_read_from_there_and_computes_nothing_again(
     assert {"run.yaml", "accuracy.arrow", "splits.arrow", "report.html"} <= names
     assert b'href="accuracy.arrow"' in read_bytes(location(bucket) / "report.html")
     assert [split.n_rows for split in open_negs(bucket, verify=True)] == [12, 12, 12]
-    (probe,) = find(location(bucket), "probes/*/*/polar.arrow")
+    (probe,) = find(location(bucket), "probes/*/*/polar.safetensors")
     assert load_probe(str(probe)).name == "polar"
 
     server.requests.clear()

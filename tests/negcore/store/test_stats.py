@@ -203,7 +203,7 @@ def test_random_baselines_draw_the_neurons_that_can_be_foreseen(levels):
     scores_M = rank_layers(splits["train"], range(N_LAYERS), [vote], act=False).votes_M[vote]
     probe = fit_vote(vote, scores_M, splits["valid"], max_neurons=N_ALL)
     drawn = random_vote(probe, scores_M, seed=5).ranking.order_K
-    assert drawn.tolist() == random_neurons(N_ALL, probe.n_neurons, seed=5).tolist()
+    assert drawn.tolist() == random_neurons(N_ALL, probe.n_kept, seed=5).tolist()
 
 
 def test_columns_of_numbers_start_at_64_bytes(tmp_path):
