@@ -3,8 +3,6 @@
 An error in one study of one model is a problem of that step alone: all others go on.
 """
 
-import copy
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +14,6 @@ from flows.prefect_flows import prefect_flow
 from flows.show.campaign_tables import campaign_tables
 from flows.show.report import RunResults, Section
 from flows.skills import SkillResults
-from flows.stages import Stages
 from negcore.errors import NegError, typed_line
 from negcore.store.files import n_bytes
 from tasks.campaign import (
@@ -36,8 +33,8 @@ from tasks.config.kinds import RUN_KINDS, load
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import RUN_FILE, write_run_file
 from tasks.measure.missing import Extracted
-from tasks.plan_linearity import plan_linearity
 from tasks.pool.base import Stopped
+from tasks.steps import Steps
 
 
 @dataclass
@@ -76,7 +73,7 @@ def count_campaign_steps(run: CampaignRun, n_steps: Sequence[int]) -> int:
 
 
 @run_work
-def run_campaign(run: CampaignRun, stages: Stages) -> CampaignResults:
+def run_campaign(run: CampaignRun, steps: Steps) -> CampaignResults:
     """Carry out every study of every model, then compare what there is."""
     _write_run_files(run)
     results = CampaignResults(run.directory)
@@ -84,7 +81,7 @@ def run_campaign(run: CampaignRun, stages: Stages) -> CampaignResults:
     outcomes: list[OutcomeRow] = []
     with run_session(run):
         for step in run.steps:
-            found, problems = _carry_out(step, stages, results)
+            found, problems = _carry_out(step, steps, results)
             compared.append(found)
             outcomes.append(outcome(step, found, problems))
             results.problems += [f"{step.folder}, {step.study}: {problem}" for problem in problems]
@@ -102,11 +99,11 @@ def _write_run_files(run: CampaignRun) -> None:
             write_run_file(step.run)
 
 
-def _carry_out(step: CampaignStep, stages: Stages, results: CampaignResults) -> tuple[Compared, list[str]]:
+def _carry_out(step: CampaignStep, steps: Steps, results: CampaignResults) -> tuple[Compared, list[str]]:
     """Carry out a step, and return its rows of the comparison and its problems."""
     kind = RUN_KINDS[step.study]
     try:
-        done = load(kind.work)(step.run, _own_stages(stages))
+        done = load(kind.work)(step.run, steps.part())
         results.extracted += done.extracted
         results.set_aside += _set_aside(step, done.extracted)
         return load(kind.compare)(step.model, step.run, done), done.problems
@@ -123,24 +120,6 @@ def _set_aside(step: CampaignStep, extracted: Sequence[Extracted]) -> list[str]:
     return list(dict.fromkeys(f"{step.folder}, {step.study}: {row.id}: {row.reason}" for row in rows))
 
 
-def _own_stages(stages: Stages) -> Stages:
-    """Return the same stages for one step, which may stop its own work, but nobody else's."""
-    own = copy.copy(stages)
-    own.stop = _StepStop(stages.stop)
-    return own
-
-
-class _StepStop(threading.Event):
-    """An event that is set when its step or the whole campaign is to stop."""
-
-    def __init__(self, whole: threading.Event) -> None:
-        super().__init__()
-        self._whole = whole
-
-    def is_set(self) -> bool:
-        return self._whole.is_set() or super().is_set()
-
-
 def compare_accuracy(model: str, run: EvaluationRun, results: Results) -> Compared:
     """Return the mean accuracies of a model."""
     return accuracy_rows(model, results.scores)
@@ -148,8 +127,7 @@ def compare_accuracy(model: str, run: EvaluationRun, results: Results) -> Compar
 
 def compare_linearity(model: str, run: LinearityRun, results: LinearityResults) -> Compared:
     """Return how linear a model is, as a whole and by depth."""
-    (study,) = plan_linearity(run)
-    return linearity_rows(model, results.findings[0], study.card.n_layers) if results.findings else Compared()
+    return linearity_rows(model, results.findings[0]) if results.findings else Compared()
 
 
 def compare_skills(model: str, run: SkillsRun, results: SkillResults) -> Compared:

@@ -14,12 +14,12 @@ from flows.cancellation import stopped_by_cancellation
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
 from flows.show.text import printable
-from flows.stages import PrefectStages, Stages
-from negcore.errors import RunError
+from negcore.errors import RunError, typed_line
 from tasks.config.run_file import RunFile
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.claim import claim
+from tasks.steps import PrefectSteps, Steps
 
 E = TypeVar("E", bound=RunResults)
 R = TypeVar("R", bound=RunFile)
@@ -40,20 +40,42 @@ class IncompleteRun(RunError):
         self.results: Any = results  # of the flow's own kind
 
 
-def run_work(work: Callable[[R, Stages], E]) -> Callable[[R, Stages], E]:
+def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
     """Do a flow's work under the claim of its run directory, and leave a report there."""
 
     @wraps(work)
-    def worked(run: R, stages: Stages) -> E:
-        with claim(run.directory, when_lost=stages.stop.set):
-            results = work(run, stages)
+    def worked(run: R, steps: Steps) -> E:
+        is_claimed = steps.has_claimed(run.directory)
+        with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
+            results = work(run, steps)
             for table in (table for section in results.sections for table in section.tables):
-                stages.table(table.key, table.records(), described(table))
+                steps.table(table.key, table.records(), described(table))
             with noted(results):
                 write_report(results)
             return results
 
     return worked
+
+
+def attempt(
+    steps: Steps, results: RunResults, task: Any, name: str, *args: Any, ends: tuple[type[Exception], ...] = ()
+) -> Any | None:
+    """Return what a step gives, or None and one more problem of the results: the other steps go on.
+
+    Parameters
+    ----------
+    ends : tuple of exception types, optional
+        Errors that no other step would survive either: they are raised.
+    """
+    try:
+        return steps.run(task, name, *args)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if isinstance(error, ends):
+            raise
+        results.problems.append(f"{name}: {typed_line(error)}")
+        return None
 
 
 @contextmanager
@@ -65,7 +87,7 @@ def noted(results: RunResults) -> Iterator[None]:
         results.problems.append(str(error))
 
 
-def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
+def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
 
     Returns
@@ -78,15 +100,15 @@ def under_prefect(work: Callable[[R, Stages], E], run: R) -> E:
     IncompleteRun
         If something is missing from the results.
     """
-    stages = PrefectStages()
-    with stopped_by_cancellation(stages.stop) as cancelled:
+    steps = PrefectSteps()
+    with stopped_by_cancellation(steps.stop) as cancelled:
         try:
-            results = work(run, stages)
+            results = work(run, steps)
         except Stopped:
             if not cancelled.is_set():
                 raise
             return Cancelled(message=_CANCELLED)  # type: ignore[no-any-return]
-    stages.note("summary", run_summary(results))
+    steps.note("summary", run_summary(results))
     _log(results)
     if results.problems:
         raise IncompleteRun(results)

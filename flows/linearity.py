@@ -1,25 +1,26 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from flows.flow_run import noted, run_session, run_work
+from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.linearity_figures import write_figures
 from flows.show.linearity_tables import linearity_tables, summary
 from flows.show.report import RunResults, Section
-from flows.stages import Stages
-from negcore.errors import ModelError, NegError, RunError, typed_line
+from negcore.errors import ModelError, RunError
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
-from tasks.linearity import Findings, analyse, write_findings
-from tasks.measure.missing import Advance, Extracted, measure_missing
+from tasks.linearity import Findings, write_findings
 from tasks.measure.worker import model_pool
 from tasks.plan_linearity import PlannedStudy, plan_linearity
-from tasks.pool.base import Pool, Stopped
+from tasks.pool.base import Pool
 from tasks.rundir.layout import write_plan_file
+from tasks.stages.analysis import analyse_study
+from tasks.stages.measure import measure
+from tasks.steps import Steps
 
 _KINDS = ("interventions", "estimates", "sweeps")
 """Cheapest first."""
@@ -48,27 +49,27 @@ def count_linearity_steps(run: LinearityRun, studies: Sequence[PlannedStudy]) ->
 
 
 @run_work
-def run_linearity(run: LinearityRun, stages: Stages) -> LinearityResults:
+def run_linearity(run: LinearityRun, steps: Steps) -> LinearityResults:
     """Measure what is missing, then analyse every model that is whole."""
-    studies = plan_linearity(run)
+    studies = steps.planned(plan_linearity, run)
     write_run_file(run)
     write_plan_file(run.directory, [one for study in studies for one in study.shard_sets])
     results = LinearityResults(run.directory)
     with run_session(run):
-        measured = [study for study in studies if _measure_study(run, stages, results, study)]
+        measured = [study for study in studies if _measure_study(run, steps, results, study)]
     for study in measured:
-        _analyse(run, stages, results, study)
+        _analyse(run, steps, results, study)
     if results.findings:
         with noted(results):
             _publish(run, results)
     return results
 
 
-def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> bool:
+def _measure_study(run: LinearityRun, steps: Steps, results: LinearityResults, study: PlannedStudy) -> bool:
     """Whether every shard of the study is there now."""
     try:
         with model_pool(run, study.card) as pool:
-            complete = [_measure(run, stages, results, study, pool, kind) for kind in _KINDS]
+            complete = [_measure(run, steps, results, study, pool, kind) for kind in _KINDS]
     except (ModelError, RunError) as error:  # no worker can have this model; the others go on
         results.problems.append(f"{study.card.name}: {error}")
         return False
@@ -76,39 +77,21 @@ def _measure_study(run: LinearityRun, stages: Stages, results: LinearityResults,
 
 
 def _measure(
-    run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy, pool: Pool, kind: str
+    run: LinearityRun, steps: Steps, results: LinearityResults, study: PlannedStudy, pool: Pool, kind: str
 ) -> bool:
     name = f"{study.card.name} {study.facts.name} {kind}"
-    try:
-        extracted = stages.run(name, kind, _computation(run, stages, study, pool, kind))
-    except (Stopped, KeyboardInterrupt, ModelError, RunError):
-        raise
-    except Exception as error:
-        results.problems.append(f"{name}: {typed_line(error)}")
-        return False
-    results.extracted += extracted
-    results.set_aside += [row for one in extracted for row in one.rows_set_aside]
-    problems = [problem for one in extracted for problem in one.problems]
-    results.problems += problems
-    return not problems
+    args = (pool, study.of_kind(kind), run.directory)
+    measured = attempt(steps, results, measure, name, *args, ends=(ModelError, RunError))
+    for one in measured or ():
+        results.add(one)
+    return measured is not None and not any(one.failures for one in measured)
 
 
-def _computation(
-    run: LinearityRun, stages: Stages, study: PlannedStudy, pool: Pool, kind: str
-) -> Callable[[Advance], list[Extracted]]:
-    return lambda advance: measure_missing(pool, study.of_kind(kind), run.directory, advance=advance, stop=stages.stop)
-
-
-def _analyse(run: LinearityRun, stages: Stages, results: LinearityResults, study: PlannedStudy) -> None:
+def _analyse(run: LinearityRun, steps: Steps, results: LinearityResults, study: PlannedStudy) -> None:
     name = f"{study.card.name} {study.facts.name} analysis"
-
-    def body(advance: Advance) -> Findings:
-        return analyse(run, study)
-
-    try:
-        results.findings.append(stages.run(name, "analysis", body))
-    except NegError as error:
-        results.problems.append(f"{name}: {error}")
+    findings = attempt(steps, results, analyse_study, name, run, study)
+    if findings is not None:
+        results.findings.append(findings)
 
 
 def _publish(run: LinearityRun, results: LinearityResults) -> None:

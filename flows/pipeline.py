@@ -1,6 +1,6 @@
 """The flows: extract the NEGs of models on datasets, probe them, or both.
 
-The functions that do the work take their `Stages`, so that the same steps run under Prefect and without it.
+The functions that do the work take their `Steps`, so that the same steps run under Prefect and without it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from flows.flow_run import noted, run_session, run_work
+from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import accuracy_tables, confusion_tables, rows_table
 from flows.show.report import RunResults, Section
-from flows.stages import Pending, Stages
 from negcore.errors import ModelError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
@@ -20,16 +19,18 @@ from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
 from tasks.forecast.capacity import check_disk
-from tasks.measure.missing import Advance, Extracted, measure_missing
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
-from tasks.plan import SUMS, PlannedDataset, PlannedModel, choosing, n_chosen, plan
+from tasks.plan import SUMS, PlannedDataset, PlannedModel, choosing, n_chosen, plan, plan_usable
 from tasks.pool.base import Pool, Stopped
 from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
 from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.rundir.layout import write_plan_file
 from tasks.rundir.tables import write_table
+from tasks.stages.extract import extract as extract_task
+from tasks.stages.probe import probe as probe_task
+from tasks.steps import Pending, Steps
 
 
 @dataclass
@@ -77,7 +78,7 @@ def count_pipeline_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
 
 def plan_mceval8k(run: EvaluationRun) -> Planned:
     """Plan the run of every number of demonstrations, without the datasets that cannot be used."""
-    return [(settings, plan(settings, tolerant=True)) for settings in run.settings]
+    return [(settings, plan_usable(settings)) for settings in run.settings]
 
 
 def count_mceval8k_steps(run: EvaluationRun, planned: Planned) -> int:
@@ -86,20 +87,20 @@ def count_mceval8k_steps(run: EvaluationRun, planned: Planned) -> int:
 
 
 @run_work
-def run_extract(run: SkillRun, stages: Stages) -> Results:
+def run_extract(run: SkillRun, steps: Steps) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
     with run_session(run):
-        extract_planned([(run, plan(run))], stages, results, when_extracted=lambda run, dataset: None)
+        extract_planned([(run, steps.planned(plan, run))], steps, results, when_extracted=lambda run, dataset: None)
     return results
 
 
 @run_work
-def run_probe(run: SkillRun, stages: Stages) -> Results:
+def run_probe(run: SkillRun, steps: Steps) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    models = plan(run)
-    with _probing(run, stages, results) as probe:
+    models = steps.planned(plan, run)
+    with _probing(run, steps, results) as probe:
         for model in models:
             for dataset in model.datasets:
                 for split in dataset.splits:
@@ -111,26 +112,26 @@ def run_probe(run: SkillRun, stages: Stages) -> Results:
 
 
 @run_work
-def run_pipeline(run: SkillRun, stages: Stages) -> Results:
+def run_pipeline(run: SkillRun, steps: Steps) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    planned = [(run, plan(run))]
-    with _probing(run, stages, results) as probe:
-        extract_planned(planned, stages, results, when_extracted=probe)
+    planned = [(run, steps.planned(plan, run))]
+    with _probing(run, steps, results) as probe:
+        extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
 
 @run_work
-def run_mceval8k(run: EvaluationRun, stages: Stages) -> Results:
+def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
     """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    planned = plan_mceval8k(run)
+    planned = steps.planned(plan_mceval8k, run)
     results.problems += dict.fromkeys(
         problem for _, models in planned for model in models for problem in model.problems
     )
     write_run_file(run)
-    with _probing(planned[0][0], stages, results) as probe:
-        extract_planned(planned, stages, results, when_extracted=probe)
+    with _probing(planned[0][0], steps, results) as probe:
+        extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
 
@@ -138,20 +139,20 @@ Probe = Callable[[SkillRun, PlannedDataset], None]
 
 
 @contextmanager
-def _probing(run: SkillRun, stages: Stages, results: Results) -> Iterator[Probe]:
+def _probing(run: SkillRun, steps: Steps, results: Results) -> Iterator[Probe]:
     """Probe in the background the datasets that are handed over inside the block, and collect the results after it."""
     pending: list[_PendingProbe] = []
     with run_session(run), rank_pool(run) as pool:
-        prober = Prober(pool, stages.stop)
+        prober = Prober(pool)
         try:
-            yield lambda settings, dataset: pending.append(_submit_probe(settings, stages, prober, dataset))
-            _collect(stages, results, pending)
+            yield lambda settings, dataset: pending.append(_submit_probe(settings, steps, prober, dataset))
+            _collect(steps, results, pending)
         except BaseException:
-            stages.stop.set()  # before the pool closes under those who still wait for it
+            steps.stop.set()  # before the pool closes under those who still wait for it
             raise
 
 
-def extract_planned(planned: Planned, stages: Stages, results: Results, *, when_extracted: Probe) -> None:
+def extract_planned(planned: Planned, steps: Steps, results: Results, *, when_extracted: Probe) -> None:
     """Compute every missing NEG shard; what is lost goes into the results' problems, each whole dataset is told."""
     check_disk(planned)
     for run, models in planned:
@@ -161,55 +162,45 @@ def extract_planned(planned: Planned, stages: Stages, results: Results, *, when_
     for of_model in zip(*(models for _, models in planned), strict=True):
         runs = [run for run, _ in planned]
         try:
-            _extract_model(list(zip(runs, of_model, strict=True)), stages, results, when_extracted)
+            _extract_model(list(zip(runs, of_model, strict=True)), steps, results, when_extracted)
         except (ModelError, RunError) as error:  # no worker can have this model; the others go on
             results.problems.append(f"{of_model[0].card.name}: {error}")
     if results.set_aside:
-        stages.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
+        steps.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
 
 
 def _extract_model(
-    planned: Sequence[tuple[SkillRun, PlannedModel]], stages: Stages, results: Results, when_extracted: Probe
+    planned: Sequence[tuple[SkillRun, PlannedModel]], steps: Steps, results: Results, when_extracted: Probe
 ) -> None:
     run, model = planned[0]
     with model_pool(run, model.card) as pool:
         for run, model in planned:
             for dataset in model.datasets:
-                if _extract_dataset(run, stages, results, pool, dataset):
+                if _extract_dataset(run, steps, results, pool, dataset):
                     when_extracted(run, dataset)
 
 
-def _extract_dataset(run: SkillRun, stages: Stages, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
-    """Whether every row of the dataset is there now, or set aside."""
+def _extract_dataset(run: SkillRun, steps: Steps, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
+    """Extract the splits of a dataset; return whether every row is there now, or set aside."""
     whole, neurons = True, tuple[int, ...]()
     for split in dataset.splits:
-        if n_chosen(split) is not None and not (whole or neurons):
-            break  # there is no choice without all sums
-        try:
-            if n_chosen(split) is not None:
-                neurons = neurons or choose_neurons(run, _sums(run, split))
-                split = choosing(split, neurons)
-            (extracted,) = stages.run(split.title, "extract", _extraction(run, pool, split, stages))
-        except (Stopped, KeyboardInterrupt, ModelError, RunError):
-            raise
-        except Exception as error:
-            results.problems.append(f"{split.title}: {typed_line(error)}")
-            whole = False
-            continue
-        results.extracted.append(extracted)
-        results.set_aside += extracted.rows_set_aside
-        results.problems += extracted.problems
-        whole = whole and not extracted.failures
+        if n_chosen(split) is not None:
+            if not (whole or neurons):
+                break  # there is no choice without all sums
+            neurons = neurons or choose_neurons(run, _sums(run, split))
+            split = choosing(split, neurons)
+        extracted = attempt(
+            steps, results, extract_task, split.title, pool, split, run.directory, ends=(ModelError, RunError)
+        )
+        if extracted is not None:
+            results.add(extracted)
+        whole = whole and extracted is not None and not extracted.failures
     return whole
 
 
 def _sums(run: SkillRun, split: ShardSet) -> NegSplit:
     """Open the vote sums that the neurons of a split are chosen by."""
     return open_negs(run.directory).at(split.place._replace(part=SUMS))
-
-
-def _extraction(run: SkillRun, pool: Pool, split: ShardSet, stages: Stages) -> Callable[[Advance], list[Extracted]]:
-    return lambda advance: measure_missing(pool, [split], run.directory, advance=advance, stop=stages.stop)
 
 
 @dataclass(frozen=True)
@@ -219,13 +210,13 @@ class _PendingProbe:
     probed: Pending[Probed]
 
 
-def _submit_probe(run: SkillRun, stages: Stages, prober: Prober, dataset: PlannedDataset) -> _PendingProbe:
+def _submit_probe(run: SkillRun, steps: Steps, prober: Prober, dataset: PlannedDataset) -> _PendingProbe:
     # Named apart from the extraction of the same dataset.
-    probed = stages.submit(f"{dataset.name} probes", "probe", lambda advance: prober.probe(run, dataset, advance))
+    probed = steps.submit(probe_task, f"{dataset.name} probes", prober, run, dataset)
     return _PendingProbe(run, dataset, probed)
 
 
-def _collect(stages: Stages, results: Results, pending: Sequence[_PendingProbe]) -> None:
+def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -> None:
     for one in pending:
         try:
             probed = one.probed.result()

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from flows.flow_run import run_session
 from flows.pipeline import Results, count_extract_steps, extract_planned
 from flows.show.report import RunResults
-from flows.stages import Stages
 from negcore.errors import RunError
 from negcore.store.files import n_bytes
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.kinds import RUN_KINDS, load
 from tasks.config.reading import recorded_run
 from tasks.config.run_file import RUN_FILE, RunFile
-from tasks.plan import plan
+from tasks.plan import plan_usable
 from tasks.rundir.verify import Verified
+from tasks.steps import Steps, plan_ahead
 
 
 class Repair(NamedTuple):
@@ -23,7 +23,7 @@ class Repair(NamedTuple):
 
     n_steps: int
     """Steps that the progress bar counts."""
-    work: Callable[[Any, Stages], RunResults]
+    work: Callable[[Any, Steps], RunResults]
 
 
 def runs_to_repair(verified: Sequence[Verified]) -> list[RunFile]:
@@ -59,7 +59,7 @@ def repair_of(run: RunFile) -> Repair:
 
 def repair_extraction(run: SkillRun) -> Repair:
     """Return the extraction of a run on datasets, which may belong to an evaluation and lack unusable datasets."""
-    return Repair(count_extract_steps(run, plan(run, tolerant=True)), _extract)
+    return Repair(count_extract_steps(run, plan_ahead(plan_usable, run)), _extract)
 
 
 def refuse_repair(run: RunFile) -> Repair:
@@ -72,11 +72,11 @@ def refuse_repair(run: RunFile) -> Repair:
     raise RunError(f"{str(run.directory)!r}: its {RUN_FILE} is of a run that makes no shards in its own directory")
 
 
-def _extract(run: SkillRun, stages: Stages) -> Results:
+def _extract(run: SkillRun, steps: Steps) -> Results:
     results = Results(run.directory)
     with run_session(run):
-        planned = [(run, plan(run, tolerant=True))]
-        extract_planned(planned, stages, results, when_extracted=lambda run, dataset: None)
+        planned = [(run, steps.planned(plan_usable, run))]
+        extract_planned(planned, steps, results, when_extracted=lambda run, dataset: None)
     return results
 
 

@@ -189,7 +189,7 @@ def _gain(probe: Average, lm: Average) -> GainRow:
     )
 
 
-def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
+def linearity_rows(model: str, findings: Findings) -> Compared:
     """Summarise linearity of the whole model within the main range, and of each tenth of its depth."""
     ranges = {row.layer: row for row in findings.ranges if row.range == findings.main_range}
     whole = [row for row in findings.agreement if row.layer is None and row.range == findings.main_range]
@@ -209,8 +209,9 @@ def linearity_rows(model: str, findings: Findings, n_layers: int) -> Compared:
     )
     shares = {layer: row.linear_share for layer, row in ranges.items() if layer is not None}
     sizes = {row.layer: row.q50 for row in findings.sizes if row.layer is not None}
-    profiles = _profile(model, "linear_share", by_depth(shares, n_layers))
-    return Compared(linearity=[row], profiles=[*profiles, *_profile(model, "median_size", by_depth(sizes, n_layers))])
+    profiles = _profile(model, "linear_share", by_depth(shares, findings.n_layers))
+    profiles += _profile(model, "median_size", by_depth(sizes, findings.n_layers))
+    return Compared(linearity=[row], profiles=profiles)
 
 
 def skill_rows(model: str, findings: SkillFindings) -> Compared:

@@ -46,6 +46,8 @@ class Findings:
 
     model: str
     dataset: str
+    n_layers: int
+    """Layers of the model."""
     ids: list[str]
     main_range: float
     """Range of the NEGs in `sizes` and `stability`."""
@@ -87,6 +89,7 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
     return Findings(
         model=study.card.name,
         dataset=study.facts.name,
+        n_layers=study.card.n_layers,
         ids=ids,
         main_range=run.main_range,
         n_facts=study.facts.n_rows,

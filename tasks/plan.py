@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -56,7 +55,6 @@ class PlannedModel:
         return sum(len(split.shards) for dataset in self.datasets for split in dataset.splits)
 
 
-@cache
 def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
     """Read every dataset with every model's tokenizer and check all prompts and labels.
 
@@ -73,6 +71,11 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
     """
     known: _Known = {}
     return tuple(_plan_model(run, ref, tolerant, known) for ref in dict.fromkeys(run.model))
+
+
+def plan_usable(run: SkillRun) -> tuple[PlannedModel, ...]:
+    """Plan a run without the datasets that cannot be used, as long as there are others; errors as of `plan`."""
+    return plan(run, tolerant=True)
 
 
 _Known = dict[tuple[str, str], Dataset]

@@ -1,7 +1,6 @@
 """What a linearity study will measure, known and checked before any model is loaded."""
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 
@@ -36,7 +35,6 @@ class PlannedStudy:
         return sum(len(one.shards) for one in self.shard_sets)
 
 
-@cache
 def plan_linearity(run: LinearityRun) -> tuple[PlannedStudy, ...]:
     """Read the facts with every model's tokenizer, check all prompts, and draw neurons and sets.
 

@@ -19,10 +19,10 @@ from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
-from tasks.measure.missing import Advance
 from tasks.plan import SUMS, PlannedDataset
-from tasks.pool.base import Pool, Stopped
+from tasks.pool.base import Pool
 from tasks.rank import rank_split
+from tasks.steps import Step
 
 
 @dataclass(frozen=True)
@@ -94,16 +94,13 @@ class Prober:
     ----------
     pool : Pool
         Pool of `RankWorker`.
-    stop : threading.Event
-        Waiting and ranking end with `Stopped` once it is set.
     """
 
-    def __init__(self, pool: Pool, stop: threading.Event) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._stop = stop
         self._turn = threading.Lock()
 
-    def probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
+    def probe(self, run: SkillRun, planned: PlannedDataset, step: Step) -> Probed:
         """Fit probes on train, choose their number of neurons on valid, answer test. LM-Prob comes first.
 
         Raises
@@ -111,48 +108,43 @@ class Prober:
         NegError
             If a split is missing, incomplete or damaged, or a probe cannot be fitted.
         Stopped
-            If `stop` is set.
+            If the step is to stop.
         """
         while not self._turn.acquire(timeout=0.2):
-            self._check_stop()
+            step.check_stop()
         try:
-            return self._probe(run, planned, advance)
+            return self._probe(run, planned, step)
         finally:
             self._turn.release()
 
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Stopped("stopped on request")
-
-    def _probe(self, run: SkillRun, planned: PlannedDataset, advance: Advance) -> Probed:
+    def _probe(self, run: SkillRun, planned: PlannedDataset, step: Step) -> Probed:
         select = partial(open_negs(run.directory).select, planned.model, planned.dataset.name)
         n_steps, has_sums = probe_steps(run), run.level.has_vote_sums
         ranked = select(SUMS if has_sums else "train")
         train = select("train") if has_sums and reads_training_values(run) else ranked
         splits = Splits(train, select("valid"), select("test"))
-        advance(0, n_steps, None)
-        rankings = self._rank(run, ranked, advance)
+        step.report(0, n_steps)
+        rankings = self._rank(run, ranked, step)
         answers = [_lm_answers(splits)]
         fitter = ProbeFitter(run, splits, rankings)
         for done, name in enumerate(run.probe, 1):
-            self._check_stop()
-            advance(done, n_steps, None)
+            step.check_stop()
+            step.report(done, n_steps)
             probe = fitter.fit(name)
             save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
             answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
-        advance(n_steps, n_steps, None)
+        step.report(n_steps, n_steps)
         return _probed(run, planned, splits, answers)
 
-    def _rank(self, run: SkillRun, train: NegSplit, advance: Advance) -> Rankings:
+    def _rank(self, run: SkillRun, train: NegSplit, step: Step) -> Rankings:
         ranked = rank_split(
             self._pool,
             run.directory,
             train,
             votes_of(run),
+            step,
             act="act" in run.probe,
             n_blocks=run.workers,
-            stop=self._stop,
-            on_tick=lambda status: advance(0, probe_steps(run), status),
         )
         return ranked[train.n_rows]
 

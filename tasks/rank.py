@@ -1,7 +1,6 @@
 """Score all neurons of a training split on the pool: each job scores one block of layers."""
 
-import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from negcore.probing.rankings import Rankings, rank_layers, training_scores
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.run_file import RunFile
-from tasks.pool.base import Pool, PoolStatus, Resources
+from tasks.pool.base import Pool, Resources
 from tasks.pool.opening import open_pool
+from tasks.steps import Step
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,11 @@ def rank_split(
     root: Path,
     split: NegSplit,
     votes: Collection[Vote],
+    step: Step,
     *,
     act: bool = False,
     sizes: Collection[int] = (),
     n_blocks: int,
-    stop: threading.Event,
-    on_tick: Callable[[PoolStatus], None] | None = None,
 ) -> dict[int, Rankings]:
     """Score all neurons of a split by number of rows, in blocks of layers on the pool.
 
@@ -74,14 +73,14 @@ def rank_split(
     RunError
         If a block cannot be scored.
     Stopped
-        If `stop` is set.
+        If the step is to stop.
     """
     whole = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, tuple(sizes))
     n_blocks = min(n_blocks, split.n_layers)
     ends = [split.n_layers * index // n_blocks for index in range(n_blocks + 1)]
     jobs = [replace(whole, first_layer=first, end_layer=end) for first, end in zip(ends, ends[1:], strict=False)]
     blocks: dict[int, dict[int, Rankings]] = {}
-    for outcome in pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=2.0):
+    for outcome in pool.map(jobs, stop=step.stop, on_tick=step.tick, tick_s=2.0):
         if outcome.result is None:
             layers = f"layers {outcome.job.first_layer}..{outcome.job.end_layer - 1}"
             raise RunError(f"{split.place.dataset}: {layers} cannot be ranked: {outcome.error}")

@@ -3,10 +3,8 @@
 The analyses themselves are in `negcore.analysis`; here they are put together for a dataset and for a model.
 """
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +43,10 @@ from tasks.config.dataset_runs import SkillsRun
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel, plan
-from tasks.pool.base import Pool, PoolStatus
+from tasks.pool.base import Pool
 from tasks.rank import rank_split
 from tasks.rundir.tables import write_tables
+from tasks.steps import Step
 
 _BOOTSTRAP = 1000
 _FOREST = Vote("magn", "neg")
@@ -121,7 +120,6 @@ class PlannedSkills(NamedTuple):
         return sum(model.n_shards for model in self.models.values())
 
 
-@cache
 def plan_skills(run: SkillsRun) -> tuple[PlannedSkills, ...]:
     """Read every dataset under every condition with every model's tokenizer.
 
@@ -157,9 +155,7 @@ def rank_dataset(
     run: SkillsRun,
     model: str,
     dataset: str,
-    *,
-    stop: threading.Event,
-    on_tick: Callable[[PoolStatus], None] | None = None,
+    step: Step,
 ) -> NeuronScores:
     """Score all neurons on the training rows under every condition, and on growing numbers of rows of the main one.
 
@@ -168,7 +164,7 @@ def rank_dataset(
     NegError
         If shards are missing or damaged, or cannot be ranked.
     Stopped
-        If `stop` is set.
+        If the step is to stop.
     """
     votes = tuple(Vote(name, "neg") for name in run.probe)
     by_size: dict[int, Mapping[Vote, Ints]] = {}
@@ -177,7 +173,7 @@ def rank_dataset(
         root = condition.run.directory
         train = open_negs(root).select(model, dataset, "train")
         sizes = training_sizes(train.n_rows) if condition.folder == "main" else ()
-        ranked = rank_split(pool, root, train, votes, sizes=sizes, n_blocks=run.workers, stop=stop, on_tick=on_tick)
+        ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=run.workers)
         by_condition[condition.folder] = ranked[train.n_rows].votes_M
         if sizes:
             by_size = {size: rankings.votes_M for size, rankings in ranked.items()}

@@ -44,7 +44,6 @@ from rich.table import Table
 from support import NEG
 
 from flows.pipeline import run_extract
-from flows.stages import PlainStages
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
@@ -53,6 +52,7 @@ from tasks.plan import plan
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.layout import ShardFolder, shard_folders
 from tasks.rundir.verify import verify
+from tasks.steps import PlainSteps
 
 _SERVER_START_S = 900.0
 
@@ -257,7 +257,7 @@ def _rows_at_fault(bench: Bench, *words: str, **limits: float) -> Outcome:
     run = read_run_file(SkillRun, None, values | {"out": place})
     with ray_session(), patch("tasks.measure.worker.ModelWorker", FaultyWorker):
         by_value()
-        first, again = run_extract(run, PlainStages()), run_extract(run, PlainStages())
+        first, again = run_extract(run, PlainSteps()), run_extract(run, PlainSteps())
     splits = plan(run)[0].datasets[0].splits
     examples = [example for split in splits for example in split.examples]
     at_fault = {example.id for example in examples if any(word in example.prompt for word in words)}
@@ -280,7 +280,7 @@ def _undisturbed(run: SkillRun, at_fault: set[str]) -> Files:
 
     twin = run.model_copy(update={"out": run.directory.with_name(f"{run.directory.name}-twin"), "backend": "local"})
     with patch("tasks.measure.worker.ModelWorker", Told):
-        assert not run_extract(twin, PlainStages()).problems
+        assert not run_extract(twin, PlainSteps()).problems
     return published(twin.directory)
 
 

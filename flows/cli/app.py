@@ -373,10 +373,14 @@ def plan(
 def _execute(name: str, run: RunFile, orchestrator: str) -> None:
     """Carry out a run of a kind and show its results."""
     quiet_libraries()
-    kind = RUN_KINDS[name]
-    with reading():
-        n_steps = kind.n_steps(run)
-    from flows.prefect_flows import prefect_flow
+    from tasks.steps import handing_over
 
-    flow = prefect_flow(name) if orchestrator == "prefect" else None
-    show(carry_out(run, name, n_steps, load(kind.work), flow))
+    kind = RUN_KINDS[name]
+    with handing_over() as given:
+        with reading():
+            n_steps = kind.n_steps(run)
+        from flows.prefect_flows import prefect_flow
+
+        flow = prefect_flow(name) if orchestrator == "prefect" else None
+        results = carry_out(given, run, name, n_steps, load(kind.work), flow)
+    show(results)

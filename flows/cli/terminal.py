@@ -14,8 +14,8 @@ from tasks.config.run_file import RunFile
 
 if TYPE_CHECKING:
     from flows.show.report import RunResults
-    from flows.stages import Stages
     from tasks.rundir.verify import Verified
+    from tasks.steps import Handover, Steps
 
 R = TypeVar("R", bound=RunFile)
 T = TypeVar("T")
@@ -31,30 +31,35 @@ def repair(found: "Sequence[Verified]") -> None:
     from flows.repair import drivers_places, repair_of, runs_to_repair
     from tasks.rundir.claim import claim
     from tasks.rundir.verify import unpublish
+    from tasks.steps import handing_over
 
-    with reading():
-        runs = [(run, repair_of(run)) for run in runs_to_repair(found)]  # all of them, before anything is removed
     with ExitStack() as claims:
+        given = claims.enter_context(handing_over())
+        with reading():
+            runs = [(run, repair_of(run)) for run in runs_to_repair(found)]  # all of them, before anything is removed
         for directory in drivers_places(found):
             claims.enter_context(claim(directory))
         for one in found:
             unpublish(one)
         for run, (n_steps, work) in runs:
-            for problem in carry_out(run, "repair", n_steps, work).problems:
+            for problem in carry_out(given, run, "repair", n_steps, work).problems:
                 errors.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
 
 
 def carry_out(
+    given: "Handover",
     run: R,
     title: str,
     n_steps: int,
-    work: "Callable[[R, Stages], T]",
+    work: "Callable[[R, Steps], T]",
     prefect_flow: Callable[[R], T] | None = None,
 ) -> T:
     """Carry out a run with its progress on screen, and return the results that there are, even if some are missing.
 
     Parameters
     ----------
+    given : Handover
+        What the run is given beside its run file: it learns here who watches and which directory is claimed.
     prefect_flow : callable, optional
         The flow to carry it out as, under the Prefect server that is configured or private. By default without one.
     """
@@ -62,18 +67,18 @@ def carry_out(
 
     from flows.flow_run import IncompleteRun
     from flows.show.display import Display
-    from flows.stages import PlainStages, current_watcher
     from tasks.rundir.claim import claim
     from tasks.server import prefect_api
+    from tasks.steps import PlainSteps
 
     signal.signal(signal.SIGTERM, _terminated)
     console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
         # Claimed before anything is started: a private server would get in the way of another driver's.
-        with claim(run.directory), Display(console, title, n_steps) as display:
-            current_watcher.set(display)
+        with claim(run.directory, when_lost=given.stop.set), Display(console, title, n_steps) as display:
+            given.watcher, given.claimed = display, run.directory
             if prefect_flow is None:
-                return work(run, PlainStages())
+                return work(run, PlainSteps())
             with prefect_api(run.local_directory / "prefect") as api:
                 api.wait_ready()
                 page = api.url.removesuffix("/api")

@@ -8,25 +8,25 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 
 from flows.show.table import Cell, Number, Table, numbers, texts
 from flows.show.text import printable
 from negcore.datasets import Dataset, DatasetInfo
-from tasks.pool.base import PoolStatus
+from tasks.steps import Progress
 
 
 class Display:
-    """Progress bars of the whole run and of each stage under way; without a terminal, one line for each stage."""
+    """Progress bars of the whole run and of each step under way; without a terminal, one line for each step."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console = console
-        self._progress = Progress(
+        self._progress = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -40,7 +40,7 @@ class Display:
         self._bars: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._finished = 0
-        """Steps of stages that ended: another stage may have the same name."""
+        """Parts of steps that ended: another step may have the same name."""
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -51,30 +51,23 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, stage: str, done: int, total: int, status: PoolStatus | None) -> None:
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(f"  {escape(stage)}", total=total, note="")
-        self._progress.update(self._bars[stage], completed=done, note=_note(status))
-        self._done[stage] = done
+    def advance(self, progress: Progress) -> None:
+        step = progress.step
+        if step not in self._bars:
+            self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, note="")
+        self._progress.update(self._bars[step], completed=progress.done, note=escape(progress.note))
+        self._done[step] = progress.done
         self._progress.update(self._whole, completed=self._finished + sum(self._done.values()))
 
-    def finish(self, stage: str, error: BaseException | None) -> None:
-        if stage in self._bars:
-            self._progress.remove_task(self._bars[stage])
-            del self._bars[stage]
+    def finish(self, step: str, error: BaseException | None) -> None:
+        if step in self._bars:
+            self._progress.remove_task(self._bars[step])
+            del self._bars[step]
         if error is not None:
-            self._console.print(f"[red]failed[/red] {escape(stage)}: {escape(printable(str(error)))}")
-        elif not self._console.is_terminal and stage in self._done:
-            self._console.print(f"finished {escape(stage)}", highlight=False)
-        self._finished += self._done.pop(stage, 0)
-
-
-def _note(status: PoolStatus | None) -> str:
-    if status is None:
-        return ""
-    if status.note:
-        return escape(status.note)
-    return "" if status.ready else "workers load the model"
+            self._console.print(f"[red]failed[/red] {escape(step)}: {escape(printable(str(error)))}")
+        elif not self._console.is_terminal and step in self._done:
+            self._console.print(f"finished {escape(step)}", highlight=False)
+        self._finished += self._done.pop(step, 0)
 
 
 def dataset_table(infos: Sequence[DatasetInfo]) -> Table:

@@ -8,8 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from flows.show.text import printable
-from flows.stages import artifact_key
 from negcore.store.files import output
+from tasks.steps import artifact_key
 
 Axes = Any
 

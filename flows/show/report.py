@@ -65,6 +65,12 @@ class RunResults:
     report: Path | None = None
     """The page of this run; None until it is written."""
 
+    def add(self, extracted: Extracted) -> None:
+        """Add what became of the shards of a set."""
+        self.extracted.append(extracted)
+        self.set_aside += extracted.rows_set_aside
+        self.problems += extracted.problems
+
     @cached_property
     def sections(self) -> list[Section]:
         """The tables and figures to show, built once when the run is done; none if it only makes shards."""

@@ -23,7 +23,7 @@ class RunKind:
     count_steps: str
     """Function of the run and its plan that returns the number of steps that the progress bar counts."""
     work: str
-    """Function of the run and its `flows.stages.Stages` that carries it out and returns its results."""
+    """Function of the run and its `tasks.steps.Steps` that carries it out and returns its results."""
     repair: str = ""
     """Function of the run that returns its `flows.repair.Repair`. By default the run is carried out once more."""
     compare: str = ""
@@ -47,8 +47,10 @@ class RunKind:
         return cleandoc(self.help or self.run_class.__doc__ or "")
 
     def n_steps(self, run: RunFile) -> int:
-        """Plan a run and count its steps."""
-        return load(self.count_steps)(run, load(self.plan)(run))  # type: ignore[no-any-return]
+        """Plan a run ahead and count its steps."""
+        from tasks.steps import plan_ahead
+
+        return load(self.count_steps)(run, plan_ahead(load(self.plan), run))  # type: ignore[no-any-return]
 
 
 RUN_KINDS = {

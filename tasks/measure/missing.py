@@ -2,8 +2,7 @@
 
 import errno
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from tasks.measure.shard_set import ShardSet
 from tasks.pool.base import Pool, PoolStatus
 from tasks.pool.isolate import map_isolating, without_text
 from tasks.rundir.layout import note_failures
+from tasks.steps import Step
 
 _NO_PLACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 """The disk is full, this user's share of it is used up, or it cannot be written to any more."""
-
-Advance = Callable[[int, int, PoolStatus | None], None]
-"""Told the finished shards, all shards, and what the pool is doing."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,7 @@ class Extracted:
         return [f"{self.title}: {row.id}: {row.reason}" for row in self.set_aside]
 
 
-def measure_missing(
-    pool: Pool, shard_sets: Sequence[ShardSet], root: Path, *, advance: Advance, stop: threading.Event
-) -> list[Extracted]:
+def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step: Step) -> list[Extracted]:
     """Measure the shards of some sets that are not there yet, in one queue.
 
     A row that fails again and again, or kills its workers, is set aside, and so is one with numbers that are not
@@ -74,13 +69,15 @@ def measure_missing(
         In different directories.
     root : Path
         Run directory.
+    step : Step
+        Told how many shards are finished.
 
     Raises
     ------
     ShardError
         If a directory holds shards of another run.
     Stopped
-        If `stop` is set; what is published by then stays.
+        If the step is to stop; what is published by then stays.
     RunError
         If the run directory is full or cannot be written any more: what would be computed from then on is lost.
     """
@@ -89,8 +86,8 @@ def measure_missing(
     failures: dict[ShardPlace, list[Failure]] = {one.place: [] for one in shard_sets}
     n_shards = sum(len(one.shards) for one in shard_sets)
 
-    def report(status: PoolStatus | None) -> None:
-        advance(sum(map(len, (*receipts.values(), *failures.values()))), n_shards, status)
+    def report(status: PoolStatus | None = None) -> None:
+        step.report(sum(map(len, (*receipts.values(), *failures.values()))), n_shards, status)
 
     jobs = [
         one.job(root, index)
@@ -98,8 +95,8 @@ def measure_missing(
         for index in range(len(one.shards))
         if index not in finished[one.place]
     ]
-    report(None)
-    with closing(map_isolating(pool, jobs, stop=stop, on_tick=report)) as outcomes:
+    report()
+    with closing(map_isolating(pool, jobs, stop=step.stop, on_tick=report)) as outcomes:
         for outcome in outcomes if jobs else ():
             job = outcome.job
             if outcome.result is not None:
@@ -108,7 +105,7 @@ def measure_missing(
                 _check_place(root, outcome.exception)
                 error = without_text(str(outcome.error), job.examples)
                 failures[job.place].append(Failure(job.index, len(job.examples), error))
-            report(None)
+            report()
     for place, of_place in failures.items():
         note_failures(root, place, {failure.index: failure.error for failure in of_place})
     return [_extracted(one, len(finished[one.place]), receipts[one.place], failures[one.place]) for one in shard_sets]

@@ -14,7 +14,6 @@ from support import neg, save_tiny_model
 
 from flows.campaign import count_campaign_steps, plan_campaign, run_campaign
 from flows.show.campaign_tables import campaign_tables
-from flows.stages import PlainStages, current_watcher
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
 from tasks.config.campaign_run import CampaignRun
@@ -26,6 +25,7 @@ from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.results import Average
+from tasks.steps import PlainSteps, handing_over
 
 DATASETS = ["mini/fact", "mini/nli"]
 STAGES = {
@@ -105,7 +105,7 @@ def run(models, stages, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(run):
-    return run_campaign(run, PlainStages())
+    return run_campaign(run, PlainSteps())
 
 
 def read(path):
@@ -297,7 +297,7 @@ def test_the_comparison_holds_the_numbers_of_the_single_runs(run, results, whole
 
 def test_the_same_campaign_again_computes_nothing_and_writes_the_same_bytes(run, results):
     before = files(run)
-    again = run_campaign(run, PlainStages())
+    again = run_campaign(run, PlainSteps())
     assert sum(part.n_computed for part in again.extracted) == 0
     assert sum(part.n_reused for part in again.extracted) == sum(part.n_computed for part in results.extracted) > 0
     assert again.problems == results.problems
@@ -307,10 +307,9 @@ def test_the_same_campaign_again_computes_nothing_and_writes_the_same_bytes(run,
 def test_a_model_that_is_mended_is_all_that_is_computed(models, tmp_path):
     copies = [str(shutil.copytree(model, tmp_path / Path(model).name)) for model in models[1:3]]
     mended = campaign(copies, tmp_path / "run", stage=["mceval8k"])
-    assert run_campaign(mended, PlainStages()).problems
+    assert run_campaign(mended, PlainSteps()).problems
     save_tiny_model("qwen2", Path(copies[1]), n_positions=4096)
-    plan.cache_clear()  # as in a new process
-    again = run_campaign(mended, PlainStages())
+    again = run_campaign(mended, PlainSteps())
     assert again.problems == []
     assert {part.place.model for part in again.extracted if part.n_computed} == {copies[1]}
     assert {row.outcome for row in again.comparison.outcomes} == {"whole"}
@@ -328,17 +327,17 @@ def test_a_campaign_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(run,
     again = run.model_copy(update={"out": tmp_path / "run", "stage": ("mceval8k",)})
     monkeypatch.setattr(ModelWorker, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_campaign(again, PlainStages())
+        run_campaign(again, PlainSteps())
     assert not (again.directory / "campaign").exists()
     monkeypatch.setattr(ModelWorker, "run", honest)
-    resumed = run_campaign(again, PlainStages())
+    resumed = run_campaign(again, PlainSteps())
     assert sum(part.n_reused for part in resumed.extracted) == 7
     for name in ("accuracy", "gains"):
         assert table(again, name) == table(run, name)
 
 
 def test_a_request_to_stop_ends_the_campaign_and_not_only_its_part(run, results):
-    stages = PlainStages()
+    stages = PlainSteps()
     stages.stop.set()
     with pytest.raises(Stopped):
         run_campaign(run, stages)
@@ -352,7 +351,7 @@ def test_an_error_that_stops_the_threads_of_its_part_stops_no_other(run, results
             raise OSError("disk gone")
 
     monkeypatch.setattr("flows.pipeline.write_plan_file", failing)
-    partial = run_campaign(run.model_copy(update={"model": tuple(whole_models)}), PlainStages())
+    partial = run_campaign(run.model_copy(update={"model": tuple(whole_models)}), PlainSteps())
     assert partial.problems == ["tiny-llama, mceval8k: OSError: disk gone"]
     assert [row.outcome for row in partial.comparison.outcomes] == ["failed", "whole", "whole", "whole"]
 
@@ -368,7 +367,7 @@ def test_rows_that_are_set_aside_are_named_by_model_and_stage(whole_models, tmp_
         return honest(self, job, examples)
 
     monkeypatch.setattr(ModelWorker, "_measure", failing)
-    results = run_campaign(run, PlainStages())
+    results = run_campaign(run, PlainSteps())
     assert results.problems == []
     (row,) = results.set_aside
     assert row.startswith(f"tiny-llama, mceval8k: {poison}: ")
@@ -383,17 +382,15 @@ def test_progress_counts_what_can_be_planned(run, results):
     steps = {}
 
     class Watcher:
-        def advance(self, stage, done, total, status):
-            steps[stage] = done
+        def advance(self, progress):
+            steps[progress.step] = progress.done
 
-        def finish(self, stage, error): ...
+        def finish(self, step, error): ...
 
-    token = current_watcher.set(Watcher())
-    try:
-        run_campaign(run, PlainStages())
-    finally:
-        current_watcher.reset(token)
-    of_whole = {stage: done for stage, done in steps.items() if "torn" not in stage}
+    with handing_over() as given:
+        given.watcher = Watcher()
+        run_campaign(run, PlainSteps())
+    of_whole = {step: done for step, done in steps.items() if "torn" not in step}
     torn = run.model_copy(update={"model": run.model[2:3]})
     assert sum(of_whole.values()) == n_steps_of(run) - n_steps_of(torn)
     assert n_steps_of(run.model_copy(update={"model": run.model[3:]})) == 0 < n_steps_of(torn)
@@ -401,7 +398,7 @@ def test_progress_counts_what_can_be_planned(run, results):
 
 def test_skill_neurons_have_a_profile_that_adds_up(whole_models, tmp_path):
     run = campaign(whole_models[:1], tmp_path / "run", stage=["skills"], skills=SKILLS)
-    results = run_campaign(run, PlainStages())
+    results = run_campaign(run, PlainSteps())
     assert results.problems == []
     profiles = table(run, "profiles")
     assert {(row["measure"], row["probe"], row["top"]) for row in profiles} == {

@@ -14,7 +14,6 @@ from support import SHARED, neg, save_tiny_model
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
 from flows.show.accuracy_tables import PROBE_TITLES, accuracy_tables, comparison_table, confusion_tables, rows_table
 from flows.show.text import share
-from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError, RunError
 from negcore.probing.evaluation import Accuracy, accuracy, macro_average
 from negcore.probing.saved_probes import load_probe
@@ -28,6 +27,7 @@ from tasks.probe import RECIPES, AccuracyRow, Confusion, Prober, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
 from tasks.rundir.tables import write_table
+from tasks.steps import PlainSteps
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
@@ -67,7 +67,7 @@ def run(model, questions, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(run):
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     assert results.problems == []
     return results
 
@@ -145,7 +145,7 @@ def test_the_tables_on_disk_hold_what_was_shown(run, results):
 
 
 def test_probing_again_on_more_workers_gives_the_same(run, results):
-    again = run_probe(run.model_copy(update={"workers": 1}), PlainStages())
+    again = run_probe(run.model_copy(update={"workers": 1}), PlainSteps())
     assert again.scores == results.scores
 
 
@@ -158,7 +158,7 @@ def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, mo
         return honest(self, job)
 
     monkeypatch.setattr(RankWorker, "run", failing)
-    results = run_probe(run.model_copy(update={"probe": ("magn",), "confusion": False}), PlainStages())
+    results = run_probe(run.model_copy(update={"probe": ("magn",), "confusion": False}), PlainSteps())
     assert {s.dataset for s in results.scores} == {"local/three"}
     (problem,) = results.problems
     assert "local/two: layers 1..2 cannot be ranked: OSError: disk gone" in problem
@@ -166,7 +166,7 @@ def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, mo
 
 def test_ray_actors_rank_as_the_local_worker_does(run, results, tmp_path):
     other = run.model_copy(update={"backend": "ray", "probe": ("magn", "act")})
-    scores = run_probe(other, PlainStages()).scores
+    scores = run_probe(other, PlainSteps()).scores
     assert scores == [s for s in results.scores if s.probe in ("lm", "magn", "act")]
 
 
@@ -316,7 +316,7 @@ def small(model, tmp_path_factory):
 
 @needs_mceval8k
 def test_a_dataset_that_cannot_be_evaluated_is_named_and_the_others_go_on(small):
-    results = run_mceval8k(small, PlainStages())
+    results = run_mceval8k(small, PlainSteps())
     (problem,) = results.problems
     assert "no linguistic/chunking/test.json in folder" in problem
     done = {(s.shots, s.genre, s.dataset) for s in results.scores}
@@ -353,7 +353,7 @@ def test_overlapping_splits_are_marked_under_released(small):
 def test_where_no_dataset_can_be_used_the_first_reason_is_the_error(model, tmp_path):
     values = {**PLAIN, "model": [model], "mceval8k": tmp_path / "absent", "out": tmp_path}
     with pytest.raises(DatasetError, match="absent' is not a folder"):
-        run_mceval8k(read_run_file(EvaluationRun, None, values), PlainStages())
+        run_mceval8k(read_run_file(EvaluationRun, None, values), PlainSteps())
 
 
 def test_by_default_all_22_datasets_are_evaluated_both_ways(model):

@@ -14,7 +14,6 @@ from faults import spoil
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
-from flows.stages import PlainStages
 from negcore.errors import DatasetError, NegError
 from negcore.measure.estimators import ESTIMATORS, estimate
 from negcore.measure.interventions import intervene, random_sets
@@ -25,6 +24,7 @@ from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan_linearity import plan_linearity
+from tasks.steps import PlainSteps
 
 CHEAP = ["neurgrad", "gradient"]
 HOSTILE = "$x^2$ <script> [link](http://x) "
@@ -80,7 +80,7 @@ def test_every_estimator_can_be_asked_for():
 
 
 def test_the_shards_hold_what_the_library_measures(run, models, undrawn):
-    results = run_linearity(run, PlainStages())
+    results = run_linearity(run, PlainSteps())
     assert results.problems == []
     (findings,), (study,) = results.findings, plan_linearity(run)
     examples = study.facts.examples
@@ -102,7 +102,7 @@ def test_the_shards_hold_what_the_library_measures(run, models, undrawn):
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
     run = run.model_copy(update={"model": (models[family],), "estimator": get_args(EstimatorName)})
-    results = run_linearity(run, PlainStages())
+    results = run_linearity(run, PlainSteps())
     assert results.problems == []
     (findings,) = results.findings
     assert (findings.n_facts, findings.n_multi_token) == (25, 1)
@@ -116,7 +116,7 @@ def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
 
 
 def test_figures_are_drawn_twice_each_and_show_no_prompt(run):
-    results = run_linearity(run, PlainStages())
+    results = run_linearity(run, PlainSteps())
     (figures,) = results.figures.values()
     assert [figure.suffix for figure in figures] == [".svg", ".png"] * 5
     for figure in figures:
@@ -134,7 +134,7 @@ def test_a_fact_comes_in_all_its_wordings(run):
 def test_a_sweep_of_all_neurons_of_one_prompt_goes_on_in_the_middle(run, monkeypatch, undrawn):
     run = run.model_copy(update={"prompts": 1, "neurons": "all", "block_layers": 1})
     whole = run.model_copy(update={"out": run.directory.with_name("whole")})
-    assert run_linearity(whole, PlainStages()).problems == []
+    assert run_linearity(whole, PlainSteps()).problems == []
     honest = ModelWorker.run
 
     def interrupted(self, job):
@@ -144,9 +144,9 @@ def test_a_sweep_of_all_neurons_of_one_prompt_goes_on_in_the_middle(run, monkeyp
 
     monkeypatch.setattr(ModelWorker, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_linearity(run, PlainStages())
+        run_linearity(run, PlainSteps())
     monkeypatch.undo()
-    resumed = run_linearity(run, PlainStages())
+    resumed = run_linearity(run, PlainSteps())
     assert sum(part.n_reused for part in resumed.extracted) == sum(part.n_computed for part in resumed.extracted) + 4
     assert [part.place.part for part in resumed.extracted if part.n_computed] == ["layers-02-02"]
     assert contents(run.directory) == contents(whole.directory)
@@ -161,16 +161,16 @@ def test_a_written_run_file_asks_for_the_very_same_numbers(models, facts, tmp_pa
 
 
 def test_another_estimator_later_computes_that_one_only(run, undrawn):
-    run_linearity(run, PlainStages())
+    run_linearity(run, PlainSteps())
     more = run.model_copy(update={"estimator": (*CHEAP, "ablation")})
-    results = run_linearity(more, PlainStages())
+    results = run_linearity(more, PlainSteps())
     assert [part.place.part for part in results.extracted if part.n_computed] == ["ablation"]
 
 
 def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, undrawn):
-    run_linearity(run, PlainStages())
+    run_linearity(run, PlainSteps())
     other = run.model_copy(update={"backend": "ray", "workers": 2, "out": tmp_path / "ray"})
-    assert run_linearity(other, PlainStages()).problems == []
+    assert run_linearity(other, PlainSteps()).problems == []
     assert contents(other.directory) == contents(run.directory)
     for name in ("ranges", "agreement", "interventions"):
         assert table(other, name) == table(run, name)
@@ -185,7 +185,7 @@ def test_lost_prompts_are_reported_and_their_model_has_no_tables(run, monkeypatc
         return honest(self, job)
 
     monkeypatch.setattr(ModelWorker, "run", failing)
-    results = run_linearity(run, PlainStages())
+    results = run_linearity(run, PlainSteps())
     assert results.findings == []
     (problem,) = results.problems
     assert "estimates gradient: shard 1, 2 rows lost: RuntimeError: poison row" in problem
@@ -213,7 +213,7 @@ def test_a_poison_row_is_isolated_and_the_study_goes_on_without_it(run, monkeypa
     (study,) = plan_linearity(run)
     ids = [example.id for example in study.facts.examples]
     faulty_prompts(monkeypatch, {"sweeps": ids[1], "estimates": ids[4], "interventions": ids[5]}, poison)
-    results = run_linearity(run, PlainStages())
+    results = run_linearity(run, PlainSteps())
     assert results.problems == []
     assert {row.rsplit(": ", 3)[1] for row in results.set_aside} == {ids[1], ids[4], ids[5]}
     assert all(row.endswith("RuntimeError: poison row") for row in results.set_aside)
@@ -221,14 +221,14 @@ def test_a_poison_row_is_isolated_and_the_study_goes_on_without_it(run, monkeypa
     assert findings.ids == [id_ for id_ in ids if id_ not in (ids[1], ids[4])]
     assert findings.sweep.probs_PKS.shape[0] == findings.scores_PK["gradient"].shape[0] == 4
     monkeypatch.undo()
-    again = run_linearity(run, PlainStages())
+    again = run_linearity(run, PlainSteps())
     assert (sum(one.n_computed for one in again.extracted), again.set_aside) == (0, results.set_aside)
 
 
 def test_a_prompt_without_the_poison_row_has_the_numbers_that_it_has_with_it(run, monkeypatch, tmp_path):
-    whole = run_linearity(run.model_copy(update={"out": tmp_path / "whole"}), PlainStages()).findings[0]
+    whole = run_linearity(run.model_copy(update={"out": tmp_path / "whole"}), PlainSteps()).findings[0]
     faulty_prompts(monkeypatch, {"sweeps": whole.ids[1]}, poison)
-    partly = run_linearity(run, PlainStages()).findings[0]
+    partly = run_linearity(run, PlainSteps()).findings[0]
     kept = [whole.ids.index(id_) for id_ in partly.ids]
     np.testing.assert_allclose(partly.sweep.probs_PKS, whole.sweep.probs_PKS[kept], rtol=1e-5)
     np.testing.assert_allclose(partly.scores_PK["gradient"], whole.scores_PK["gradient"][kept], rtol=1e-5)
@@ -239,13 +239,13 @@ def test_numbers_that_are_not_finite_fail_their_shard_or_are_skipped(run, monkey
     (study,) = plan_linearity(run)
     id_ = study.facts.examples[0].id
     faulty_prompts(monkeypatch, {kind: id_}, spoil)
-    failed = run_linearity(run, PlainStages())
+    failed = run_linearity(run, PlainSteps())
     assert failed.findings == []
     assert all(f"{id_}: 1 NaN or infinite values, in " in problem for problem in failed.problems)
-    skipped = run_linearity(run.model_copy(update={"nonfinite": "skip"}), PlainStages())
+    skipped = run_linearity(run.model_copy(update={"nonfinite": "skip"}), PlainSteps())
     assert skipped.problems == []
     assert all(f"{id_}: 1 NaN or infinite values, in " in row for row in skipped.set_aside)
-    kept = run_linearity(run.model_copy(update={"nonfinite": "keep"}), PlainStages())
+    kept = run_linearity(run.model_copy(update={"nonfinite": "keep"}), PlainSteps())
     assert (kept.findings, kept.set_aside) == ([], [])
     (problem,) = kept.problems
     assert f"of {id_} is NaN or infinite, and no table can be made of that" in problem
@@ -254,15 +254,15 @@ def test_numbers_that_are_not_finite_fail_their_shard_or_are_skipped(run, monkey
 def test_a_model_that_cannot_be_loaded_is_one_problem_and_the_others_go_on(run, models, tmp_path):
     torn = Path(shutil.copytree(models["bert"], tmp_path / "torn"))
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
-    results = run_linearity(run.model_copy(update={"model": (str(torn), *run.model)}), PlainStages())
+    results = run_linearity(run.model_copy(update={"model": (str(torn), *run.model)}), PlainSteps())
     (problem,) = results.problems
     assert "could not be loaded" in problem
     assert [findings.model for findings in results.findings] == list(run.model)
 
 
 def test_other_neurons_in_the_same_directory_are_refused_with_the_difference(run, undrawn):
-    run_linearity(run, PlainStages())
-    results = run_linearity(run.model_copy(update={"seed": 1}), PlainStages())
+    run_linearity(run, PlainSteps())
+    results = run_linearity(run.model_copy(update={"seed": 1}), PlainSteps())
     assert len(results.problems) == 3
     assert all("ShardError" in problem and "here" in problem for problem in results.problems)
 

@@ -6,9 +6,9 @@ import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from flows.stages import PrefectStages, _Page
 from negcore.errors import RunError
 from tasks.server import prefect_api
+from tasks.steps import PrefectSteps, _Page
 
 URL = "http://127.0.0.1:9/api"
 
@@ -20,9 +20,9 @@ def lose(*_, **__):
 def test_tables_and_notes_that_cannot_be_shown_do_not_end_the_run(monkeypatch, caplog):
     monkeypatch.setattr("prefect.artifacts.create_table_artifact", lose)
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lose)
-    with caplog.at_level(logging.WARNING, "flows.stages"):
-        PrefectStages().table("scores", [{"accuracy": 0.5}], "Scores")
-        PrefectStages().note("summary", "text")
+    with caplog.at_level(logging.WARNING, "tasks.steps"):
+        PrefectSteps().table("scores", [{"accuracy": 0.5}], "Scores")
+        PrefectSteps().note("summary", "text")
     assert [record.message for record in caplog.records] == [
         "Prefect does not answer (Connection refused): the run goes on, unseen"
     ] * 2
@@ -33,7 +33,7 @@ def test_a_silent_server_is_not_asked_to_refresh_anything_for_a_while(monkeypatc
     assert page.refresh(lambda: asked.append("before") or "shown") == "shown"
     assert page.refresh(lose) is None
     assert page.refresh(lambda: asked.append("too soon")) is None
-    monkeypatch.setattr("flows.stages._SILENCE_S", 0.0)
+    monkeypatch.setattr("tasks.steps._SILENCE_S", 0.0)
     page.keep(lose)
     page.refresh(lambda: asked.append("after"))
     assert asked == ["before", "after"]

@@ -11,12 +11,12 @@ from prefect.flows import load_flow_from_entrypoint
 from flows.campaign import run_campaign
 from flows.repair import repair_of
 from flows.serve import deployments
-from flows.stages import PlainStages
 from tasks.config.campaign_run import CampaignRun
 from tasks.config.kinds import RUN_KINDS, RunKind
 from tasks.config.reading import read_run_file, recorded_run
 from tasks.config.run_file import write_run_file
 from tasks.rundir.status import run_status
+from tasks.steps import PlainSteps
 
 MODULE = '''
 from typing import Literal
@@ -137,7 +137,7 @@ def test_its_flow_is_served_from_its_run_file(run):
 def test_its_directory_is_told_of_and_repaired_by_carrying_it_out_again(run):
     repair = repair_of(run)
     assert repair.n_steps == 1
-    repair.work(run, PlainStages())
+    repair.work(run, PlainSteps())
     assert recorded_run(run.directory) == run
     assert run_status(run.directory).folders == ()
 
@@ -145,7 +145,7 @@ def test_its_directory_is_told_of_and_repaired_by_carrying_it_out_again(run):
 def test_it_is_a_study_of_campaigns(tmp_path):
     values = {"model": ["banana", "cherry"], "stage": "letters", "letters": {"letter": "r"}, "out": tmp_path / "all"}
     campaign = read_run_file(CampaignRun, None, values | {"backend": "local"})
-    results = run_campaign(campaign, PlainStages())
+    results = run_campaign(campaign, PlainSteps())
     assert results.problems == []
     assert {row.model: row.n_prompts for row in results.comparison.linearity} == {"banana": 0, "cherry": 2}
     assert recorded_run(tmp_path / "all") == campaign

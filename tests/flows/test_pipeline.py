@@ -9,7 +9,6 @@ import pytest
 from support import save_tiny_model
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
-from flows.stages import PlainStages
 from negcore.errors import DatasetError, LabelError, NegError, ShardError
 from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import load_model
@@ -21,6 +20,7 @@ from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.verify import verify
+from tasks.steps import PlainSteps
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def contents(directory):
 
 
 def test_a_pipeline_writes_the_negs_of_every_row_and_scores_every_probe(run, model):
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     assert results.problems == []
     assert [score.probe for score in results.scores] == ["lm", "polar", "magn"]
     test = open_negs(run.directory).select(split="test")
@@ -70,7 +70,7 @@ def test_a_pipeline_writes_the_negs_of_every_row_and_scores_every_probe(run, mod
 @pytest.mark.parametrize("name", ["report.html", "accuracy.arrow"])
 def test_what_cannot_be_written_is_a_problem_and_all_else_is_shown(run, name):
     (run.directory / name).mkdir(parents=True)
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     (problem,) = results.problems
     assert f"/{name}' cannot be written: Is a directory" in problem
     assert len(results.scores) == 3
@@ -80,37 +80,37 @@ def test_what_cannot_be_written_is_a_problem_and_all_else_is_shown(run, name):
 
 
 def test_the_same_command_again_computes_nothing(run):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     before = contents(run.directory)
-    again = run_extract(run, PlainStages())
+    again = run_extract(run, PlainSteps())
     assert sum(part.n_computed for part in again.extracted) == 0
     assert contents(run.directory) == before
 
 
 def test_only_a_lost_shard_is_computed_again_and_has_the_same_bytes(run):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     before = contents(run.directory)
     shard = next(path for path in run.directory.rglob("part-00001.arrow") if "split=train" in str(path))
     shard.write_bytes(shard.read_bytes()[:-100])
-    again = run_extract(run, PlainStages())
+    again = run_extract(run, PlainSteps())
     assert sum(part.n_computed for part in again.extracted) == 1
     assert contents(run.directory) == before
 
 
 def test_probing_needs_the_shards(run):
-    results = run_probe(run, PlainStages())
+    results = run_probe(run, PlainSteps())
     assert results.scores == []
     assert "holds no NEGs" in results.problems[0]
 
 
 def test_probing_afterwards_gives_the_pipelines_scores(run):
-    piped = run_pipeline(run, PlainStages())
-    assert run_probe(run, PlainStages()).scores == piped.scores
+    piped = run_pipeline(run, PlainSteps())
+    assert run_probe(run, PlainSteps()).scores == piped.scores
 
 
 def test_other_settings_in_the_same_directory_are_refused_with_the_difference(run):
-    run_extract(run, PlainStages())
-    results = run_extract(run.model_copy(update={"site": "act"}), PlainStages())
+    run_extract(run, PlainSteps())
+    results = run_extract(run.model_copy(update={"site": "act"}), PlainSteps())
     assert ShardError.__name__ in results.problems[0]
     assert "site: 'act' here, 'up' there" in results.problems[0]
 
@@ -124,12 +124,12 @@ def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
         return honest(self, job)
 
     monkeypatch.setattr(ModelWorker, "run", failing)
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     assert results.scores == []
     assert len(results.problems) == 1
     assert "shard 1, 8 rows lost: OSError: the disk is full" in results.problems[0]
     monkeypatch.undo()
-    assert run_pipeline(run, PlainStages()).problems == []
+    assert run_pipeline(run, PlainSteps()).problems == []
 
 
 def test_a_run_that_stores_codes_scores_every_probe_as_one_that_stores_values(run, tmp_path):
@@ -137,7 +137,7 @@ def test_a_run_that_stores_codes_scores_every_probe_as_one_that_stores_values(ru
     run = run.model_copy(update={"probe": probes, "confusion": True})
     codes = run.model_copy(update={"storage": "codes", "out": tmp_path / "codes"})
     foreseen = forecast([(codes, plan(codes))])[0].n_bytes_left
-    expected, results = (run_pipeline(one, PlainStages()) for one in (run, codes))
+    expected, results = (run_pipeline(one, PlainSteps()) for one in (run, codes))
     assert (results.problems, len(results.scores)) == ([], 1 + len(probes))
     assert (results.scores, results.confusion) == (expected.scores, expected.confusion)
     assert foreseen == sum(part.n_bytes for part in results.extracted)
@@ -150,7 +150,7 @@ def test_a_bfloat16_model_loses_nothing_in_16_bits_and_takes_half_the_room(run, 
     run = run.model_copy(update={"probe": probes, "dtype": "bfloat16"})
     halves = run.model_copy(update={"storage": "bfloat16", "out": tmp_path / "halves"})
     foreseen = forecast([(halves, plan(halves))])[0].n_bytes_left
-    expected, results = (run_pipeline(one, PlainStages()) for one in (run, halves))
+    expected, results = (run_pipeline(one, PlainSteps()) for one in (run, halves))
     assert (results.problems, len(results.scores)) == ([], 1 + len(probes))
     assert results.scores == expected.scores
     assert foreseen == sum(part.n_bytes for part in results.extracted)
@@ -160,9 +160,9 @@ def test_a_bfloat16_model_loses_nothing_in_16_bits_and_takes_half_the_room(run, 
 
 
 def test_codes_in_a_directory_of_values_are_refused_with_the_difference(run):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     before = contents(run.directory)
-    results = run_extract(run.model_copy(update={"storage": "codes"}), PlainStages())
+    results = run_extract(run.model_copy(update={"storage": "codes"}), PlainSteps())
     assert "storage: 'codes' here, 'values' there" in results.problems[0]
     assert contents(run.directory) == before
 
@@ -197,9 +197,9 @@ def test_a_prompt_longer_than_the_context_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, workers):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     other = run.model_copy(update={"backend": "ray", "workers": workers, "out": tmp_path / "ray"})
-    results = run_extract(other, PlainStages())
+    results = run_extract(other, PlainSteps())
     assert results.problems == []
     assert contents(other.directory) == contents(run.directory)
 
@@ -207,7 +207,7 @@ def test_ray_actors_write_the_same_bytes_as_one_local_worker(run, tmp_path, work
 def test_a_model_that_does_not_load_is_said_once_and_the_others_go_on(run, tmp_path):
     broken = save_tiny_model("llama", tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"\x00" * 64)
-    results = run_pipeline(run.model_copy(update={"model": (str(broken), *run.model)}), PlainStages())
+    results = run_pipeline(run.model_copy(update={"model": (str(broken), *run.model)}), PlainSteps())
     assert len(results.problems) == 1
     assert "could not be loaded" in results.problems[0]
     assert {score.model for score in results.scores} == set(run.model)

@@ -25,11 +25,11 @@ import yaml
 from support import NEG, REPOSITORY, save_tiny_model
 
 from flows.pipeline import run_pipeline
-from flows.stages import PlainStages
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
 from tasks.rundir.claim import CLAIM_FILE
+from tasks.steps import PlainSteps
 
 PATIENCE_S = 600.0
 """Limit for each thing that is waited for: a quiet machine needs seconds."""
@@ -297,7 +297,7 @@ def test_the_next_run_computes_only_what_is_missing(story, run):
 
 def test_a_run_that_was_cancelled_and_resumed_has_the_bytes_of_an_undisturbed_one(story, run, tmp_path):
     undisturbed = run.model_copy(update={"backend": "local", "out": tmp_path / "undisturbed"})
-    assert run_pipeline(undisturbed, PlainStages()).problems == []
+    assert run_pipeline(undisturbed, PlainSteps()).problems == []
     for part in ("negs", "probes", "*.arrow"):
         assert contents(run.directory, part) == contents(undisturbed.directory, part) != {}
 

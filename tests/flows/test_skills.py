@@ -8,7 +8,6 @@ import pytest
 from support import neg, save_tiny_model
 
 from flows.skills import count_skills_steps, run_skills
-from flows.stages import PlainStages
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillsRun
 from tasks.config.reading import read_run_file
@@ -16,6 +15,7 @@ from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.skills import plan_skills
+from tasks.steps import PlainSteps, handing_over
 
 DATASETS = ("mini/fact", "mini/nli", "mini/classification")
 
@@ -36,7 +36,7 @@ def run(model, tmp_path_factory):
 def results(run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flows.skills.write_figures", lambda findings, folder: [])
-        return run_skills(run, PlainStages())
+        return run_skills(run, PlainSteps())
 
 
 def table(run, name):
@@ -97,7 +97,7 @@ def test_conditions_ask_the_same_questions_otherwise(run, results):
 def test_a_second_run_computes_nothing_and_finds_the_same(run, results, monkeypatch):
     monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
     monkeypatch.setattr(ModelWorker, "__init__", lambda self, *args, **kwargs: pytest.fail("a model was loaded"))
-    again = run_skills(run, PlainStages())
+    again = run_skills(run, PlainSteps())
     assert sum(part.n_computed for part in again.extracted) == 0
     assert again.findings == results.findings
 
@@ -112,7 +112,7 @@ def test_nothing_is_said_of_a_dataset_whose_check_failed(run, results, monkeypat
 
     monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
     monkeypatch.setattr(ModelWorker, "run", failing)
-    partial = run_skills(run.model_copy(update={"shift": (1.5,)}), PlainStages())
+    partial = run_skills(run.model_copy(update={"shift": (1.5,)}), PlainSteps())
     assert partial.problems and all("mini/nli causal check" in problem for problem in partial.problems)
     (findings,) = partial.findings
     assert [one.dataset for one in findings.datasets] == [DATASETS[0], DATASETS[2]]
@@ -130,18 +130,14 @@ def test_progress_counts_every_part(run):
     steps = []
 
     class Watcher:
-        def advance(self, stage, done, total, status):
-            steps.append((stage, done))
+        def advance(self, progress):
+            steps.append((progress.step, progress.done))
 
-        def finish(self, stage, error): ...
+        def finish(self, step, error): ...
 
-    from flows.stages import current_watcher
-
-    token = current_watcher.set(Watcher())
-    try:
-        run_skills(run, PlainStages())
-    finally:
-        current_watcher.reset(token)
+    with handing_over() as given:
+        given.watcher = Watcher()
+        run_skills(run, PlainSteps())
     last = dict(steps)
     assert sum(last.values()) == count_skills_steps(run, plan_skills(run))
 

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.pipeline import run_extract, run_mceval8k, run_pipeline, run_probe
-from flows.stages import PlainStages
 from negcore.errors import RunError
 from negcore.store.identity import RunIdentity, choice_digest
 from negcore.store.reader import open_negs
@@ -26,6 +25,7 @@ from tasks.plan import SUMS, plan
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.status import run_status
 from tasks.rundir.verify import unpublish, verify
+from tasks.steps import PlainSteps
 
 SERVED = tuple(name for name in RECIPES if name != "act")
 N_ALL = 3 * 24
@@ -89,25 +89,25 @@ def values(model, questions, tmp_path_factory):
     settings = {"model": [model], "dataset": list(questions.values()), "backend": "local", "shard_rows": 8}
     settings |= {"max_neurons": 16, "tree_neurons": 10, "probe": SERVED, "confusion": True}
     run = read_run_file(SkillRun, None, settings | {"out": tmp_path_factory.mktemp("values")})
-    return run, run_pipeline(run, PlainStages())
+    return run, run_pipeline(run, PlainSteps())
 
 
 def test_every_served_probe_scores_as_in_a_run_that_stores_values(values, tmp_path):
     run, expected = values
     stats = run.model_copy(update={"storage": "stats", "out": tmp_path})
-    results = run_pipeline(stats, PlainStages())
+    results = run_pipeline(stats, PlainSteps())
     assert (results.problems, len(results.scores)) == ([], 3 * (1 + len(SERVED)))
     assert (results.scores, results.confusion) == (expected.scores, expected.confusion)
     assert faults(stats.directory) == []
     votes = stats.model_copy(update={"probe": ("polar", "magn-gradient")})
     chosen = [score for score in expected.scores if score.probe in ("lm", *votes.probe)]
-    assert run_probe(votes, PlainStages()).scores == chosen
+    assert run_probe(votes, PlainSteps()).scores == chosen
 
 
 def test_ray_actors_make_the_same_bytes_and_scores_as_the_local_worker(run, tmp_path):
     run = run.model_copy(update={"probe": ("magn", "tree")})
     far = run.model_copy(update={"backend": "ray", "workers": 2, "out": tmp_path / "ray"})
-    local, actors = (run_pipeline(one, PlainStages()) for one in (run, far))
+    local, actors = (run_pipeline(one, PlainSteps()) for one in (run, far))
     assert local.scores == actors.scores != []
     assert contents(run.directory) == contents(far.directory)
 
@@ -116,8 +116,8 @@ def test_ray_actors_make_the_same_bytes_and_scores_as_the_local_worker(run, tmp_
 def test_each_kind_of_probe_alone_finds_its_neurons_stored(values, run, probe):
     stats = run.model_copy(update={"probe": (probe,), "max_neurons": 4})
     changes = {"dataset": run.dataset, "probe": (probe,), "max_neurons": 4}
-    expected = run_probe(values[0].model_copy(update=changes), PlainStages())
-    results = run_pipeline(stats, PlainStages())
+    expected = run_probe(values[0].model_copy(update=changes), PlainSteps())
+    results = run_pipeline(stats, PlainSteps())
     assert results.problems == []
     assert results.scores == expected.scores
     reads_train = probe in ("tree", "magn-logistic")
@@ -139,7 +139,7 @@ def test_the_commands_plan_make_and_show_both_passes(run, questions):
 def test_an_evaluation_runs_on_sums(run, questions, tmp_path):
     shared = {name: getattr(run, name) for name in ("model", "backend", "shard_rows", "storage", "max_neurons")}
     values = shared | {"dataset": list(questions.values()), "shots": [0], "probe": ["magn", "tree"]}
-    results = run_mceval8k(read_run_file(EvaluationRun, None, values | {"out": tmp_path / "all"}), PlainStages())
+    results = run_mceval8k(read_run_file(EvaluationRun, None, values | {"out": tmp_path / "all"}), PlainSteps())
     assert results.problems == []
     assert len(results.averages) == 2 * 3  # of the genre, and of all
 
@@ -149,7 +149,7 @@ def test_an_evaluation_runs_on_sums(run, questions, tmp_path):
 
 def test_as_many_neurons_are_stored_as_were_planned_and_all_that_may_be_asked_for(run):
     run = run.model_copy(update={"probe": ("polar", "magn-gradient", "tree"), "max_neurons": 5})
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     negs = open_negs(run.directory)
     chosen = choose_neurons(run, negs.select(split=SUMS))
     assert len(chosen) == n_stored(run, N_ALL) == 5 + 5 + 10
@@ -163,10 +163,10 @@ def test_no_more_neurons_are_stored_than_there_are(run):
 
 
 def test_another_choice_of_neurons_is_refused_and_not_mixed_with_the_first(run):
-    run_pipeline(run, PlainStages())
+    run_pipeline(run, PlainSteps())
     before = contents(run.directory)
     other = run.model_copy(update={"max_neurons": 8})
-    results = run_pipeline(other, PlainStages())
+    results = run_pipeline(other, PlainSteps())
     assert results.scores == []
     assert len(results.problems) == 2
     assert all("shards of another run (this run here, that one there: neurons: " in line for line in results.problems)
@@ -175,8 +175,8 @@ def test_another_choice_of_neurons_is_refused_and_not_mixed_with_the_first(run):
 
 def test_a_probe_that_asks_for_other_neurons_than_the_run_is_told_what_to_do(run):
     run = run.model_copy(update={"max_neurons": 2})
-    run_extract(run, PlainStages())
-    results = run_probe(run.model_copy(update={"max_neurons": 60}), PlainStages())
+    run_extract(run, PlainSteps())
+    results = run_probe(run.model_copy(update={"max_neurons": 60}), PlainSteps())
     assert "does not hold neuron" in results.problems[0]
     assert "run with other probes in another directory, or with --storage values" in results.problems[0]
 
@@ -187,17 +187,17 @@ def test_a_probe_that_asks_for_other_neurons_than_the_run_is_told_what_to_do(run
 @pytest.mark.parametrize("split", [SUMS, "train"])
 def test_a_lost_shard_of_either_pass_is_computed_again_alone_and_has_the_same_bytes(run, split):
     run = run.model_copy(update={"probe": ("magn", "tree")})
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     before = contents(run.directory)
     next(run.directory.rglob(f"split={split}/part-00001.arrow")).unlink()
-    again = run_extract(run, PlainStages())
+    again = run_extract(run, PlainSteps())
     assert again.problems == []
     assert sum(part.n_computed for part in again.extracted) == 1
     assert contents(run.directory) == before
 
 
 def test_shards_of_both_passes_whose_content_was_changed_are_found_and_repaired(run):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     before = contents(run.directory)
     for split in (SUMS, "test"):
         shard = next(run.directory.rglob(f"split={split}/part-00000.arrow"))
@@ -209,7 +209,7 @@ def test_shards_of_both_passes_whose_content_was_changed_are_found_and_repaired(
     }
     for one in found:
         unpublish(one)
-    assert run_extract(run, PlainStages()).problems == []
+    assert run_extract(run, PlainSteps()).problems == []
     assert contents(run.directory) == before
 
 
@@ -222,18 +222,18 @@ def test_without_all_sums_nothing_is_chosen(run, monkeypatch):
         return honest(self, job)
 
     monkeypatch.setattr(ModelWorker, "run", failing)
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     (problem,) = results.problems
     assert "train-sums: shard 1, 8 rows lost: OSError: the disk is full" in problem
     assert splits_in(run.directory) == [SUMS]
     monkeypatch.undo()
-    assert run_pipeline(run, PlainStages()).problems == []
+    assert run_pipeline(run, PlainSteps()).problems == []
 
 
 def test_sums_of_other_settings_choose_no_neurons(run, monkeypatch):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     monkeypatch.setattr("flows.pipeline.choose_neurons", None)
-    results = run_extract(run.model_copy(update={"site": "act"}), PlainStages())
+    results = run_extract(run.model_copy(update={"site": "act"}), PlainSteps())
     (problem,) = results.problems
     assert "site: 'act' here, 'up' there" in problem
 
@@ -246,7 +246,7 @@ def test_bytes_and_rows_are_foreseen_shard_by_shard(run, probes):
     run = run.model_copy(update={"probe": probes})
     planned = [(run, plan(run))]
     ((dataset,),) = [of_model.datasets for of_model in forecast(planned)]
-    made = run_extract(run, PlainStages()).extracted
+    made = run_extract(run, PlainSteps()).extracted
     assert dataset.n_bytes == dataset.n_bytes_left == sum(part.n_bytes for part in made)
     assert dataset.n_rows == sum(part.n_rows for part in made)
     assert dataset.n_shards == sum(part.n_computed for part in made)
@@ -267,7 +267,7 @@ def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, 
         return honest(self, job)
 
     monkeypatch.setattr(ModelWorker, "run", failing)
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     status = run_status(run.directory)
     assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.folders] == [
         (SUMS, 3, 0, 0),
@@ -311,8 +311,8 @@ def test_shards_with_fewer_columns_than_their_model_has_layers_are_whole(tmp_pat
 
 def test_shards_of_values_do_not_count_as_chosen_ones(run):
     values = run.model_copy(update={"storage": "values"})
-    run_extract(values, PlainStages())
-    results = run_extract(run, PlainStages())
+    run_extract(values, PlainSteps())
+    results = run_extract(run, PlainSteps())
     assert all("storage: 'stats' here, 'values' there" in problem for problem in results.problems)
     in_the_way = {part.folder.names[2]: part.n_foreign for part in run_status(run.directory).folders}
     assert (in_the_way["valid"], in_the_way["test"]) == (3, 3)

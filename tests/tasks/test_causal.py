@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +24,7 @@ from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Resources
 from tasks.pool.opening import open_pool
+from tasks.steps import Step
 
 SHIFTS = (-1.0, 0.5)
 MAGN = Vote("magn", "neg")
@@ -55,7 +55,7 @@ def recipe(run):
 def extract(run):
     (model,) = plan(run)
     with open_pool("local", ModelWorker, recipe(run), Resources(), label="negs") as pool:
-        measure_missing(pool, model.datasets[0].splits, run.directory, advance=lambda *_: None, stop=threading.Event())
+        measure_missing(pool, model.datasets[0].splits, run.directory, Step())
 
 
 def planned_test(run):
@@ -79,7 +79,7 @@ def a_part(run, root, shifts=SHIFTS, **settings):
 def check(run, root, part):
     """Compute what is missing."""
     with open_pool("local", ModelWorker, recipe(run), Resources(), label="causal") as pool:
-        (done,) = measure_missing(pool, [part], root, advance=lambda *_: None, stop=threading.Event())
+        (done,) = measure_missing(pool, [part], root, Step())
     assert done.failures == ()
     return done
 
@@ -303,6 +303,6 @@ def test_probabilities_that_are_not_finite_fail_the_shard_of_the_check(run, tmp_
     monkeypatch.setattr(ModelWorker, "_measure", spoilt)
     part = a_part(run, tmp_path / "run")
     with open_pool("local", ModelWorker, recipe(run), Resources(), label="causal") as pool:
-        (done,) = measure_missing(pool, [part], tmp_path / "run", advance=lambda *_: None, stop=threading.Event())
+        (done,) = measure_missing(pool, [part], tmp_path / "run", Step())
     (failure,) = done.failures
     assert f"{row.id}: 1 NaN or infinite values, in base_probs" in failure.error

@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from faults import FaultyWorker, by_value
 from support import neg, save_tiny_model, tiny_model
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
-from flows.stages import PlainStages
 from negcore.errors import ShardError
 from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
@@ -23,6 +21,7 @@ from tasks.plan import plan
 from tasks.pool.base import Resources
 from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
+from tasks.steps import PlainSteps, Step
 
 SHARD_ROWS = 4
 N_ROWS = 36
@@ -87,7 +86,7 @@ def places(run, word):
 
 def test_a_row_that_fails_is_set_aside_with_its_reason_and_all_others_are_there(run_with, faulty):
     run = run_with({5: "!fail"})
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     ((split, index, id_),) = places(run, "!fail")
     assert results.problems == []
     assert results.set_aside == [f"{split_of(run, split).title}: {id_}: RuntimeError: a deliberate fault"]
@@ -100,7 +99,7 @@ def test_a_row_that_fails_is_set_aside_with_its_reason_and_all_others_are_there(
 
 def test_the_bytes_are_those_of_an_undisturbed_worker(run_with, faulty):
     run = run_with({5: "!fail", 17: "!fail"})
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     model = plan(run)[0].card.ref
     worker = ModelWorker(model, dtype="float32", device="cpu", site="paper", threads=run.cpus)
     for split in plan(run)[0].datasets[0].splits:
@@ -117,19 +116,19 @@ def replace_directory(run, directory):
 
 def test_the_same_command_again_computes_nothing_and_tells_again_what_was_set_aside(run_with, faulty, monkeypatch):
     run = run_with({5: "!fail"})
-    first = run_extract(run, PlainStages())
+    first = run_extract(run, PlainSteps())
     before = files(run)
     monkeypatch.setattr("tasks.measure.worker.ModelWorker", None)  # nobody makes one
-    again = run_extract(run, PlainStages())
+    again = run_extract(run, PlainSteps())
     assert (again.problems, again.set_aside) == ([], first.set_aside)
     assert sum(part.n_computed for part in again.extracted) == 0
     assert files(run) == before
-    assert run_probe(run, PlainStages()).set_aside == first.set_aside
+    assert run_probe(run, PlainSteps()).set_aside == first.set_aside
 
 
 def test_a_shard_of_which_no_row_is_left_is_a_file_of_no_rows(run_with, faulty):
     run = run_with({0: "!fail"}, shard_rows=1)
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     ((split, index, id_),) = places(run, "!fail")
     assert (results.problems, len(results.set_aside)) == ([], 1)
     known = receipts(split_of(run, split).place.path(run.directory))
@@ -137,12 +136,12 @@ def test_a_shard_of_which_no_row_is_left_is_a_file_of_no_rows(run_with, faulty):
     negs = open_negs(run.directory, verify=True).select(split=split)
     assert negs.n_rows == N_ROWS // 3 - 1
     assert negs.layer(1).shape[0] == N_ROWS // 3 - 1
-    assert run_extract(run, PlainStages()).set_aside == results.set_aside
+    assert run_extract(run, PlainSteps()).set_aside == results.set_aside
 
 
 def test_a_split_of_which_no_row_is_left_cannot_be_read_and_says_so(run_with, faulty):
     run = run_with(dict.fromkeys(range(12), "!nan"), nonfinite="skip")
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     assert len(results.set_aside) == 12
     assert len(results.problems) == 1
     assert "has no rows: all 12 were set aside" in results.problems[0]
@@ -152,7 +151,7 @@ def test_a_split_of_which_no_row_is_left_cannot_be_read_and_says_so(run_with, fa
 
 def test_nothing_is_set_aside_where_nothing_can_be_computed(run_with, faulty):
     run = run_with(dict.fromkeys(range(N_ROWS), "!fail"))
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     assert results.set_aside == []
     assert len(results.problems) == 9
     assert all("4 rows lost: RuntimeError: a deliberate fault" in problem for problem in results.problems)
@@ -161,7 +160,7 @@ def test_nothing_is_set_aside_where_nothing_can_be_computed(run_with, faulty):
 
 def test_an_error_that_is_no_rows_fault_loses_the_shard(run_with, faulty):
     run = run_with({5: "!refuse"})
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     assert results.set_aside == []
     assert len(results.problems) == 1
     assert len(files(run)) == 2 * 8
@@ -173,27 +172,27 @@ def test_an_error_that_quotes_a_prompt_loses_its_message(run_with, monkeypatch):
             raise OSError(f"cannot keep {job.examples[0].prompt!r}")
 
     monkeypatch.setattr("tasks.measure.worker.ModelWorker", Quoting)
-    problems = run_extract(run_with(), PlainStages()).problems
+    problems = run_extract(run_with(), PlainSteps()).problems
     assert len(problems) == 9
     assert all(problem.endswith("4 rows lost: OSError") for problem in problems)
 
 
 def test_a_full_disk_ends_the_extraction_instead_of_computing_for_nothing(run_with, faulty, monkeypatch):
     run = run_with({5: "!disk"})
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     (problem,) = results.problems
     assert re.search("takes no more shards .No space left on device.: finished ones are kept; make room", problem)
     assert results.set_aside == []
     kept = files(run)
     assert len(kept) < 2 * 8  # the other splits are not even begun
     monkeypatch.undo()
-    assert run_extract(run, PlainStages()).problems == []
+    assert run_extract(run, PlainSteps()).problems == []
     assert len(files(run)) == 2 * 9
     assert {name: files(run)[name] for name in kept} == kept
 
 
 def test_the_pipeline_goes_on_without_the_row(run_with, faulty):
-    results = run_pipeline(run_with({5: "!fail", 14: "!fail", 30: "!fail"}), PlainStages())
+    results = run_pipeline(run_with({5: "!fail", 14: "!fail", 30: "!fail"}), PlainSteps())
     assert results.problems == []
     assert len(results.set_aside) == 3
     assert {score.n_train for score in results.scores} == {11}
@@ -205,7 +204,7 @@ def test_the_pipeline_goes_on_without_the_row(run_with, faulty):
 
 def test_numbers_that_are_not_finite_fail_their_shard_and_are_located(run_with, faulty):
     run = run_with({5: "!nan"})
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     ((_, index, id_),) = places(run, "!nan")
     assert results.set_aside == []
     assert len(results.problems) == 1
@@ -215,7 +214,7 @@ def test_numbers_that_are_not_finite_fail_their_shard_and_are_located(run_with, 
 
 def test_rows_that_are_not_finite_can_be_skipped(run_with, faulty):
     run = run_with({5: "!nan"}, nonfinite="skip")
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     ((split, _, id_),) = places(run, "!nan")
     assert results.problems == []
     assert results.set_aside == [f"{split_of(run, split).title}: {id_}: 3 NaN or infinite values, in layers 1, 2"]
@@ -226,10 +225,10 @@ def test_rows_that_are_not_finite_can_be_skipped(run_with, faulty):
 
 def test_skipping_changes_no_number_of_the_other_rows(run_with, faulty, monkeypatch):
     skipping = run_with({5: "!nan"}, nonfinite="skip")
-    run_extract(skipping, PlainStages())
+    run_extract(skipping, PlainSteps())
     monkeypatch.setattr("tasks.measure.worker.ModelWorker", ModelWorker)
     whole = replace_directory(skipping, skipping.directory.with_name("whole"))
-    run_extract(whole, PlainStages())
+    run_extract(whole, PlainSteps())
     ((split, _, id_),) = places(skipping, "!nan")
     ours, all_rows = (open_negs(run.directory).select(split=split) for run in (skipping, whole))
     kept = [place for place, one in enumerate(all_rows.ids) if one != id_]
@@ -238,7 +237,7 @@ def test_skipping_changes_no_number_of_the_other_rows(run_with, faulty, monkeypa
 
 def test_rows_that_are_not_finite_can_be_kept_and_are_counted(run_with, faulty):
     run = run_with({5: "!nan"}, nonfinite="keep")
-    results = run_extract(run, PlainStages())
+    results = run_extract(run, PlainSteps())
     ((split, index, _),) = places(run, "!nan")
     assert (results.problems, results.set_aside) == ([], [])
     known = receipts(split_of(run, split).place.path(run.directory))
@@ -249,7 +248,7 @@ def test_rows_that_are_not_finite_can_be_kept_and_are_counted(run_with, faulty):
 def test_a_kept_nan_never_enters_a_vote_silently(run_with, faulty, row):
     probes = ["polar", "magn", "act", "tree", "polar-gradient", "magn-gxa", "polar-random", "magn-logistic"]
     run = run_with({row: "!nan"}, nonfinite="keep", probe=probes, max_neurons=64, tree_neurons=72)
-    results = run_pipeline(run, PlainStages())
+    results = run_pipeline(run, PlainSteps())
     assert results.scores == []
     assert len(results.problems) == 1
     assert "NaN and inf are refused" in results.problems[0]
@@ -257,17 +256,17 @@ def test_a_kept_nan_never_enters_a_vote_silently(run_with, faulty, row):
 
 def test_another_policy_computes_again_only_what_it_changes(run_with, faulty):
     run = run_with({5: "!nan", 17: "!fail"}, nonfinite="keep")
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     stored = {}
     for policy in ("keep", "skip", "skip", "keep"):
-        results = run_extract(run.model_copy(update={"nonfinite": policy}), PlainStages())
+        results = run_extract(run.model_copy(update={"nonfinite": policy}), PlainSteps())
         assert results.problems == []
         assert len(results.set_aside) == 1 + (policy == "skip")
         computed = sum(part.n_computed for part in results.extracted)
         assert computed == (policy != stored.get("policy", "keep"))
         assert stored.setdefault(policy, files(run)) == files(run)
         stored["policy"] = policy
-    failing = run_extract(run.model_copy(update={"nonfinite": "fail"}), PlainStages())
+    failing = run_extract(run.model_copy(update={"nonfinite": "fail"}), PlainSteps())
     assert "NaN or infinite" in failing.problems[0]
 
 
@@ -284,9 +283,7 @@ def test_a_row_that_kills_its_actor_is_set_aside_and_the_bytes_are_those_of_one_
     with ray_session():
         by_value()
         with open_pool("ray", FaultyWorker, recipe, Resources(max_attempts=1), label="tiny") as pool:
-            (extracted,) = measure_missing(
-                pool, [split], run.directory, advance=lambda *_: None, stop=threading.Event()
-            )
+            (extracted,) = measure_missing(pool, [split], run.directory, Step())
     assert extracted.failures == ()
     assert [row.id for row in extracted.set_aside] == [id_]
     assert extracted.set_aside[0].reason.startswith("WorkerLost: ")

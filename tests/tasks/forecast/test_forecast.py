@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.pipeline import run_extract
-from flows.stages import PlainStages
 from negcore.errors import RunError
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
@@ -20,6 +19,7 @@ from tasks.forecast.capacity import check_disk, free_bytes, requirements
 from tasks.forecast.needs import ParameterCounts, count_parameters, forecast, measured_rate, skill_runs
 from tasks.forecast.shard_size import shard_bytes
 from tasks.plan import plan
+from tasks.steps import PlainSteps
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
@@ -63,7 +63,7 @@ def neg(*arguments):
 def test_rows_shards_and_bytes_are_those_of_the_run_itself(run):
     planned = [(run, plan(run))]
     ((dataset,),) = [of_model.datasets for of_model in forecast(planned)]
-    made = run_extract(run, PlainStages()).extracted
+    made = run_extract(run, PlainSteps()).extracted
     assert dataset.n_rows == sum(split.n_rows for split in made)
     assert dataset.n_shards == sum(split.n_computed for split in made)
     assert dataset.n_bytes == sum(split.n_bytes for split in made)
@@ -74,7 +74,7 @@ def test_rows_shards_and_bytes_are_those_of_the_run_itself(run):
 def test_bytes_of_a_real_dataset_are_foreseen_shard_by_shard(run, name):
     values = {"dataset": (f"mceval8k/{name}",), "mceval8k": MCEVAL8K, "limit": 12, "shots": 1}
     run = run.model_copy(update=values)
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     for dataset in plan(run)[0].datasets:
         for split in dataset.splits:
             files = sorted(split.place.path(run.directory).glob("*.arrow"))
@@ -83,7 +83,7 @@ def test_bytes_of_a_real_dataset_are_foreseen_shard_by_shard(run, name):
 
 def test_what_is_there_already_is_not_counted_again(run):
     planned = [(run, plan(run))]
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     lost = next(run.directory.rglob("split=train/_receipts/part-00001.json"))
     lost.unlink()
     (left,) = [dataset for of_model in forecast(planned) for dataset in of_model.datasets]
@@ -93,7 +93,7 @@ def test_what_is_there_already_is_not_counted_again(run):
 
 
 def test_other_settings_count_nothing_of_what_is_there(run):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     other = run.model_copy(update={"site": "act"})
     (one,) = [dataset for of_model in forecast([(other, plan(other))]) for dataset in of_model.datasets]
     assert one.n_bytes_left == one.n_bytes
@@ -167,12 +167,12 @@ def test_shards_that_do_not_fit_the_disk_are_refused_before_anything_is_computed
     check_disk(planned)
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: needed - 1)
     with pytest.raises(RunError, match=r"does not fit: .* of disk space for shards in .* are needed, .*: use another"):
-        run_extract(run, PlainStages())
+        run_extract(run, PlainSteps())
     assert not list(run.directory.rglob("*.arrow"))
 
 
 def test_a_run_that_has_almost_ended_still_fits_a_full_disk(run, monkeypatch):
-    run_extract(run, PlainStages())
+    run_extract(run, PlainSteps())
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: 0)
     check_disk([(run, plan(run))])
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tasks.plan import PlannedModel, plan
 from tasks.pool.base import Pool, Resources
 from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
+from tasks.steps import Step
 
 N_ROWS = 24
 N_SHARDS = 12
@@ -77,7 +77,7 @@ def recipe(model: PlannedModel) -> dict:
 def extracted(pool: Pool, model: PlannedModel, root: Path) -> dict[str, bytes]:
     """Every shard and receipt that the pool makes, by its place in the run directory."""
     splits = model.datasets[0].splits
-    done = measure_missing(pool, splits, root, advance=lambda *_: None, stop=threading.Event())
+    done = measure_missing(pool, splits, root, Step())
     assert not any(one.failures for one in done)
     files = (path for path in root.rglob("part-*") if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from flows.cli.app import app
 from flows.linearity import run_linearity
 from flows.pipeline import Results, extract_planned, run_extract
-from flows.stages import PlainStages
 from negcore.errors import RunError
 from negcore.store.identity import canonical_json, content_digest
 from negcore.store.publish import publish_shard
@@ -25,6 +24,7 @@ from tasks.plan import plan
 from tasks.rundir.claim import claim
 from tasks.rundir.layout import PLAN_FILE, shard_folders
 from tasks.rundir.verify import total_bytes, verify
+from tasks.steps import PlainSteps
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def settings(model, questions):
 def made(settings, tmp_path_factory):
     """A finished run: never changed."""
     run = read_run_file(SkillRun, None, settings | {"out": tmp_path_factory.mktemp("made") / "run"})
-    assert run_extract(run, PlainStages()).problems == []
+    assert run_extract(run, PlainSteps()).problems == []
     return run.directory
 
 
@@ -251,7 +251,7 @@ def test_a_shard_with_other_columns_is_found_though_everything_else_fits(copy):
 
 def test_shards_of_another_run_are_named_with_the_difference_and_stay(settings, copy, tmp_path):
     other = read_run_file(SkillRun, None, settings | {"out": tmp_path / "other", "site": "act"})
-    run_extract(other, PlainStages())
+    run_extract(other, PlainSteps())
     shutil.copy(shard(other.directory, "train", 1), shard(copy, "train", 1))
     shutil.copy(receipt(other.directory, "train", 1), receipt(copy, "train", 1))
     flip = shard(copy, "train", 0)
@@ -315,7 +315,7 @@ def test_runs_below_an_evaluation_are_checked_and_mended_each_in_its_place(setti
     run = read_run_file(EvaluationRun, None, settings | {"out": tmp_path / "run"})
     planned = [(one, plan(one)) for one in run.settings]
     write_run_file(run)
-    extract_planned(planned, PlainStages(), Results(run.directory), when_extracted=lambda run, dataset: None)
+    extract_planned(planned, PlainSteps(), Results(run.directory), when_extracted=lambda run, dataset: None)
     before = contents(tmp_path)
     (one_shot,) = tmp_path.rglob("shots-1/**/split=valid/part-00000.arrow")
     one_shot.write_bytes(one_shot.read_bytes()[:-1])
@@ -340,7 +340,7 @@ def test_sweeps_estimates_and_interventions_are_checked_and_mended(model, tmp_pa
     rows = [{"uuid": f"{i}", "prompt": f"It was {i}", "tpl": f"P{i % 2}", "answer": "AB"[i % 2]} for i in range(8)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run = read_run_file(LinearityRun, None, values | {"out": tmp_path / "run"})
-    assert run_linearity(run, PlainStages()).problems == []
+    assert run_linearity(run, PlainSteps()).problems == []
     before = contents(run.directory)
     assert {one.folder.kind for one in found(run.directory)} == {"sweeps", "estimates", "interventions"}
     assert faults(run.directory) == []

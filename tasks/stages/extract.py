@@ -1,0 +1,16 @@
+"""Extract the NEGs of a split."""
+
+from pathlib import Path
+
+from tasks.measure.missing import Extracted, measure_missing
+from tasks.measure.shard_set import ShardSet
+from tasks.pool.base import Pool
+from tasks.stages.task import step_task
+from tasks.steps import Step
+
+
+@step_task("extract")
+def extract(step: Step, pool: Pool, split: ShardSet, root: Path) -> Extracted:
+    """Measure the NEG shards of a split that are missing."""
+    (extracted,) = measure_missing(pool, [split], root, step)
+    return extracted

@@ -1,0 +1,366 @@
+"""The steps of a run: how they are carried out and watched, under Prefect or without it.
+
+A step is a named piece of work that says how far it is: measuring a split, ranking neurons, fitting probes. Its
+function is one of the Prefect tasks in `tasks.stages`. Both kinds of `Steps` run steps in threads; under Prefect each
+is a task run with a progress artifact.
+"""
+
+import copy
+import logging
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar
+
+from tasks.config.run_file import RunFile
+from tasks.pool.base import PoolStatus, Stopped
+
+T = TypeVar("T")
+R = TypeVar("R", covariant=True)
+
+logger = logging.getLogger(__name__)
+
+_ARTIFACT_INTERVAL_S = 2.0
+_SILENCE_S = 60.0
+"""A server that did not answer is left in peace for so long."""
+_STOP_S = 10.0
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a step is."""
+
+    step: str
+    done: int
+    total: int
+    note: str = ""
+    """What its workers wait for, for people; may be empty."""
+
+
+class Watcher(Protocol):
+    """Shows the steps of a run."""
+
+    def advance(self, progress: Progress) -> None:
+        """Show how far a step is."""
+
+    def finish(self, step: str, error: BaseException | None) -> None:
+        """Show that a step ended."""
+
+
+class Step:
+    """A step under way, as its function sees it: it reports progress here and learns that it is to stop.
+
+    Used in a ``with``, it tells its watchers that it ended, and how.
+    """
+
+    def __init__(self, name: str = "", stop: threading.Event | None = None, watchers: Sequence[Watcher] = ()) -> None:
+        self.name = name
+        self.stop = stop or threading.Event()
+        self.ended = threading.Event()
+        self._watchers = watchers
+        self._progress = Progress(name, 0, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for watcher in self._watchers:
+            watcher.finish(self.name, error)
+        self.ended.set()
+
+    def report(self, done: int, total: int, status: PoolStatus | None = None) -> None:
+        """Report that `done` of `total` parts are finished, and what the workers are doing."""
+        self._progress = Progress(self.name, done, total, _note(status))
+        for watcher in self._watchers:
+            watcher.advance(self._progress)
+
+    def tick(self, status: PoolStatus) -> None:
+        """Report what the workers are doing; no more parts are finished."""
+        self.report(self._progress.done, self._progress.total, status)
+
+    def check_stop(self) -> None:
+        """End the step if it is to stop.
+
+        Raises
+        ------
+        Stopped
+        """
+        if self.stop.is_set():
+            raise Stopped("stopped on request")
+
+
+def _note(status: PoolStatus | None) -> str:
+    if status is None:
+        return ""
+    return status.note or ("" if status.ready else "workers load the model")
+
+
+@dataclass
+class Handover:
+    """What the command line hands over to the run that it starts: a flow's parameters are for its run file alone."""
+
+    watcher: Watcher | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    claimed: Path | None = None
+    """Run directory that the command line holds the claim of."""
+    plans: dict[tuple[Any, RunFile], Any] = field(default_factory=dict)
+    """Plans that were made to count the steps, by what made them: each is taken once."""
+
+    def plan(self, make: Callable[[Any], T], run: RunFile) -> T:
+        """Make the plan of a run and keep it until the run takes it."""
+        self.plans[make, run] = plan = make(run)
+        return plan
+
+
+_handover: ContextVar[Handover | None] = ContextVar("handover", default=None)
+
+
+@contextmanager
+def handing_over() -> Iterator[Handover]:
+    """Hand something over to the runs that are started inside the block."""
+    given = Handover()
+    token = _handover.set(given)
+    try:
+        yield given
+    finally:
+        _handover.reset(token)
+
+
+def plan_ahead(make: Callable[[Any], T], run: RunFile) -> T:
+    """Make the plan of a run before it starts; inside `handing_over`, the run takes this plan."""
+    given = _handover.get()
+    return make(run) if given is None else given.plan(make, run)
+
+
+class Pending(Protocol[R]):
+    """A step under way, as whoever started it sees it."""
+
+    def result(self, timeout: float | None = None) -> R: ...
+
+
+class Steps(ABC):
+    """Carries out the steps of one run until it is stopped."""
+
+    def __init__(self) -> None:
+        self._handover = _handover.get() or Handover()
+        self.stop = self._handover.stop
+
+    def submit(self, task: Any, name: str, *args: Any) -> Pending[Any]:
+        """Start a step.
+
+        Parameters
+        ----------
+        task : Prefect task
+            One of `tasks.stages`: a function of the `Step` and `args`.
+        name : str
+            Which of its kind the step is, for people.
+        """
+        return self._submit(task, self._step(task, name), args)
+
+    def run(self, task: Any, name: str, *args: Any) -> Any:
+        """Carry a step out to its end. Whatever interrupts the wait stops the step before it goes on."""
+        step = self._step(task, name)
+        pending = self._submit(task, step, args)
+        try:
+            return pending.result()
+        except BaseException:
+            if not step.ended.is_set():  # the error is not the step's: a signal, or the flow was cancelled
+                self.stop.set()
+                step.ended.wait(_STOP_S)
+            raise
+
+    def planned(self, make: Callable[[Any], T], run: RunFile) -> T:
+        """Return the plan of a run: the one that was handed over, or a new one."""
+        plans = self._handover.plans
+        return plans.pop((make, run)) if (make, run) in plans else make(run)
+
+    def has_claimed(self, directory: Path) -> bool:
+        """Tell whether whoever started this run holds the claim of a directory."""
+        return self._handover.claimed == directory
+
+    @abstractmethod
+    def part(self) -> "Steps":
+        """Return the steps of a part of the run, which may stop its own work, but nobody else's."""
+
+    @abstractmethod
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+        """Show a table of results."""
+
+    @abstractmethod
+    def note(self, key: str, markdown: str) -> None:
+        """Show a text."""
+
+    @abstractmethod
+    def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]: ...
+
+    @abstractmethod
+    def _step(self, task: Any, name: str) -> Step: ...
+
+    def _watchers(self) -> list[Watcher]:
+        return [self._handover.watcher] if self._handover.watcher else []
+
+
+class PlainSteps(Steps):
+    """Steps without Prefect: for tests, notebooks and machines where no server may run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads = ThreadPoolExecutor(_THREADS)
+
+    def part(self) -> "PlainSteps":
+        return _part(self)
+
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None: ...
+
+    def note(self, key: str, markdown: str) -> None: ...
+
+    def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]:
+        return self._threads.submit(task.fn, step, *args)
+
+    def _step(self, task: Any, name: str) -> Step:
+        return Step(name, self.stop, self._watchers())
+
+
+class PrefectSteps(Steps):
+    """Steps as task runs of the Prefect flow that this is made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._page = _Page()
+
+    def part(self) -> "PrefectSteps":
+        return _part(self)
+
+    def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+        from prefect.artifacts import create_table_artifact
+
+        self._page.keep(lambda: create_table_artifact(list(map(dict, rows)), key=artifact_key(key), description=title))
+
+    def note(self, key: str, markdown: str) -> None:
+        from prefect.artifacts import create_markdown_artifact
+
+        self._page.keep(lambda: create_markdown_artifact(markdown, key=artifact_key(key)))
+
+    def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]:
+        from prefect.utilities.annotations import quote
+
+        name = f"{task.name} {step.name}".replace("{", "(").replace("}", ")")
+        # Quoted: Prefect would look for futures in everything that it is given, prompts included.
+        pending: Pending[Any] = task.with_options(task_run_name=name).submit(quote(step), *map(quote, args))
+        return pending
+
+    def _step(self, task: Any, name: str) -> Step:
+        return Step(name, self.stop, [*self._watchers(), _ProgressArtifact(task.name, name, self._page)])
+
+
+S = TypeVar("S", bound=Steps)
+
+
+def _part(steps: S) -> S:
+    part = copy.copy(steps)
+    part.stop = _PartStop(steps.stop)
+    return part
+
+
+class _PartStop(threading.Event):
+    """Set when its part or the whole run is to stop."""
+
+    def __init__(self, whole: threading.Event) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def is_set(self) -> bool:
+        return self._whole.is_set() or super().is_set()
+
+
+class _Page:
+    """The pages of the Prefect UI. A run needs no server: one that is lost may come back."""
+
+    def __init__(self) -> None:
+        self._silent_until = float("-inf")
+
+    def keep(self, show: Callable[[], T]) -> T | None:
+        """Show something that is to stay: with the client's usual patience, unless the server is silent anyway."""
+        return self._tried(show, patient=not self._is_silent)
+
+    def refresh(self, show: Callable[[], T]) -> T | None:
+        """Show something that will soon be shown anew: it is not tried twice, and not while the server is silent."""
+        return None if self._is_silent else self._tried(show, patient=False)
+
+    @property
+    def _is_silent(self) -> bool:
+        return time.monotonic() < self._silent_until
+
+    def _tried(self, show: Callable[[], T], *, patient: bool) -> T | None:
+        import httpx
+        from prefect.exceptions import PrefectException
+        from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+        try:
+            with nullcontext() if patient else temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+                return show()
+        except (httpx.HTTPError, PrefectException) as error:
+            self._silent_until = time.monotonic() + _SILENCE_S
+            logger.warning("Prefect does not answer (%s): the run goes on, unseen", " ".join(str(error).split()))
+            return None
+
+
+class _ProgressArtifact:
+    """A progress bar in the Prefect UI, refreshed every few seconds, and a line in the log at its end."""
+
+    def __init__(self, kind: str, name: str, page: _Page) -> None:
+        self._title = f"{kind} {name}"
+        self._page = page
+        self._id: Any = None
+        self._shown_at = float("-inf")
+        self._started_at = time.monotonic()
+        self._first_done: int | None = None
+        self._parts = ""
+
+    def advance(self, progress: Progress) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        if self._first_done is None:
+            self._first_done = progress.done
+        self._parts = f"{progress.done} of {progress.total} parts"
+        now = time.monotonic()
+        if progress.done < progress.total and now - self._shown_at < _ARTIFACT_INTERVAL_S:
+            return
+        self._shown_at = now
+        percent, text = 100.0 * progress.done / max(progress.total, 1), self._text(progress)
+        if self._id is None:
+            key = artifact_key(self._title)
+            self._id = self._page.refresh(lambda: create_progress_artifact(percent, key=key, description=text))
+        else:
+            self._page.refresh(lambda: update_progress_artifact(self._id, percent, description=text))
+
+    def finish(self, step: str, error: BaseException | None) -> None:
+        from prefect import get_run_logger
+
+        if error is None:
+            seconds = f"finished in {time.monotonic() - self._started_at:.1f} s"
+            get_run_logger().info("%s: %s", self._title, f"{self._parts}, {seconds}" if self._parts else seconds)
+
+    def _text(self, progress: Progress) -> str:
+        text = self._parts
+        gained, seconds = progress.done - (self._first_done or 0), time.monotonic() - self._started_at
+        if gained > 0 and progress.done < progress.total:
+            rate = gained / seconds
+            text += f", {rate * 60:.1f} a minute, {(progress.total - progress.done) / rate:.0f} s left"
+        return f"{text}; {progress.note}" if progress.note else text
+
+
+def artifact_key(name: str) -> str:
+    """Return a Prefect artifact key: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
