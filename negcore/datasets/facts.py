@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import Record, hub_file, one_line, read_json_lines
+from negcore.datasets.files import Record, hub_file, read_json_lines
 from negcore.datasets.local import text_field
-from negcore.datasets.mini import mini_facts
+from negcore.datasets.mini import MINI_ROWS
 from negcore.datasets.render import (
     Defuser,
     label_prefixes,
@@ -20,7 +20,7 @@ from negcore.datasets.render import (
 )
 from negcore.datasets.rows import Row
 from negcore.datasets.splits import seeded_order
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, one_line
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
@@ -127,13 +127,15 @@ def _single_token(rows: Sequence[Row], tokenizer: Tokenizer, masked: bool) -> tu
 
 
 def _rows(source: str | Path, name: str) -> list[Row]:
-    records = [(MINI_FACTS, record) for record in mini_facts()] if source == MINI_FACTS else _read(_local(str(source)))
+    records = _read(_local(str(source)))
     if not records:
         raise DatasetError(f"{source}: there are no facts; each row needs {', '.join(COLUMNS)}")
     return [_row(record, f"{name}/{number}", place) for number, (place, record) in enumerate(records)]
 
 
 def _local(source: str) -> Path:
+    if source == MINI_FACTS:
+        return MINI_ROWS / "facts.jsonl"
     if not source.startswith(HUB):
         return Path(source)
     organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, one_line
 
 Record = Mapping[str, Any]
 
@@ -85,8 +85,3 @@ def _json_object(line: bytes, place: str) -> Record:
     if not isinstance(record, dict):
         raise DatasetError(f"{place}: {type(record).__name__} found; each line must be one JSON object")
     return record
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, for use inside ours."""
-    return " ".join(str(error).split()) or type(error).__name__
