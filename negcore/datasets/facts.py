@@ -1,4 +1,4 @@
-"""Facts with a single answer, the prompts of measured NEG."""
+"""Facts with a single answer each: the prompts of sweeps."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ HUB = "hf://datasets/"
 
 @dataclass(frozen=True, kw_only=True)
 class FactSet:
-    """Prompts whose one label is the fact's answer, a single token of the tokenizer they were made for."""
+    """Prompts with one label each: the fact's answer, a single token of the given tokenizer."""
 
     name: str
     """`mini/facts`, or the stem of the file."""
     examples: tuple[Example, ...]
-    """The sample, in seeded order; `group` is the fact's template."""
+    """Sample in seeded order; `group` is the fact's template."""
     n_rows: int
     """Facts in the source."""
     n_multi_token: int
-    """Facts left out because their answer is not exactly one token after the prompt."""
+    """Facts that are left out because their answer is not exactly one token after the prompt."""
     n_defused: int
-    """Facts, of those in `examples`, whose text held one of the tokenizer's special tokens, now broken."""
+    """Facts in `examples` whose text held a special token of the tokenizer, which a space now breaks."""
     label_rule: str
-    """The leading-space decision in words."""
+    """Statement whether labels begin with a space."""
     fingerprint: str = field(init=False)
     """xxh3-128 (hex) over the content of the examples."""
 
@@ -60,7 +60,7 @@ def load_facts(
 ) -> FactSet:
     """Load factual prompts whose answer is one token.
 
-    Labels begin with a space or not, whichever leaves more single-token answers; a tie goes to the space.
+    Labels begin with a space if that leaves at least as many single-token answers as no space does.
 
     Parameters
     ----------
@@ -70,15 +70,15 @@ def load_facts(
         set that needs no file.
     tokenizer : Tokenizer
     limit : int, optional
-        Most facts to keep, a seeded sample. None keeps all.
+        Most facts of the seeded sample. None keeps all.
     seed : int
     masked : bool
-        Whether the prompts are for a masked model: the mask token is put after each.
+        True for a masked model: each prompt then ends in the mask token.
 
     Raises
     ------
     DatasetError
-        The source is unknown, malformed or empty, or no answer is a single token.
+        If the source is unknown, malformed or empty, or no answer is a single token.
 
     References
     ----------

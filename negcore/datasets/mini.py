@@ -7,7 +7,7 @@ Unicode Common Locale Data Repository. They are for trying the software out, not
 from pathlib import Path
 
 from negcore.datasets.files import read_json_lines
-from negcore.datasets.rows import Source, Spec, rows_of_records, two_wordings
+from negcore.datasets.rows import OptionsField, Source, Spec, rows_of_records, two_wordings
 from negcore.datasets.splits import split_rows
 
 MINI_ROWS = Path(__file__).with_name("mini_rows")
@@ -21,8 +21,6 @@ MINI_SPECS = {
             genre="classification",
             fields=("text",),
             options=("Sports", "Food", "Weather", "Music"),
-            n_options=4,
-            answer="label",
             wordings=two_wordings(
                 "Name the topic of each sentence.",
                 "Sentence: {text}\nTopic:",
@@ -34,9 +32,7 @@ MINI_SPECS = {
             name="mini-fact",
             genre="fact",
             fields=("text",),
-            options="options",
-            n_options=4,
-            answer="label",
+            options=OptionsField("options", 4),
             wordings=two_wordings(
                 "Answer each question about the world.",
                 "Question: {text}",
@@ -48,10 +44,8 @@ MINI_SPECS = {
             name="mini-linguistic",
             genre="linguistic",
             fields=("text",),
-            options="options",
+            options=OptionsField("options", 2),
             options_are_content=True,
-            n_options=2,
-            answer="label",
             wordings=two_wordings(
                 "Choose the verb form that fits the gap.",
                 "Sentence: {text}",
@@ -64,7 +58,6 @@ MINI_SPECS = {
             genre="multilingual",
             fields=("text",),
             options=("English", "French", "German", "Spanish"),
-            n_options=4,
             answer="lang",
             answer_values=("en", "fr", "de", "es"),
             group="lang",
@@ -80,8 +73,6 @@ MINI_SPECS = {
             genre="nli",
             fields=("premise", "hypothesis"),
             options=("Yes", "Maybe", "No"),
-            n_options=3,
-            answer="label",
             wordings=two_wordings(
                 "Given the premise, is the hypothesis true?",
                 "Premise: {premise}\nHypothesis: {hypothesis}",
@@ -94,8 +85,6 @@ MINI_SPECS = {
             genre="self-reflection",
             fields=("note", "question", "reply"),
             options=("No", "Yes"),
-            n_options=2,
-            answer="label",
             wordings=two_wordings(
                 "Is the reply supported by the note, or is it made up? Yes means supported.",
                 "Note: {note}\nQuestion: {question}\nReply: {reply}\nSupported:",

@@ -152,7 +152,7 @@ def sweep(
     seed: int = 0,
     max_rows: int | None = None,
 ) -> SweepResult:
-    """Measure how a label's probability answers to shifts of single neurons.
+    """Measure a label's probability under shifts of single neurons.
 
     A shift of size d moves a neuron's activation a to a + d * s(a), with s(a) = +1 where a > 0 and -1 elsewhere.
 

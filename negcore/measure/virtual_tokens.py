@@ -62,7 +62,7 @@ def head_rows(lm: LanguageModel) -> int:
 
 
 class ShiftedPrompt(ABC):
-    """A prompt whose neurons can be shifted, one neuron a row.
+    """Prompt whose neurons can be shifted, one neuron a row.
 
     Attributes
     ----------
@@ -208,7 +208,7 @@ def _joining(lm: LanguageModel, shifts: Shifts) -> Iterator[None]:
 
 
 class _Joining:
-    """The hooks of one layer: rows join at its input and are shifted at its site."""
+    """Hooks of one layer: rows join at its input and are shifted at its site."""
 
     def __init__(self, lm: LanguageModel, first_row: int, shifts: Shifts) -> None:
         self.lm = lm

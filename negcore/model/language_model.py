@@ -59,15 +59,15 @@ class ModelCard:
     """Facts about a model that are known before its weights are loaded."""
 
     name: str
-    """The reference as given, without `@revision`: the model's name in every output."""
+    """Reference as given, without `@revision`: the model's name in every output."""
     source: str
     """Hub id or local directory of the weights."""
     revision: str
     """Hub commit, or `xxh3:<digest>` of local files."""
     config: Any = field(repr=False)
-    """The transformers configuration."""
+    """Configuration of transformers."""
     tokenizer: Any = field(repr=False)
-    """The transformers tokenizer."""
+    """Tokenizer of transformers."""
     arch: Architecture
 
     @property
@@ -116,7 +116,7 @@ class ModelCard:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A loaded model and the site that its neurons are read at.
+    """A loaded model and the site of its neurons.
 
     Attributes
     ----------
