@@ -20,11 +20,11 @@ from negcore.analysis.linearity import (
     sizes_table,
     stability_table,
 )
+from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study
 from tasks.config.linearity_run import LinearityRun
-from tasks.measure.measurement import count_nonfinite
 from tasks.measure.shard_set import ShardSet
 from tasks.plan_linearity import PlannedStudy, fact_of
 from tasks.rundir.tables import write_tables

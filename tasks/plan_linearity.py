@@ -4,16 +4,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from negcore.analysis.linearity import draw_neurons, nested_grid
+from negcore.analysis.linearity import nested_grid
+from negcore.arrays import Ints
 from negcore.datasets import Example, FactSet, load_facts
 from negcore.errors import NegError
 from negcore.measure.interventions import SET_SIZES
+from negcore.measure.sweeps import draw_neurons
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.measurement import Measurement
 from tasks.measure.shard_set import ShardSet
-from tasks.measure.study import Estimates, Interventions, Neurons, Sweeps
+from tasks.measure.study import Estimates, Interventions, Sweeps
 from tasks.plan import check_prompts, run_identity
 
 
@@ -75,7 +77,7 @@ def _shard_set(
     )
 
 
-def _neurons(run: LinearityRun, card: ModelCard) -> Neurons:
+def _neurons(run: LinearityRun, card: ModelCard) -> Ints:
     count = card.n_layers * card.n_neurons if run.neurons == "all" else run.neurons
     try:
         return draw_neurons(card.n_layers, card.n_neurons, count, seed=run.seed)
@@ -83,7 +85,7 @@ def _neurons(run: LinearityRun, card: ModelCard) -> Neurons:
         raise NegError(f"{card.name}: {error}") from None
 
 
-def _blocks(neurons_K2: Neurons, block_layers: int) -> list[tuple[str, Neurons]]:
+def _blocks(neurons_K2: Ints, block_layers: int) -> list[tuple[str, Ints]]:
     """Neurons by blocks of layers, with the blocks' names; layers without a neuron are in none."""
     blocks_K = neurons_K2[:, 0] // block_layers
     named = []

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from negcore.analysis.linearity import bootstrap_weights
+from negcore.arrays import Floats
 from negcore.errors import NegError
-from negcore.measure.interventions import JointShift, check_shift, shift_together
-from negcore.measure.sweeps import Floats
+from negcore.measure.interventions import JointShift, shift_together
+from negcore.measure.sweeps import checked_shifts
 from negcore.measure.votes import Ints, Numbers, Ranking, Signs, check_finite, check_gold
-from negcore.model.encoding import Labels, encode_labels, encode_prompts
+from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
 
 SetKind = Literal["top", "random", "bottom"]
@@ -157,8 +158,8 @@ def conditions_of(sets: Sequence[SkillSet], shifts: Sequence[float]) -> tuple[Co
 
 def shift_sets(
     lm: LanguageModel,
-    prompts: Sequence[str],
-    labels: Labels,
+    prompts: Sequence[str] | EncodedPrompts,
+    labels: Labels | None = None,
     *,
     gold_P: ArrayLike,
     gold_negs_PK: ArrayLike,
@@ -175,7 +176,8 @@ def shift_sets(
     Parameters
     ----------
     lm : LanguageModel
-    prompts : sequence of str, length P
+    prompts : sequence of str, length P, or EncodedPrompts
+        Encoded prompts bring their labels.
     labels : sequence of str, or one such sequence for each prompt
         Labels of the options, encoded exactly as given.
     gold_P : int array of shape (P,)
@@ -200,18 +202,17 @@ def shift_sets(
         one of the options, or the NEGs do not fit or are not finite.
     """
     _check_settings(lm, sets, shifts)
-    ids = encode_prompts(lm.card, prompts)
-    label_ids_PO = encode_labels(lm.tokenizer, labels, len(prompts))
-    gold = _checked_gold(gold_P, *label_ids_PO.shape)
+    encoded = encode(lm.card, prompts, labels)
+    n_prompts, n_options = encoded.label_ids_PO.shape
+    gold = _checked_gold(gold_P, n_prompts, n_options)
     chosen_K = chosen_neurons(sets)
-    signs_PK = np.sign(_checked_negs(gold_negs_PK, (len(ids), len(chosen_K))))
+    signs_PK = np.sign(_checked_negs(gold_negs_PK, (n_prompts, len(chosen_K))))
     conditions = conditions_of(sets, shifts)
-    kind = np.float64 if lm.dtype == "float64" else np.float32
     result = CausalResult(
         conditions=conditions,
         gold_P=gold,
-        base_probs_PO=np.empty(label_ids_PO.shape, kind),
-        probs_PMO=np.empty((len(ids), len(conditions), label_ids_PO.shape[1]), kind),
+        base_probs_PO=np.empty((n_prompts, n_options), lm.result_type),
+        probs_PMO=np.empty((n_prompts, len(conditions), n_options), lm.result_type),
     )
     places = [(*np.divmod(one.neurons_K, lm.n_neurons), np.searchsorted(chosen_K, one.neurons_K)) for one in sets]
 
@@ -223,7 +224,7 @@ def shift_sets(
             for shift in shifts
         ]
 
-    for prompt, base_probs_O, probs_MO in shift_together(lm, ids, label_ids_PO, rows_of):
+    for prompt, base_probs_O, probs_MO in shift_together(lm, encoded, rows_of):
         result.base_probs_PO[prompt] = base_probs_O
         result.probs_PMO[prompt] = probs_MO
     return result
@@ -307,8 +308,7 @@ def _layer_matched(top_K: Ints, layer_width: int, random: np.random.Generator) -
 def _check_settings(lm: LanguageModel, sets: Sequence[SkillSet], shifts: Sequence[float]) -> None:
     if not sets or not shifts:
         raise NegError(f"{len(sets)} sets and {len(shifts)} shifts were given; at least one of each is needed")
-    for shift in shifts:
-        check_shift(shift)
+    checked_shifts(shifts)
     n_total = lm.n_layers * lm.n_neurons
     for one in sets:
         for neuron in one.neurons_K[(one.neurons_K < 0) | (one.neurons_K >= n_total)]:

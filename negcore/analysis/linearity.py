@@ -12,31 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from negcore.errors import NegError
-from negcore.measure.sweeps import Floats, SweepResult
+from negcore.arrays import Floats
+from negcore.measure.sweeps import SweepResult
 from negcore.measure.votes import Ints, Numbers
 
 TOP_SHARE = 0.01
 """Share of neurons that count as the top of a prompt."""
 PER_ACTIVATION = frozenset({"neurgrad", "gradient"})
 """Estimators in probability per unit of activation, the unit of NEG: only they can be wrong in size."""
-
-
-def draw_neurons(n_layers: int, layer_width: int, n_chosen: int, *, seed: int = 0) -> Ints:
-    """Draw neurons at random without repetition, evenly from all layers (up to one neuron): shape (K, 2).
-
-    Raises
-    ------
-    NegError
-        If ``n_chosen`` is below 1, or the model has fewer neurons.
-    """
-    if not 1 <= n_chosen <= n_layers * layer_width:
-        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * layer_width}")
-    random = np.random.default_rng(seed)
-    counts_L = np.full(n_layers, n_chosen // n_layers)
-    counts_L[random.choice(n_layers, n_chosen % n_layers, replace=False)] += 1
-    drawn = [np.sort(random.choice(layer_width, count, replace=False)) for count in counts_L]
-    return np.stack([np.repeat(np.arange(n_layers), counts_L), np.concatenate(drawn)], axis=1)
 
 
 def nested_grid(ranges: Sequence[float], points: int) -> Floats:

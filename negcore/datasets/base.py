@@ -1,4 +1,4 @@
-"""What a dataset is: examples, the settings that made them, and the account of how its splits came about."""
+"""A dataset: its examples, the settings that made them, and a report on its splits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SplitPolicy = Literal["clean", "released"]
 
 
 class Tokenizer(Protocol):
-    """The little of a Hugging Face tokenizer that prompts and labels need."""
+    """Part of a Hugging Face tokenizer that prompts and labels need."""
 
     mask_token: str | None
     all_special_tokens: list[str]
@@ -34,31 +34,31 @@ class Example:
     id: str
     """Stable and unique in the dataset; `agnews/test/412` is row 412 of the released test file."""
     prompt: str
-    """Ends right where a label follows (causal) or with the mask token (masked)."""
+    """Text that ends where a label follows (causal models) or with the mask token (masked models)."""
     labels: tuple[str, ...]
-    """The options' labels exactly as they are to be encoded: the leading space is already decided."""
+    """Labels of the options exactly as they are encoded, with or without a leading space."""
     answer: int
-    """Index into `labels` of the gold option."""
+    """Index of the gold option in `labels`."""
     group: str
     """Language in a multilingual set, template in a factual one, else empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wording:
-    """How a row becomes text. Blocks (instruction, demonstrations, question) are set apart by an empty line."""
+    """Templates that turn a row into text. An empty line separates instruction, demonstrations and question."""
 
     name: str
-    """Shown in reports."""
+    """Name in reports."""
     instruction: str
     """First block, the same in every prompt."""
     question: str
-    """Template of the row's fields, such as `Premise: {premise}`; their order is the template's."""
+    """Template of the row's fields, such as `Premise: {premise}`."""
     option: str = "{letter}. {text}"
     """Template of one option."""
     separator: str = "\n"
-    """Between options."""
+    """Text between options."""
     cue: str = "Answer:"
-    """Last line; the label follows it, so it may not end in a space."""
+    """Last line; the label follows it, so it must not end in a space."""
 
     def __post_init__(self) -> None:
         check_template(self.option, ("letter", "text"))
@@ -70,7 +70,7 @@ class Wording:
 
 
 def check_template(template: str, allowed: Collection[str]) -> None:
-    """Refuse a template that asks for anything but the allowed names (attributes and indices included)."""
+    """Refuse a template that uses other names than the allowed ones, or attributes or indices of them."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -82,25 +82,25 @@ def check_template(template: str, allowed: Collection[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSettings:
-    """The choices that turn a dataset's rows into prompts."""
+    """Choices that turn a dataset's rows into prompts."""
 
     shots: Literal[0, 1] = 0
-    """Demonstrations per class: 0 for none, 1 for one of each class, the same in every prompt."""
+    """Demonstrations of each class: 0 for none, 1 for one of each class, the same in every prompt."""
     demonstrations: int = 0
-    """Which sample of demonstrations: 0, 1, ... are other training rows each."""
+    """Number of the sample of demonstrations; each number stands for other training rows."""
     wording: str | Wording = "default"
     """Name of one of the dataset's wordings, or a wording of your own."""
     seed: int = 0
-    """Decides demonstrations, samples and the order of rows."""
+    """Seed of demonstrations, samples and the order of rows."""
     limit: int | None = None
-    """Most rows of each split: a sample stratified by answer. None takes all."""
+    """Most rows of each split, sampled in proportion to the answers. None takes all."""
     eval_limit: int | None = None
-    """Most rows of valid and of test, where they are to be fewer than those of train. None takes `limit`."""
+    """Most rows of valid and of test, if other than `limit`. None takes `limit`."""
     split_policy: SplitPolicy = "clean"
-    """`clean` removes what the released splits share, `released` leaves the files as they are."""
+    """`clean` removes rows that the released splits share, `released` leaves the files as they are."""
 
     def most_rows(self, split: str) -> int | None:
-        """Most rows of a split; None is all of them."""
+        """Return the most rows of a split; None means all."""
         return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
 
     def __post_init__(self) -> None:
@@ -115,21 +115,21 @@ class PromptSettings:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """How many rows of one released split are also in another."""
+    """Number of rows of one released split that are also in another."""
 
     split: str
-    """The split whose rows are counted."""
+    """Split whose rows are counted."""
     other: str
-    """The split they are looked for in."""
+    """Split in which they are looked for."""
     n_whole_rows: int
-    """Rows that are there unchanged."""
+    """Rows that are found unchanged."""
     n_same_text: int
-    """Rows whose content fields are there once case, width and spacing are evened out."""
+    """Rows whose content fields are found when case, character width and spacing are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Rows that a split lost or gained, and why."""
+    """Rows that a split lost or gained, with the reason."""
 
     split: str
     n_rows: int
@@ -138,22 +138,22 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitReport:
-    """The account of a dataset's splits. Counts are rows by split."""
+    """Report on how a dataset's splits were made. Counts are rows by split."""
 
     policy: SplitPolicy
-    """The policy asked for."""
+    """Chosen policy."""
     n_released: Mapping[str, int]
     """Rows in the source; 0 where a split's file is absent."""
     n_damaged: Mapping[str, int]
-    """Rows left out by every policy because a field or an option that would be shown is empty."""
+    """Rows that every policy leaves out because a field or option in the prompt would be empty."""
     n_available: Mapping[str, int]
-    """Rows after the policy and after the demonstrations were taken out."""
+    """Rows left by the policy, without the demonstrations."""
     n_used: Mapping[str, int]
-    """Rows after `limit`: the examples of the dataset."""
+    """Rows left by `limit`: the examples of the dataset."""
     n_defused: Mapping[str, int]
-    """Examples, of those used, whose text held one of the tokenizer's special tokens, now broken by a space."""
+    """Used examples whose text held a special token of the tokenizer, which a space now breaks."""
     overlaps: tuple[Overlap, ...]
-    """What the released splits share."""
+    """Rows that the released splits share."""
     dropped: tuple[Change, ...]
     """Rows the policy removed."""
     drawn: tuple[Change, ...]
@@ -161,13 +161,13 @@ class SplitReport:
 
     @property
     def is_overlapping(self) -> bool:
-        """Whether splits still share text: such scores must be marked wherever they are shown."""
+        """True if splits still share text; scores on them must be marked wherever they are shown."""
         return self.policy == "released" and any(o.n_same_text for o in self.overlaps)
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """Where a solved question in the prompts came from."""
+    """Training row behind a solved question in the prompts."""
 
     id: str
     answer: int
@@ -178,19 +178,19 @@ class Dataset:
     """Prompts of one dataset, made for one tokenizer."""
 
     name: str
-    """As `list_datasets` shows it, or the path of a local file."""
+    """Name in `list_datasets`, or `local/` and the name of a local file."""
     genre: str
     """MCEval8K's genre; `local` for a file of your own."""
     splits: Mapping[str, tuple[Example, ...]]
-    """Keys train, valid and test, always all three."""
+    """Examples by split: always train, valid and test."""
     split_report: SplitReport
-    """How the splits came about."""
+    """Report on how the splits were made."""
     settings: PromptSettings
-    """The choices that made the prompts."""
+    """Choices that made the prompts."""
     label_rule: str
-    """The leading-space decision in words."""
+    """Statement whether labels begin with a space."""
     demonstrations: tuple[Demonstration, ...]
-    """The solved questions in every prompt, in their order; training rows that are in no split."""
+    """Solved questions in every prompt, in their order; these training rows are in no split."""
     fingerprint: str = field(init=False)
     """xxh3-128 (hex) over the content of all examples."""
 
@@ -199,7 +199,7 @@ class Dataset:
 
 
 def fingerprint(splits: Mapping[str, Iterable[Example]]) -> str:
-    """xxh3-128 (hex) over splits, ids, prompts, labels, answers and groups, in order."""
+    """Return the xxh3-128 (hex) over splits, ids, prompts, labels, answers and groups, in order."""
     digest = xxhash.xxh3_128()
     for split, examples in splits.items():
         for e in examples:
@@ -209,6 +209,6 @@ def fingerprint(splits: Mapping[str, Iterable[Example]]) -> str:
 
 
 def describe_label_prefix(prefix: str, labels: Iterable[str]) -> str:
-    """The leading-space decision in words, with examples."""
+    """State whether labels begin with a space, with examples."""
     rule = "labels begin with a space" if prefix else "labels have no leading space"
     return f"{rule}: {' '.join(repr(prefix + label) for label in list(labels)[:5])}"

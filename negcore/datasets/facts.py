@@ -1,4 +1,4 @@
-"""Facts with a single answer, the prompts of measured NEG."""
+"""Facts with a single answer each: the prompts of sweeps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import Record, hub_file, one_line, read_json_lines
+from negcore.datasets.files import Record, hub_file, read_json_lines
 from negcore.datasets.local import text_field
-from negcore.datasets.mini import mini_facts
+from negcore.datasets.mini import MINI_ROWS
 from negcore.datasets.render import (
     Defuser,
     label_prefixes,
@@ -20,7 +20,7 @@ from negcore.datasets.render import (
 )
 from negcore.datasets.rows import Row
 from negcore.datasets.splits import seeded_order
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, one_line
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
@@ -29,20 +29,20 @@ HUB = "hf://datasets/"
 
 @dataclass(frozen=True, kw_only=True)
 class FactSet:
-    """Prompts whose one label is the fact's answer, a single token of the tokenizer they were made for."""
+    """Prompts with one label each: the fact's answer, a single token of the given tokenizer."""
 
     name: str
     """`mini/facts`, or the stem of the file."""
     examples: tuple[Example, ...]
-    """The sample, in seeded order; `group` is the fact's template."""
+    """Sample in seeded order; `group` is the fact's template."""
     n_rows: int
     """Facts in the source."""
     n_multi_token: int
-    """Facts left out because their answer is not exactly one token after the prompt."""
+    """Facts that are left out because their answer is not exactly one token after the prompt."""
     n_defused: int
-    """Facts, of those in `examples`, whose text held one of the tokenizer's special tokens, now broken."""
+    """Facts in `examples` whose text held a special token of the tokenizer, which a space now breaks."""
     label_rule: str
-    """The leading-space decision in words."""
+    """Statement whether labels begin with a space."""
     fingerprint: str = field(init=False)
     """xxh3-128 (hex) over the content of the examples."""
 
@@ -60,7 +60,7 @@ def load_facts(
 ) -> FactSet:
     """Load factual prompts whose answer is one token.
 
-    Labels begin with a space or not, whichever leaves more single-token answers; a tie goes to the space.
+    Labels begin with a space if that leaves at least as many single-token answers as no space does.
 
     Parameters
     ----------
@@ -70,15 +70,15 @@ def load_facts(
         set that needs no file.
     tokenizer : Tokenizer
     limit : int, optional
-        Most facts to keep, a seeded sample. None keeps all.
+        Most facts of the seeded sample. None keeps all.
     seed : int
     masked : bool
-        Whether the prompts are for a masked model: the mask token is put after each.
+        True for a masked model: each prompt then ends in the mask token.
 
     Raises
     ------
     DatasetError
-        The source is unknown, malformed or empty, or no answer is a single token.
+        If the source is unknown, malformed or empty, or no answer is a single token.
 
     References
     ----------
@@ -127,13 +127,15 @@ def _single_token(rows: Sequence[Row], tokenizer: Tokenizer, masked: bool) -> tu
 
 
 def _rows(source: str | Path, name: str) -> list[Row]:
-    records = [(MINI_FACTS, record) for record in mini_facts()] if source == MINI_FACTS else _read(_local(str(source)))
+    records = _read(_local(str(source)))
     if not records:
         raise DatasetError(f"{source}: there are no facts; each row needs {', '.join(COLUMNS)}")
     return [_row(record, f"{name}/{number}", place) for number, (place, record) in enumerate(records)]
 
 
 def _local(source: str) -> Path:
+    if source == MINI_FACTS:
+        return MINI_ROWS / "facts.jsonl"
     if not source.startswith(HUB):
         return Path(source)
     organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]

@@ -1,4 +1,4 @@
-"""Reading JSON files, with errors that name the place."""
+"""Read JSON files, with errors that name the place."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, one_line
 
 Record = Mapping[str, Any]
 
 
 def hub_file(repository: str, name: str, *, otherwise: str) -> Path | None:
-    """A file of a dataset on the Hugging Face hub, downloaded once; None if the dataset has no such file.
+    """Download a file of a dataset on the Hugging Face hub once; return None if the dataset has no such file.
 
     Parameters
     ----------
     repository : str
         `organisation/dataset`.
     name : str
-        Path of the file in it.
+        Path of the file in the dataset.
     otherwise : str
-        What a user can do where the hub cannot be reached.
+        Advice to the user if the hub cannot be reached.
 
     Raises
     ------
     DatasetError
-        The hub, or the dataset, cannot be reached.
+        If the hub or the dataset cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -44,12 +44,12 @@ def hub_file(repository: str, name: str, *, otherwise: str) -> Path | None:
 
 
 def read_json_array(path: Path) -> Sequence[Any]:
-    """The records of a JSON file that holds one array.
+    """Read the records of a JSON file that holds one array.
 
     Raises
     ------
     DatasetError
-        The file cannot be read, is not JSON, or does not hold an array.
+        If the file cannot be read, is not JSON, or does not hold an array.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
@@ -63,12 +63,12 @@ def read_json_array(path: Path) -> Sequence[Any]:
 
 
 def read_json_lines(path: Path) -> list[tuple[int, Record]]:
-    """The objects of a JSONL file with their line numbers (from 1); empty lines are passed over.
+    """Read the objects of a JSONL file with their line numbers (from 1); empty lines are skipped.
 
     Raises
     ------
     DatasetError
-        The file cannot be read, or a line is not a JSON object.
+        If the file cannot be read, or a line is not a JSON object.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -85,8 +85,3 @@ def _json_object(line: bytes, place: str) -> Record:
     if not isinstance(record, dict):
         raise DatasetError(f"{place}: {type(record).__name__} found; each line must be one JSON object")
     return record
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line, for use inside ours."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""One entry to all datasets."""
+"""Load any dataset as prompts for one tokenizer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from negcore.errors import DatasetError, LabelError
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """A line of the list of datasets."""
+    """Entry in the list of datasets."""
 
     name: str
     genre: str
@@ -45,7 +45,7 @@ class DatasetInfo:
 
 
 def list_datasets() -> tuple[DatasetInfo, ...]:
-    """The datasets that have a name: MCEval8K's 22 and the six that need no download."""
+    """List the datasets that have a name: the 22 of MCEval8K and six that need no download."""
     return tuple(
         DatasetInfo(name, spec.genre, spec.n_options, tuple(wording.name for wording in spec.wordings))
         for name, spec in {**SPECS, **MINI_SPECS}.items()
@@ -63,29 +63,29 @@ def load_dataset(
     """Load a dataset as prompts for one tokenizer.
 
     Every prompt ends where its label must follow, without a trailing space. Spacing within a row's text is
-    collapsed, and the tokenizer's special tokens in it are broken with a space, so that text stays text.
+    collapsed, and a space breaks the tokenizer's special tokens in it, so that text stays text.
 
     Parameters
     ----------
     name : str
         A name from `list_datasets`, or the path of a .jsonl file with the fields prompt, labels and answer.
     tokenizer : Tokenizer
-        The tokenizer of the model that will be asked.
+        Tokenizer of the model that will be measured.
     settings : PromptSettings
     root : str or Path, optional
-        Folder with MCEval8K as `<genre>/<dataset>/{train,valid,test}.json`. None: the folder named by the
-        environment variable NEG_MCEVAL8K, else the Hugging Face hub.
+        Folder with MCEval8K as `<genre>/<dataset>/{train,valid,test}.json`; by default the one in the environment
+        variable NEG_MCEVAL8K, else the Hugging Face hub.
     masked : bool
-        Whether the prompts are for a masked model: they then end in the mask token.
+        True for a masked model: each prompt then ends in the mask token.
 
     Raises
     ------
     DatasetError
-        The name is unknown, a file is missing or malformed, or the split policy leaves nothing.
+        If the name is unknown, a file is missing or malformed, or the split policy leaves nothing.
     LabelError
-        The labels are not single tokens of this tokenizer.
+        If the labels are not single tokens of this tokenizer.
     PromptError
-        `masked`, and the tokenizer has no mask token.
+        If `masked` is set and the tokenizer has no mask token.
     """
     mask = mask_of(tokenizer, masked=masked)
     canonical, source = _source(name, settings.seed, Path(root) if root is not None else None)
@@ -137,7 +137,7 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
 
 
 def _source(name: str, seed: int, root: Path | None) -> tuple[str, Source]:
-    """The dataset's canonical name and its rows."""
+    """Return the dataset's canonical name and its rows."""
     if name.endswith(".jsonl"):
         return f"local/{Path(name).stem}", read_local(Path(name), seed)
     canonical = _canonical(name)
@@ -177,7 +177,7 @@ def _wording(name: str, source: Source, wanted: str | Wording) -> Wording | None
 def _label_prefix(
     wording: Wording | None, rows: Rows, tokenizer: Tokenizer, masked: bool
 ) -> tuple[str, tuple[str, ...]]:
-    """The prefix that serves every prompt, and a row's labels to show it with."""
+    """Return the prefix that fits every prompt, and one row's labels as an example."""
     plain = Renderer(wording, "", None)
     endings: dict[tuple[str, tuple[str, ...]], str] = {}
     for example in (plain.example(row) for split in SPLITS for row in rows[split]):

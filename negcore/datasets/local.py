@@ -1,4 +1,4 @@
-"""A JSONL file of your own: ready-made prompts with labels."""
+"""Read a JSONL file of your own: ready-made prompts with labels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an in
 def read_local(path: Path, seed: int) -> Source:
     """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group` and `split`.
 
-    Without `split` the rows are cut 60/20/20, stratified by answer, in an order that `seed` decides.
+    Without `split`, the rows are cut 60/20/20 in an order that depends on `seed`, with answers in equal proportions.
 
     Raises
     ------
     DatasetError
-        The file is empty, a line is malformed, an id occurs twice, or only some lines name a split.
+        If the file is empty, a line is malformed, an id occurs twice, or only some lines name a split.
     """
     lines = read_json_lines(path)
     if not lines:
@@ -76,7 +76,7 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
 
 
 def text_field(record: Record, name: str, place: str) -> str:
-    """A field that must hold text other than spaces."""
+    """Return a field that must hold text other than spaces."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         raise DatasetError(f"{place}: {name} is {value!r:.80}; allowed: text that is not empty")

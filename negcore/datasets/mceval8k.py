@@ -1,22 +1,23 @@
-"""MCEval8K as data: where each of the 22 datasets lies, what its records hold and how it is asked.
+"""MCEval8K as data: the place, fields and wordings of each of its 22 datasets.
 
 Zhao, Jiang and Yoshinaga, "Neuron Empirical Gradient", ACL 2025 (arXiv 2412.18053); the files are theirs
 (CC-BY-4.0), the wordings are ours.
 
-Differs from the paper: every option gets a letter of its own; codes such as `ADP` or `SBAR` are spelled out; and
-StereoSet, whose released index fields for stereotype and anti-stereotype are swapped, is asked with the sentence
-that repeats the stereotype as gold.
+Differs from the paper: every option has its own letter; codes such as `ADP` or `SBAR` are spelled out; and the gold
+option of StereoSet, whose released index fields for stereotype and anti-stereotype are swapped, is the sentence that
+repeats the stereotype.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from negcore.datasets.base import SPLITS
 from negcore.datasets.files import hub_file, read_json_array
-from negcore.datasets.rows import Source, Spec, rows_of_records, two_wordings
+from negcore.datasets.rows import OptionsField, Source, Spec, rows_of_records, two_wordings
 from negcore.errors import DatasetError
 
 HUB_REPOSITORY = "iszhaoxin/MCEval8K"
@@ -27,7 +28,7 @@ PREFIX = "mceval8k/"
 LANGUAGES = ("en", "fr", "de", "zh", "es")
 STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
 
-# Universal Dependencies tags; "_" marks a contraction that is written as one word.
+# Tags of Universal Dependencies; "_" marks a contraction that is written as one word.
 PARTS_OF_SPEECH = {
     "ADJ": "adjective",
     "ADP": "adposition",
@@ -69,8 +70,6 @@ CLASSIFICATION = (
         genre="classification",
         fields=("text",),
         options=("World", "Sports", "Business", "Science and technology"),
-        n_options=4,
-        answer="label",
         wordings=two_wordings(
             "Decide which section of a newspaper each article belongs to.",
             "Article: {text}\nSection:",
@@ -83,8 +82,6 @@ CLASSIFICATION = (
         genre="classification",
         fields=("text",),
         options=STARS,
-        n_options=5,
-        answer="label",
         answer_values=(1, 2, 3, 4, 5),
         aliases=("amazon",),
         wordings=two_wordings(
@@ -99,8 +96,6 @@ CLASSIFICATION = (
         genre="classification",
         fields=("text",),
         options=("Negative", "Positive"),
-        n_options=2,
-        answer="label",
         wordings=two_wordings(
             "Decide whether each film review is negative or positive.",
             "Review: {text}\nSentiment:",
@@ -110,14 +105,24 @@ CLASSIFICATION = (
     ),
 )
 
+MYRIADLAMA = Spec(
+    name="myriadlama",
+    genre="fact",
+    fields=("text",),
+    options=OptionsField("options", 4),
+    wordings=two_wordings(
+        "Choose what fills the gap, written [Y], so that each sentence becomes a fact.",
+        "Sentence: {text}",
+        "In the sentence, [Y] stands for a missing piece. Find it.",
+        "What does [Y] stand for?\n{text}",
+    ),
+)
 FACT = (
     Spec(
         name="commonsenseqa",
         genre="fact",
         fields=("text",),
-        options="options",
-        n_options=5,
-        answer="label",
+        options=OptionsField("options", 5),
         aliases=("commensenseqa", "csqa"),
         wordings=two_wordings(
             "Answer each question with common sense.",
@@ -131,8 +136,6 @@ FACT = (
         genre="fact",
         fields=("claim",),
         options=("False", "True"),
-        n_options=2,
-        answer="label",
         wordings=two_wordings(
             "Decide whether each claim is true or false.",
             "Claim: {claim}",
@@ -140,27 +143,12 @@ FACT = (
             "Does this hold?\n{claim}",
         ),
     ),
-    Spec(
-        name="myriadlama",
-        genre="fact",
-        fields=("text",),
-        options="options",
-        n_options=4,
-        answer="label",
-        wordings=two_wordings(
-            "Choose what fills the gap, written [Y], so that each sentence becomes a fact.",
-            "Sentence: {text}",
-            "In the sentence, [Y] stands for a missing piece. Find it.",
-            "What does [Y] stand for?\n{text}",
-        ),
-    ),
+    MYRIADLAMA,
     Spec(
         name="templama",
         genre="fact",
         fields=("text",),
-        options="options",
-        n_options=4,
-        answer="label",
+        options=OptionsField("options", 4),
         wordings=two_wordings(
             "Choose the year in which each statement was true.",
             "Statement: {text}\nYear:",
@@ -170,15 +158,27 @@ FACT = (
     ),
 )
 
+POSTAG = Spec(
+    name="postag",
+    genre="linguistic",
+    fields=("text", "target_token"),
+    options=OptionsField("options", 4),
+    option_names=PARTS_OF_SPEECH,
+    aliases=("pos",),
+    wordings=two_wordings(
+        "Name the part of speech of one word in each sentence.",
+        "Sentence: {text}\nWord: {target_token}",
+        "Which class of words does the given word belong to where it stands?",
+        '"{target_token}" is used in this sentence:\n{text}',
+    ),
+)
 LINGUISTIC = (
     Spec(
         name="chunking",
         genre="linguistic",
         fields=("text", "target_chunk"),
-        options="options",
+        options=OptionsField("options", 4),
         option_names=CHUNKS,
-        n_options=4,
-        answer="label",
         wordings=two_wordings(
             "Name the kind of phrase that the marked words form in each sentence.",
             "Sentence: {text}\nWords: {target_chunk}",
@@ -186,14 +186,13 @@ LINGUISTIC = (
             'The words "{target_chunk}" are taken from this sentence:\n{text}',
         ),
     ),
-    # `acceptable` is the index of the sentence without the mistake. In a few records the columns slipped and
-    # sentence1 is null: those are damaged.
+    # `acceptable` is the index of the sentence without the mistake. A few records are damaged: their columns are
+    # shifted and sentence1 is null.
     Spec(
         name="clang8",
         genre="linguistic",
         fields=("sentence1", "sentence2"),
         options=("The first sentence", "The second sentence"),
-        n_options=2,
         answer="acceptable",
         aliases=("ged",),
         wordings=two_wordings(
@@ -207,10 +206,8 @@ LINGUISTIC = (
         name="ner",
         genre="linguistic",
         fields=("text", "target_chunk"),
-        options="options",
+        options=OptionsField("options", 4),
         option_names=ENTITIES,
-        n_options=4,
-        answer="label",
         wordings=two_wordings(
             "Say what kind of thing the name in each sentence stands for.",
             "Sentence: {text}\nName: {target_chunk}",
@@ -218,20 +215,45 @@ LINGUISTIC = (
             '"{target_chunk}" occurs in this text:\n{text}',
         ),
     ),
+    POSTAG,
+)
+
+MNLI = Spec(
+    name="mnli",
+    genre="nli",
+    fields=("premise", "hypothesis"),
+    options=("It follows", "It may or may not be so", "It is ruled out"),
+    wordings=two_wordings(
+        "Given the premise, say what becomes of each hypothesis.",
+        "Premise: {premise}\nHypothesis: {hypothesis}",
+        "Suppose the text is true. What does that mean for the conclusion?",
+        "Conclusion: {hypothesis}\nText: {premise}",
+    ),
+)
+NLI = (
+    MNLI,
     Spec(
-        name="postag",
-        genre="linguistic",
-        fields=("text", "target_token"),
-        options="options",
-        option_names=PARTS_OF_SPEECH,
-        n_options=4,
-        answer="label",
-        aliases=("pos",),
+        name="paws",
+        genre="nli",
+        fields=("sentence1", "sentence2"),
+        options=("Different meaning", "Same meaning"),
         wordings=two_wordings(
-            "Name the part of speech of one word in each sentence.",
-            "Sentence: {text}\nWord: {target_token}",
-            "Which class of words does the given word belong to where it stands?",
-            '"{target_token}" is used in this sentence:\n{text}',
+            "Decide whether two sentences say the same thing.",
+            "First: {sentence1}\nSecond: {sentence2}",
+            "Is either sentence a paraphrase of the other?",
+            "Compare them.\n- {sentence2}\n- {sentence1}",
+        ),
+    ),
+    Spec(
+        name="swag",
+        genre="nli",
+        fields=("text",),
+        options=OptionsField("options", 4),
+        wordings=two_wordings(
+            "Choose how each scene most likely goes on.",
+            "Scene: {text}",
+            "Pick the continuation that makes sense.",
+            "What comes next?\n{text}",
         ),
     ),
 )
@@ -242,8 +264,6 @@ MULTILINGUAL = (
         genre="multilingual",
         fields=("review",),
         options=STARS,
-        n_options=5,
-        answer="label",
         answer_values=(1, 2, 3, 4, 5),
         group="lang",
         aliases=("amazon-reviews-multi", "amazon-multi"),
@@ -259,7 +279,6 @@ MULTILINGUAL = (
         genre="multilingual",
         fields=("text",),
         options=("English", "French", "German", "Chinese", "Spanish"),
-        n_options=5,
         answer="lang",
         answer_values=LANGUAGES,
         group="lang",
@@ -270,98 +289,9 @@ MULTILINGUAL = (
             "Which language is this?\n{text}",
         ),
     ),
-    Spec(
-        name="mlama",
-        genre="multilingual",
-        fields=("text",),
-        options="options",
-        n_options=4,
-        answer="label",
-        group="lang",
-        wordings=two_wordings(
-            "Choose what fills the gap, written [Y], so that each sentence becomes a fact.",
-            "Sentence: {text}",
-            "In the sentence, [Y] stands for a missing piece. Find it.",
-            "What does [Y] stand for?\n{text}",
-        ),
-    ),
-    Spec(
-        name="mpostag",
-        genre="multilingual",
-        fields=("text", "target_token"),
-        options="options",
-        option_names=PARTS_OF_SPEECH,
-        n_options=4,
-        answer="label",
-        group="lang",
-        aliases=("mpos",),
-        wordings=two_wordings(
-            "Name the part of speech of one word in each sentence.",
-            "Sentence: {text}\nWord: {target_token}",
-            "Which class of words does the given word belong to where it stands?",
-            '"{target_token}" is used in this sentence:\n{text}',
-        ),
-    ),
-    Spec(
-        name="xnli",
-        genre="multilingual",
-        fields=("premise", "hypothesis"),
-        options=("It follows", "It may or may not be so", "It is ruled out"),
-        n_options=3,
-        answer="label",
-        group="lang",
-        wordings=two_wordings(
-            "Given the premise, say what becomes of each hypothesis.",
-            "Premise: {premise}\nHypothesis: {hypothesis}",
-            "Suppose the text is true. What does that mean for the conclusion?",
-            "Conclusion: {hypothesis}\nText: {premise}",
-        ),
-    ),
-)
-
-NLI = (
-    Spec(
-        name="mnli",
-        genre="nli",
-        fields=("premise", "hypothesis"),
-        options=("It follows", "It may or may not be so", "It is ruled out"),
-        n_options=3,
-        answer="label",
-        wordings=two_wordings(
-            "Given the premise, say what becomes of each hypothesis.",
-            "Premise: {premise}\nHypothesis: {hypothesis}",
-            "Suppose the text is true. What does that mean for the conclusion?",
-            "Conclusion: {hypothesis}\nText: {premise}",
-        ),
-    ),
-    Spec(
-        name="paws",
-        genre="nli",
-        fields=("sentence1", "sentence2"),
-        options=("Different meaning", "Same meaning"),
-        n_options=2,
-        answer="label",
-        wordings=two_wordings(
-            "Decide whether two sentences say the same thing.",
-            "First: {sentence1}\nSecond: {sentence2}",
-            "Is either sentence a paraphrase of the other?",
-            "Compare them.\n- {sentence2}\n- {sentence1}",
-        ),
-    ),
-    Spec(
-        name="swag",
-        genre="nli",
-        fields=("text",),
-        options="options",
-        n_options=4,
-        answer="label",
-        wordings=two_wordings(
-            "Choose how each scene most likely goes on.",
-            "Scene: {text}",
-            "Pick the continuation that makes sense.",
-            "What comes next?\n{text}",
-        ),
-    ),
+    replace(MYRIADLAMA, name="mlama", genre="multilingual", group="lang"),
+    replace(POSTAG, name="mpostag", genre="multilingual", group="lang", aliases=("mpos",)),
+    replace(MNLI, name="xnli", genre="multilingual", group="lang"),
 )
 
 SELF_REFLECTION = (
@@ -370,7 +300,6 @@ SELF_REFLECTION = (
         genre="self-reflection",
         fields=("knowledge", "dialogue", "response"),
         options=("No", "Yes"),
-        n_options=2,
         answer="hallucination",
         wordings=two_wordings(
             "Decide whether the response makes something up that the knowledge does not support.",
@@ -380,16 +309,15 @@ SELF_REFLECTION = (
         ),
     ),
     # The task is to find the stereotype among a stereotypical, an anti-stereotypical and an unrelated sentence.
-    # The released files have two index fields swapped: `stereotype` points at the sentence that goes against
+    # Two index fields of the released files are swapped: `stereotype` points at the sentence that goes against
     # the stereotype ("The moral russian sat on the couch."), `anti-stereotype` at the one that repeats it
-    # ("The drunk russian ..."). Gold is the sentence that repeats it, hence the field's surprising name.
+    # ("The drunk russian ..."). The gold option is the sentence that repeats it, so the field has a surprising name.
     Spec(
         name="stereoset",
         genre="self-reflection",
         fields=("context",),
-        options="sentences",
+        options=OptionsField("sentences", 3),
         options_are_content=True,
-        n_options=3,
         answer="anti-stereotype",
         wordings=two_wordings(
             "For each context, find the sentence that repeats a stereotype.",
@@ -403,7 +331,6 @@ SELF_REFLECTION = (
         genre="self-reflection",
         fields=("text",),
         options=("Harmless", "Toxic"),
-        n_options=2,
         answer="toxic",
         wordings=two_wordings(
             "Decide whether each comment is toxic.",
@@ -425,7 +352,7 @@ def read_mceval8k(spec: Spec, root: Path | None) -> Source:
     Raises
     ------
     DatasetError
-        The test file is not there, or a file is malformed.
+        If the test file is missing, or a file is malformed.
     """
     local = root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
     find = _in_folder(local) if local else _on_hub

@@ -1,4 +1,4 @@
-"""Rows to prompts, and the one decision labels need: whether they begin with a space."""
+"""Turn rows into prompts, and decide whether labels begin with a space."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from negcore.errors import LabelError, PromptError
 
 
 def label_token(tokenizer: Tokenizer, prompt_end: str, label: str, *, masked: bool = False) -> int | None:
-    """Token id of a label as the tokenizer writes it after a prompt; None if it is not exactly one known token.
+    """Return the token id of a label after a prompt, or None if it is not exactly one known token.
 
-    Causal: the encoding of prompt and label together must be the prompt's encoding and one token more.
-    Masked: the label takes the mask's place, so it is encoded alone.
+    Causal models: the encoding of prompt and label together must be the prompt's encoding and one more token.
+    Masked models: the label takes the mask's place, so it is encoded alone.
     """
     head = [] if masked else _ids(tokenizer, prompt_end)
     ids = _ids(tokenizer, label if masked else prompt_end + label)
@@ -29,10 +29,10 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def label_prefixes(tokenizer: Tokenizer, *, masked: bool) -> tuple[str, ...]:
-    """The prefixes to try, best first: a space, then nothing.
+    """Return the prefixes to try, best first: a space, then nothing.
 
-    A masked model whose tokenizer writes a word alike with and without the space (WordPiece, SentencePiece)
-    has no use for the space; a byte-level one (RoBERTa) has.
+    A masked model needs no space if its tokenizer encodes a word alike with and without it (WordPiece, SentencePiece);
+    with a byte-level tokenizer (RoBERTa) it does.
     """
     if masked and _ids(tokenizer, " A") == _ids(tokenizer, "A"):
         return ("",)
@@ -40,27 +40,27 @@ def label_prefixes(tokenizer: Tokenizer, *, masked: bool) -> tuple[str, ...]:
 
 
 def choose_label_prefix(tokenizer: Tokenizer, prompt_end: str, labels: Sequence[str], *, masked: bool = False) -> str:
-    """Decide whether labels begin with a space, from how the tokenizer goes on after the prompt's end.
+    """Decide whether labels begin with a space, by how the tokenizer continues the end of the prompt.
 
     Parameters
     ----------
     tokenizer : Tokenizer
     prompt_end : str
-        The last characters of a prompt, from a word's beginning on, such as `Answer:`.
+        Last characters of a prompt from the beginning of a word, such as `Answer:`.
     labels : sequence of str
         Without leading space.
     masked : bool
-        Whether the label takes the place of a mask instead of following the prompt.
+        True if the label takes the place of a mask instead of following the prompt.
 
     Returns
     -------
     str
-        A space if every label is then one token and no two share it; else the empty string on the same terms.
+        A space if with it every label is one token of its own; else the empty string, if that holds without it.
 
     Raises
     ------
     LabelError
-        Neither holds.
+        If neither holds.
     """
     for prefix in label_prefixes(tokenizer, masked=masked):
         tokens = [label_token(tokenizer, prompt_end, prefix + label, masked=masked) for label in labels]
@@ -88,14 +88,14 @@ def _no_prefix(tokenizer: Tokenizer, prompt_end: str, labels: Sequence[str], mas
 
 
 def prompt_end(prompt: str) -> str:
-    """The last word of a prompt with what follows it: as much as decides how a tokenizer goes on."""
+    """Return the last word of a prompt and the spaces after it, which decide how a tokenizer continues."""
     words = prompt.rsplit(maxsplit=1)
     trailing = prompt[len(prompt.rstrip()) :]
     return words[-1].rstrip() + trailing if words else prompt
 
 
 def special_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Matches any string that this tokenizer reads as a special token."""
+    """Return a pattern that matches every string that this tokenizer reads as a special token."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
     known = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
@@ -104,18 +104,18 @@ def special_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
 
 @dataclass(frozen=True)
 class Defuser:
-    """Breaks special tokens in a dataset's text with a space after their first character."""
+    """Filter that breaks special tokens in a dataset's text with a space after their first character."""
 
     pattern: re.Pattern[str] | None
 
     def text(self, text: str) -> str:
-        """The text, harmless: `[MASK]` becomes `[ MASK]`."""
+        """Return the text with its special tokens broken: `[MASK]` becomes `[ MASK]`."""
         if self.pattern is None:
             return text
         return self.pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
 
     def row(self, row: Row) -> Row:
-        """The row with every field and option harmless."""
+        """Return the row with the special tokens of all its fields and options broken."""
         return replace(
             row,
             fields={name: self.text(value) for name, value in row.fields.items()},
@@ -125,19 +125,19 @@ class Defuser:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns rows into examples."""
+    """Wording, label prefix and demonstrations that turn rows into examples."""
 
     wording: Wording | None
-    """None: the row's `prompt` field is the question as it stands, and its options are the labels."""
+    """None for ready-made prompts: the field `prompt` is the question, and the options are the labels."""
     label_prefix: str
-    """A space or nothing."""
+    """Space or empty string."""
     mask: str | None
-    """The mask token, for masked models."""
+    """Mask token of a masked model."""
     demonstrations: str = ""
     """Text of the solved questions, if any."""
 
     def example(self, row: Row) -> Example:
-        """The row as a prompt with its labels."""
+        """Return the row as a prompt with its labels."""
         parts = [self.demonstrations, self._question(row)]
         if self.wording:
             parts.insert(0, self.wording.instruction)
@@ -146,11 +146,11 @@ class Renderer:
         return Example(row.id, f"{prompt} {self.mask}" if self.mask else prompt, labels, row.answer, row.group)
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
-        """The renderer that puts these rows, solved, into every prompt."""
+        """Return a renderer that puts these rows, solved, into every prompt."""
         return replace(self, demonstrations="\n\n".join(map(self._solved, rows)))
 
     def labels(self, row: Row) -> tuple[str, ...]:
-        """The row's labels without prefix: a letter of its own for each option, or the options themselves."""
+        """Return the row's labels without prefix: one letter for each option, or the options themselves."""
         return tuple(LETTERS[: len(row.options)]) if self.wording else row.options
 
     def _solved(self, row: Row) -> str:
@@ -166,12 +166,12 @@ class Renderer:
 
 
 def mask_of(tokenizer: Tokenizer, *, masked: bool) -> str | None:
-    """The mask token to end prompts with, or None for a causal model.
+    """Return the mask token that ends a prompt, or None for a causal model.
 
     Raises
     ------
     PromptError
-        A masked model's tokenizer has no mask token.
+        If a masked model's tokenizer has no mask token.
     """
     if masked and not tokenizer.mask_token:
         raise PromptError("the tokenizer has no mask token; prompts for a masked model need one")

@@ -1,4 +1,4 @@
-"""Rows: the records of a file, checked and evened out, before they become prompts."""
+"""Rows: the checked and tidied records of a file, before they become prompts."""
 
 from __future__ import annotations
 
@@ -19,44 +19,55 @@ class Row:
 
     id: str
     fields: Mapping[str, str]
-    """Text by field name, spacing collapsed."""
+    """Text by field name, with spacing collapsed."""
     options: tuple[str, ...]
     answer: int
     group: str
     content: str
-    """Normalised text of what is asked: equal for two rows that ask the same."""
+    """Normalised text of the question, equal for two rows that ask the same."""
     whole: str
-    """The record unchanged, keys sorted."""
+    """Unchanged record as JSON with sorted keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionsField:
+    """A field that holds each row's own options."""
+
+    name: str
+    n_options: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One dataset as data: where it lies, what its records hold, how it is asked."""
+    """One dataset as data: its place, the fields of its records and its wordings."""
 
     name: str
     genre: str
     fields: tuple[str, ...]
-    """Fields that the question shows; two rows with the same text in them ask the same."""
-    options: tuple[str, ...] | str
-    """The options of every row, or the field that holds a row's own."""
-    n_options: int
-    answer: str
+    """Fields in the question; two rows with the same text in them ask the same."""
+    options: tuple[str, ...] | OptionsField
+    """Options of every row, or the field that holds a row's own."""
+    answer: str = "label"
     """Field with the gold option: an index into the options, unless `answer_values` is given."""
     answer_values: tuple[Any, ...] = ()
-    """The answer field's values in the order of the options."""
+    """Values of the answer field in the order of the options."""
     option_names: Mapping[str, str] = field(default_factory=dict)
     """Words for options that are codes."""
     options_are_content: bool = False
-    """Rows with the same fields and other options ask something else."""
+    """True if rows with the same fields but other options ask something else."""
     group: str | None = None
     aliases: tuple[str, ...] = ()
-    """Other accepted spellings, of the name and of the folder."""
+    """Other accepted spellings of the name and of the folder."""
     wordings: tuple[Wording, ...]
 
     @property
     def folders(self) -> tuple[str, ...]:
         """Folder names to look for, in this order."""
         return (self.name, *self.aliases)
+
+    @property
+    def n_options(self) -> int:
+        return self.options.n_options if isinstance(self.options, OptionsField) else len(self.options)
 
 
 def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row | None:
@@ -65,12 +76,12 @@ def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row 
     Returns
     -------
     Row or None
-        None for a damaged record: a field or an option that would be shown is empty.
+        None for a damaged record, in which a field or option of the prompt is empty.
 
     Raises
     ------
     DatasetError
-        A field is missing, or has a type or an answer that the spec does not allow.
+        If a field is missing, or has a type or an answer that the spec does not allow.
     """
     if not isinstance(record, Mapping):
         raise DatasetError(f"{place}: {type(record).__name__} found; a JSON object is needed")
@@ -97,12 +108,13 @@ def _get(record: Record, name: str, place: str) -> Any:
 
 
 def _options(spec: Spec, record: Record, place: str) -> tuple[str, ...]:
-    if not isinstance(spec.options, str):
+    if not isinstance(spec.options, OptionsField):
         return spec.options
-    values = _get(record, spec.options, place)
-    if not isinstance(values, list) or len(values) != spec.n_options:
-        raise DatasetError(f"{place}: {spec.options!r} is {values!r:.80}; a list of {spec.n_options} is needed")
-    return tuple(tidy(spec.option_names.get(str(v), v), f"{place}, {spec.options!r}") for v in values)
+    field_name, n_options = spec.options.name, spec.options.n_options
+    values = _get(record, field_name, place)
+    if not isinstance(values, list) or len(values) != n_options:
+        raise DatasetError(f"{place}: {field_name!r} is {values!r:.80}; a list of {n_options} is needed")
+    return tuple(tidy(spec.option_names.get(str(v), v), f"{place}, {field_name!r}") for v in values)
 
 
 def _answer(spec: Spec, record: Record, place: str) -> int:
@@ -114,7 +126,7 @@ def _answer(spec: Spec, record: Record, place: str) -> int:
 
 
 def tidy(value: object, place: str) -> str:
-    """Text with its spacing collapsed; lists of words are joined, None is empty."""
+    """Return text with its spacing collapsed; a list of words is joined, None becomes empty."""
     if value is None:
         return ""
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
@@ -126,7 +138,7 @@ def tidy(value: object, place: str) -> str:
 
 
 def check_unicode(text: str, place: str) -> None:
-    """Refuse lone surrogates, which no tokenizer takes."""
+    """Refuse lone surrogates, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -134,12 +146,12 @@ def check_unicode(text: str, place: str) -> None:
 
 
 def normalised(text: str) -> str:
-    """NFKC, case folded, spacing collapsed: what the `clean` policy compares."""
+    """Return text in NFKC, case-folded, with spacing collapsed, as the `clean` policy compares it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def two_wordings(instruction: str, question: str, instruction_2: str, question_2: str) -> tuple[Wording, ...]:
-    """The two wordings every dataset has: options as a list (`default`), options in one line (`inline`)."""
+    """Return the two wordings of a dataset: `default` lists the options, `inline` has them in one line."""
     return (
         Wording(name="default", instruction=instruction, question=question),
         Wording(
@@ -155,17 +167,17 @@ def two_wordings(instruction: str, question: str, instruction_2: str, question_2
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The rows of a dataset before any policy, by split."""
+    """Rows of a dataset by split, before any policy."""
 
     genre: str
     rows: dict[str, list[Row]]
     n_damaged: dict[str, int]
     wordings: tuple[Wording, ...]
-    """Empty where the prompts are ready-made."""
+    """Wordings of the dataset; empty for ready-made prompts."""
 
 
 def rows_of_records(spec: Spec, records: Mapping[str, Sequence[object]], places: Mapping[str, str]) -> Source:
-    """Check the records of every split; `places` names each split's origin in errors."""
+    """Check the records of every split; errors name each split's origin as in `places`."""
     rows: dict[str, list[Row]] = {}
     for split, found in records.items():
         parsed = (

@@ -1,4 +1,4 @@
-"""Which rows belong to which split, and which of them are used."""
+"""Cut rows into splits, and sample the rows that are used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from negcore.errors import DatasetError
 Rows = Mapping[str, Sequence[Row]]
 K = TypeVar("K", bound=Hashable)
 
-# A split that has to be drawn from another one gets one row in five of it (train: all but one in five).
+# A split that must be drawn from another one gets one of every five rows (train: the other four).
 ONE_IN = 5
 COMPARED = (("test", "train"), ("valid", "test"), ("valid", "train"))
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Splits under a policy, and what changed on the way."""
+    """Splits under a policy, with the changes that the policy made."""
 
     rows: Rows
     overlaps: tuple[Overlap, ...]
@@ -31,16 +31,16 @@ class Cut:
 
 
 def seeded_order(rows: Sequence[Row], *tags: object) -> list[Row]:
-    """Rows in an order that depends on nothing but the tags and their ids.
+    """Return rows in an order that depends only on the tags and the ids.
 
-    Sorting by a digest keeps its promise over Python versions, and a longer sample contains a shorter one.
+    Sorting by a digest gives the same order in every Python version, and a longer sample contains a shorter one.
     """
     salt = repr(tags)
     return sorted(rows, key=lambda row: xxhash.xxh3_128_digest(f"{salt}\n{row.id}".encode()))
 
 
 def quotas(sizes: Mapping[K, int], n: int) -> dict[K, int]:
-    """Share n out in proportion to sizes: each gets its exact share rounded down or up (largest remainder)."""
+    """Divide n in proportion to sizes: each key gets its share rounded down or up (largest remainder)."""
     total = sum(sizes.values())
     assert n <= total, "cannot take more than there is"
     shares = {key: n * size // total for key, size in sizes.items()}
@@ -51,7 +51,7 @@ def quotas(sizes: Mapping[K, int], n: int) -> dict[K, int]:
 
 
 def stratified_sample(rows: Sequence[Row], n: int, *tags: object) -> list[Row]:
-    """A seeded sample of at most n rows, proportional over answers and, within an answer, over groups.
+    """Draw a seeded sample of at most n rows, in proportion to answers and, within an answer, to groups.
 
     Returns
     -------
@@ -71,7 +71,7 @@ def stratified_sample(rows: Sequence[Row], n: int, *tags: object) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], *tags: object) -> Rows:
-    """Cut rows that come without splits: 60 % train, 20 % valid, 20 % test, each stratified by answer."""
+    """Cut rows without splits into 60 % train, 20 % valid and 20 % test, with answers in equal proportions."""
     n = len(rows) // ONE_IN
     test = stratified_sample(rows, n, *tags, "test")
     rest = _not_in(rows, test)
@@ -101,16 +101,15 @@ def _strata(rows: Sequence[Row], n: int, key: Callable[[Row], Hashable]) -> list
 def cut_splits(released: Rows, policy: SplitPolicy, seed: int, name: str) -> Cut:
     """Apply a split policy to the splits as released.
 
-    `clean` keeps test whole; drops rows of valid and train that ask what a test row asks, and rows of train
-    that ask what a valid row asks. If that costs valid more than half of its rows, the rest is set aside and a
-    stratified fifth of train (at most as many rows as valid was released with) takes its place. If there is no
-    train, four fifths of valid become train; if valid then has nothing that test has not, test is cut in three as
-    the rows of a file without splits are. `released` changes nothing.
+    `clean` keeps test whole. It drops rows of valid and train that ask what a test row asks, and rows of train that
+    ask what a valid row asks. If valid loses more than half of its rows, a fifth of train (at most as many rows as the
+    released valid) replaces it, with answers in equal proportions. Without train, four fifths of valid become train;
+    if nothing is left of valid either, test is cut in three like a file without splits. `released` changes nothing.
 
     Raises
     ------
     DatasetError
-        There are no test rows, or `clean` leaves train or valid empty.
+        If there are no test rows, or `clean` leaves train or valid empty.
 
     Notes
     -----
@@ -137,7 +136,7 @@ def _overlap(rows: Rows, split: str, other: str) -> Overlap:
 
 
 def without(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """The rows that ask nothing the others ask."""
+    """Return the rows that do not ask what one of the others asks."""
     asked = {row.content for row in others}
     return [row for row in rows if row.content not in asked]
 
@@ -178,7 +177,7 @@ def _clean(released: Rows, overlaps: tuple[Overlap, ...], seed: int, name: str) 
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """The first of the rows that ask the same."""
+    """Return the rows without later ones that ask the same."""
     return list({row.content: row for row in reversed(rows)}.values())[::-1]
 
 
@@ -192,14 +191,14 @@ def _nothing_left(released: Rows, overlaps: Sequence[Overlap], split: str, name:
 
 
 def draw_demonstrations(rows: Rows, seed: int, name: str, *, sample: int = 0) -> list[Row]:
-    """One training row per answer, in seeded order, none of which asks what a valid or test row asks.
+    """Draw one training row for each answer, in seeded order; none asks what a valid or test row asks.
 
     Sample 0 takes the first row of each answer, sample 1 the second, and so on.
 
     Raises
     ------
     DatasetError
-        An answer that other splits or train have is left without a training row.
+        If an answer of any split is left without a training row.
     """
     candidates = without(rows["train"], [*rows["valid"], *rows["test"]])
     by_answer: dict[int, list[Row]] = {row.answer: [] for split in SPLITS for row in rows[split]}

@@ -1,4 +1,4 @@
-"""How much the fast paths gain: each is timed beside its plain twin, in turns, on the same prompt and neurons.
+"""Time each fast path beside its plain twin, in turns, on the same prompt and neurons.
 
 Shapes: B rows of the batch, N neurons a layer.
 """
@@ -10,12 +10,12 @@ from statistics import median
 
 import torch
 
-from negcore.analysis.linearity import draw_neurons
-from negcore.measure.hooks import tapped
+from negcore.measure.forward import probed_position
+from negcore.measure.hooks import tapped, zero_shifts
 from negcore.measure.neurgrad import neurgrad
-from negcore.measure.sweeps import shift_grid, sweep
+from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
 from negcore.measure.virtual_tokens import Method
-from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.encoding import encode
 from negcore.model.language_model import LanguageModel
 
 N_SHIFTS = 20
@@ -24,7 +24,7 @@ N_SHIFTS = 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of a fast path and its plain twin, one a repeat."""
+    """Times of a fast path and its plain twin, one for each repeat."""
 
     what: str
     fast_s: list[float]
@@ -32,7 +32,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """How many times the plain way takes longer, by the medians."""
+        """Median time of the plain way over that of the fast one."""
         return median(self.plain_s) / median(self.fast_s)
 
 
@@ -46,8 +46,8 @@ def benchmark(
     labels : sequence of str
         The first is the sweep's target; gradients are taken for all.
     neurons : int
-        Neurons that are swept, the same both ways. The prompt's own pass is in the time: with more neurons, each costs
-        the fast path less.
+        Neurons that are swept, the same both ways. The time includes the prompt's own pass, so each neuron costs the
+        fast path less the more there are.
     """
     chosen_K2 = draw_neurons(lm.n_layers, lm.n_neurons, neurons)
     shifts = shift_grid(2)
@@ -73,25 +73,22 @@ def benchmark(
 
 
 def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> torch.Tensor:
-    """Gradients of each label's probability by every neuron: a pass over the whole prompt with a graph for each label.
+    """Take the gradients of each label's probability by every neuron, with a pass over the whole prompt for each label.
 
     Returns
     -------
     Tensor of shape (O, L, N)
     """
-    (tokens,) = encode_prompts(lm.card, [prompt])
-    position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
-    ids_1T = torch.tensor([tokens], device=lm.device)
+    encoded = encode(lm.card, [prompt], labels)
+    position = probed_position(lm, encoded.ids[0])
+    ids_1T = torch.tensor(encoded.ids, device=lm.device)
     positions_1 = torch.tensor([position], device=lm.device)
     gradients = []
-    for label_id in encode_labels(lm.tokenizer, labels, 1)[0].tolist():
-        shifts = [
-            torch.zeros(1, lm.n_neurons, dtype=lm.model.dtype, device=lm.device, requires_grad=True)
-            for _ in range(lm.n_layers)
-        ]
-        with torch.enable_grad(), tapped(lm, positions_1, dict(enumerate(shifts))):
+    for label_id in encoded.label_ids_PO[0].tolist():
+        shifts = zero_shifts(lm, 1)
+        with torch.enable_grad(), tapped(lm, positions_1, shifts):
             probability = lm.model(input_ids=ids_1T).logits[0, position].softmax(0)[label_id]
-            gradients.append(torch.cat(torch.autograd.grad(probability, shifts)))
+            gradients.append(torch.cat(torch.autograd.grad(probability, list(shifts.values()))))
     return torch.stack(gradients)
 
 

@@ -1,11 +1,11 @@
-"""Estimators of what a neuron does to a target, under one interface, to be compared with each other and with sweeps.
+"""Estimators of a neuron's effect on a target, under one interface, to compare with each other and with sweeps.
 
 Every estimator scores each neuron of each prompt for the prompt's right label. `f` below is the target as a function
-of the neuron's activation `a`, all else as it was: the label's probability, its log-probability, or its logit minus
-the largest logit among the prompt's other labels.
+of the neuron's activation `a`, with everything else unchanged. It is the label's probability, its log-probability, or
+its logit minus the largest logit among the prompt's other labels.
 
-NeurGrad and the plain gradient are in target per unit of activation. The others are in target: what the activation
-contributes, so that f(a) - f(0) of the ablation is what each of them approximates.
+NeurGrad and the plain gradient are in target per unit of activation. The others are in target: they approximate the
+activation's contribution f(a) - f(0), which the ablation measures exactly.
 
 Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch, H hidden width.
 """
@@ -18,96 +18,89 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from negcore.arrays import Floats, Ints
 from negcore.errors import LabelError, NegError
-from negcore.measure.forward import ProbedBatch, probed_batches
+from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
+from negcore.measure.hooks import zero_shifts
+from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.sweeps import Neurons, choose_neurons
 from negcore.measure.virtual_tokens import Shifts, head_rows, label_log_probs, shifted_prompts
-from negcore.model.encoding import Labels, encode_labels, encode_prompts
+from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
 
-Array = NDArray[Any]
 Target = Literal["probability", "log_probability", "logit_difference"]
 
 PATH_STEPS = 20
-"""Steps of the integrated gradients' path."""
+"""Steps of the path of integrated gradients."""
 
-# Bytes that the logits of a batch with gradients may take.
+# Most bytes of the logits of a batch with gradients.
 _BATCH_LOGIT_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Encoded prompts, their labels, and which value of the right label is asked for."""
+    """Prompts with the target that is explained: a value of each prompt's right label."""
 
-    ids: list[list[int]]
-    """Token ids of every prompt."""
-    label_ids_PO: NDArray[np.int64]
-    answers_P: NDArray[np.int64]
+    prompts: EncodedPrompts
+    answers_P: Ints
     """Index of the right label."""
     target: Target
 
+    @property
+    def ids(self) -> list[list[int]]:
+        return self.prompts.ids
+
     def labels(self, rows: Sequence[int], lm: LanguageModel) -> Tensor:
-        """Token ids of some prompts' labels: shape (B, O)."""
-        return torch.from_numpy(self.label_ids_PO[rows]).to(lm.device)
+        """Return the token ids of some prompts' labels: shape (B, O)."""
+        return torch.from_numpy(self.prompts.label_ids_PO[rows]).to(lm.device)
 
     def values(self, log_probs_BO: Tensor, rows: Sequence[int]) -> Tensor:
-        """The target of some prompts, from the log-probabilities of their labels: shape (B,)."""
+        """Return the target of some prompts from the log-probabilities of their labels: shape (B,)."""
         right_B1 = torch.from_numpy(self.answers_P[rows]).to(log_probs_BO.device)[:, None]
         right_B = log_probs_BO.gather(1, right_B1)[:, 0]
         if self.target == "probability":
             return right_B.exp()
         if self.target == "log_probability":
             return right_B
-        # Log-probabilities of one prompt differ from its logits by a constant, which the difference loses.
+        # Log-probabilities of one prompt differ from its logits by a constant, which cancels in the difference.
         others_BO = log_probs_BO.scatter(1, right_B1, -torch.inf)
         return right_B - others_BO.amax(1)
 
 
-Function = Callable[[LanguageModel, Question, NDArray[np.int64]], Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimator:
-    """One way to score neurons."""
-
-    name: str
-    function: Function
-    """Takes the model, the question and neurons_K2; gives scores of shape (P, K)."""
-    formula: str
-    cost: str
-    """For one prompt."""
+Estimator = Callable[[LanguageModel, Question, Ints], Floats]
+"""Takes the model, the question and neurons_K2; returns scores of shape (P, K)."""
 
 
 def estimate(
     lm: LanguageModel,
-    prompts: Sequence[str],
-    labels: Labels,
+    prompts: Sequence[str] | EncodedPrompts,
+    labels: Labels | None = None,
     *,
     estimator: str,
     answers: Sequence[int] | None = None,
     target: Target = "probability",
     neurons: Neurons | None = None,
-) -> Array:
+) -> Floats:
     """Score neurons with one of the `ESTIMATORS`.
 
     Parameters
     ----------
     lm : LanguageModel
-    prompts : sequence of str, length P
+    prompts : sequence of str, length P, or EncodedPrompts
+        Encoded prompts bring their labels.
     labels : sequence of str, or one such sequence for each prompt
         Encoded exactly as given.
     estimator : str
-        Its name in `ESTIMATORS`.
+        A name in `ESTIMATORS`.
     answers : sequence of int, length P, optional
-        Index of each prompt's right label; may be left out where there is one label only.
+        Index of each prompt's right label; not needed where there is only one label.
     target : {"probability", "log_probability", "logit_difference"}
-        What is explained; the last is the right label's logit minus the largest of the other labels.
+        Explained value; the last is the right label's logit minus the largest of the other labels.
     neurons : "all", int, or sequence of (layer, neuron), optional
-        As for `sweep`; a selection saves time with the estimators that measure each neuron by itself.
+        As for `sweep`; a selection saves time in the estimators that measure each neuron by itself.
 
     Returns
     -------
@@ -117,7 +110,7 @@ def estimate(
     Raises
     ------
     PromptError, LabelError
-        As for `neurgrad`; LabelError too if the answers do not fit, or one label has no other to differ from.
+        As for `neurgrad`; LabelError too if the answers do not fit, or "logit_difference" is asked of one label.
     NegError
         If the estimator or target is unknown, or a neuron does not exist.
     """
@@ -126,93 +119,92 @@ def estimate(
     if target not in get_args(Target):
         raise NegError(f"target {target!r} is not known; choose one of {', '.join(get_args(Target))}")
     neurons_K2 = choose_neurons(lm, "all" if neurons is None else neurons)
-    ids = encode_prompts(lm.card, prompts)
-    label_ids_PO = encode_labels(lm.tokenizer, labels, len(prompts))
-    question = Question(ids, label_ids_PO, _checked_answers(answers, label_ids_PO, target), target)
-    scores_PK = ESTIMATORS[estimator].function(lm, question, neurons_K2)
-    return scores_PK if neurons is not None else scores_PK.reshape(len(ids), lm.n_layers, lm.n_neurons)
+    encoded = encode(lm.card, prompts, labels)
+    question = Question(encoded, _checked_answers(answers, encoded.label_ids_PO, target), target)
+    scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
+    return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.n_neurons)
 
 
-def neurgrad_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """NeurGrad: f'(a) * s(a), the slope of f away from zero; s(a) = +1 where a > 0, else -1.
+def neurgrad_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return NeurGrad: f'(a) * s(a), the slope of f away from zero; s(a) = +1 where a > 0, else -1.
 
     Source: Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053. Cost: one forward and one backward pass.
     """
     return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient * away_from_zero(a))
 
 
-def gradient_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """Plain ("computational") gradient: f'(a).
+def gradient_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return the plain ("computational") gradient: f'(a).
 
     Source: the baseline CG of arXiv 2412.18053. Cost: one forward and one backward pass.
     """
     return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient)
 
 
-def gradient_times_activation_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """Gradient times activation: f'(a) * a, the first-order estimate of f(a) - f(0).
+def gradient_times_activation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return gradient times activation: f'(a) * a, the first-order estimate of f(a) - f(0).
 
     Source: Shrikumar et al., arXiv 1605.01713. Cost: one forward and one backward pass.
     """
     return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient * a)
 
 
-def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """Integrated gradients: a / m * sum over k = 1..m of f'(a * k / m), m = 20.
+def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return integrated gradients: a / m * sum over k = 1..m of f'(a * k / m), m = 20.
 
-    All activations of a layer are scaled together, the other layers run as they do: one path a layer.
+    All activations of a layer are scaled together while the other layers run unchanged: one path for each layer.
 
     Source: Sundararajan et al., arXiv 1703.01365, along the scaled activation of Dai et al., arXiv 2104.08696.
     Cost: 20 forward and backward passes a layer.
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), _kind(lm))
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    layers, limit = np.unique(neurons_K2[:, 0]).tolist(), BatchLimit("steps of a path")
     for prompt, tokens in enumerate(question.ids):
-        scores_LN = torch.zeros(lm.n_layers, lm.n_neurons, dtype=torch.float64)
+        parts: list[Tensor] = []
+
+        def measure(batch: ProbedBatch, steps: list[int], prompt: int = prompt, parts: list[Tensor] = parts) -> None:
+            parts.append(_path_part(batch, steps, question, prompt, layers))
+
         # Every row is the same prompt, so a causal model runs all its tokens but the last once.
-        for batch in probed_batches(lm, [tokens] * PATH_STEPS):
-            scales_B1 = (torch.tensor(batch.rows, dtype=torch.float64, device=lm.device)[:, None] + 1) / PATH_STEPS
-            with torch.no_grad():
-                activations_LN = batch.predict().activations_BLN[0]
-            for layer in np.unique(neurons_K2[:, 0]).tolist():
-                shift_BN = ((scales_B1 - 1) * activations_LN[layer]).to(lm.model.dtype).requires_grad_()
-                (gradient_BN,), _ = _gradients(batch, question, [prompt] * len(batch.rows), {layer: shift_BN})
-                scores_LN[layer] += (gradient_BN.sum(0) * activations_LN[layer] / PATH_STEPS).double().cpu()
-        result_PK[prompt] = scores_LN[tuple(neurons_K2.T)]
+        measure_batches(lm, [tokens] * PATH_STEPS, measure, limit, max_rows=PATH_STEPS)
+        result_PK[prompt] = sum(parts, start=torch.zeros(()))[tuple(neurons_K2.T)]
     return result_PK
 
 
-def log_probability_increase_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """Log-probability increase: f(unembed(h + a * v)) - f(unembed(h)).
+def log_probability_increase_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return the log-probability increase: f(unembed(h + a * v)) - f(unembed(h)).
 
-    `h` is the residual stream that enters the neuron's layer (the layer before it writes it), `a` the activation that
-    enters the down projection whatever the model's site, `v` the neuron's row of that projection, and `unembed` the
-    model's own final normalisation and head. Where a family normalises the feed-forward's output before adding it,
-    a * v is scaled as that normalisation scaled the whole output. With the target `log_probability` this is the
-    method of the source; other targets apply the same difference.
+    `h` is the residual stream that enters the neuron's layer, `a` the activation that enters the down projection
+    (whatever the model's site), `v` the neuron's row of that projection, and `unembed` the model's own final
+    normalisation and head. Where a family normalises the feed-forward's output before adding it, a * v is scaled as
+    that normalisation scaled the whole output. With the target `log_probability` this is the method of the source;
+    other targets take the same difference.
 
-    Source: Yu and Ananiadou, arXiv 2312.12141. Cost: one forward pass, and one row of the head a neuron.
+    Source: Yu and Ananiadou, arXiv 2312.12141. Cost: one forward pass, and one row of the head for each neuron.
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), _kind(lm))
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    limit = BatchLimit("neurons")
     for batch in probed_batches(lm, question.ids, batch_size=1):
-        prompt = batch.rows[0]
+        (prompt,) = batch.rows
         with torch.no_grad():
             streams = _streams(batch)
             for layer in np.unique(neurons_K2[:, 0]).tolist():
                 chosen_K = neurons_K2[:, 0] == layer
                 neurons = torch.from_numpy(neurons_K2[chosen_K, 1]).to(lm.device)
-                result_PK[prompt, chosen_K] = _increases(lm, question, prompt, layer, neurons, streams).cpu()
+                increases_K = _increases(lm, question, prompt, layer, neurons, streams, limit)
+                result_PK[prompt, chosen_K] = increases_K.cpu()
     return result_PK
 
 
-def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[np.int64]) -> Array:
-    """Exact ablation: f(a) - f(0), each neuron set to zero by itself.
+def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
+    """Return the exact ablation: f(a) - f(0), each neuron set to zero by itself.
 
-    Source: zero ablation, the definition itself. Cost: one virtual token a neuron (causal models), or one forward
-    pass a neuron (masked ones).
+    Source: the definition of zero ablation. Cost: for each neuron, one virtual token (causal models) or one forward
+    pass (masked models).
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), _kind(lm))
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     layers_K, chosen_K = neurons_K2.T
-    for index, prompt in shifted_prompts(lm, question.ids, question.label_ids_PO):
+    for index, prompt in shifted_prompts(lm, question.prompts):
         sizes_K = -prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
         without_K = question.values(prompt.measure(Shifts(layers_K, chosen_K, sizes_K)), [index] * len(sizes_K))
         whole_1 = question.values(prompt.log_probs_O[None].cpu(), [index])
@@ -220,36 +212,26 @@ def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: NDArray[n
     return result_PK
 
 
-_GRADIENT_COST = "1 forward and backward pass"
-_ALL = (
-    Estimator("neurgrad", neurgrad_scores, "f'(a) * s(a)", _GRADIENT_COST),
-    Estimator("gradient", gradient_scores, "f'(a)", _GRADIENT_COST),
-    Estimator("gradient_x_activation", gradient_times_activation_scores, "f'(a) * a", _GRADIENT_COST),
-    Estimator(
-        "integrated_gradients",
-        integrated_gradients_scores,
-        "a / 20 * sum over k = 1..20 of f'(a * k / 20)",
-        "20 forward and backward passes a layer",
-    ),
-    Estimator(
-        "log_probability_increase",
-        log_probability_increase_scores,
-        "f(unembed(h + a * v)) - f(unembed(h))",
-        "1 forward pass, 1 row of the head a neuron",
-    ),
-    Estimator("ablation", ablation_scores, "f(a) - f(0)", "1 virtual token (masked models: forward pass) a neuron"),
+ESTIMATORS: MappingProxyType[str, Estimator] = MappingProxyType(
+    {
+        "neurgrad": neurgrad_scores,
+        "gradient": gradient_scores,
+        "gradient_x_activation": gradient_times_activation_scores,
+        "integrated_gradients": integrated_gradients_scores,
+        "log_probability_increase": log_probability_increase_scores,
+        "ablation": ablation_scores,
+    }
 )
-ESTIMATORS: MappingProxyType[str, Estimator] = MappingProxyType({estimator.name: estimator for estimator in _ALL})
 """Estimators by name."""
 
 
 def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
-    """Logits (R, V) of residual streams as if each left the last layer: the model's own final norm and head."""
+    """Return the logits (R, V) that the model's own final norm and head give residual streams of the last layer."""
 
     def replace(module: nn.Module, args: Any, output: Any) -> Any:
         return (hidden_RH[None], *output[1:]) if isinstance(output, tuple) else hidden_RH[None]
 
-    # Everything behind the layers treats tokens alike, so one token's pass serves, its last stream replaced.
+    # Everything after the layers treats tokens alike, so the pass of one token is enough: its last stream is replaced.
     handle = lm.layers[-1].register_forward_hook(replace)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
@@ -260,7 +242,7 @@ def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
 
 
 class _Streams(NamedTuple):
-    """What the probed token of one prompt carries."""
+    """Hidden values of one prompt's probed token."""
 
     entering_LH: Tensor
     """Residual stream at each layer's input."""
@@ -280,7 +262,7 @@ def _downs(lm: LanguageModel) -> list[nn.Module]:
 
 @contextmanager
 def _recorded(batch: ProbedBatch, modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Record what enters modules, in the order of their calls, at the probed token of a batch of one prompt."""
+    """Record the inputs of modules at the probed token of a batch of one prompt, in the order of their calls."""
     inputs: list[Tensor] = []
     position = int(batch.positions_B[0])
 
@@ -293,25 +275,48 @@ def _recorded(batch: ProbedBatch, modules: list[nn.Module]) -> Iterator[list[Ten
         yield inputs
 
 
-def _increases(
-    lm: LanguageModel, question: Question, prompt: int, layer: int, neurons_K: Tensor, streams: _Streams
+def _path_part(
+    batch: ProbedBatch, steps: Sequence[int], question: Question, prompt: int, layers: Sequence[int]
 ) -> Tensor:
-    """Log-probability increases of some neurons of one layer: shape (K,)."""
+    """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (L, N)."""
+    lm = batch.lm
+    scores_LN = torch.zeros(lm.n_layers, lm.n_neurons, dtype=torch.float64)
+    scales_B1 = (torch.tensor(steps, dtype=torch.float64, device=lm.device)[:, None] + 1) / PATH_STEPS
+    with torch.no_grad():
+        activations_LN = batch.predict().activations_BLN[0]
+    for layer in layers:
+        shift_BN = ((scales_B1 - 1) * activations_LN[layer]).to(lm.model.dtype).requires_grad_()
+        (gradient_BN,), _ = _gradients(batch, question, [prompt] * len(steps), {layer: shift_BN})
+        scores_LN[layer] = (gradient_BN.sum(0) * activations_LN[layer] / PATH_STEPS).double().cpu()
+    return scores_LN
+
+
+def _increases(
+    lm: LanguageModel,
+    question: Question,
+    prompt: int,
+    layer: int,
+    neurons_K: Tensor,
+    streams: _Streams,
+    limit: BatchLimit,
+) -> Tensor:
+    """Return the log-probability increases of some neurons of one layer: shape (K,)."""
     acts_N, entering_H, rows_NH = streams.acts_LN[layer], streams.entering_LH[layer], lm.down_rows(layer)
     scale_H = _post_norm_scale(lm, layer, acts_N @ rows_NH)
-    values = []
-    for start in range(0, len(neurons_K), n_rows := head_rows(lm)):
-        part = neurons_K[start : start + n_rows]
+
+    def part_increases(indices: list[int]) -> Tensor:
+        part = neurons_K[indices]
         written_RH = acts_N[part, None] * rows_NH[part] * scale_H
         logits_RV = unembed(lm, torch.cat([entering_H[None], entering_H + written_RH]))
         log_probs_RO = label_log_probs(logits_RV, question.labels([prompt] * len(logits_RV), lm))
         targets_R = question.values(log_probs_RO, [prompt] * len(logits_RV))
-        values.append(targets_R[1:] - targets_R[0])
-    return torch.cat(values)
+        return targets_R[1:] - targets_R[0]
+
+    return torch.cat(limit.compute(len(neurons_K), head_rows(lm), part_increases))
 
 
 def _post_norm_scale(lm: LanguageModel, layer: int, output_H: Tensor) -> Tensor:
-    """By how much the normalisation of a feed-forward's output scaled each of its coordinates."""
+    """Return the factor by which the normalisation of a feed-forward's output scaled each coordinate."""
     if lm.arch.post_norm is None:
         return torch.ones_like(output_H)
     normalised_H: Tensor = lm.layers[layer].get_submodule(lm.arch.post_norm)(output_H)
@@ -319,31 +324,29 @@ def _post_norm_scale(lm: LanguageModel, layer: int, output_H: Tensor) -> Tensor:
 
 
 def _gradient_scores(
-    lm: LanguageModel,
-    question: Question,
-    neurons_K2: NDArray[np.int64],
-    score: Callable[[Tensor, Tensor], Tensor],
-) -> Array:
-    """Scores made of the gradient and the activation."""
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), _kind(lm))
+    lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor], Tensor]
+) -> Floats:
+    """Score neurons by a function of gradient and activation."""
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     layers_K, chosen_K = neurons_K2.T
-    max_rows = max(1, _BATCH_LOGIT_BYTES // (4 * int(lm.card.text_config.vocab_size)))
-    for batch in probed_batches(lm, question.ids, max_rows=max_rows):
-        shape = (len(batch.rows), lm.n_neurons)
-        shifts = {
-            layer: torch.zeros(shape, dtype=lm.model.dtype, device=lm.device, requires_grad=True)
-            for layer in range(lm.n_layers)
-        }
-        gradients, activations_BLN = _gradients(batch, question, batch.rows, shifts)
+
+    def measure(batch: ProbedBatch, prompts: list[int]) -> None:
+        gradients, activations_BLN = _gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
         scores_BLN = score(torch.stack(gradients, dim=1), activations_BLN)
-        result_PK[batch.rows] = scores_BLN[:, layers_K, chosen_K].double().cpu().numpy()
+        result_PK[prompts] = scores_BLN[:, layers_K, chosen_K].double().cpu().numpy()
+
+    max_rows = _BATCH_LOGIT_BYTES // (4 * lm.card.vocab_size)
+    measure_batches(lm, question.ids, measure, BatchLimit("prompts"), max_rows=max_rows)
     return result_PK
 
 
 def _gradients(
     batch: ProbedBatch, question: Question, prompts: Sequence[int], shifts: dict[int, Tensor]
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Gradient of each row's target by each layer's shift, and the activations; `prompts` says whose a row is."""
+    """Return the gradient of each row's target by each layer's shift, and the activations.
+
+    `prompts` names the prompt of each row.
+    """
     with torch.enable_grad():
         logits_BV, activations_BLN = batch.predict(shifts)
         log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))
@@ -352,9 +355,7 @@ def _gradients(
         return torch.autograd.grad(total, list(shifts.values())), activations_BLN
 
 
-def _checked_answers(
-    answers: Sequence[int] | None, label_ids_PO: NDArray[np.int64], target: Target
-) -> NDArray[np.int64]:
+def _checked_answers(answers: Sequence[int] | None, label_ids_PO: Ints, target: Target) -> Ints:
     n_prompts, n_options = label_ids_PO.shape
     if target == "logit_difference" and n_options == 1:
         raise LabelError("target 'logit_difference' needs another label to differ from; give at least two labels")
@@ -366,7 +367,3 @@ def _checked_answers(
     for index in np.flatnonzero((answers_P < 0) | (answers_P >= n_options)):
         raise LabelError(f"answer {answers_P[index]} of prompt {index} is no label; give 0 to {n_options - 1}")
     return answers_P.astype(np.int64)
-
-
-def _kind(lm: LanguageModel) -> type[np.floating[Any]]:
-    return np.float64 if lm.dtype == "float64" else np.float32

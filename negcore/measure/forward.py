@@ -1,14 +1,14 @@
-"""Run prompts up to their probed token, batched, so that only the probed token's own path is left to measure.
+"""Run prompts in batches up to their probed token, so that only the probed token's own path is left to measure.
 
-Causal models: nothing but the last token's own path leads from its activations to its prediction, so every earlier
-token runs without a graph into a key/value cache, and the tokens that all prompts begin with run once. The result is
-the same gradient as a full pass gives, not an approximation. Masked models see both sides and run whole.
+Causal models: only the last token's own path leads from its activations to its prediction. So every earlier token runs
+without a graph into a key/value cache, and the tokens that all prompts begin with run once. The gradient is that of a
+full pass, not an approximation. Masked models see both sides of their mask and run whole.
 
 Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +16,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from negcore.measure.hooks import tapped
+from negcore.measure.memory import BatchLimit
 from negcore.model.language_model import LanguageModel
 
-# Tokens of a batch, cached ones included: 16 prompts of 512 tokens.
 TOKEN_BUDGET = 8192
+"""Most tokens of a batch, cached ones included: 16 prompts of 512 tokens."""
 
 
 class Prediction(NamedTuple):
-    """What one forward pass of the probed tokens gives."""
+    """Result of one forward pass of the probed tokens."""
 
     logits_BV: Tensor
     activations_BLN: Tensor
@@ -35,14 +36,14 @@ class ProbedBatch(ABC):
 
     Attributes
     ----------
-    rows : indices of its prompts in the sequence that was given
+    rows : indices of these prompts in the sequence that was given
     """
 
     def __init__(self, lm: LanguageModel, rows: Sequence[int]) -> None:
         self.lm, self.rows = lm, list(rows)
 
     def predict(self, shifts: Mapping[int, Tensor] | None = None) -> Prediction:
-        """Predict from the probed tokens, their neurons shifted.
+        """Predict from the probed tokens with their neurons shifted.
 
         Parameters
         ----------
@@ -61,16 +62,16 @@ class ProbedBatch(ABC):
     @property
     @abstractmethod
     def positions_B(self) -> Tensor:
-        """Where the probed tokens are in the tokens that `_logits` runs."""
+        """Index of each row's probed token among the tokens that `_logits` runs."""
 
     @abstractmethod
     def _logits(self) -> Tensor: ...
 
 
 class CausalBatch(ProbedBatch):
-    """Prompts of a causal model: everything before the last token lies in a cache.
+    """Prompts of a causal model; a cache holds everything before their last tokens.
 
-    Slot p of the cache holds position p; shorter prompts leave slots unused behind their own tokens. Masks are made
+    Slot p of the cache holds position p; shorter prompts leave the slots after their own tokens unused. Masks are made
     from positions, so padding never changes a distance, whatever the window of an attention layer.
     """
 
@@ -91,7 +92,7 @@ class CausalBatch(ProbedBatch):
 
     @property
     def cache(self) -> Any:
-        """Keys and values of every token before the last; slot = position, unused behind a prompt's own."""
+        """Keys and values of every token before the last, slot by position."""
         return self._cache
 
     def _run_own(self, own: Sequence[Sequence[int]], n_prefix: int) -> None:
@@ -110,7 +111,7 @@ class CausalBatch(ProbedBatch):
 
     @property
     def last_token(self) -> dict[str, Any]:
-        """The model's inputs for the last token behind the cache, without the cache."""
+        """Inputs of the model for the last token after the cache, without the cache itself."""
         positions_B1 = self._lengths_B[:, None]
         own_slot = torch.tensor([self._cache.get_seq_length()], device=self.lm.device)
         return {
@@ -125,7 +126,7 @@ class CausalBatch(ProbedBatch):
         return logits
 
     def _masks(self, positions_BT: Tensor, slots_T: Tensor) -> Any:
-        """Boolean masks (B, 1, T, K) for queries that fill the newest slots; each sees earlier tokens and itself."""
+        """Return boolean masks (B, 1, T, K) for queries in the newest slots; each sees earlier tokens and itself."""
         keys_K = torch.arange(int(slots_T[-1]) + 1, device=self.lm.device)
         used_BK = keys_K < self._lengths_B[:, None]
         distance_BTK = positions_BT[:, :, None] - keys_K
@@ -139,7 +140,7 @@ class CausalBatch(ProbedBatch):
 
 
 class MaskedBatch(ProbedBatch):
-    """Prompts of a masked model, padded behind."""
+    """Prompts of a masked model, padded at their ends."""
 
     def __init__(self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         super().__init__(lm, rows)
@@ -174,9 +175,9 @@ def probed_batches(
     ----------
     ids : token ids of every prompt
     batch_size : int, optional
-        Prompts a batch; by default as many as `TOKEN_BUDGET` tokens hold.
+        Prompts of a batch; by default as many as fit in `TOKEN_BUDGET` tokens.
     max_rows : int, optional
-        Upper bound on the default batch size, where the caller's own memory grows with rows.
+        Most prompts of a batch of default size, for callers whose own memory grows with rows.
     """
     groups = _by_length([len(tokens) for tokens in ids], batch_size, max_rows)
     if lm.arch.masked:
@@ -189,15 +190,47 @@ def probed_batches(
         yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)
 
 
+def measure_batches(
+    lm: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    measure: Callable[[ProbedBatch, list[int]], None],
+    limit: BatchLimit,
+    *,
+    batch_size: int | None = None,
+    max_rows: int,
+) -> None:
+    """Run prompts as `probed_batches` does and measure each batch; batches are halved where memory runs out.
+
+    Parameters
+    ----------
+    measure : callable
+        Takes a batch and the indices of its prompts in `ids`.
+    """
+
+    def work(todo: list[int], size: int) -> Iterator[list[int]]:
+        sizes = {"batch_size": size} if batch_size else {"max_rows": size}
+        for batch in probed_batches(lm, [ids[row] for row in todo], **sizes):
+            rows = [todo[index] for index in batch.rows]
+            measure(batch, rows)
+            yield rows
+
+    limit.run(len(ids), batch_size or max_rows, work)
+
+
+def probed_position(lm: LanguageModel, tokens: Sequence[int]) -> int:
+    """Return the index of a whole prompt's probed token: its mask, or its last token."""
+    return tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+
+
 def common_prefix_length(ids: Sequence[Sequence[int]]) -> int:
-    """Number of token ids that all prompts begin with, leaving each at least its last token."""
+    """Count the token ids that all prompts begin with, leaving each at least its last token."""
     shortest = min(map(len, ids)) - 1
     first, last = min(map(list, ids)), max(map(list, ids))  # in lexicographic order these two differ first
     return next((n for n in range(shortest) if first[n] != last[n]), shortest)
 
 
 def label_probabilities(logits_BV: Tensor, label_ids_BO: Tensor) -> Tensor:
-    """Probability of each label under the softmax over the whole vocabulary: shape (B, O), at least float32."""
+    """Return the probability of each label, softmax over the whole vocabulary: shape (B, O), at least float32."""
     logits = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     return (logits.gather(1, label_ids_BO) - logits.logsumexp(1, keepdim=True)).exp()
 
@@ -223,12 +256,12 @@ def _run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
 
 
 def _expanded(cache: Any, n_rows: int) -> Any:
-    """A cache that shares one prompt's keys and values between rows, without a copy."""
+    """Return a cache in which rows share one prompt's keys and values, without a copy."""
     return _mapped(cache, lambda tensor: tensor.expand(n_rows, -1, -1, -1))
 
 
 def _shared(cache: Any) -> Any:
-    """A cache that can grow without changing the one it shares its tensors with."""
+    """Return a cache that can grow without changing the one it shares its tensors with."""
     return _mapped(cache, lambda tensor: tensor)
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: the measured neuron empirical gradient (NEG), from predictions with a neuron shifted step by step.
+"""Sweeps: the neuron empirical gradient (NEG), measured from predictions with one neuron shifted step by step.
 
 Shapes: P prompts, K chosen neurons, S shifts, L layers, N neurons a layer.
 """
@@ -11,25 +11,24 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from negcore.errors import LabelError, NegError
+from negcore.arrays import Floats, Ints
+from negcore.errors import NegError
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
-from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.encoding import EncodedPrompts, encode_targets
 from negcore.model.language_model import LanguageModel
 
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
-Neurons = Literal["all"] | int | Sequence[tuple[int, int]] | NDArray[np.int64]
+Neurons = Literal["all"] | int | Sequence[tuple[int, int]] | Ints
 
 LINEAR_PEARSON = 0.95
 """A neuron is linear where |Pearson r| between shift and change is at least this."""
 
-# Rows whose sizes are laid out at once, so that memory does not grow with the number of neurons.
+# Most rows whose sizes are held at once, so that memory does not grow with the number of neurons.
 _PLANNED_ROWS = 2**16
 
 
 def shift_grid(largest: float, step: float = 0.2) -> Floats:
-    """Shifts from -largest to largest without zero, rounded to 12 decimals."""
+    """Return the shifts from -largest to largest without zero, rounded to 12 decimals."""
     positive = np.round(np.arange(1, round(largest / step) + 1) * step, 12)
     return np.concatenate([-positive[::-1], positive])
 
@@ -41,15 +40,15 @@ PAPER_SHIFTS = shift_grid(10)
 
 
 class LineFit(NamedTuple):
-    """Lines through the origin; `...` are the axes of the changes before the last."""
+    """Lines through the origin; `...` stands for all axes of the changes but the last."""
 
     slopes: Floats
     """Shape (...): sum(d * dp) / sum(d * d)."""
     pearson: Floats
-    """Shape (...): Pearson r between d and dp; NaN where either is constant, for then it has no value."""
+    """Shape (...): Pearson r between d and dp; NaN where either is constant."""
     r2: Floats
-    """Shape (...): 1 - sum((dp - slope * d)^2) / sum(dp^2), that is, against no change at all, which is the
-    reference of a line without intercept; NaN where nothing changes."""
+    """Shape (...): 1 - sum((dp - slope * d)^2) / sum(dp^2); NaN where nothing changes. A line without intercept is
+    compared with no change at all, so the mean is not subtracted."""
 
     @property
     def linear(self) -> NDArray[np.bool_]:
@@ -58,13 +57,13 @@ class LineFit(NamedTuple):
 
 
 def fit_lines(shifts_S: ArrayLike, changes: ArrayLike) -> LineFit:
-    """Least-squares lines without intercept, in float64.
+    """Fit least-squares lines without intercept, in float64.
 
     Parameters
     ----------
     shifts_S : float array of shape (S,)
     changes : float array of shape (..., S)
-        What each shift changed, p(d) - p(0).
+        Change p(d) - p(0) under each shift.
 
     References
     ----------
@@ -81,7 +80,7 @@ def fit_lines(shifts_S: ArrayLike, changes: ArrayLike) -> LineFit:
 def _pearson(d: Floats, dp: Floats) -> Floats:
     centred_d, centred_dp = d - d.mean(), dp - dp.mean(-1, keepdims=True)
     norms = np.linalg.norm(centred_d) * np.linalg.norm(centred_dp, axis=-1)
-    varies = (np.ptp(dp, axis=-1) > 0) & (np.ptp(d) > 0)  # exactly: the mean of equal numbers may differ from them
+    varies = (np.ptp(dp, axis=-1) > 0) & (np.ptp(d) > 0)  # exact, while the mean of equal numbers may be rounded
     return np.where(varies, np.clip(centred_dp @ centred_d / norms, -1, 1), np.nan)
 
 
@@ -89,17 +88,17 @@ def _pearson(d: Floats, dp: Floats) -> Floats:
 class SweepResult:
     """Probabilities of each prompt's label under every shift; float32, or float64 from a float64 model."""
 
-    neurons_K2: NDArray[np.int64]
+    neurons_K2: Ints
     """Layer and neuron."""
     shifts_S: Floats
     """Size of each shift in units of activation; positive is away from zero."""
-    base_probs_P: Array
+    base_probs_P: Floats
     """Probability of the label without a shift."""
-    activations_PK: Array
+    activations_PK: Floats
     """Activations without a shift."""
-    probs_PKS: Array
+    probs_PKS: Floats
     """Probability of the label, softmax over the whole vocabulary."""
-    label_ids_P: NDArray[np.int64]
+    label_ids_P: Ints
     """Token id that each label became."""
 
     @cached_property
@@ -109,7 +108,7 @@ class SweepResult:
 
     @cached_property
     def fit(self) -> LineFit:
-        """The lines of all neurons: see `fit_lines`."""
+        """Lines of all neurons: see `fit_lines`."""
         return fit_lines(self.shifts_S, self.changes_PKS)
 
     @property
@@ -123,17 +122,12 @@ class SweepResult:
         return self.fit.pearson
 
     @property
-    def r2_PK(self) -> Floats:
-        """Share of the changes' sum of squares that the line explains: see `LineFit.r2`."""
-        return self.fit.r2
-
-    @property
     def linear_PK(self) -> NDArray[np.bool_]:
-        """Whether |r| >= 0.95."""
+        """True where |r| >= 0.95."""
         return self.fit.linear
 
     def within(self, max_shift: float) -> "SweepResult":
-        """The part of the sweep with shifts up to a size, and so the lines of that range.
+        """Return the part of the sweep with shifts up to a size, whose lines are those of that range.
 
         Raises
         ------
@@ -149,8 +143,8 @@ class SweepResult:
 
 def sweep(
     lm: LanguageModel,
-    prompts: Sequence[str],
-    labels: str | Sequence[str],
+    prompts: Sequence[str] | EncodedPrompts,
+    labels: str | Sequence[str] | None = None,
     *,
     neurons: Neurons = 8,
     shifts: ArrayLike | None = None,
@@ -158,27 +152,29 @@ def sweep(
     seed: int = 0,
     max_rows: int | None = None,
 ) -> SweepResult:
-    """Measure how a label's probability answers to shifts of single neurons.
+    """Measure a label's probability under shifts of single neurons.
 
     A shift of size d moves a neuron's activation a to a + d * s(a), with s(a) = +1 where a > 0 and -1 elsewhere.
 
     Parameters
     ----------
     lm : LanguageModel
-    prompts : sequence of str, length P
+    prompts : sequence of str, length P, or EncodedPrompts
+        Encoded prompts bring their labels, one each.
     labels : str, or sequence of str, length P
         The target of all prompts or of each; encoded exactly as given.
     neurons : "all", int, or sequence of (layer, neuron)
-        All of them, that many a layer at random (the same for all prompts), or those.
+        All neurons, that many of each layer at random (the same for all prompts), or the listed ones.
     shifts : float array of shape (S,), optional
         Sizes other than zero in units of activation; by default `DEFAULT_SHIFTS`.
     method : {"auto", "virtual", "hooks"}
-        `virtual` runs shifted copies of the last token side by side, `hooks` a forward pass of the whole prompt for
-        each shift; `auto` takes the first where the model is causal. They agree to rounding.
+        `virtual` runs shifted copies of the last token side by side, `hooks` runs the whole prompt for each shift;
+        `auto` is `virtual` for causal models and `hooks` for masked ones. They agree to rounding.
     seed : int
-        Of the random choice of neurons.
+        Seed of the random choice of neurons.
     max_rows : int, optional
-        Shifted rows of one forward pass. It changes memory and speed, not the result.
+        Most shifted rows of one forward pass; halved where memory runs out. It changes memory and speed, and the result
+        only by rounding.
 
     Returns
     -------
@@ -201,28 +197,27 @@ def sweep(
     Differs from the paper: a neuron whose activation is exactly zero moves in the negative direction, as in NeurGrad;
     the released sweep never moves it.
     """
-    shifts_S = _checked_shifts(DEFAULT_SHIFTS if shifts is None else shifts)
+    shifts_S = checked_shifts(DEFAULT_SHIFTS if shifts is None else shifts)
     neurons_K2 = choose_neurons(lm, neurons, seed=seed)
     if max_rows is not None and max_rows < 1:
-        raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or nothing")
-    ids = encode_prompts(lm.card, prompts)
-    label_ids_P1 = encode_labels(lm.tokenizer, one_label_each(labels, len(prompts)), len(prompts))
-    kind = np.float64 if lm.dtype == "float64" else np.float32
+        raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
+    encoded = encode_targets(lm.card, prompts, labels)
+    n_prompts, n_neurons = len(encoded.ids), len(neurons_K2)
     result = SweepResult(
         neurons_K2=neurons_K2,
         shifts_S=shifts_S,
-        base_probs_P=np.empty(len(ids), kind),
-        activations_PK=np.empty((len(ids), len(neurons_K2)), kind),
-        probs_PKS=np.empty((len(ids), len(neurons_K2), len(shifts_S)), kind),
-        label_ids_P=label_ids_P1[:, 0],
+        base_probs_P=np.empty(n_prompts, lm.result_type),
+        activations_PK=np.empty((n_prompts, n_neurons), lm.result_type),
+        probs_PKS=np.empty((n_prompts, n_neurons, len(shifts_S)), lm.result_type),
+        label_ids_P=encoded.label_ids_PO[:, 0],
     )
-    for index, prompt in shifted_prompts(lm, ids, label_ids_P1, method=method, max_rows=max_rows):
+    for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
         _fill(result, index, prompt)
     return result
 
 
-def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> NDArray[np.int64]:
-    """Layer and neuron of a selection: shape (K, 2).
+def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Ints:
+    """Return layer and neuron of a selection: shape (K, 2).
 
     Raises
     ------
@@ -243,33 +238,40 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> NDA
     return _checked_neurons(lm, np.asarray(neurons))
 
 
-def one_label_each(labels: str | Sequence[str], n_prompts: int) -> list[list[str]]:
-    """One target label a prompt, in the form that `encode_labels` takes.
+def draw_neurons(n_layers: int, layer_width: int, n_chosen: int, *, seed: int = 0) -> Ints:
+    """Draw neurons at random without repetition, evenly from all layers (up to one neuron): shape (K, 2).
 
     Raises
     ------
-    LabelError
-        If there is not one string for each prompt.
+    NegError
+        If ``n_chosen`` is below 1, or the model has fewer neurons.
     """
-    each = [labels] * n_prompts if isinstance(labels, str) else list(labels)
-    if len(each) != n_prompts:
-        raise LabelError(f"{len(each)} labels were given for {n_prompts} prompts; give one string, or one for each")
-    for index, label in enumerate(each):
-        if not isinstance(label, str):
-            raise LabelError(f"label {label!r} of prompt {index} is not a string; a sweep has one target a prompt")
-    return [[label] for label in each]
+    if not 1 <= n_chosen <= n_layers * layer_width:
+        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * layer_width}")
+    random = np.random.default_rng(seed)
+    counts_L = np.full(n_layers, n_chosen // n_layers)
+    counts_L[random.choice(n_layers, n_chosen % n_layers, replace=False)] += 1
+    drawn = [np.sort(random.choice(layer_width, count, replace=False)) for count in counts_L]
+    return np.stack([np.repeat(np.arange(n_layers), counts_L), np.concatenate(drawn)], axis=1)
 
 
-def _checked_shifts(shifts: ArrayLike) -> Floats:
+def checked_shifts(shifts: ArrayLike) -> Floats:
+    """Return sizes of shifts as an array.
+
+    Raises
+    ------
+    NegError
+        If there is none, or one is zero or not finite.
+    """
     shifts_S = np.asarray(shifts, np.float64)
     if shifts_S.ndim != 1 or shifts_S.size == 0:
-        raise NegError(f"shifts of shape {shifts_S.shape} are no grid; give a list of at least one size")
+        raise NegError(f"shifts of shape {shifts_S.shape} are no grid; give a list of one size or more")
     for size in shifts_S[~np.isfinite(shifts_S) | (shifts_S == 0)]:
         raise NegError(f"shift {size} cannot be measured; give finite sizes other than zero")
     return shifts_S
 
 
-def _checked_neurons(lm: LanguageModel, neurons: Array) -> NDArray[np.int64]:
+def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     if neurons.ndim != 2 or neurons.shape[1] != 2 or not len(neurons) or not np.issubdtype(neurons.dtype, np.integer):
         raise NegError(f"neurons of shape {neurons.shape} ({neurons.dtype}) are no list of (layer, neuron) pairs")
     inside = ((neurons >= 0) & (neurons < (lm.n_layers, lm.n_neurons))).all(axis=1)

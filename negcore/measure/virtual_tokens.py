@@ -1,10 +1,9 @@
-"""One prompt, measured with single neurons shifted: a fast path of virtual tokens and its plain twin of hooked passes.
+"""Measure a prompt with single neurons shifted: fast with virtual tokens, or plainly with hooked passes.
 
-Fast path (causal models): a shift at one layer leaves everything before that layer, and every earlier token, as it
-was. So all shifted copies of the last token go side by side through one forward pass, as virtual tokens at the same
-position that see the prompt's cache and themselves only. A copy joins at the layer of its neuron, where it is still
-equal to the unshifted token; the cost is linear in the copies, and independent of the prompt's length but for the
-attention to it.
+Fast path (causal models): a shift at one layer changes neither the layers before it nor earlier tokens. So all shifted
+copies of the last token go side by side through one forward pass, as virtual tokens at the same position that see only
+the prompt's cache and themselves. A copy joins at the layer of its neuron, where it still equals the unshifted token.
+The cost grows with the number of copies; of the prompt's length, only the attention to it depends.
 
 Shapes: R shifted rows, O options (labels), L layers, N neurons a layer, T tokens, V vocabulary, H hidden width.
 """
@@ -16,50 +15,54 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from negcore.arrays import Floats, Ints
 from negcore.errors import ModelError
-from negcore.measure.forward import CausalBatch, probed_batches
-from negcore.measure.hooks import tapped
+from negcore.measure.forward import CausalBatch, probed_batches, probed_position
+from negcore.measure.hooks import hook_site, tapped
+from negcore.measure.memory import BatchLimit
+from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import LanguageModel
 
 Method = Literal["auto", "virtual", "hooks"]
 
-# Virtual tokens of one forward pass.
+# Most virtual tokens of one forward pass.
 _VIRTUAL_ROWS = 1024
-# Tokens of one hooked forward pass: each row is a whole prompt.
+# Most tokens of one hooked forward pass, in which each row is a whole prompt.
 _HOOKED_TOKENS = 2048
-# Bytes of logits that are held at once.
+# Most bytes of logits that are held at once.
 _LOGIT_BYTES = 2**25
 
 
 class Shifts(NamedTuple):
     """Rows to measure, each with one neuron shifted."""
 
-    layers_R: NDArray[np.int64]
-    neurons_R: NDArray[np.int64]
-    sizes_R: NDArray[Any]
+    layers_R: Ints
+    neurons_R: Ints
+    sizes_R: Floats
     """Added to the neuron, in units of activation, sign included."""
 
     def rows(self, which: Any) -> "Shifts":
+        """Return some of the rows."""
         return Shifts(self.layers_R[which], self.neurons_R[which], self.sizes_R[which])
 
 
 def label_log_probs(logits_RV: Tensor, label_ids_RO: Tensor) -> Tensor:
-    """Log-probability of each label under the softmax over the whole vocabulary: shape (R, O), at least float32."""
+    """Return the log-probability of each label, softmax over the whole vocabulary: shape (R, O), at least float32."""
     kind = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
-    # The fused kernel is several times faster than a log-sum-exp, though it writes what is thrown away.
+    # The fused kernel is several times faster than a log-sum-exp, though most of what it writes is thrown away.
     return logits_RV.log_softmax(1, dtype=kind).gather(1, label_ids_RO)
 
 
 def head_rows(lm: LanguageModel) -> int:
-    """Rows whose logits are held at once."""
-    return max(1, _LOGIT_BYTES // (4 * int(lm.card.text_config.vocab_size)))
+    """Return how many rows of logits are held at once."""
+    return max(1, _LOGIT_BYTES // (4 * lm.card.vocab_size))
 
 
 class ShiftedPrompt(ABC):
-    """A prompt whose neurons can be shifted, one a row.
+    """Prompt whose neurons can be shifted, one neuron a row.
 
     Attributes
     ----------
@@ -72,31 +75,32 @@ class ShiftedPrompt(ABC):
     activations_LN: Tensor
     log_probs_O: Tensor
 
-    def __init__(self, lm: LanguageModel, label_ids_O: Sequence[int] | NDArray[np.int64], max_rows: int) -> None:
-        self.lm, self.max_rows = lm, max_rows
-        self.label_ids_O = torch.as_tensor(np.asarray(label_ids_O), device=lm.device)
+    def __init__(self, lm: LanguageModel, label_ids_O: Ints, max_rows: int, limit: BatchLimit) -> None:
+        self.lm, self.max_rows, self._limit = lm, max_rows, limit
+        self.label_ids_O = torch.from_numpy(label_ids_O).to(lm.device)
 
     def measure(self, shifts: Shifts) -> Tensor:
-        """Log-probabilities of the labels with each row's neuron shifted: shape (R, O), on the CPU."""
+        """Return the log-probabilities of the labels with each row's neuron shifted: shape (R, O), on the CPU."""
         order = np.argsort(shifts.layers_R, kind="stable")
-        chunks = [order[start : start + self.max_rows] for start in range(0, len(order), self.max_rows)]
         with torch.no_grad():
-            log_probs_RO = torch.cat([self._measure(shifts.rows(chunk)).cpu() for chunk in chunks])
-        return log_probs_RO[np.argsort(order)]
+            chunks = self._limit.compute(
+                len(order), self.max_rows, lambda rows: self._measure(shifts.rows(order[rows])).cpu()
+            )
+        return torch.cat(chunks)[np.argsort(order)]
 
     def _log_probs(self, logits_RV: Tensor) -> Tensor:
         return label_log_probs(logits_RV, self.label_ids_O.expand(len(logits_RV), -1))
 
     @abstractmethod
     def _measure(self, shifts: Shifts) -> Tensor:
-        """The same for at most `max_rows` rows, in the order of their layers."""
+        """Measure at most `max_rows` rows, which are in the order of their layers."""
 
 
 class VirtualPrompt(ShiftedPrompt):
-    """The fast path: rows are virtual tokens behind the prompt's cache."""
+    """Fast path: rows are virtual tokens after the prompt's cache."""
 
-    def __init__(self, batch: CausalBatch, label_ids_O: Any, max_rows: int | None = None) -> None:
-        super().__init__(batch.lm, label_ids_O, max_rows or _VIRTUAL_ROWS)
+    def __init__(self, batch: CausalBatch, label_ids_O: Ints, max_rows: int | None, limit: BatchLimit) -> None:
+        super().__init__(batch.lm, label_ids_O, max_rows or _VIRTUAL_ROWS, limit)
         assert len(batch.rows) == 1
         self._batch = batch
         with torch.no_grad():
@@ -119,12 +123,14 @@ class VirtualPrompt(ShiftedPrompt):
 
 
 class HookedPrompt(ShiftedPrompt):
-    """The plain path, for every model: each row is a forward pass of the whole prompt, without any cache."""
+    """Plain path, for every model: each row runs the whole prompt, without any cache."""
 
-    def __init__(self, lm: LanguageModel, tokens: Sequence[int], label_ids_O: Any, max_rows: int | None = None) -> None:
-        super().__init__(lm, label_ids_O, max_rows or max(1, _HOOKED_TOKENS // len(tokens)))
+    def __init__(
+        self, lm: LanguageModel, tokens: Sequence[int], label_ids_O: Ints, max_rows: int | None, limit: BatchLimit
+    ) -> None:
+        super().__init__(lm, label_ids_O, max_rows or max(1, _HOOKED_TOKENS // len(tokens)), limit)
         self._tokens_T = torch.tensor(tokens, device=lm.device)
-        self._position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+        self._position = probed_position(lm, tokens)
         with torch.no_grad():
             log_probs_1O, activations = self._run(1, {})
         self.log_probs_O = log_probs_1O[0]
@@ -149,27 +155,25 @@ class HookedPrompt(ShiftedPrompt):
 
 def shifted_prompts(
     lm: LanguageModel,
-    ids: Sequence[Sequence[int]],
-    label_ids_PO: NDArray[np.int64],
+    prompts: EncodedPrompts,
     *,
     method: Method = "auto",
     max_rows: int | None = None,
 ) -> Iterator[tuple[int, ShiftedPrompt]]:
-    """Make prompts ready for shifts, one at a time; tokens that all begin with are run once.
+    """Prepare prompts for shifts, one at a time; tokens that all prompts begin with run once.
 
     Parameters
     ----------
-    ids : token ids of every prompt
-    label_ids_PO : int array of shape (P, O)
+    prompts : EncodedPrompts
     method : {"auto", "virtual", "hooks"}
-        `auto` takes virtual tokens where the model is causal.
+        `auto` uses virtual tokens where the model is causal.
     max_rows : int, optional
-        Shifted rows of one forward pass. It changes memory and speed, not the result.
+        Most shifted rows of one forward pass; halved where memory runs out.
 
     Yields
     ------
     int, ShiftedPrompt
-        The prompt's index, in no particular order.
+        Index of the prompt, in no particular order, and the prompt.
 
     Raises
     ------
@@ -180,18 +184,20 @@ def shifted_prompts(
         raise ModelError(f"method {method!r} is not known; choose one of auto, virtual, hooks")
     if method == "virtual" and lm.arch.masked:
         raise ModelError(f"method 'virtual' needs a causal model and {lm.card.name} is masked; choose auto or hooks")
+    limit = BatchLimit("shifted rows")
     if method == "hooks" or lm.arch.masked:
-        for index, tokens in enumerate(ids):
-            yield index, HookedPrompt(lm, tokens, label_ids_PO[index], max_rows)
+        for index, (tokens, label_ids_O) in enumerate(zip(prompts.ids, prompts.label_ids_PO, strict=True)):
+            yield index, HookedPrompt(lm, tokens, label_ids_O, max_rows, limit)
         return
-    for batch in probed_batches(lm, ids, batch_size=1):
+    for batch in probed_batches(lm, prompts.ids, batch_size=1):
         assert isinstance(batch, CausalBatch)
-        yield batch.rows[0], VirtualPrompt(batch, label_ids_PO[batch.rows[0]], max_rows)
+        (index,) = batch.rows
+        yield index, VirtualPrompt(batch, prompts.label_ids_PO[index], max_rows, limit)
 
 
 @contextmanager
 def _joining(lm: LanguageModel, shifts: Shifts) -> Iterator[None]:
-    """Let rows join the unshifted token, which stays row 0, each at the layer where it is shifted."""
+    """Let each row join the unshifted token, which stays row 0, at the layer where the row is shifted."""
     with ExitStack() as hooks:
         for layer in np.unique(shifts.layers_R).tolist():
             first_row = 1 + int(np.searchsorted(shifts.layers_R, layer))
@@ -202,7 +208,7 @@ def _joining(lm: LanguageModel, shifts: Shifts) -> Iterator[None]:
 
 
 class _Joining:
-    """The hooks of one layer: rows join at its input and are shifted at its site."""
+    """Hooks of one layer: rows join at its input and are shifted at its site."""
 
     def __init__(self, lm: LanguageModel, first_row: int, shifts: Shifts) -> None:
         self.lm = lm
@@ -210,13 +216,9 @@ class _Joining:
         self.neurons = torch.from_numpy(shifts.neurons_R).to(lm.device)
         self.sizes = torch.from_numpy(shifts.sizes_R).to(lm.device, lm.model.dtype)
 
-    def attach(self, layer: int) -> list[Any]:
-        site = self.lm.site_module(layer)
-        if self.lm.site == "act":
-            at_site = site.register_forward_pre_hook(lambda _, args: (self._shift(args[0]), *args[1:]))
-        else:
-            at_site = site.register_forward_hook(lambda _, args, output: self._shift(output))
-        return [self.lm.layers[layer].register_forward_pre_hook(self._join), at_site]
+    def attach(self, layer: int) -> list[RemovableHandle]:
+        at_input = self.lm.layers[layer].register_forward_pre_hook(self._join)
+        return [at_input, hook_site(self.lm, layer, self._shift)]
 
     def _join(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_1RH = args[0]

@@ -1,1 +1,1 @@
-"""A language model to measure: its families, its tokenizer, its attention, and how it is loaded."""
+"""Language models to measure: their families, attention and tokenizers, and how to load them."""

@@ -1,4 +1,4 @@
-"""Where each model family keeps its feed-forward neurons: one row a model type.
+"""Places of the feed-forward neurons in every model family: one row a model type.
 
 A new family is a row here and a line in the parametrised tests. Paths are relative to the model with its language
 head; paths below a layer are relative to that layer.
@@ -20,21 +20,21 @@ class Architecture:
     """Module paths of one model family."""
 
     layers: str
-    """The list of transformer layers."""
+    """List of transformer layers."""
     down: str
-    """Below a layer: the down projection, whose input is the `act` site."""
+    """Down projection below a layer; its input is the `act` site."""
     up: str | None = None
-    """Below a layer: the up projection of a gated feed-forward; `None` where it is not gated."""
+    """Up projection below a layer; None if the feed-forward is not gated."""
     gate: str | None = None
-    """Below a layer: the activation function that the gate goes through."""
+    """Activation function of the gate, below a layer."""
     fused: bool = False
-    """Whether `up` computes gate and up side by side, in that order."""
+    """True if `up` computes gate and up side by side, in that order."""
     post_norm: str | None = None
-    """Below a layer: a normalisation of the feed-forward's output before it joins the residual stream."""
+    """Normalisation, below a layer, of the feed-forward's output before it joins the residual stream."""
     mask_by_layer_type: bool = False
-    """Whether the model takes one attention mask for each type of layer (full and sliding)."""
+    """True if the model takes one attention mask for each type of layer (full and sliding)."""
     masked: bool = False
-    """Whether the model predicts a `[MASK]` and sees both sides of it."""
+    """True if the model predicts a `[MASK]` and sees both sides of it."""
 
     @property
     def gated(self) -> bool:
@@ -43,7 +43,7 @@ class Architecture:
     def site(self, choice: SiteChoice) -> Site:
         """Resolve a site choice for this family.
 
-        `paper` is the vector the paper's code reads: `up` in gated models, `act` in the others.
+        `paper` is the vector that the paper's code reads: `up` in gated models, `act` in the others.
 
         Raises
         ------
@@ -94,7 +94,7 @@ ARCHITECTURES = MappingProxyType(
 
 
 def architecture(model_type: str) -> Architecture:
-    """Row of a model type (`config.model_type`).
+    """Return the row of a model type (`config.model_type`).
 
     Raises
     ------

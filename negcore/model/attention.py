@@ -1,9 +1,9 @@
-"""The attention that measured models use: exact in any dtype, differentiable under vmap, and open to virtual tokens.
+"""Attention of measured models: exact in any dtype, differentiable under vmap, and open to virtual tokens.
 
 Shapes: B batch, H heads, G key/value heads, Q queries, K keys, D head width.
 
-The implementations that ship with transformers will not do: `eager` rounds its softmax to float32 even in a
-float64 model, and the fused kernels have no rule for a batched backward pass.
+The implementations of transformers do not fit: `eager` rounds its softmax to float32 even in a float64 model, and the
+fused kernels have no rule for a batched backward pass.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ ATTENTION_NAME = "negcore"
 
 
 def register_attention() -> None:
-    """Make the attention known to transformers under `ATTENTION_NAME`; repeating it changes nothing."""
+    """Register the attention in transformers as `ATTENTION_NAME`; a second call changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
 
@@ -35,17 +35,17 @@ def attention(
     virtual_prompt: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
+    """Compute scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
 
     Parameters
     ----------
     query : Tensor of shape (B, H, Q, D)
     key, value : Tensor of shape (B, G, K, D)
     attention_mask : bool Tensor of shape (B or 1, 1, Q, K), or None
-        True where a query may look. Without one, causal modules look back and the others look everywhere.
+        True where a query may look. Without a mask, causal modules look back and the others look everywhere.
     virtual_prompt : cache of one prompt, optional
-        Given to the model's forward pass, it makes the Q tokens virtual: all stand at the position behind this prompt,
-        and each looks at the prompt and itself only. The mask is then the one of that position, (1, 1, 1, K + 1).
+        An argument of the model's forward pass that makes the Q tokens virtual: all stand at the position after this
+        prompt, and each looks only at the prompt and itself. The mask is then that of this position, (1, 1, 1, K + 1).
 
     Returns
     -------
@@ -58,7 +58,7 @@ def attention(
         prompt = keys[:, :, visible_K], values[:, :, visible_K]
         return _virtual(query, key, value, *prompt, scaling, softcap), None
     if softcap is None and not torch.is_grad_enabled():
-        # No graph is wanted: the fused kernel is exact and needs no (Q, K) matrix.
+        # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -75,7 +75,7 @@ def grouped(query: Tensor, n_groups: int) -> Tensor:
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Soft-capped attention logits (Gemma 2)."""
+    """Soft-cap attention logits (Gemma 2)."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
@@ -93,7 +93,7 @@ def _explicit(
     scores = capped(grouped(query, n_groups) @ key.transpose(-1, -2) * scale, softcap)
     if mask is not None:
         per_head = scores.view(batch, n_groups, n_heads // n_groups, n_queries, -1)
-        # The lowest finite number, not -inf: a padding token may see nothing at all, and must not become NaN.
+        # The lowest finite number, not -inf: a padding token that sees nothing at all must not become NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = per_head.masked_fill(~mask[:, :, None], lowest).view_as(scores)
     output = scores.softmax(-1) @ value
@@ -109,7 +109,10 @@ def _virtual(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Each query over the prompt's keys and its own one: one more column, where a mask would cost queries squared."""
+    """Let each query attend to the prompt's keys and its own.
+
+    Its own key is one more column of scores; a mask over all virtual tokens would cost queries squared.
+    """
     _, n_heads, n_queries, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     n_groups = key.shape[1]
@@ -124,7 +127,7 @@ def _virtual(
 
 
 def _prompt_keys(module: nn.Module, cache: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if cache.get_seq_length() == 0:  # a prompt of one token has nothing before it
+    if cache.get_seq_length() == 0:  # a prompt of one token has no earlier ones
         return key[:, :, :0], value[:, :, :0]
     layer = cache.layers[module.layer_idx]
     return layer.keys, layer.values
@@ -135,6 +138,6 @@ def _looks_back_only(module: nn.Module, is_causal: bool | None) -> bool:
 
 
 def _causal_mask(n_queries: int, n_keys: int, device: torch.device) -> Tensor:
-    """Mask of shape (1, 1, Q, K) for queries that are the last of the keys."""
+    """Return a mask of shape (1, 1, Q, K) for queries that are the last of the keys."""
     mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return mask.tril(n_keys - n_queries)[None, None]

@@ -1,6 +1,7 @@
 """Prompts and labels as token ids, checked before anything is computed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,62 @@ from negcore.model.language_model import ModelCard
 Labels = Sequence[str] | Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """Prompts and their labels as token ids of one model; measurements take them in place of the texts."""
+
+    ids: list[list[int]]
+    """Token ids of every prompt."""
+    label_ids_PO: NDArray[np.int64]
+    """Token id of every label."""
+
+
+def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Labels | None = None) -> EncodedPrompts:
+    """Return prompts and labels as checked token ids; encoded ones are returned as they are.
+
+    Raises
+    ------
+    PromptError, LabelError
+        As for `encode_prompts` and `encode_labels`; LabelError too if labels are given beside encoded prompts.
+    """
+    if not isinstance(prompts, EncodedPrompts):
+        return EncodedPrompts(encode_prompts(card, prompts), encode_labels(card.tokenizer, labels or [], len(prompts)))
+    if labels is not None:
+        raise LabelError(f"labels {labels!r:.80} were given beside encoded prompts, which hold theirs; leave them out")
+    return prompts
+
+
+def encode_targets(
+    card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: str | Sequence[str] | None = None
+) -> EncodedPrompts:
+    """Return prompts with one target label each as checked token ids: shape (P, 1).
+
+    Parameters
+    ----------
+    labels : str, or sequence of str, length P
+        The target of all prompts or of each.
+
+    Raises
+    ------
+    PromptError, LabelError
+        As for `encode`; LabelError too if there is not one label for each prompt.
+    """
+    if not isinstance(prompts, EncodedPrompts):
+        return encode(card, prompts, _one_label_each(labels, len(prompts)))
+    encoded = encode(card, prompts, labels)
+    if encoded.label_ids_PO.shape[1] != 1:
+        raise LabelError(f"encoded prompts have {encoded.label_ids_PO.shape[1]} labels each; give one target a prompt")
+    return encoded
+
+
 def encode_prompts(card: ModelCard, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts, with the special tokens that the tokenizer adds by itself.
+    """Return the token ids of prompts, with the special tokens that the tokenizer adds by itself.
 
     Raises
     ------
     PromptError
-        If there is no prompt, one is empty, longer than the model's context, or (masked models) has not exactly one
-        mask. Nothing is ever truncated.
+        If there is no prompt, or a prompt is empty, is longer than the model's context, or (masked models) does not
+        hold exactly one mask. Nothing is ever truncated.
     """
     if not prompts:
         raise PromptError("no prompts were given; at least one is needed")
@@ -30,7 +79,7 @@ def encode_prompts(card: ModelCard, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_labels(tokenizer: Any, labels: Labels, n_prompts: int) -> NDArray[np.int64]:
-    """Token id of every label, encoded exactly as given, without special tokens.
+    """Return the token id of every label, encoded exactly as given, without special tokens.
 
     Parameters
     ----------
@@ -56,12 +105,12 @@ def encode_labels(tokenizer: Any, labels: Labels, n_prompts: int) -> NDArray[np.
 
 
 def label_id(tokenizer: Any, label: str) -> int:
-    """Id of a label that is exactly one known token.
+    """Return the id of a label, which must be exactly one known token.
 
     Raises
     ------
     LabelError
-        Naming the label and the ids it became.
+        If it is not; the message names the label and the ids it became.
     """
     ids = tokenizer(label, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
@@ -75,7 +124,7 @@ def label_id(tokenizer: Any, label: str) -> int:
 
 
 def _check_prompt(card: ModelCard, index: int, prompt: str, tokens: Sequence[int]) -> None:
-    where = f"prompt {index}"  # without its text: messages end up in logs and on pages
+    where = f"prompt {index}"  # without its text, because messages end up in logs and on pages
     if not tokens or not prompt:
         raise PromptError(f"{where} is empty; a prompt needs at least one token")
     if len(tokens) > card.context_tokens:
@@ -109,3 +158,13 @@ def _check_distinct(known: dict[str, int], labels: tuple[str, ...]) -> None:
         if token in first:
             raise LabelError(f"labels {first[token]!r} and {label!r} are the same token (id {token}) of this model")
         first[token] = label
+
+
+def _one_label_each(labels: str | Sequence[str] | None, n_prompts: int) -> list[list[str]]:
+    each = [labels] * n_prompts if isinstance(labels, str) else list(labels or [])
+    if len(each) != n_prompts:
+        raise LabelError(f"{len(each)} labels were given for {n_prompts} prompts; give one string, or one for each")
+    for index, label in enumerate(each):
+        if not isinstance(label, str):
+            raise LabelError(f"label {label!r} of prompt {index} is not a string; give one target a prompt")
+    return [[label] for label in each]

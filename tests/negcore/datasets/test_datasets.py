@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from support import REPOSITORY, SHARED, tiny_tokenizer
 
 from negcore.datasets import SPLITS, PromptSettings, Wording, list_datasets, load_dataset, load_facts
 from negcore.datasets.mceval8k import SPECS, read_mceval8k
-from negcore.datasets.mini import MINI_SPECS, read_mini
+from negcore.datasets.mini import MINI_ROWS, MINI_SPECS, read_mini
 from negcore.datasets.splits import cut_splits
 from negcore.errors import DatasetError
 
@@ -304,20 +306,32 @@ def test_mini_datasets_are_balanced_and_disjoint(name):
         assert all(len(set(row.options)) == len(row.options) for row in rows[split])
 
 
-def test_mini_datasets_are_the_same_in_every_process():
-    code = (
-        "from negcore.datasets.mini import MINI_SPECS, read_mini\n"
-        "for name in MINI_SPECS: print(repr(read_mini(name).rows))"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert printed.stdout.splitlines() == [repr(read_mini(name).rows) for name in MINI_SPECS]
+# Computed while the rows were still generated at every start, with Babel 2.18.0.
+MINI_FINGERPRINTS = {
+    "mini/classification": "243630384d8e7c5ffcbac1a43b313721",
+    "mini/fact": "9ba513f81e79958707b9aa35bdd9650e",
+    "mini/linguistic": "a0284a674210fdc78ae0048b4acfc0b0",
+    "mini/multilingual": "4e8657b99d94f3a61acf07afadd185da",
+    "mini/nli": "ba37f3ce429a04a804d2d28086ed2b85",
+    "mini/self-reflection": "4b56ed6fd64a309a35f1ffca86a39fa0",
+}
+MINI_FACTS_FINGERPRINT = "47dbbd3fe4f709169627b7fcdde5e630"
+
+
+def test_mini_datasets_never_change():
+    assert {name: load(name).fingerprint for name in MINI_SPECS} == MINI_FINGERPRINTS
+    assert load_facts("mini/facts", tiny_letters()).fingerprint == MINI_FACTS_FINGERPRINT
+
+
+def test_the_rows_that_ship_are_those_that_the_pinned_babel_generates_in_any_process(tmp_path):
+    (pinned,) = re.findall(r"^babel==(\S+)$", (REPOSITORY / "infra" / "constraints.txt").read_text(), re.MULTILINE)
+    if version("babel") != pinned:
+        pytest.skip(f"Babel {version('babel')} is installed and {pinned} is pinned")
+    command = [sys.executable, REPOSITORY / "tests" / "mini_generator.py", tmp_path]
+    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
+    generated = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(generated) == len(MINI_SPECS) + 1
+    assert generated == {path.name: path.read_bytes() for path in MINI_ROWS.glob("*.jsonl")}
 
 
 def test_mini_answers_are_right():

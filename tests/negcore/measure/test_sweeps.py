@@ -1,3 +1,5 @@
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +7,17 @@ import transformers
 from support import CAUSAL, CONFIGS, LABELS, MASKED, PROMPTS, prompts_for, tiny_model, tiny_tokenizer
 
 from negcore.errors import LabelError, ModelError, NegError
-from negcore.measure.interventions import InterventionResult, intervene, random_sets
+from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.neurgrad import neurgrad
-from negcore.measure.sweeps import DEFAULT_SHIFTS, PAPER_SHIFTS, SweepResult, choose_neurons, fit_lines, sweep
+from negcore.measure.sweeps import (
+    DEFAULT_SHIFTS,
+    PAPER_SHIFTS,
+    SweepResult,
+    choose_neurons,
+    draw_neurons,
+    fit_lines,
+    sweep,
+)
 from negcore.model.encoding import encode_labels, encode_prompts
 from negcore.model.language_model import as_language_model
 
@@ -102,7 +112,7 @@ def test_a_part_of_a_sweep_has_the_lines_of_its_range():
     part = whole.within(0.6)
     assert part.shifts_S.tolist() == [-0.6, 0.6]
     assert part.negs_PK[0, 0] == pytest.approx(0.1 / 0.6)
-    assert part.pearson_PK[0, 0] == pytest.approx(1) and part.r2_PK[0, 0] == pytest.approx(1)
+    assert part.pearson_PK[0, 0] == pytest.approx(1) and part.fit.r2[0, 0] == pytest.approx(1)
     with pytest.raises(NegError, match=r"range 0.5 holds no shift; the smallest of this sweep is 0.6"):
         whole.within(0.5)
 
@@ -226,6 +236,21 @@ def test_neurons_are_chosen_once_for_all_prompts_and_again_by_the_same_seed():
     assert len(choose_neurons(lm, "all")) == 3 * 24
 
 
+def test_neurons_are_drawn_from_all_layers_alike_and_never_twice():
+    drawn = draw_neurons(4, 10, 11, seed=3)
+    assert sorted(np.bincount(drawn[:, 0])) == [2, 3, 3, 3]
+    assert len(np.unique(drawn, axis=0)) == 11
+    assert drawn.tolist() == sorted(drawn.tolist())
+    assert np.array_equal(drawn, draw_neurons(4, 10, 11, seed=3))
+    assert not np.array_equal(drawn, draw_neurons(4, 10, 11, seed=4))
+
+
+def test_all_neurons_can_be_drawn_and_not_one_more():
+    assert draw_neurons(2, 2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    with pytest.raises(NegError, match="5 neurons cannot be drawn; the model has 1 to 4"):
+        draw_neurons(2, 2, 5)
+
+
 def test_listed_neurons_keep_their_order():
     lm = tiny_model("llama")
     mixed = sweep(lm, PROMPTS[:1], " A", neurons=[(2, 1), (0, 7), (2, 0)], shifts=FEW)
@@ -297,36 +322,27 @@ def test_sets_of_neurons_are_shifted_together_in_the_direction_of_their_gradient
     lm = tiny_model(family)
     prompts = prompts_for(lm)[:2]
     sets = random_sets(lm, [1, 4, 16], seed=3)
-    result = intervene(lm, prompts, " A", sets=sets, shift=0.5)
+    result = intervene(lm, prompts, " A", sets=sets, shifts=[0.5, -1])
     negs_PLN = neurgrad(lm, prompts, [" A"]).negs_POLN[:, 0]
-    assert result.sizes_M.tolist() == [1, 4, 16]
+    assert result.sizes_M.tolist() == [1, 4, 16] and result.shifts_D.tolist() == [0.5, -1]
     for row, prompt in enumerate(prompts):
         base, before = shifted_probability(lm, prompt, " A", {})
         assert result.base_probs_P[row] == pytest.approx(base, rel=1e-10)
-        for column, neurons in enumerate(sets):
-            shifts = {(la, n): 0.5 * np.sign(negs_PLN[row, la, n]) for la, n in neurons.tolist()}
+        for (index, size), (column, neurons) in product(enumerate([0.5, -1]), enumerate(sets)):
+            shifts = {(la, n): size * np.sign(negs_PLN[row, la, n]) for la, n in neurons.tolist()}
             steps = {(la, n): shift * away(before[la][n]) for (la, n), shift in shifts.items()}
-            assert result.probs_PM[row, column] == pytest.approx(
+            assert result.probs_PDM[row, index, column] == pytest.approx(
                 shifted_probability(lm, prompt, " A", steps)[0], rel=1e-9
             )
             predicted = sum(negs_PLN[row, la, n] * shifts[la, n] for la, n in neurons.tolist())
-            assert result.predicted_PM[row, column] == pytest.approx(predicted, rel=1e-9)
+            assert result.predicted_PDM[row, index, column] == pytest.approx(predicted, rel=1e-9)
 
 
 def test_small_shifts_of_many_neurons_add_up():
     lm = tiny_model("gpt2")
-    result = intervene(lm, PROMPTS, LABELS[0], sets=random_sets(lm, [64]), shift=1e-5)
-    np.testing.assert_allclose(result.changes_PM, result.predicted_PM, rtol=1e-2)
-    assert result.correlations()[64] > 0.999
-
-
-def test_correlations_are_taken_over_the_sets_of_one_size():
-    predicted_PM = np.array([[1.0, 2.0, 1.0], [3.0, 4.0, 1.0]])
-    probs_PM = 0.1 + np.array([[0.2, 0.4, 0.1], [0.6, 0.8, 0.2]])
-    result = InterventionResult(np.array([2, 2, 8]), np.array([0.1, 0.1]), probs_PM, predicted_PM, np.array([5, 5]))
-    correlations = result.correlations()
-    assert correlations[2] == pytest.approx(1)
-    assert np.isnan(correlations[8])
+    result = intervene(lm, PROMPTS, LABELS[0], sets=random_sets(lm, [64]), shifts=[1e-5])
+    np.testing.assert_allclose(result.changes_PDM, result.predicted_PDM, rtol=1e-2)
+    assert np.corrcoef(result.changes_PDM.ravel(), result.predicted_PDM.ravel())[0, 1] > 0.999
 
 
 def test_larger_random_sets_hold_the_smaller_ones():
@@ -338,15 +354,15 @@ def test_larger_random_sets_hold_the_smaller_ones():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shift": 0.0}, "shift 0.0 cannot be measured"),
+        ({"shifts": [0.0]}, "shift 0.0 cannot be measured"),
         ({"sets": []}, "no sets were given"),
         ({"sets": [[(9, 9)]]}, "neuron 9 of layer 9 does not exist"),
-        ({"negs_PLN": np.ones((1, 2, 3))}, r"gradients of shape \(1, 2, 3\) do not fit"),
+        ({"negs_PLN": np.ones((1, 2, 3))}, r"NEGs of shape \(1, 2, 3\) do not fit"),
     ],
 )
 def test_bad_interventions_are_refused(settings, message):
     with pytest.raises(NegError, match=message):
-        intervene(tiny_model("llama"), PROMPTS[:2], " A", **{"sets": [[(0, 0)]], "shift": 1.0, **settings})
+        intervene(tiny_model("llama"), PROMPTS[:2], " A", **{"sets": [[(0, 0)]], "shifts": [1.0], **settings})
 
 
 def test_more_neurons_than_the_model_has_are_refused():

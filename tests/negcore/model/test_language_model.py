@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,3 +127,19 @@ def test_the_context_of_a_model_is_the_smaller_of_two_limits():
 def test_a_model_loads_in_a_process_that_has_done_nothing_else(llama):
     code = f"import negcore; print(negcore.load_model({str(llama)!r}).n_neurons)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "24\n"
+
+
+def test_a_loaded_model_and_its_card_are_described_in_one_line(llama):
+    lm = load_model(str(llama))
+    assert repr(lm) == (
+        f"LanguageModel({llama}@{lm.revision[:13]}, llama, 3 layers x 24 neurons, site up, float32 on cpu)"
+    )
+    assert len(lm.revision) > 30 and "\n" not in repr(lm.card) and len(repr(lm.card)) < 600
+    assert repr(tiny_model("bert")) == (
+        "LanguageModel(tiny-bert@memory, bert, 3 layers x 24 neurons, site act, float64 on cpu)"
+    )
+
+
+def test_results_have_the_number_type_of_a_float64_model_and_float32_otherwise():
+    dtypes = (torch.float64, torch.float32, torch.bfloat16)
+    assert [tiny_model("llama", dtype=dtype).result_type for dtype in dtypes] == [np.float64, np.float32, np.float32]
