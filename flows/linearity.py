@@ -1,6 +1,5 @@
 """The linearity flow: sweep neurons, compute every estimator for them, compare, and write tables and figures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,11 +40,6 @@ class LinearityResults(RunResults):
 
 linearity = prefect_flow("linearity")
 """By this name, deployments that were registered earlier find the flow."""
-
-
-def count_linearity_steps(run: LinearityRun, studies: Sequence[PlannedStudy]) -> int:
-    """Return the number of shards of all studies."""
-    return sum(study.n_shards for study in studies)
 
 
 @run_work

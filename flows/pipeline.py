@@ -16,6 +16,7 @@ from negcore.errors import ModelError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.kinds import count_shards
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
 from tasks.forecast.capacity import check_disk
@@ -61,11 +62,6 @@ Planned = Sequence[tuple[SkillRun, tuple[PlannedModel, ...]]]
 """Runs that differ in their prompts alone, each with its plan."""
 
 
-def count_extract_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
-    """Return the number of shards of a run."""
-    return sum(model.n_shards for model in models)
-
-
 def count_probe_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
     """Return the number of rankings and fits that the probes of a run take."""
     return probe_steps(run) * sum(len(model.datasets) for model in models)
@@ -73,7 +69,7 @@ def count_probe_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
 
 def count_pipeline_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
     """Return the number of shards and of steps of the probes."""
-    return count_extract_steps(run, models) + count_probe_steps(run, models)
+    return count_shards(run, models) + count_probe_steps(run, models)
 
 
 def plan_mceval8k(run: EvaluationRun) -> Planned:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flows.flow_run import run_session
-from flows.pipeline import Results, count_extract_steps, extract_planned
+from flows.pipeline import Results, extract_planned
 from flows.show.report import RunResults
 from negcore.errors import RunError
 from negcore.store.files import n_bytes
 from tasks.config.dataset_runs import SkillRun
-from tasks.config.kinds import RUN_KINDS, load
+from tasks.config.kinds import RUN_KINDS, count_shards, load
 from tasks.config.reading import recorded_run
 from tasks.config.run_file import RUN_FILE, RunFile
 from tasks.plan import plan_usable
@@ -59,7 +59,7 @@ def repair_of(run: RunFile) -> Repair:
 
 def repair_extraction(run: SkillRun) -> Repair:
     """Return the extraction of a run on datasets, which may belong to an evaluation and lack unusable datasets."""
-    return Repair(count_extract_steps(run, plan_ahead(plan_usable, run)), _extract)
+    return Repair(count_shards(run, plan_ahead(plan_usable, run)), _extract)
 
 
 def refuse_repair(run: RunFile) -> Repair:

@@ -4,7 +4,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from flows.cli.terminal import carry_out, console, errors, quiet_libraries, reading, show
 from flows.cli.terminal import repair as repair_shards
+from negcore import __version__
 from negcore.errors import NegError, RunError
 from negcore.store.files import location
 from tasks.config.kinds import RUN_KINDS, RunKind, load
@@ -56,7 +56,7 @@ def main() -> None:
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        console.print(f"neg-at-scale {version('neg-at-scale')}", highlight=False)
+        console.print(f"neg-at-scale {__version__}", highlight=False)
         raise typer.Exit
 
 

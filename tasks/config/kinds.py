@@ -4,6 +4,7 @@ The rows name classes and functions as ``module:name``. A module is imported whe
 that the command line starts without the heavy ones.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import cleandoc
 from pkgutil import resolve_name
@@ -20,10 +21,10 @@ class RunKind:
     """Class of its run file. The fields are the options of the command."""
     plan: str
     """Function of the run that checks what can be checked beforehand, and returns what will be done."""
-    count_steps: str
-    """Function of the run and its plan that returns the number of steps that the progress bar counts."""
     work: str
     """Function of the run and its `tasks.steps.Steps` that carries it out and returns its results."""
+    count_steps: str = f"{__name__}:count_shards"
+    """Function of the run and its plan that returns the number of steps that the progress bar counts."""
     repair: str = ""
     """Function of the run that returns its `flows.repair.Repair`. By default the run is carried out once more."""
     compare: str = ""
@@ -64,7 +65,6 @@ RUN_KINDS = {
     "extract": RunKind(
         run_file="tasks.config.dataset_runs:SkillRun",
         plan="tasks.plan:plan",
-        count_steps="flows.pipeline:count_extract_steps",
         work="flows.pipeline:run_extract",
         help="""Compute the NEG of every neuron for every option and write Arrow shards.
 
@@ -92,7 +92,6 @@ RUN_KINDS = {
     "linearity": RunKind(
         run_file="tasks.config.linearity_run:LinearityRun",
         plan="tasks.plan_linearity:plan_linearity",
-        count_steps="flows.linearity:count_linearity_steps",
         work="flows.linearity:run_linearity",
         compare="flows.campaign:compare_linearity",
     ),
@@ -112,6 +111,11 @@ RUN_KINDS = {
     ),
 }
 """By command. `extract` and `probe` share the run files of `pipeline`, so each can continue the others' directory."""
+
+
+def count_shards(run: RunFile, planned: Iterable[Any]) -> int:
+    """Return the number of shards of all models."""
+    return sum(of_model.n_shards for of_model in planned)
 
 
 def load(name: str) -> Any:

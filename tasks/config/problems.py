@@ -18,7 +18,11 @@ def problem_lines(run_class: type[RunFile], error: ValidationError, *, below: st
     below : str
         First part of the fields' places that is no field: the kind, where it was chosen from several.
     """
-    for problem in error.errors():
+    problems = error.errors()
+    unknown = [problem["loc"] for problem in problems if problem["type"] == "extra_forbidden"]
+    for problem in problems:
+        if problem["loc"] in unknown and problem["type"] != "extra_forbidden":
+            continue  # nobody asks what an unknown field holds
         place = tuple(map(str, problem["loc"]))
         yield from _lines(run_class, place[1:] if below and place[:1] == (below,) else place, problem)
 

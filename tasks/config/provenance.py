@@ -5,15 +5,16 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
+
+from negcore import __version__
 
 _CHECKOUT = Path(__file__).parents[2]
 
 
 def written_by() -> dict[str, str]:
     """Return the command of this process, the package's version and, in a git checkout, its revision."""
-    found = {"command": this_command(), "version": version("neg-at-scale"), "revision": _revision()}
+    found = {"command": this_command(), "version": __version__, "revision": _revision()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -148,7 +148,7 @@ def test_the_problems_of_all_studies_are_listed_at_once():
         ({"mceval8k": {"limit": 0}}, "mceval8k: limit is 0: "),
         ({"linearity": {"seed": 3}}, "linearity: 'seed' holds for the whole campaign"),
         ({"linearity": {"model": ["m"]}}, "linearity: 'model' holds for the whole campaign"),
-        ({"skills": {"top": [0]}, "stage": ["mceval8k"]}, "skills: 'dataset' is missing"),
+        ({"skills": {"top": [4]}, "stage": ["mceval8k"]}, "skills: 'dataset' is missing"),
         ({"stage": ["skills"]}, "skills: 'dataset' is missing"),
         ({"stage": ["pipeline"]}, "stage.0 is 'pipeline': choose from mceval8k, linearity, skills"),
         ({"linearity": 3}, "linearity is 3"),
