@@ -159,15 +159,8 @@ def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K
     """
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     layers, limit = np.unique(neurons_K2[:, 0]).tolist(), BatchLimit("steps of a path")
-    for prompt, tokens in enumerate(question.ids):
-        parts: list[Tensor] = []
-
-        def measure(batch: ProbedBatch, steps: list[int], prompt: int = prompt, parts: list[Tensor] = parts) -> None:
-            parts.append(_path_part(batch, steps, question, prompt, layers))
-
-        # Every row is the same prompt, so a causal model runs all its tokens but the last once.
-        measure_batches(lm, [tokens] * PATH_STEPS, measure, limit, max_rows=PATH_STEPS)
-        result_PK[prompt] = sum(parts, start=torch.zeros(()))[tuple(neurons_K2.T)]
+    for prompt in range(len(question.ids)):
+        result_PK[prompt] = _path_scores(lm, question, prompt, layers, limit)[tuple(neurons_K2.T)]
     return result_PK
 
 
@@ -273,6 +266,20 @@ def _recorded(batch: ProbedBatch, modules: list[nn.Module]) -> Iterator[list[Ten
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(record).remove)
         yield inputs
+
+
+def _path_scores(
+    lm: LanguageModel, question: Question, prompt: int, layers: Sequence[int], limit: BatchLimit
+) -> Tensor:
+    """Return the integrated gradients of one prompt: shape (L, N)."""
+    parts: list[Tensor] = []
+
+    def measure(batch: ProbedBatch, steps: list[int]) -> None:
+        parts.append(_path_part(batch, steps, question, prompt, layers))
+
+    # Every row is the same prompt, so a causal model runs all its tokens but the last once.
+    measure_batches(lm, [question.ids[prompt]] * PATH_STEPS, measure, limit, max_rows=PATH_STEPS)
+    return sum(parts, start=torch.zeros(()))
 
 
 def _path_part(
