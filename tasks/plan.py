@@ -176,7 +176,7 @@ def run_identity(
         site=card.arch.site(run.site),
         dtype=run.dtype,
         n_layers=card.n_layers,
-        n_neurons=card.n_neurons,
+        n_neurons=card.layer_width,
         prompt=prompt,
         dataset_fingerprint=fingerprint,
         storage=storage,
@@ -218,7 +218,7 @@ def _check_options(run: SkillRun, dataset: str, examples: Sequence[Example]) -> 
 
 def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:
     try:
-        check_forest_size(len(dataset.splits["train"]), min(run.tree_neurons, card.n_layers * card.n_neurons))
+        check_forest_size(len(dataset.splits["train"]), min(run.tree_neurons, card.n_layers * card.layer_width))
     except NegError as error:
         raise DatasetError(f"{dataset.name}: {error}") from None
 

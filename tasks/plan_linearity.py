@@ -53,7 +53,7 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
     check_prompts(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)
-    sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.n_neurons))
+    sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
     grid_S = nested_grid(run.ranges, run.points)
     measurements: list[tuple[str, str, Measurement]] = [
         *(("sweeps", name, Sweeps(block_K2, grid_S)) for name, block_K2 in _blocks(neurons_K2, run.block_layers)),
@@ -78,9 +78,9 @@ def _shard_set(
 
 
 def _neurons(run: LinearityRun, card: ModelCard) -> Ints:
-    count = card.n_layers * card.n_neurons if run.neurons == "all" else run.neurons
+    count = card.n_layers * card.layer_width if run.neurons == "all" else run.neurons
     try:
-        return draw_neurons(card.n_layers, card.n_neurons, count, seed=run.seed)
+        return draw_neurons(card.n_layers, card.layer_width, count, seed=run.seed)
     except NegError as error:
         raise NegError(f"{card.name}: {error}") from None
 

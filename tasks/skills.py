@@ -193,14 +193,14 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
     parts: dict[str, ShardSet] = {}
     for probe in run.probe:
         ranking = _shown_ranking(run, planned.dataset.name, scores.main[Vote(probe, "neg")])
-        sets = skill_sets(ranking, tops(run, card), card.n_layers, card.n_neurons, draws=run.draws, seed=run.seed)
+        sets = skill_sets(ranking, tops(run, card), card.n_layers, card.layer_width, draws=run.draws, seed=run.seed)
         parts[probe] = plan_causal(run.conditions[0].run.directory, test, probe, sets, shifts)
     return parts
 
 
 def tops(run: SkillsRun, card: ModelCard) -> list[int]:
     """Return the numbers of skill neurons in the run file, each cut to at most half of the model's neurons."""
-    return list(dict.fromkeys(min(top, card.n_layers * card.n_neurons // 2) for top in run.top))
+    return list(dict.fromkeys(min(top, card.n_layers * card.layer_width // 2) for top in run.top))
 
 
 def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
@@ -280,7 +280,7 @@ def compare_datasets(
         scores_M = {name: scores[name].main[Vote(probe, "neg")] for name in genres}
         rankings = rank_with_random_ties(scores_M, seed=run.seed)
         result.overlaps.extend(overlaps(probe, rankings, genres, tops(run, card)))
-        result.common.extend(common_neurons(probe, rankings, tops(run, card), layer_width=card.n_neurons))
+        result.common.extend(common_neurons(probe, rankings, tops(run, card), layer_width=card.layer_width))
     result.genre_overlaps.extend(genre_overlaps(result.overlaps))
     return result
 

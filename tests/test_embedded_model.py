@@ -23,7 +23,7 @@ def lm():
 
 
 def test_it_knows_capitals_and_has_the_published_shape(lm):
-    assert (lm.n_layers, lm.n_neurons, lm.site) == (30, 1536, "up")
+    assert (lm.n_layers, lm.layer_width, lm.site) == (30, 1536, "up")
     batch = neurgrad(lm, list(FACTS)[:2], [" Paris", " Berlin"])
     assert batch.probs_PO.argmax(1).tolist() == [0, 1]
 

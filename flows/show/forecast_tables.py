@@ -36,7 +36,7 @@ def forecast_lines(models: Sequence[ModelForecast], rates: Rates, requirements: 
 
 
 def _model(model: ModelForecast) -> str:
-    size = f"{model.parameters.n_all / 1e6:.1f} M parameters, {model.n_layers} x {model.n_neurons} neurons"
+    size = f"{model.parameters.n_all / 1e6:.1f} M parameters, {model.n_layers} x {model.layer_width} neurons"
     batch = model.device_bytes - model.model_bytes
     worker = f"{in_binary_units(model.model_bytes)} the model, {in_binary_units(batch)} a batch"
     forest = f"; a forest takes {in_binary_units(model.forest_bytes)}" if model.forest_bytes else ""

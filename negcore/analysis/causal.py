@@ -214,7 +214,7 @@ def shift_sets(
         base_probs_PO=np.empty((n_prompts, n_options), lm.result_type),
         probs_PMO=np.empty((n_prompts, len(conditions), n_options), lm.result_type),
     )
-    places = [(*np.divmod(one.neurons_K, lm.n_neurons), np.searchsorted(chosen_K, one.neurons_K)) for one in sets]
+    places = [(*np.divmod(one.neurons_K, lm.layer_width), np.searchsorted(chosen_K, one.neurons_K)) for one in sets]
 
     def rows_of(prompt: int) -> list[JointShift]:
         return [
@@ -309,7 +309,7 @@ def _check_settings(lm: LanguageModel, sets: Sequence[SkillSet], shifts: Sequenc
     if not sets or not shifts:
         raise NegError(f"{len(sets)} sets and {len(shifts)} shifts were given; at least one of each is needed")
     checked_shifts(shifts)
-    n_total = lm.n_layers * lm.n_neurons
+    n_total = lm.n_layers * lm.layer_width
     for one in sets:
         for neuron in one.neurons_K[(one.neurons_K < 0) | (one.neurons_K >= n_total)]:
             raise NegError(f"neuron {neuron} does not exist; {lm.card.name} has neurons 0 to {n_total - 1}")

@@ -49,7 +49,7 @@ def benchmark(
         Neurons that are swept, the same both ways. The time includes the prompt's own pass, so each neuron costs the
         fast path less the more there are.
     """
-    chosen_K2 = draw_neurons(lm.n_layers, lm.n_neurons, neurons)
+    chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
     shifts = shift_grid(2)
     assert len(shifts) == N_SHIFTS
 

@@ -122,7 +122,7 @@ def estimate(
     encoded = encode(lm.card, prompts, labels)
     question = Question(encoded, _checked_answers(answers, encoded.label_ids_PO, target), target)
     scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
-    return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.n_neurons)
+    return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.layer_width)
 
 
 def neurgrad_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
@@ -287,7 +287,7 @@ def _path_part(
 ) -> Tensor:
     """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (L, N)."""
     lm = batch.lm
-    scores_LN = torch.zeros(lm.n_layers, lm.n_neurons, dtype=torch.float64)
+    scores_LN = torch.zeros(lm.n_layers, lm.layer_width, dtype=torch.float64)
     scales_B1 = (torch.tensor(steps, dtype=torch.float64, device=lm.device)[:, None] + 1) / PATH_STEPS
     with torch.no_grad():
         activations_LN = batch.predict().activations_BLN[0]

@@ -44,7 +44,7 @@ def tapped(
     def tap(layer: int, values: Tensor) -> Tensor:
         # Some layers (OPT) fold batch and tokens into one axis.
         values_BTN = values.view(len(rows), -1, values.shape[-1])
-        first = values.shape[-1] - lm.n_neurons  # a fused projection holds the gate first, then `up`
+        first = values.shape[-1] - lm.layer_width  # a fused projection holds the gate first, then `up`
         activations[layer] = values_BTN[rows, positions_B, first:].detach()
         if layer not in shifts:
             return values
@@ -68,6 +68,6 @@ def hook_site(lm: LanguageModel, layer: int, change: Callable[[Tensor], Tensor])
 def zero_shifts(lm: LanguageModel, n_rows: int) -> dict[int, Tensor]:
     """Return shifts of zero for every layer, (B, N) each, to take gradients by."""
     return {
-        layer: torch.zeros(n_rows, lm.n_neurons, dtype=lm.model.dtype, device=lm.device, requires_grad=True)
+        layer: torch.zeros(n_rows, lm.layer_width, dtype=lm.model.dtype, device=lm.device, requires_grad=True)
         for layer in range(lm.n_layers)
     }

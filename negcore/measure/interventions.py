@@ -70,12 +70,12 @@ def random_sets(lm: LanguageModel, sizes: Sequence[int] = SET_SIZES, *, seed: in
     NegError
         If a size is not positive or the model has fewer neurons.
     """
-    n_total = lm.n_layers * lm.n_neurons
+    n_total = lm.n_layers * lm.layer_width
     for size in sizes:
         if not 1 <= size <= n_total:
             raise NegError(f"a set of {size} neurons cannot be drawn; {lm.card.name} has 1 to {n_total}")
     order = np.random.default_rng(seed).permutation(n_total)
-    return [np.stack(np.divmod(order[:size], lm.n_neurons), axis=1) for size in sizes]
+    return [np.stack(np.divmod(order[:size], lm.layer_width), axis=1) for size in sizes]
 
 
 def intervene(
@@ -126,7 +126,7 @@ def intervene(
         raise NegError("no sets were given; at least one is needed")
     encoded = encode_targets(lm.card, prompts, labels)
     negs_PLN = neurgrad(lm, encoded).negs_POLN[:, 0] if negs_PLN is None else np.asarray(negs_PLN)
-    n_prompts, expected = len(encoded.ids), (len(encoded.ids), lm.n_layers, lm.n_neurons)
+    n_prompts, expected = len(encoded.ids), (len(encoded.ids), lm.n_layers, lm.layer_width)
     if negs_PLN.shape != expected:
         raise NegError(f"NEGs of shape {negs_PLN.shape} do not fit; these prompts and {lm.card.name} need {expected}")
     sums_PM = np.stack([np.abs(negs_PLN[:, *place]).sum(1, dtype=np.float64) for place in places], axis=1)
@@ -216,7 +216,7 @@ def _shift_prompt(
 
 def _rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
     """Return how many rows should fit in memory beside their keys and values."""
-    row_bytes = int(lm.model.dtype.itemsize) * (lm.n_layers * lm.n_neurons + lm.card.vocab_size)
+    row_bytes = int(lm.model.dtype.itemsize) * (lm.n_layers * lm.layer_width + lm.card.vocab_size)
     return max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes))
 
 
@@ -227,7 +227,7 @@ def _shifted(
     directions_LN: Tensor,
     label_ids_1O: Tensor,
 ) -> Tensor:
-    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, len(rows), prompt.lm.n_neurons)
+    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, len(rows), prompt.lm.layer_width)
     for row, shift in enumerate(rows):
         layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
         sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)

@@ -105,8 +105,8 @@ def neurgrad(
     encoded = encode(lm.card, prompts, labels)
     n_prompts, n_options = encoded.label_ids_PO.shape
     result = NeurGradBatch(
-        negs_POLN=np.empty((n_prompts, n_options, lm.n_layers, lm.n_neurons), lm.result_type),
-        activations_PLN=np.empty((n_prompts, lm.n_layers, lm.n_neurons), lm.result_type),
+        negs_POLN=np.empty((n_prompts, n_options, lm.n_layers, lm.layer_width), lm.result_type),
+        activations_PLN=np.empty((n_prompts, lm.n_layers, lm.layer_width), lm.result_type),
         probs_PO=np.empty((n_prompts, n_options), lm.result_type),
         label_ids_PO=encoded.label_ids_PO,
     )

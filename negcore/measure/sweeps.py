@@ -202,13 +202,13 @@ def sweep(
     if max_rows is not None and max_rows < 1:
         raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
     encoded = encode_targets(lm.card, prompts, labels)
-    n_prompts, n_neurons = len(encoded.ids), len(neurons_K2)
+    n_prompts, n_chosen = len(encoded.ids), len(neurons_K2)
     result = SweepResult(
         neurons_K2=neurons_K2,
         shifts_S=shifts_S,
         base_probs_P=np.empty(n_prompts, lm.result_type),
-        activations_PK=np.empty((n_prompts, n_neurons), lm.result_type),
-        probs_PKS=np.empty((n_prompts, n_neurons, len(shifts_S)), lm.result_type),
+        activations_PK=np.empty((n_prompts, n_chosen), lm.result_type),
+        probs_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
         label_ids_P=encoded.label_ids_PO[:, 0],
     )
     for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
@@ -224,16 +224,16 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Int
     NegError
         If a neuron does not exist or is named twice, or the selection is empty.
     """
-    n_layers, n_neurons = lm.n_layers, lm.n_neurons
+    layer_width = lm.layer_width
     if isinstance(neurons, str):
         if neurons != "all":
             raise NegError(f"neurons {neurons!r} is not known; give 'all', a number a layer or (layer, neuron) pairs")
-        neurons = n_neurons
+        neurons = layer_width
     if isinstance(neurons, int):
-        if not 1 <= neurons <= n_neurons:
-            raise NegError(f"{neurons} neurons a layer cannot be chosen; {lm.card.name} has 1 to {n_neurons}")
+        if not 1 <= neurons <= layer_width:
+            raise NegError(f"{neurons} neurons a layer cannot be chosen; {lm.card.name} has 1 to {layer_width}")
         random = np.random.default_rng(seed)
-        chosen_LK = [np.sort(random.choice(n_neurons, neurons, replace=False)) for _ in range(n_layers)]
+        chosen_LK = [np.sort(random.choice(layer_width, neurons, replace=False)) for _ in range(lm.n_layers)]
         return np.array([(layer, neuron) for layer, row in enumerate(chosen_LK) for neuron in row], np.int64)
     return _checked_neurons(lm, np.asarray(neurons))
 
@@ -274,9 +274,9 @@ def checked_shifts(shifts: ArrayLike) -> Floats:
 def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     if neurons.ndim != 2 or neurons.shape[1] != 2 or not len(neurons) or not np.issubdtype(neurons.dtype, np.integer):
         raise NegError(f"neurons of shape {neurons.shape} ({neurons.dtype}) are no list of (layer, neuron) pairs")
-    inside = ((neurons >= 0) & (neurons < (lm.n_layers, lm.n_neurons))).all(axis=1)
+    inside = ((neurons >= 0) & (neurons < (lm.n_layers, lm.layer_width))).all(axis=1)
     for layer, neuron in neurons[~inside].tolist():
-        allowed = f"layers 0 to {lm.n_layers - 1} and neurons 0 to {lm.n_neurons - 1}"
+        allowed = f"layers 0 to {lm.n_layers - 1} and neurons 0 to {lm.layer_width - 1}"
         raise NegError(f"neuron {neuron} of layer {layer} does not exist; {lm.card.name} has {allowed}")
     if len(np.unique(neurons, axis=0)) != len(neurons):
         raise NegError("a (layer, neuron) pair is given twice; name each neuron once")

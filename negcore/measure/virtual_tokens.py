@@ -141,7 +141,7 @@ class HookedPrompt(ShiftedPrompt):
         steps_LRN = {}
         for layer in np.unique(shifts.layers_R).tolist():
             rows = np.flatnonzero(shifts.layers_R == layer)
-            steps_RN = torch.zeros(n_rows, self.lm.n_neurons, dtype=self.lm.model.dtype)
+            steps_RN = torch.zeros(n_rows, self.lm.layer_width, dtype=self.lm.model.dtype)
             steps_RN[rows, shifts.neurons_R[rows]] = torch.as_tensor(shifts.sizes_R[rows]).to(steps_RN.dtype)
             steps_LRN[layer] = steps_RN.to(self.lm.device)
         return self._run(n_rows, steps_LRN)[0]
@@ -226,5 +226,5 @@ class _Joining:
 
     def _shift(self, values: Tensor) -> Tensor:
         flat_RN = values.reshape(-1, values.shape[-1])  # some layers (OPT) drop the batch axis
-        columns = self.neurons + (flat_RN.shape[1] - self.lm.n_neurons)  # a fused projection holds `up` last
+        columns = self.neurons + (flat_RN.shape[1] - self.lm.layer_width)  # a fused projection holds `up` last
         return flat_RN.index_put((self.rows, columns), self.sizes, accumulate=True).view_as(values)

@@ -88,7 +88,7 @@ class ModelCard:
         return int(self.text_config.vocab_size)
 
     @cached_property
-    def n_neurons(self) -> int:
+    def layer_width(self) -> int:
         """Neurons of a layer, read from a model without weights."""
         with torch.device("meta"):
             model = _auto_class(self.arch).from_config(self.config)
@@ -130,7 +130,7 @@ class LanguageModel:
     site: Site
 
     def __repr__(self) -> str:
-        family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.n_neurons} neurons"
+        family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.layer_width} neurons"
         # 13 characters hold the prefix of a local digest and its first 8 digits.
         name = f"{self.card.name}@{self.revision[:13]}"
         return f"LanguageModel({name}, {family}, {shape}, site {self.site}, {self.dtype} on {self.device})"
@@ -152,7 +152,7 @@ class LanguageModel:
         return len(self.layers)
 
     @cached_property
-    def n_neurons(self) -> int:
+    def layer_width(self) -> int:
         """Neurons of a layer: the width of the down projection's input."""
         return int(self.down_rows(0).shape[0])
 

@@ -208,7 +208,7 @@ def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelF
     return ModelForecast(
         name=model.card.name,
         n_layers=model.card.n_layers,
-        n_neurons=model.card.n_neurons,
+        n_neurons=model.card.layer_width,
         parameters=parameters,
         model_bytes=parameters.n_all * DTYPES[run.dtype].itemsize,
         datasets=tuple(
@@ -223,7 +223,7 @@ def _dataset_forecast(
     run: SkillRun, card: ModelCard, parameters: ParameterCounts, dataset: PlannedDataset, *, several: bool
 ) -> DatasetForecast:
     needs = [_split_needs(run, card, parameters, split) for split in dataset.splits]
-    n_features = min(run.tree_neurons, card.n_layers * card.n_neurons) if "tree" in run.probe else 0
+    n_features = min(run.tree_neurons, card.n_layers * card.layer_width) if "tree" in run.probe else 0
     return DatasetForecast(
         name=dataset.dataset.name,
         condition=run.directory.name if several else "",
@@ -282,8 +282,8 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) 
     """Return the bytes of a batch of the longest prompts: the values of its layers, and its gradients."""
     config, width = card.text_config, DTYPES[run.dtype].itemsize
     n_rows = min(run.batch_size or max(1, TOKEN_BUDGET // n_tokens), run.shard_rows)
-    gradients = n_options * n_rows * (card.n_layers * card.n_neurons + 3 * config.vocab_size) * width
-    a_token = 3 * card.n_neurons + 6 * config.hidden_size
+    gradients = n_options * n_rows * (card.n_layers * card.layer_width + 3 * config.vocab_size) * width
+    a_token = 3 * card.layer_width + 6 * config.hidden_size
     if card.arch.masked:
         heads = config.num_attention_heads * n_tokens
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)

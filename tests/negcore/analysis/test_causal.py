@@ -39,8 +39,8 @@ def gold_negs(lm, prompts, sets, gold=GOLD):
 
 
 def some_sets(lm, sizes=(1, 30), draws=2):
-    scores_M = np.random.default_rng(0).integers(-9, 10, lm.n_layers * lm.n_neurons)
-    return skill_sets(Ranking.from_scores(scores_M), sizes, lm.n_layers, lm.n_neurons, draws=draws, seed=1)
+    scores_M = np.random.default_rng(0).integers(-9, 10, lm.n_layers * lm.layer_width)
+    return skill_sets(Ranking.from_scores(scores_M), sizes, lm.n_layers, lm.layer_width, draws=draws, seed=1)
 
 
 def shifted(lm, prompts, sets, shifts=SHIFTS, gold=GOLD, **settings):
@@ -53,9 +53,9 @@ def slow_probabilities(lm, prompt, steps):
     """The slow, obvious twin: one prompt, one whole forward pass, the steps added to their neurons, a full softmax."""
     (tokens,) = encode_prompts(lm.card, [prompt])
     position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
-    rows = {layer: torch.zeros(1, lm.n_neurons, dtype=torch.float64) for layer in range(lm.n_layers)}
+    rows = {layer: torch.zeros(1, lm.layer_width, dtype=torch.float64) for layer in range(lm.n_layers)}
     for neuron, step in steps.items():
-        rows[neuron // lm.n_neurons][0, neuron % lm.n_neurons] += step
+        rows[neuron // lm.layer_width][0, neuron % lm.layer_width] += step
     with torch.no_grad(), tapped(lm, torch.tensor([position]), rows) as activations:
         probs_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, position].softmax(-1)
     label_ids = encode_labels(lm.tokenizer, OPTIONS, 1)[0]

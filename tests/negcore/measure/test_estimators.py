@@ -137,7 +137,7 @@ def test_along_a_fine_path_the_integrated_gradients_of_a_layer_add_up_to_its_con
     monkeypatch.setattr("negcore.measure.estimators.PATH_STEPS", 1000)
     lm = tiny_model(family)
     prompt = prompts_for(lm)[0]
-    layer_2 = [(2, neuron) for neuron in range(lm.n_neurons)]
+    layer_2 = [(2, neuron) for neuron in range(lm.layer_width)]
     scores = scores_of(lm, "integrated_gradients", "log_probability", neurons=layer_2)[0]
     with torch.no_grad():
         whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log_probability")
@@ -158,7 +158,7 @@ def test_ablation_sets_each_neuron_to_zero_in_a_pass_of_its_own(family, target):
 
                 def silence(where, values_N, layer=layer, neuron=neuron):
                     keep_N = torch.ones_like(values_N)
-                    keep_N[len(keep_N) - lm.n_neurons + neuron] = 1.0 if where != layer else 0.0
+                    keep_N[len(keep_N) - lm.layer_width + neuron] = 1.0 if where != layer else 0.0
                     return values_N * keep_N
 
                 without = target_of(lm, whole_pass(lm, prompt, silence)[0], row, target)

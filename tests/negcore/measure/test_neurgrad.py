@@ -39,7 +39,7 @@ def plain_autograd(lm, prompt, labels):
     probs = logits.softmax(-1)
     ids = encode_labels(lm.tokenizer, labels, 1)[0]
     layers = [kept[layer] for layer in range(lm.n_layers)]
-    first = layers[0].shape[-1] - lm.n_neurons
+    first = layers[0].shape[-1] - lm.layer_width
     acts = torch.stack([values.view(len(tokens), -1)[position, first:] for values in layers])
     negs = []
     for label in ids:

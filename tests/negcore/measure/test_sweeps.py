@@ -36,7 +36,7 @@ def shifted_probability(lm, prompt, label, steps):
     def change(layer, values):
         values = values.clone()
         row = values.view(len(tokens), -1)[position]
-        row = row[len(row) - lm.n_neurons :]
+        row = row[len(row) - lm.layer_width :]
         before[layer] = row.clone()
         for (where, neuron), step in steps.items():
             if where == layer:

@@ -21,7 +21,7 @@ def llama(tmp_path_factory):
 
 def test_a_local_directory_loads_with_its_shape(llama):
     lm = load_model(str(llama))
-    assert (lm.n_layers, lm.n_neurons, lm.site, lm.dtype) == (3, 24, "up", "float32")
+    assert (lm.n_layers, lm.layer_width, lm.site, lm.dtype) == (3, 24, "up", "float32")
     assert lm.revision.startswith("xxh3:")
     assert torch.equal(lm.model.lm_head.weight, tiny_model("llama", dtype=torch.float32).model.lm_head.weight)
 
@@ -31,7 +31,7 @@ def test_a_card_knows_the_shape_of_every_family_without_its_weights(family, tmp_
     save_tiny_model(family, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     card, lm = describe_model(str(tmp_path)), tiny_model(family)
-    assert (card.n_layers, card.n_neurons) == (lm.n_layers, lm.n_neurons) == (3, 24)
+    assert (card.n_layers, card.layer_width) == (lm.n_layers, lm.layer_width) == (3, 24)
 
 
 def test_changing_one_weight_changes_the_revision(llama, tmp_path):
@@ -125,7 +125,7 @@ def test_the_context_of_a_model_is_the_smaller_of_two_limits():
 
 
 def test_a_model_loads_in_a_process_that_has_done_nothing_else(llama):
-    code = f"import negcore; print(negcore.load_model({str(llama)!r}).n_neurons)"
+    code = f"import negcore; print(negcore.load_model({str(llama)!r}).layer_width)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "24\n"
 
 
