@@ -83,7 +83,7 @@ class ModelForecast:
 
     name: str
     n_layers: int
-    n_neurons: int
+    layer_width: int
     parameters: ParameterCounts
     model_bytes: int
     datasets: tuple[DatasetForecast, ...]
@@ -208,7 +208,7 @@ def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelF
     return ModelForecast(
         name=model.card.name,
         n_layers=model.card.n_layers,
-        n_neurons=model.card.layer_width,
+        layer_width=model.card.layer_width,
         parameters=parameters,
         model_bytes=parameters.n_all * DTYPES[run.dtype].itemsize,
         datasets=tuple(
