@@ -44,13 +44,19 @@ def count_steps(run, models):
     return len(models)
 
 
-def work(run, stages):
+def work(run, steps):
     from flows.show.report import RunResults
+    from tasks.stages.task import step_task
+
+    @step_task("letters")
+    def count(step, model):
+        """Count the letter in a name."""
+        (run.directory / f"{model}.txt").write_text(str(model.count(run.letter)))
+        step.report(1, 1)
 
     write_run_file(run)
-    for model in run.model:
-        count = stages.run(model, "letters", lambda advance: model.count(run.letter))
-        (run.directory / f"{model}.txt").write_text(f"{count}")
+    for model in steps.planned(plan, run):
+        steps.run(count, model, model)
     return RunResults(run.directory)
 
 
