@@ -33,7 +33,7 @@ from tasks.skills import (
     write_findings,
 )
 from tasks.stages.analysis import analyse_skills
-from tasks.stages.check import check
+from tasks.stages.measure import measure
 from tasks.stages.rank import rank
 from tasks.steps import Steps
 
@@ -145,7 +145,7 @@ def _check(
         for one in datasets:
             checks = plan_checks(run, one, card, scores[one.dataset.name])
             name = f"{one.name} causal check"
-            checked = attempt(steps, results, check, name, pool, list(checks.values()), root) or []
+            checked = attempt(steps, results, measure, name, pool, list(checks.values()), root) or []
             results.problems += [problem for of_probe in checked for problem in of_probe.problems]
             rows = dict.fromkeys(row for of_probe in checked for row in of_probe.set_aside if row not in known)
             results.set_aside += [f"{name}: {row.id}: {row.reason}" for row in rows]

@@ -1,4 +1,4 @@
-"""Measure the sweeps, the estimates or the interventions of a linearity study."""
+"""Measure sweeps, estimates and interventions of a linearity study, or the causal checks of a dataset's rankings."""
 
 from collections.abc import Sequence
 from pathlib import Path
