@@ -1,4 +1,4 @@
-"""What all flows have in common: one driver a run directory, a report at the end, and how Prefect is told of it."""
+"""The parts that all flows share: one driver a run directory, a report at the end, and the news for Prefect."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +80,7 @@ def attempt(
 
 @contextmanager
 def noted(results: RunResults) -> Iterator[None]:
-    """Make it one more problem of the results that something cannot be written: they are shown all the same."""
+    """Add what cannot be written to the problems of the results, which are shown all the same."""
     try:
         yield
     except RunError as error:
@@ -130,7 +130,7 @@ def _log(results: RunResults) -> None:
 
 
 class _WithoutTraceback(logging.Filter):
-    """Takes from Prefect's messages where in the code a run was found not to be whole: its problems say all."""
+    """A filter that drops the traceback of an incomplete run from Prefect's log: its problems say all."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], IncompleteRun):
@@ -143,12 +143,12 @@ _WITHOUT_TRACEBACK = _WithoutTraceback()
 
 @contextmanager
 def run_session(run: RunFile) -> Iterator[None]:
-    """Ray, where the run's workers are actors."""
+    """Keep Ray up inside the block, if the run's workers are actors."""
     with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
         yield
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names, as far as they fit a line; of files and folders only the last part."""
+    """Return names in one short line, and of files and folders only the last part."""
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return ", ".join(short) if len(short) <= 3 else f"{short[0]} and {len(short) - 1} more"

@@ -27,7 +27,7 @@ _KINDS = ("interventions", "estimates", "sweeps")
 
 @dataclass
 class LinearityResults(RunResults):
-    """What a study produced, and what it could not."""
+    """The results of linearity studies, and their problems."""
 
     findings: list[Findings] = field(default_factory=list)
     figures: dict[str, list[Path]] = field(default_factory=dict)
@@ -60,7 +60,7 @@ def run_linearity(run: LinearityRun, steps: Steps) -> LinearityResults:
 
 
 def _measure_study(run: LinearityRun, steps: Steps, results: LinearityResults, study: PlannedStudy) -> bool:
-    """Whether every shard of the study is there now."""
+    """Measure a study, and tell whether every shard is there now."""
     try:
         with model_pool(run, study.card) as pool:
             complete = [_measure(run, steps, results, study, pool, kind) for kind in _KINDS]

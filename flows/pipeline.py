@@ -36,14 +36,14 @@ from tasks.steps import Pending, Steps
 
 @dataclass
 class Results(RunResults):
-    """What a run on datasets produced, and what it could not."""
+    """The results of a run on datasets, and its problems."""
 
     scores: list[AccuracyRow] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
     """Of `scores`, where there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
     splits: list[SplitAccount] = field(default_factory=list)
-    """What became of the rows of the datasets in `scores`."""
+    """Rows of the datasets in `scores`: released, used, left out."""
     n_datasets: int = 0
     """Datasets that were asked for, whether or not they could be used."""
 
@@ -119,7 +119,7 @@ def run_pipeline(run: SkillRun, steps: Steps) -> Results:
 
 @run_work
 def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
-    """The pipeline for every number of demonstrations; a dataset that cannot be used is a problem, not an end."""
+    """Run the pipeline for every number of demonstrations, without the datasets that cannot be used."""
     results = Results(run.directory, n_datasets=len(run.dataset))
     planned = steps.planned(plan_mceval8k, run)
     results.problems += dict.fromkeys(
@@ -136,7 +136,7 @@ Probe = Callable[[SkillRun, PlannedDataset], None]
 
 @contextmanager
 def _probing(run: SkillRun, steps: Steps, results: Results) -> Iterator[Probe]:
-    """Probe in the background the datasets that are handed over inside the block, and collect the results after it."""
+    """Probe datasets in the background as they are handed over inside the block, and collect the results after it."""
     pending: list[_PendingProbe] = []
     with run_session(run), rank_pool(run) as pool:
         prober = Prober(pool)
@@ -149,7 +149,7 @@ def _probing(run: SkillRun, steps: Steps, results: Results) -> Iterator[Probe]:
 
 
 def extract_planned(planned: Planned, steps: Steps, results: Results, *, when_extracted: Probe) -> None:
-    """Compute every missing NEG shard; what is lost goes into the results' problems, each whole dataset is told."""
+    """Extract every missing NEG shard; losses become problems of the results, and whole datasets are handed on."""
     check_disk(planned)
     for run, models in planned:
         write_run_file(run)

@@ -40,7 +40,7 @@ from tasks.steps import Steps
 
 @dataclass
 class SkillResults(RunResults):
-    """What a run produced, and what it could not."""
+    """The results of an analysis of skill neurons, and its problems."""
 
     findings: list[SkillFindings] = field(default_factory=list)
     figures: dict[str, list[Path]] = field(default_factory=dict)

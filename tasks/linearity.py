@@ -34,7 +34,7 @@ MEASURED = "sweep"
 
 @dataclass(frozen=True)
 class CostRow:
-    """What a method costs: wall-clock seconds of one worker, for the neurons that are swept."""
+    """The cost of a method: wall-clock seconds of one worker, for the neurons that are swept."""
 
     method: str
     seconds_per_prompt: float
@@ -42,7 +42,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study says about one model; the rows are those of `negcore.analysis.linearity`."""
+    """The tables of a study of one model; their rows are those of `negcore.analysis.linearity`."""
 
     model: str
     dataset: str
@@ -67,7 +67,7 @@ class Findings:
 
 
 def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
-    """Make a study's tables from its shards: of the prompts that were set aside nowhere.
+    """Make a study's tables from its shards, leaving out prompts that were set aside in any of them.
 
     Raises
     ------

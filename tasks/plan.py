@@ -1,4 +1,4 @@
-"""What a run will do, known and checked before any model is loaded."""
+"""The plan of a run on datasets, checked before any model is loaded."""
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a linearity study will measure, known and checked before any model is loaded."""
+"""The plan of a linearity study, checked before any model is loaded."""
 
 from dataclasses import dataclass, replace
 
@@ -86,7 +86,7 @@ def _neurons(run: LinearityRun, card: ModelCard) -> Ints:
 
 
 def _blocks(neurons_K2: Ints, block_layers: int) -> list[tuple[str, Ints]]:
-    """Neurons by blocks of layers, with the blocks' names; layers without a neuron are in none."""
+    """Return neurons by blocks of layers, with the blocks' names; a layer without a neuron is in none."""
     blocks_K = neurons_K2[:, 0] // block_layers
     named = []
     for block in np.unique(blocks_K).tolist():
@@ -96,12 +96,12 @@ def _blocks(neurons_K2: Ints, block_layers: int) -> list[tuple[str, Ints]]:
 
 
 def fact_of(example: Example, dataset: str) -> str:
-    """The fact that a prompt asks for: its `uuid` in the source, which an id holds behind set and row number."""
+    """Return the fact that a prompt asks for: its `uuid` in the source, which stands at the end of the id."""
     return example.id.removeprefix(f"{dataset}/").split("/", 1)[1]
 
 
 def _whole_facts(facts: FactSet, n_prompts: int) -> FactSet:
-    """The first prompts, once those of one fact stand together, so that wordings can be compared."""
+    """Put the prompts of each fact together, so that wordings can be compared, and keep the first ones."""
     first_seen: dict[str, int] = {}
     for index, example in enumerate(facts.examples):
         first_seen.setdefault(fact_of(example, facts.name), index)

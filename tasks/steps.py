@@ -37,20 +37,20 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a step is."""
+    """The progress of a step."""
 
     step: str
     done: int
     total: int
     note: str = ""
-    """What its workers wait for, for people; may be empty."""
+    """Reason why its workers wait, for people; may be empty."""
 
 
 class Watcher(Protocol):
-    """Shows the steps of a run."""
+    """Someone who shows the steps of a run."""
 
     def advance(self, progress: Progress) -> None:
-        """Show how far a step is."""
+        """Show the progress of a step."""
 
     def finish(self, step: str, error: BaseException | None) -> None:
         """Show that a step ended."""
@@ -108,7 +108,7 @@ def _note(status: PoolStatus | None) -> str:
 
 @dataclass
 class Handover:
-    """What the command line hands over to the run that it starts: a flow's parameters are for its run file alone."""
+    """Things that the command line hands to the run that it starts: a flow's parameters are for its run file alone."""
 
     watcher: Watcher | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -150,7 +150,7 @@ class Pending(Protocol[R]):
 
 
 class Steps(ABC):
-    """Carries out the steps of one run until it is stopped."""
+    """The steps of one run, carried out until the run is stopped."""
 
     def __init__(self) -> None:
         self._handover = _handover.get() or Handover()
@@ -274,7 +274,7 @@ def _part(steps: S) -> S:
 
 
 class _PartStop(threading.Event):
-    """Set when its part or the whole run is to stop."""
+    """An event that is set when its part or the whole run is to stop."""
 
     def __init__(self, whole: threading.Event) -> None:
         super().__init__()

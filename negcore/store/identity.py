@@ -22,7 +22,7 @@ _LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None}
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What makes numbers comparable: two shards may stand side by side only when their digests are equal.
+    """The settings that make numbers comparable: shards may be used together only if their digests are equal.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class RunIdentity:
         return content_digest(self.comparable())
 
     def difference(self, other: "RunIdentity | Mapping[str, Any]") -> str:
-        """Every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
+        """Name every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
         unsaid = {"storage": DEFAULT_STORAGE}
         mine = unsaid | _flat(self.comparable())
         theirs = unsaid | _flat(other if isinstance(other, Mapping) else other.comparable())
@@ -97,22 +97,22 @@ class RunIdentity:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with one spelling for each value: sorted keys, no blanks, ASCII, no NaN."""
+    """Return JSON that spells each value in one way: sorted keys, no blanks, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def content_digest(value: Any) -> str:
-    """xxh3-128, in hex, of the canonical JSON of a value."""
+    """Return the xxh3-128, in hex, of the canonical JSON of a value."""
     return xxhash.xxh3_128_hexdigest(canonical_json(value).encode())
 
 
 def choice_digest(neurons: Sequence[int]) -> str:
-    """Digest of chosen neurons, given by their flat layer-major indices."""
+    """Return the digest of chosen neurons, which are given by their flat layer-major indices."""
     return content_digest(list(neurons))
 
 
 def text_hash(text: str) -> str:
-    """xxh3-128, in hex, of a prompt (lone surrogates, which hostile JSON can hold, included)."""
+    """Return the xxh3-128, in hex, of a prompt, which may hold lone surrogates, as hostile JSON can."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 

@@ -214,7 +214,7 @@ def finished_shards(
     *,
     verify: bool = False,
 ) -> dict[int, Receipt]:
-    """Shards of this very run that need not be computed again, by index.
+    """Return the shards of this very run that need not be measured again, by index.
 
     Damaged receipts and shards that are missing or of another length are left out, and so computed again. Rows that
     were set aside count as done.
@@ -246,13 +246,13 @@ def finished_shards(
 
 
 def receipts(folder: Path) -> list[Receipt]:
-    """The undamaged receipts of a partition's directory, in order of index, whatever run they belong to."""
+    """Return the undamaged receipts of a directory of shards, of whichever run, in order of index."""
     found = (_parsed_receipt(path.name, content) for path, content in read_all(folder, "_receipts/part-*.json").items())
     return sorted((receipt for receipt in found if receipt is not None), key=lambda receipt: receipt.index)
 
 
 def whole_shards(folder: Path, known: Sequence[Receipt], *, verify: bool) -> list[Receipt]:
-    """Those of a directory's receipts whose shard is whole, as `is_whole` says; the directory is listed once."""
+    """Return the receipts whose shard is whole, as `is_whole` says; the directory is listed once."""
     found = sizes(folder, "part-*.arrow")
     return [
         receipt for receipt in known if _is_whole(folder, receipt, found.get(shard_of(folder, receipt).name), verify)
@@ -260,17 +260,17 @@ def whole_shards(folder: Path, known: Sequence[Receipt], *, verify: bool) -> lis
 
 
 def is_whole(folder: Path, receipt: Receipt, *, verify: bool) -> bool:
-    """Whether the receipt's shard has the length (with `verify`: also the checksum) that was published."""
+    """Tell whether the receipt's shard has the length that was published, and with `verify` the checksum too."""
     return _is_whole(folder, receipt, n_bytes(shard_of(folder, receipt)), verify)
 
 
 def shard_of(folder: Path, receipt: Receipt) -> Path:
-    """The file of the shard that a receipt is about."""
+    """Return the file of the shard that a receipt is about."""
     return folder / receipt.file if receipt.file else shard_path(folder, receipt.index)
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """The shard's file in its partition's directory, if that is no bucket; see `shard_of`."""
+    """Return the shard's file in its directory, unless that is in a bucket; see `shard_of`."""
     return folder / f"part-{index:05d}.arrow"
 
 
@@ -288,7 +288,7 @@ def _write_batch(batch: pa.RecordBatch, path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """xxh3-128, in hex, of a file's content, as in receipts."""
+    """Return the xxh3-128, in hex, of a file's content, as in receipts."""
     if is_remote(path):
         return xxhash.xxh3_128_hexdigest(read_bytes(path))
     with path.open("rb") as handle:
@@ -305,7 +305,7 @@ def _lock(folder: Path) -> Path:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """A hidden file beside `target`, locked as long as its writer lives, gone on leaving."""
+    """Yield a hidden file beside `target` that is locked while its writer lives and removed at the end."""
     (target.parent / "_receipts").mkdir(parents=True, exist_ok=True)
     path = hidden(target)
     with locked(_lock(target.parent)):
@@ -326,7 +326,7 @@ def _temporary_elsewhere() -> Iterator[Path]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove dead writers' temporary files: those nobody holds a lock on. (Process ids differ between containers.)"""
+    """Remove the temporary files of dead writers, on which nobody holds a lock."""
     for path in [*folder.glob(".part-*.tmp"), *folder.glob("_receipts/.part-*.tmp")]:
         with suppress(FileNotFoundError, BlockingIOError), path.open("r+b") as handle:
             if hold(handle, wait=False) or time.time() - path.stat().st_mtime > _ABANDONED_S:
@@ -334,7 +334,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _publish(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
-    """Show the shard, then its receipt. Locked, so that of two writers one shard and *its* receipt remain."""
+    """Show the shard, then its receipt, under a lock: of two writers, one shard and *its* receipt remain."""
     path = receipt_path(folder, receipt.index)
     hidden_receipt = hidden(path)
     _sync(temporary)
@@ -353,7 +353,7 @@ def _sync(path: Path) -> None:
 
 
 def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
-    """Put the shard under its own name, then be the one who puts the receipt, or take the receipt that is there."""
+    """Put the shard under its own name, then put the receipt, or return the one that another writer put first."""
     shard, path = shard_of(folder, receipt), receipt_path(folder, receipt.index)
     content = _sealed(receipt).encode("ascii")
     upload(temporary, shard)
@@ -375,7 +375,7 @@ def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Recei
 
 
 def _remove_rivals(folder: Path, receipt: Receipt) -> None:
-    """Remove what writers of the same shard left who died or lost: nobody else's receipt can come to name it."""
+    """Remove the files of writers of the same shard that died or came second: no receipt can name them any more."""
     plain = shard_path(folder, receipt.index)
     for path in [plain, *objects(folder, f"{plain.stem}-")]:
         if path.name != receipt.file:
@@ -392,7 +392,7 @@ def _sealed(receipt: Receipt) -> str:
 
 
 def _parsed_receipt(name: str, content: bytes) -> Receipt | None:
-    """The receipt, or None if it is damaged: its shard is then computed again."""
+    """Return the receipt, or None if it is damaged: its shard is then measured again."""
     try:
         record = json.loads(content)
         seal = record.pop("seal")
@@ -405,7 +405,7 @@ def _parsed_receipt(name: str, content: bytes) -> Receipt | None:
 
 
 def _names_its_own(receipt: Receipt) -> bool:
-    """Whether its checksum and its file's name are such: they become names of files."""
+    """Tell whether checksum and file name have the form of one, since they become names of files."""
     xxh3 = receipt.file_xxh3
     is_checksum = isinstance(xxh3, str) and re.fullmatch("[0-9a-f]{32}", xxh3) is not None
     return is_checksum and receipt.file in (None, _name_with_checksum(receipt.index, xxh3))

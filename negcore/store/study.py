@@ -28,7 +28,7 @@ Columns = Mapping[str, NDArray[Any]]
 
 
 def sweep_columns(result: SweepResult) -> Columns:
-    """What is stored of a sweep."""
+    """Return the stored columns of a sweep."""
     return {
         "label_id": result.label_ids_P.astype(np.int32),
         "base_prob": result.base_probs_P,
@@ -95,7 +95,7 @@ def read_study(folder: Path) -> StudyShards:
 
 
 def read_studies(folders: Sequence[Path]) -> list[StudyShards]:
-    """Read several directories about the same prompts: the rows that all of them hold, in one order.
+    """Read several directories about the same prompts, and keep the rows that all of them hold, in one order.
 
     Raises
     ------
@@ -154,7 +154,7 @@ def _seconds_per_prompt(folder: Path, receipts: Sequence[Receipt]) -> float:
 
 
 def _seconds(note: bytes | None) -> float | None:
-    """None if the writer died before it could note them."""
+    """Return the noted seconds; None if the writer died before it could note them."""
     try:
         return None if note is None else float(json.loads(note))
     except ValueError:

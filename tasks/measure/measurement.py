@@ -41,7 +41,7 @@ class Nonfinite(NamedTuple):
 
 
 class Measurement(ABC):
-    """What decides some numbers, and how they are measured."""
+    """Settings that decide some numbers, and the way to measure them."""
 
     notes_seconds: ClassVar[bool] = False
     """Whether the time that each shard took is noted beside it."""

@@ -31,7 +31,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of the shards of a set."""
+    """The shards of a set, counted once they are measured, with what is lost and what was set aside."""
 
     place: ShardPlace
     title: str

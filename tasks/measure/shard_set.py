@@ -22,7 +22,7 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """The shards of one directory: what is measured of which examples."""
+    """The shards of one directory: some examples, and what is measured of them."""
 
     place: ShardPlace
     identity: RunIdentity

@@ -34,16 +34,16 @@ class Divisible(Protocol):
     def examples(self) -> Sequence[Example]: ...
 
     def trial(self, examples: Sequence[Example]) -> Self:
-        """The job of computing some of the rows and publishing nothing."""
+        """Return the job of computing some of the rows and publishing nothing."""
 
     def without(self, rows: Sequence[SetAside]) -> Self:
-        """The job with some of its rows set aside."""
+        """Return the job with some of its rows set aside."""
 
 
 def map_isolating(
     pool: Pool, jobs: Sequence[object], *, stop: threading.Event, on_tick: Tick
 ) -> Generator[Outcome, None, None]:
-    """`Pool.map`, but a job that fails because of single rows is done without them.
+    """Run jobs as `Pool.map` does, and a job that fails because of single rows once more without them.
 
     As long as nothing could be computed, a failure is not taken for a row's: the first job that fails is then searched
     alone, and if none of its rows can be computed either, no row is set aside.
@@ -83,7 +83,7 @@ class _Finding(NamedTuple):
 
 
 class _Search:
-    """Looks for the rows that make some jobs fail."""
+    """A search for the rows that make some jobs fail."""
 
     def __init__(self, pool: Pool, stop: threading.Event, on_tick: Tick, n_jobs: int) -> None:
         self._pool, self._stop, self._on_tick = pool, stop, on_tick
@@ -128,7 +128,7 @@ def _without(
 
 
 def _is_suspect(outcome: Outcome) -> bool:
-    """Whether the job failed in a way that one of its rows may cause: neither the user's error nor the disk's."""
+    """Tell whether one of the job's rows may have made it fail: it is neither the user's error nor the disk's."""
     if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError)):
         return False
     return isinstance(outcome.job, Divisible)
@@ -144,6 +144,6 @@ def _set_aside(row: Example, outcome: Outcome) -> SetAside:
 
 
 def without_text(error: str, rows: Sequence[Example]) -> str:
-    """An error, in so far as it quotes no prompt: receipts, logs and pages never hold their text."""
+    """Return an error, or only its type if it quotes a prompt: receipts, logs and pages never hold their text."""
     lines = (line.strip()[:_QUOTED] for row in rows for line in row.prompt.splitlines())
     return error.split(":", 1)[0] if any(line and line in error for line in lines) else error
