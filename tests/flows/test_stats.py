@@ -77,7 +77,7 @@ def neg(*arguments):
 
 
 def splits_in(directory):
-    return sorted(partition.split for partition in open_negs(directory).places)
+    return sorted(place.part for place in open_negs(directory).places)
 
 
 # The same as values
