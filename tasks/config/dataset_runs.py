@@ -42,7 +42,9 @@ class _PromptedRun(RunFile):
         description="Dataset: mceval8k/NAME, mini/GENRE or a .jsonl file (see `neg datasets`). Repeatable."
     )
     wording: WordingChoice = Field(
-        "default", description="Name of one of the dataset's wordings; in a run file also your own, see the README."
+        "default",
+        description="Name of one of the dataset's wordings; in a run file also your own, see "
+        "docs/own-data-and-models.md.",
     )
     limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
     eval_limit: int | None = Field(
