@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from functools import cache
@@ -156,6 +157,20 @@ def write_negs(
     return publish_shard(
         root, place, index, n_shards, identity=identity, batch=batch, about=measurement.about(n_options), **about
     )
+
+
+def write_questions(folder: Path) -> str:
+    """Write a file of 60 prompts of different lengths, split into train, valid and test, and return its path."""
+    rng = random.Random(0)
+    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
+    lines = []
+    for index in range(60):
+        prompt = "Question: " + " ".join(rng.choices(words, k=rng.randint(2, 9))) + " Answer:"
+        row = {"prompt": prompt, "labels": [" A", " B", " C"], "answer": index % 3}
+        lines.append(json.dumps(row | {"split": ("train", "valid", "test")[index // 20]}))
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(lines))
+    return str(file)
 
 
 NEG = Path(sys.executable).parent / "neg"

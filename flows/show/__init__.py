@@ -1,1 +1,1 @@
-"""What a person sees of a run: tables, figures, the report, progress."""
+"""Tables, figures, the report and the progress of a run."""

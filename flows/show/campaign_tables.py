@@ -43,7 +43,7 @@ def _outcomes(comparison: Comparison) -> Table:
         why = "the same" if row.reason and row.reason == said else row.reason
         rows.append([row.name, row.stage, result, n_problems if row.n_problems else "", why])
         said = row.reason
-    columns = [*texts("model", "stage", "result"), *numbers("problems"), Column("the first", is_private=True)]
+    columns = [*texts("model", "stage", "result"), *numbers("problems"), Column("first problem", is_private=True)]
     return Table("campaign-outcomes", "Models and stages", columns, [rows])
 
 

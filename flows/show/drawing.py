@@ -46,6 +46,14 @@ def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, mod
     return paths
 
 
+def panel_grid(body: Any, n: int, columns: int) -> list[Axes]:
+    """Return `n` panels of a figure, row by row; the rest of the last row stays empty."""
+    grid = list(body.subplots(-(-n // columns), columns, squeeze=False).flat)
+    for axes in grid[n:]:
+        axes.set_visible(False)
+    return grid[:n]
+
+
 def plain(text: str) -> str:
     """Return a text that matplotlib shows as it is, without control characters or a formula between dollar signs."""
     return printable(text).replace("\n", " ").replace("$", r"\$")

@@ -13,29 +13,29 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flows.show.drawing import BLUE, GREY, ORANGE, Axes, plain, save_figures
+from flows.show.drawing import BLUE, GREY, ORANGE, Axes, panel_grid, plain, save_figures
 from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
 from flows.show.text import correlation
 from tasks.linearity import Findings
 
 
 def write_figures(findings: Findings, folder: Path) -> list[Path]:
-    """Draw and write every figure of one model; the files, SVG before PNG."""
+    """Draw and write every figure of one model, and return the files, SVG before PNG."""
     return save_figures({name: partial(draw, findings) for name, draw in FIGURES.items()}, folder, findings.model)
 
 
 def shift_curves(findings: Findings) -> Figure:
-    """Change of probability against shift for a few neurons, with the lines of the main range."""
+    """Draw the change of probability against shift for a few neurons, with the lines of the main range."""
     examples = _examples(findings)
     figure = Figure(figsize=(9, 2.7 * -(-len(examples) // 3)), layout="constrained")
-    for axes, example in zip(figure.subplots(-(-len(examples) // 3), 3, squeeze=False).flat, examples, strict=False):
+    for axes, example in zip(panel_grid(figure, len(examples), 3), examples, strict=True):
         _shift_curve(findings, axes, example)
     figure.suptitle(_title(findings, "change of the answer's probability against shift"))
     return figure
 
 
 def linear_share(findings: Findings) -> Figure:
-    """Share of linear neurons against range, for the model and each layer."""
+    """Draw the share of linear neurons against range, for the model and each layer."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     layers = [row.layer for row in findings.ranges if row.layer is not None]
@@ -58,26 +58,23 @@ def linear_share(findings: Findings) -> Figure:
 
 
 def estimators(findings: Findings) -> Figure:
-    """Measured NEG against each estimator, all prompts and neurons."""
+    """Draw measured NEG against each estimator, for all prompts and neurons."""
     negs_PK = findings.sweep.within(findings.main_range).negs_PK
     rows = whole_model(findings, findings.main_range)
     figure = Figure(figsize=(9, 2.9 * -(-len(rows) // 3)), layout="constrained")
-    grid = figure.subplots(-(-len(rows) // 3), 3, squeeze=False).flat
-    for axes, row in zip(grid, rows, strict=False):
+    for axes, row in zip(panel_grid(figure, len(rows), 3), rows, strict=True):
         scores_PK = findings.scores_PK[row.estimator]
         axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=BLUE, linewidths=0, rasterized=True)
         _symlog(axes.set_xscale, axes.xaxis, scores_PK)
         _symlog(axes.set_yscale, axes.yaxis, negs_PK)
         axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {correlation(row.pearson)}", xlabel="estimate")
         axes.set_ylabel("measured NEG")
-    for axes in list(figure.axes)[len(rows) :]:
-        axes.set_visible(False)
     figure.suptitle(_title(findings, f"NEG measured within ±{findings.main_range:g} against estimates"))
     return figure
 
 
 def layer_profile(findings: Findings) -> Figure:
-    """Linear share, size of NEG and agreement of each estimator by layer."""
+    """Draw the linear share, the size of NEG and the agreement of each estimator by layer."""
     figure = Figure(figsize=(7, 7.2), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True)
     for range_ in dict.fromkeys(row.range for row in findings.ranges):
@@ -108,7 +105,7 @@ def layer_profile(findings: Findings) -> Figure:
 
 
 def interventions(findings: Findings) -> Figure:
-    """Correlation of predicted and true change against the number of neurons shifted together."""
+    """Draw the correlation of predicted and true change against the number of neurons shifted together."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axes = figure.subplots()
     for shift in dict.fromkeys(row.shift for row in findings.interventions):
@@ -140,7 +137,7 @@ class _Example(NamedTuple):
 
 
 def _examples(findings: Findings) -> list[_Example]:
-    """The largest linear NEG of either sign, the middle one, and the largest changes that are no line."""
+    """Return the largest linear NEG of either sign, the median one, and the largest changes that are not linear."""
     main, whole = findings.sweep.within(findings.main_range), findings.sweep
     linear_PK = np.where(main.linear_PK & whole.linear_PK, main.negs_PK, np.nan)
     bent_PK = np.where(whole.linear_PK, 0, np.abs(whole.changes_PKS).max(-1))
@@ -182,7 +179,7 @@ def _points(rows: list[Any], name: str) -> tuple[list[float], list[float]]:
 
 
 def _symlog(set_scale: Callable[..., None], axis: Any, values: NDArray[Any]) -> None:
-    """A scale for both signs over many powers of ten, linear below the middle size; at most two ticks a side."""
+    """Set a scale for both signs over many powers of ten, linear below the median size; at most two ticks a side."""
     sizes = np.abs(values[values != 0])
     if not sizes.size:
         return

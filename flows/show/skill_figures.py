@@ -1,7 +1,7 @@
 """Figures of skill neurons, as SVG and PNG.
 
-Every figure of what a ranking says has a causal check of that ranking in its lower part, so that it is not shown
-without one; the whole check is a figure of its own.
+Every figure that relies on a ranking has a causal check of that ranking in its lower part, so that nobody sees the one
+without the other. The whole check is a figure of its own.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from flows.show.accuracy_tables import PROBE_TITLES, short
-from flows.show.drawing import BLUE, GREY, ORANGE, Axes, plain, save_figures
+from flows.show.drawing import BLUE, GREY, ORANGE, Axes, panel_grid, plain, save_figures
 from flows.show.skill_tables import (
     DIRECTION_TITLES,
     NEURON_TITLES,
@@ -42,13 +42,13 @@ _SET_COLOURS = {"top": BLUE, "random": GREY, "bottom": ORANGE}
 _PROBE_COLOURS = {"polar": "#1b7837", "magn": "#762a83"}
 _PROBE_MARKERS = {"polar": "o", "magn": "s"}
 _SAYS = {"gold": "as each neuron's NEG says", "polarity": "as the ranking says"}
-"""Which way is towards the gold option."""
+"""Source of the direction towards the gold option."""
 _MOST_NUMBERED = 8
-"""Datasets up to which the cells of a heat map of pairs have room for a number."""
+"""Most datasets for which the cells of a heat map of pairs have space for a number."""
 
 
 class _Measure(NamedTuple):
-    """What of a row is drawn: names of a value and of the ends of its interval."""
+    """A value that is drawn: its title, and the names of the fields that hold it and the ends of its interval."""
 
     title: str
     value: str
@@ -64,7 +64,7 @@ _CHANGES = (
 
 
 def write_figures(findings: SkillFindings, folder: Path) -> list[Path]:
-    """Draw and write every figure of one model; the files, SVG before PNG."""
+    """Draw and write every figure of one model, and return the files, SVG before PNG."""
     check_causal(findings)
     return save_figures(dict(_drawings(findings)), folder, findings.model)
 
@@ -87,7 +87,7 @@ def _drawings(findings: SkillFindings) -> Iterator[tuple[str, Callable[[], Figur
 
 
 def causal(findings: SkillFindings, probe: str, direction: str) -> Figure:
-    """What shifting the best, random and last neurons of a ranking changes, by their number: a row a dataset."""
+    """Draw what shifting the best, random and last neurons of a ranking changes, by their number: a row a dataset."""
     shifts = sorted({abs(row.shift) for one in findings.datasets for row in one.causal})
     columns = [(measure, shift) for measure in _CHANGES for shift in shifts]
     n = len(findings.datasets)
@@ -118,7 +118,7 @@ def _changes(axes: Axes, one: DatasetFindings, check: tuple[str, str], distance:
 
 
 def _with_check(findings: SkillFindings, what: str, height: float) -> tuple[Figure, Any]:
-    """A figure with a causal check below, and its upper part of that height (inches), to draw in."""
+    """Return a figure with a causal check below, and its upper part of that height in inches to draw in."""
     check_height = 2.2 if len(findings.datasets) <= _MOST_NUMBERED else 2.8
     figure = Figure(figsize=(_WIDTH, height + check_height), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=(height, check_height))
@@ -135,7 +135,7 @@ def _with_check(findings: SkillFindings, what: str, height: float) -> tuple[Figu
 
 
 def _check(axes: Axes, findings: SkillFindings, condition: tuple[int, str, float]) -> None:
-    """Change of accuracy under one size, direction and shift of every dataset's check."""
+    """Draw the change of accuracy under one size, direction and shift of every dataset's check."""
     shown = [(probe, neurons) for probe in probes(findings) for neurons in NEURON_TITLES]
     found = {
         (one.dataset, row.probe, row.neurons): row
@@ -167,11 +167,11 @@ def _dataset_ticks(axes: Axes, datasets: Sequence[DatasetFindings]) -> None:
 
 
 def efficiency(findings: SkillFindings) -> Figure:
-    """Accuracy against the number of neurons and of training rows."""
+    """Draw accuracy against the number of neurons and of training rows."""
     n, columns = len(findings.datasets), min(4, 2 * len(findings.datasets))
     height = 0.8 + 1.9 * -(-2 * n // columns)
     figure, body = _with_check(findings, "accuracy by neurons and by training rows (shaded: 95 %)", height)
-    panels = _panels(body, 2 * n, columns)
+    panels = panel_grid(body, 2 * n, columns)
     for one, by_neurons, by_rows in zip(findings.datasets, panels[::2], panels[1::2], strict=True):
         for probe in probes(findings):
             colour = _PROBE_COLOURS[probe]
@@ -190,7 +190,7 @@ def efficiency(findings: SkillFindings) -> Figure:
 
 
 def bands(findings: SkillFindings) -> Figure:
-    """Accuracy of equally many neurons from ever further down the ranking."""
+    """Draw the accuracy of equally many neurons further and further down the ranking."""
     what = f"accuracy of {band_width(findings)} neurons further down the ranking (shaded: 95 %)"
     figure, body, panels = _a_panel_each(findings, what)
     for axes, one in zip(panels, findings.datasets, strict=True):
@@ -206,7 +206,7 @@ def bands(findings: SkillFindings) -> Figure:
 
 
 def forests(findings: SkillFindings) -> Figure:
-    """Accuracy of forests against their trees, a line a depth, beside the probes that vote."""
+    """Draw the accuracy of forests against their trees, a line for each depth, beside the probes that vote."""
     figure, body, panels = _a_panel_each(
         findings, "accuracy of forests by trees and depth (shaded: 95 % of the deepest)"
     )
@@ -228,12 +228,12 @@ def forests(findings: SkillFindings) -> Figure:
 
 
 def transfer(findings: SkillFindings) -> Figure:
-    """Accuracy of the probe of every condition under every condition; colour: against the one trained under it."""
+    """Draw the accuracy of each condition's probe under each condition, coloured by the loss against its own."""
     shown = [(one, probe) for one in findings.datasets for probe in probes(findings)]
     columns = min(4, len(shown))
     height = 1.2 + 1.75 * -(-len(shown) // columns)
     figure, body = _with_check(findings, "accuracy of probes under other conditions", height)
-    panels = _panels(body, len(shown), columns)
+    panels = panel_grid(body, len(shown), columns)
     names = {i: plain(name) for i, name in enumerate(findings.conditions)}
     matrices = [_matrix(findings, one, probe) for one, probe in shown]
     lost = [accuracies - accuracies.diagonal() for accuracies in matrices]
@@ -249,7 +249,7 @@ def transfer(findings: SkillFindings) -> Figure:
 
 
 def _matrix(findings: SkillFindings, one: DatasetFindings, probe: str) -> Floats:
-    """Accuracies: a row for each condition that the probe was trained on, a column for each it was tested on."""
+    """Return accuracies: a row for each condition of training, a column for each condition of testing."""
     found = {(row.trained_on, row.tested_on): row.accuracy for row in one.transfers if row.probe == probe}
     return np.array([[found[on, to] for to in findings.conditions] for on in findings.conditions])
 
@@ -258,7 +258,7 @@ def _matrix(findings: SkillFindings, one: DatasetFindings, probe: str) -> Floats
 
 
 def overlap(findings: SkillFindings) -> Figure:
-    """How many times more skill neurons two datasets share than random sets do, datasets of a genre side by side."""
+    """Draw how many times more skill neurons two datasets share than random sets, datasets of a genre side by side."""
     ordered = sorted(findings.datasets, key=lambda one: one.reference.genre)
     shown = [(probe, top) for probe in probes(findings) for top in tops(findings)]
     columns, names = len(tops(findings)), {i: _name(one.dataset) for i, one in enumerate(ordered)}
@@ -266,7 +266,7 @@ def overlap(findings: SkillFindings) -> Figure:
     figure, body = _with_check(
         findings, "skill neurons that two datasets share (white: no more than by chance)", height
     )
-    panels = _panels(body, len(shown), columns)
+    panels = panel_grid(body, len(shown), columns)
     grids = [_pairs(findings, [one.dataset for one in ordered], probe, top) for probe, top in shown]
     norm = matplotlib.colors.LogNorm(1, max(2, *(np.nanmax(pairs.beyond_DD, initial=2) for pairs in grids)))
     for i, (axes, (probe, top), pairs) in enumerate(zip(panels, shown, grids, strict=True)):
@@ -301,17 +301,17 @@ def _pairs(findings: SkillFindings, names: Sequence[str], probe: str, top: int) 
 
 
 def _borders(genres: Sequence[str]) -> list[float]:
-    """Where in a heat map one genre ends and the next begins."""
+    """Return the places in a heat map where one genre ends and the next begins."""
     return [i - 0.5 for i in range(1, len(genres)) if genres[i] != genres[i - 1]]
 
 
 def layers(findings: SkillFindings) -> Figure:
-    """Share of the skill neurons in every layer, over what it would be if they were spread evenly."""
+    """Draw the share of the skill neurons in every layer, over an even share."""
     ordered = sorted(findings.datasets, key=lambda one: one.reference.genre)
     columns, n = len(probes(findings)), len(tops(findings)) * len(probes(findings))
     height = 1.0 + len(tops(findings)) * (0.5 + 0.14 * max(3, len(ordered)))
     figure, body = _with_check(findings, "layers of the skill neurons", height)
-    panels, names = _panels(body, n, columns), {i: _name(one.dataset) for i, one in enumerate(ordered)}
+    panels, names = panel_grid(body, n, columns), {i: _name(one.dataset) for i, one in enumerate(ordered)}
     for row, top in enumerate(tops(findings)):
         ratios = [np.array([_layer_ratios(one, probe, top) for one in ordered]) for probe in probes(findings)]
         most = max(2, *(of_probe.max() for of_probe in ratios))
@@ -344,23 +344,15 @@ def _name(dataset: str) -> str:
 
 
 def _a_panel_each(findings: SkillFindings, what: str) -> tuple[Figure, Any, list[Axes]]:
-    """A figure with a causal check, its upper part, and a panel in there for every dataset."""
+    """Return a figure with a causal check, its upper part, and a panel there for every dataset."""
     n = len(findings.datasets)
     columns = n if n < 4 else 2 if n == 4 else 4
     figure, body = _with_check(findings, what, 0.8 + 2.0 * -(-n // columns))
-    return figure, body, _panels(body, n, columns)
-
-
-def _panels(body: Any, n: int, columns: int) -> list[Axes]:
-    """So many panels, row by row; what is left of the last row is empty."""
-    panels = list(body.subplots(-(-n // columns), columns, squeeze=False).flat)
-    for axes in panels[n:]:
-        axes.set_visible(False)
-    return panels[:n]
+    return figure, body, panel_grid(body, n, columns)
 
 
 def _legend(body: Any, axes: Axes) -> None:
-    """One legend for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
     columns = len(labels) if len(labels) <= 8 else -(-len(labels) // 2)
     body.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7.5, columnspacing=1.2)
@@ -369,19 +361,19 @@ def _legend(body: Any, axes: Axes) -> None:
 def _curve(
     axes: Axes, x: Iterable[float], rows: Sequence[Any], measure: _Measure, *, shade: float = 0.15, **look: Any
 ) -> None:
-    """A line with its shaded interval."""
+    """Draw a line with its shaded interval."""
     places, values = list(x), [getattr(row, measure.value) for row in rows]
     axes.plot(places, values, markersize=2.5, linewidth=1.2, **look)
     axes.fill_between(places, *_ends(rows, measure), color=look["color"], alpha=shade, linewidth=0)
 
 
 def _ends(rows: Sequence[Any], measure: _Measure) -> tuple[list[float], list[float]]:
-    """Lower and upper ends of the rows' intervals."""
+    """Return the lower and the upper ends of the rows' intervals."""
     return [getattr(row, measure.low) for row in rows], [getattr(row, measure.high) for row in rows]
 
 
 def _accuracy_axes(axes: Axes, one: DatasetFindings, label: str) -> None:
-    """Name, scale, and what the probes are to be measured against."""
+    """Draw a panel's name and scale, and the references for its probes."""
     known = one.reference
     axes.axhspan(known.low, known.high, color="black", alpha=0.08, linewidth=0)
     axes.axhline(known.lm, color="black", linewidth=1, label="LM-Prob")
@@ -393,12 +385,12 @@ def _accuracy_axes(axes: Axes, one: DatasetFindings, label: str) -> None:
 
 
 def _first(axes: Axes, label: str) -> str:
-    """A label that the panels of the first column have."""
+    """Return a label for panels of the first column, and an empty one for the others."""
     return label if axes.get_subplotspec().is_first_col() else ""
 
 
 def _powers(axes: Axes, values: Iterable[int]) -> None:
-    """A logarithmic scale with at most four of the values themselves as its ticks."""
+    """Set a logarithmic scale with at most four of the values as its ticks."""
     ticks = sorted(values)
     ticks = ticks[:: -(-len(ticks) // 4)]
     axes.set_xscale("log", base=2)
@@ -407,7 +399,7 @@ def _powers(axes: Axes, values: Iterable[int]) -> None:
 
 
 def _heat_map(axes: Axes, values_YX: Floats, norm: Any, colours: str, texts: Texts = ()) -> Any:
-    """Coloured cells, white where there is no value, with a text in each."""
+    """Draw coloured cells, white where there is no value, with a text in each."""
     image = axes.imshow(values_YX, norm=norm, cmap=colours, aspect="auto")
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
@@ -424,7 +416,7 @@ def _texts(values_YX: Floats, shown: Callable[[float], str]) -> Texts:
 
 
 def _outer_ticks(axes: Axes, i: int, columns: int, n: int, *, x: Mapping[int, str], y: Mapping[int, str]) -> None:
-    """Names beside the panels of the first column and below the last of every column."""
+    """Write names beside the panels of the first column and below the last panel of every column."""
     size = 7 if len(y) <= _MOST_NUMBERED else 6
     below, beside = i + columns >= n, i % columns == 0
     turned = 90 if max(map(len, x.values())) > 2 else 0

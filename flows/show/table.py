@@ -82,8 +82,8 @@ class Table:
         """Return what rich shows in a terminal."""
         shown = rich_table.Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for column in self.columns:
-            justify: Literal["right", "left"] = "right" if column.is_numeric else "left"
-            shown.add_column(Text(printable(column.title)), justify, no_wrap=column.is_numeric, overflow="fold")
+            title, right = Text(printable(column.title)), column.is_numeric
+            shown.add_column(title, justify="right" if right else "left", no_wrap=right, overflow="fold")
         for block in self.pieces:
             for row in block:
                 shown.add_row(*(Text.assemble(*((printable(p.text), p.style) for p in cell)) for cell in row))
@@ -93,7 +93,8 @@ class Table:
 
     def records(self) -> list[dict[str, str | float | None]]:
         """Return the rows as Prefect stores them: by the columns' titles, numbers as numbers, and None for NaN."""
-        public = [(i, " ".join(column.title.split())) for i, column in enumerate(self.columns) if not column.is_private]
+        titles = (" ".join(printable(column.title).split()) for column in self.columns)
+        public = [(i, title) for i, title in enumerate(titles) if not self.columns[i].is_private]
         return [{title: _stored(row[i]) for i, title in public} for row in chain.from_iterable(self.pieces)]
 
 

@@ -1,1 +1,1 @@
-"""What a run will need, known before it starts."""
+"""The needs of a run, known before it starts, beside what this machine has."""

@@ -2,11 +2,10 @@
 
 import html
 import json
-import random
 
 import numpy as np
 import pytest
-from support import save_tiny_model
+from support import save_tiny_model, write_questions
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from negcore.errors import DatasetError, LabelError, NegError, ShardError
@@ -30,17 +29,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """A file of 60 prompts of different lengths, split into train, valid and test."""
-    rng = random.Random(0)
-    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
-    lines = []
-    for index in range(60):
-        prompt = "Question: " + " ".join(rng.choices(words, k=rng.randint(2, 9))) + " Answer:"
-        row = {"prompt": prompt, "labels": [" A", " B", " C"], "answer": index % 3}
-        lines.append(json.dumps(row | {"split": ("train", "valid", "test")[index // 20]}))
-    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    file.write_text("\n".join(lines))
-    return str(file)
+    return write_questions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_claiming_again_from_inside_changes_nothing(tmp_path):
 
 def test_a_driver_whose_claim_was_taken_over_is_stopped_and_told_by_whom(tmp_path, hasty):
     stop = threading.Event()
-    said = r"is not this run's any more, pid \d+ on far .* took it over: stopped"
+    said = r"no longer belongs to this run, pid \d+ on far .* took it over: stopped"
     with pytest.raises(RunError, match=said), claim(tmp_path), claim(tmp_path, when_lost=stop.set):
         usurper = recorded(tmp_path) | {"machine": "far pid:[1]", "token": "another"}
         while not stop.wait(0.1):  # the claim may be just about to be renewed

@@ -1,12 +1,11 @@
 """Every shard is checked against its receipt, and what is damaged is computed again, to the same bytes."""
 
 import json
-import random
 import shutil
 import threading
 
 import pytest
-from support import negs_place, save_tiny_model
+from support import negs_place, save_tiny_model, write_questions
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -34,16 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    rng = random.Random(0)
-    words = "the best of times it was capital France Germany Paris Berlin one two three".split()  # noqa: SIM905
-    lines = []
-    for index in range(60):
-        prompt = "Question: " + " ".join(rng.choices(words, k=rng.randint(2, 9))) + " Answer:"
-        row = {"prompt": prompt, "labels": [" A", " B", " C"], "answer": index % 3}
-        lines.append(json.dumps(row | {"split": ("train", "valid", "test")[index // 20]}))
-    file = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    file.write_text("\n".join(lines))
-    return str(file)
+    return write_questions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
