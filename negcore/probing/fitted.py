@@ -78,16 +78,16 @@ class FittedVote(FittedProbe):
 
     def predict(self, split: NegSplit) -> Ints:
         probe, predicted_P = self.estimator, np.empty(split.n_rows, np.int64)
-        for block in split.row_blocks():
-            predicted_P[block.rows] = probe.predict_kept(chosen_signed_ranks(block, self.vote.signal, probe.kept_))
+        for shard in split.shards():
+            predicted_P[shard.rows] = probe.predict_kept(chosen_signed_ranks(shard, self.vote.signal, probe.kept_))
         return predicted_P
 
     def accuracy_by_k(self, split: NegSplit) -> dict[int, Accuracy]:
         """Measure the accuracy with the best 1, 2, 4, ... of the neurons."""
         probe, total = self.estimator, dict[int, Accuracy]()
-        for block in split.row_blocks():
-            effects_POK = chosen_signed_ranks(block, self.vote.signal, probe.kept_)
-            for k, one in probe.accuracy_by_k(effects_POK, block.shard.numbers("gold")).items():
+        for shard in split.shards():
+            effects_POK = chosen_signed_ranks(shard, self.vote.signal, probe.kept_)
+            for k, one in probe.accuracy_by_k(effects_POK, shard.numbers("gold")).items():
                 total[k] = total[k] + one if k in total else one
         return total
 
@@ -136,8 +136,8 @@ class FittedAct(FittedProbe):
 
     def _by_k(self, split: NegSplit, ks: Sequence[int]) -> Ints:
         predicted_PJ = np.empty((split.n_rows, len(ks)), np.int64)
-        for block in split.row_blocks():
-            predicted_PJ[block.rows] = self.estimator.predict_by_k(block.activations, block.shard.n_rows, ks)
+        for shard in split.shards():
+            predicted_PJ[shard.rows] = self.estimator.predict_by_k(shard.activations, shard.n_rows, ks)
         return predicted_PJ
 
 
@@ -184,8 +184,8 @@ def check_forest_size(n_rows: int, n_kept: int) -> None:
 def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
     """Return the option with the largest NEG for the given neurons of every prompt: (P, K); see `argmax_features`."""
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
-    for block in split.row_blocks():
-        features_PK[block.rows] = argmax_features(block.signed_ranks(order_K))
+    for shard in split.shards():
+        features_PK[shard.rows] = argmax_features(shard.signed_ranks(order_K))
     return features_PK
 
 
@@ -221,9 +221,9 @@ class FittedLogistic(FittedProbe):
 
     def predict(self, split: NegSplit) -> Ints:
         predicted_P = np.empty(split.n_rows, np.int64)
-        for block in split.row_blocks():
-            effects_POK = chosen_effects(block, self.vote.signal, self.order_K)
-            predicted_P[block.rows] = self._predict((effects_POK - self.mean_OK) / self.scale_OK)
+        for shard in split.shards():
+            effects_POK = chosen_effects(shard, self.vote.signal, self.order_K)
+            predicted_P[shard.rows] = self._predict((effects_POK - self.mean_OK) / self.scale_OK)
         return predicted_P
 
     def _predict(self, values_POK: Numbers) -> Ints:
@@ -243,8 +243,8 @@ def fit_logistic(vote: Vote, order_K: Ints, train: NegSplit) -> FittedLogistic:
     """
     order_K = order_K[: max(1, LOGISTIC_VALUES // (train.n_rows * train.n_options))]
     values_POK = np.empty((train.n_rows, train.n_options, len(order_K)), np.float32)
-    for block in train.row_blocks():
-        values_POK[block.rows] = chosen_effects(block, vote.signal, order_K)
+    for shard in train.shards():
+        values_POK[shard.rows] = chosen_effects(shard, vote.signal, order_K)
     if len(np.unique(train.gold_P)) < 2:
         raise NegError(f"all {train.n_rows} training prompts have gold option {train.gold_P[0]}: add other rows")
     mean_OK, scale_OK = values_POK.mean(axis=0), values_POK.std(axis=0)

@@ -29,7 +29,7 @@ from negcore.measure.votes import (
     signed_rank_effect,
 )
 from negcore.probing.act_scores import ActScores, above_scores, class_sums, mean_thresholds
-from negcore.store.reader import NegSplit, RowBlock, Selection
+from negcore.store.reader import NegSplit, Selection, Shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,24 +75,24 @@ def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Rankin
     return Ranking.from_scores(rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote])
 
 
-def chosen_effects(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
-    """Return a signal's values for K chosen neurons of a block of rows: float32, shape (P, O, K).
+def chosen_effects(shard: Shard, signal: Signal, selection: Selection) -> Numbers:
+    """Return a signal's values for K chosen neurons of a shard: float32, shape (P, O, K).
 
     As NEG is the gradient times s(a), with s(a) = 1 if a > 0 and else -1, the plain gradient is NEG * s(a), and
     gradient x activation is NEG * |a|.
     """
-    negs_POK = block.negs(selection)
+    negs_POK = shard.negs(selection)
     if signal == "neg":
         return negs_POK
-    activations = block.activations(selection)[:, None]
+    activations = shard.activations(selection)[:, None]
     if signal == "gradient":
         return np.where(activations > 0, negs_POK, -negs_POK)
     return np.asarray(negs_POK * np.abs(activations))
 
 
-def chosen_signed_ranks(block: RowBlock, signal: Signal, selection: Selection) -> Numbers:
-    """Return numbers with the order and signs of a signal's values, for K chosen neurons of a block: (P, O, K)."""
-    return signed_rank_effect(signal, block.signed_ranks(selection), lambda: block.activations(selection))
+def chosen_signed_ranks(shard: Shard, signal: Signal, selection: Selection) -> Numbers:
+    """Return numbers with the order and signs of a signal's values, for K chosen neurons of a shard: (P, O, K)."""
+    return signed_rank_effect(signal, shard.signed_ranks(selection), lambda: shard.activations(selection))
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:
@@ -162,28 +162,28 @@ def training_scores(
     assert sizes, "no numbers of rows"
     scores = {vote: np.zeros((len(layers), split.n_neurons), np.int64) for vote in votes}
     found: dict[int, Rankings] = {}
-    for block, start, end in _row_pieces(split, sorted(set(sizes))):
+    for shard, start, end in _row_pieces(split, sorted(set(sizes))):
         for at, layer in enumerate(layers):
             with _named(split, start, layer):
-                _add_votes(scores, at, block, slice(start - block.rows.start, end - block.rows.start), layer)
+                _add_votes(scores, at, shard, slice(start - shard.rows.start, end - shard.rows.start), layer)
         if end in sizes:
             found[end] = Rankings({vote: scores_LN.flatten() for vote, scores_LN in scores.items()}, None)
     return found
 
 
-def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[RowBlock, int, int]]:
-    """Yield blocks of rows up to the last of the rising sizes, cut at each size: (block, first row, end row)."""
-    for block in split.row_blocks():
-        end = min(block.rows.stop, sizes[-1])
-        if end <= block.rows.start:
+def _row_pieces(split: NegSplit, sizes: Sequence[int]) -> Iterator[tuple[Shard, int, int]]:
+    """Yield blocks of rows up to the last of the rising sizes, cut at each size: (shard, first row, end row)."""
+    for shard in split.shards():
+        end = min(shard.rows.stop, sizes[-1])
+        if end <= shard.rows.start:
             return
-        cuts = [block.rows.start, *(size for size in sizes if block.rows.start < size < end), end]
-        yield from ((block, *piece) for piece in pairwise(cuts))
+        cuts = [shard.rows.start, *(size for size in sizes if shard.rows.start < size < end), end]
+        yield from ((shard, *piece) for piece in pairwise(cuts))
 
 
-def _add_votes(scores: Mapping[Vote, Ints], at: int, block: RowBlock, rows: slice, layer: int) -> None:
-    signed_ranks_PON, gold_P = block.shard.signed_ranks_PON(layer)[rows], block.shard.numbers("gold")[rows]
-    add_votes(scores, at, signed_ranks_PON, lambda: block.shard.activations_PN(layer)[rows], gold_P)
+def _add_votes(scores: Mapping[Vote, Ints], at: int, shard: Shard, rows: slice, layer: int) -> None:
+    signed_ranks_PON, gold_P = shard.signed_ranks_PON(layer)[rows], shard.numbers("gold")[rows]
+    add_votes(scores, at, signed_ranks_PON, lambda: shard.activations_PN(layer)[rows], gold_P)
 
 
 def act_scores(split: NegSplit, layers: range) -> ActScores:
@@ -200,13 +200,13 @@ def act_scores(split: NegSplit, layers: range) -> ActScores:
 
 
 def _activations(split: NegSplit, layers: range) -> Iterator[tuple[slice, slice, Numbers]]:
-    """Yield the activations of every block of rows and layer, all finite: (rows, columns of the layer, (P, N))."""
-    for block in split.row_blocks():
+    """Yield the activations of every shard and layer, all finite: (rows, columns of the layer, (P, N))."""
+    for shard in split.shards():
         for at, layer in enumerate(layers):
-            activations_PN = block.shard.activations_PN(layer)
-            with _named(split, block.rows.start, layer):
+            activations_PN = shard.activations_PN(layer)
+            with _named(split, shard.rows.start, layer):
                 check_finite(activations_PN, "activation", ("row", "neuron"))
-            yield block.rows, slice(at * split.n_neurons, (at + 1) * split.n_neurons), activations_PN
+            yield shard.rows, slice(at * split.n_neurons, (at + 1) * split.n_neurons), activations_PN
 
 
 @contextmanager

@@ -1,12 +1,11 @@
-"""Order and signs of the options' NEGs in 16 bits a prompt and neuron: all that vote probes and forests ask of them.
+"""The order and signs of the options' NEGs in 16 bits a prompt and neuron: all that vote probes and forests read.
 
-A code says how the options of a prompt and zero stand to each other, ties included: which options are negative, zero or
-positive, and which of two has the larger NEG. It is put together option by option. Option o has one of 2o + 3 places
-among zero and the o options before it: equal to one of their o + 1 values, between two, or beyond an end (some places
-are one where values are tied). Five options therefore have 3*5*7*9*11 = 10 395 codes, of which 4683 occur; six
-would not fit.
+A code says which options of a prompt have a negative, zero or positive NEG, and which of two options has the larger
+one, ties included. It is built option by option. Option o has one of 2o + 3 places among zero and the o options before
+it: equal to one of their o + 1 values, between two of them, or beyond an end (where values are tied, some places
+coincide). Five options therefore have 3*5*7*9*11 = 10 395 codes, of which 4683 occur; six options would not fit.
 
-Axes: P prompts, O options, N neurons, V all that 16 bits can say.
+Axes: P prompts, O options, N neurons, V values of 16 bits.
 """
 
 from functools import cache
@@ -26,7 +25,7 @@ _UNUSED = -128
 
 
 def encode(negs_PON: Numbers) -> Codes:
-    """Order and signs of the options' NEGs.
+    """Return the codes of the order and signs of the options' NEGs.
 
     Parameters
     ----------
@@ -51,7 +50,7 @@ def encode(negs_PON: Numbers) -> Codes:
 
 
 def decode(codes_PN: Codes, n_options: int) -> SignedRanks:
-    """Small whole numbers with the order and the signs of the NEGs that were encoded.
+    """Return small whole numbers with the order and the signs of the NEGs that were encoded.
 
     Parameters
     ----------
@@ -68,7 +67,7 @@ def decode(codes_PN: Codes, n_options: int) -> SignedRanks:
     Raises
     ------
     NegError
-        If a code is none of so many options: the data are damaged.
+        If a code stands for no order of so many options: the data are damaged.
     """
     check_n_options(n_options)
     ranks_OV = _ranks(n_options)
@@ -86,7 +85,7 @@ def decode(codes_PN: Codes, n_options: int) -> SignedRanks:
 
 
 def check_n_options(n_options: int) -> None:
-    """Refuse what 16 bits cannot hold, or what has no order.
+    """Refuse a number of options that 16 bits cannot hold, or of which there is no order.
 
     Raises
     ------
@@ -100,7 +99,7 @@ def _encode_block(negs_PON: Numbers) -> Codes:
     codes_PN = np.zeros((len(negs_PON), negs_PON.shape[2]), np.uint16)
     for option in range(negs_PON.shape[1]):
         value_PN = negs_PON[:, option]
-        # Its place counts twice what it is above, and once what it equals.
+        # The place counts twice each value that this one is above, and once each value that it equals.
         place_PN = (value_PN > 0).view(np.uint8) + (value_PN >= 0).view(np.uint8)
         for before in range(option):
             place_PN += value_PN > negs_PON[:, before]
@@ -112,9 +111,9 @@ def _encode_block(negs_PON: Numbers) -> Codes:
 
 @cache
 def _ranks(n_options: int) -> SignedRanks:
-    """Of each code the options' ranks, shape (O, V); `_UNUSED` where there is no such code."""
+    """Return the options' ranks for each code, shape (O, V); `_UNUSED` where a code does not occur."""
     ranks_OX = np.indices((2 * n_options + 1,) * n_options, np.int8).reshape(n_options, -1) - np.int8(n_options)
-    # Of all ranks that stand in one order, those without gaps are the nearest to zero.
+    # Among all ranks with one order, those without gaps are nearest to zero.
     nearest_first_OX = ranks_OX[:, np.argsort(np.abs(ranks_OX).sum(axis=0), kind="stable")]
     codes, first = np.unique(_encode_block(nearest_first_OX[None])[0], return_index=True)
     ranks_OV = np.full((n_options, 2**16), _UNUSED, np.int8)

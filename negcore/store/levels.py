@@ -35,17 +35,6 @@ from negcore.store.schema import (
 FloatArray = npt.NDArray[np.float32]
 
 
-class RowShape(NamedTuple):
-    """How many numbers each row of a shard has."""
-
-    n_options: int
-    n_layers: int
-    n_neurons: int
-    """Neurons a layer."""
-    n_chosen: int | None = None
-    """Neurons whose numbers are stored, where vote sums choose them."""
-
-
 class NeuronPlaces(NamedTuple):
     """K neurons: the layer of each, its place there, and its flat layer-major index."""
 
@@ -77,13 +66,13 @@ class StorageLevel(ABC):
     axes: ClassVar[Mapping[str, str]]
     """Meaning of the columns, as the metadata of every file says it."""
     has_values: ClassVar[bool] = True
-    """Whether NEGs can be read, and not only their order and signs."""
+    """True if NEGs can be read, and not only their order and signs."""
     has_all_neurons: ClassVar[bool] = True
-    """Whether every neuron can be read for every prompt."""
+    """True if every neuron can be read for every prompt."""
     has_vote_sums: ClassVar[bool] = False
-    """Whether a first pass keeps vote sums of training prompts, and a second the numbers of neurons they choose."""
+    """True if a first pass keeps vote sums of training prompts, and a second the numbers of neurons they choose."""
     has_nonfinite: ClassVar[bool] = True
-    """Whether NaN and infinity can be stored."""
+    """True if NaN and infinity can be stored."""
 
     def check_n_options(self, n_options: int) -> None:
         """Refuse a number of options that does not fit; most levels take any number.
@@ -137,9 +126,14 @@ class StorageLevel(ABC):
         first = {name: values for name, values in own.items() if values.type == IN_FIRST_ROW}
         return record_batch(examples, {**first, **shared, **own})
 
-    def schema(self, shape: RowShape) -> pa.Schema:
-        """Return the columns of shards with such rows, without metadata: those of a shard without any."""
-        n_options, n_layers, n_neurons, n_chosen = shape
+    def schema(self, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None = None) -> pa.Schema:
+        """Return the columns of every shard of such a model and dataset, without metadata.
+
+        Parameters
+        ----------
+        n_chosen : int, optional
+            K, at a level with vote sums: number of the neurons to store. Without it, the columns of the sums.
+        """
         return self.batch(
             [],
             label_ids_PO=np.empty((0, n_options)),
@@ -148,13 +142,6 @@ class StorageLevel(ABC):
             probs_PO=np.empty((0, n_options)),
             neurons=None if n_chosen is None else range(n_chosen),
         ).schema
-
-    def has_columns(self, schema: pa.Schema, shape: RowShape) -> bool:
-        """Tell whether a file has exactly the columns of such rows."""
-        try:
-            return bool(schema.equals(self.schema(shape)))
-        except (ValueError, OverflowError, MemoryError):  # no shard has rows of this shape
-            return False
 
     def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
         """Return NEGs: float32 (P, O, N) of a layer or (P, O, K), probability per unit of activation.
@@ -210,10 +197,6 @@ class Values(StorageLevel):
     def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
         """Return the arrays to store of one layer, by the beginning of their columns' names."""
         return {"act": activations_PN, "neg": negs_PON}
-
-    def has_columns(self, schema: pa.Schema, shape: RowShape) -> bool:
-        # A receipt may claim any number of layers: no schema is made of more than the file has columns.
-        return shape.n_layers <= len(schema) and super().has_columns(schema, shape)
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
         if not isinstance(neurons, NeuronPlaces):
@@ -332,9 +315,13 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
     n_options, n_chosen = row_width(schema, "probs"), row_width(schema, "act")
     if level is None or n_options is None or not isinstance(n_layers, int) or not isinstance(n_neurons, int):
         return False
-    if ("neurons" in identity) != (n_chosen is not None):
+    # A receipt may claim anything: no schema is made of more layers than the file has columns.
+    if ("neurons" in identity) != (n_chosen is not None) or (level.has_all_neurons and n_layers > len(schema)):
         return False
-    return level.has_columns(schema, RowShape(n_options, n_layers, n_neurons, n_chosen))
+    try:
+        return bool(schema.equals(level.schema(n_options, n_layers, n_neurons, n_chosen)))
+    except (ValueError, OverflowError, MemoryError):  # no shard has rows of this shape
+        return False
 
 
 def sum_column(vote: Vote) -> str:

@@ -8,10 +8,10 @@ neurons, K chosen neurons.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ from negcore.store.schema import ShardColumns, first_row
 
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
 """Neurons: flat layer-major indices (layer * N + neuron), or (layer, neuron) pairs."""
-Columns = TypeVar("Columns", bound=ShardColumns)
 
 
 def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
@@ -143,30 +142,32 @@ class ShardReader:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the first shard says about itself."""
+        """Metadata of the first shard: place, identity, axes."""
         metadata: dict[str, Any] = json.loads(self.schema.metadata[b"neg"])
         return metadata
 
     def shards(self) -> Iterator[ShardColumns]:
-        """Map the shards in order: the way to read everything once.
+        """Map the shards in order, one at a time: the way to read everything once.
 
         Raises
         ------
         ShardError
             If a shard is damaged.
         """
+        begin = 0
         for receipt in self._mapped:
-            shard = ShardColumns(shard_of(self.folder, receipt), mapped_batch(local_shard(self.folder, receipt)))
-            if not shard.batch.schema.equals(self.schema):
-                raise _damaged(shard.path, "its columns are not those of the first shard")
-            if shard.n_rows != receipt.n_rows:
-                raise _damaged(shard.path, f"{shard.n_rows} rows, {receipt.n_rows} in its receipt")
-            yield shard
+            path, batch = shard_of(self.folder, receipt), mapped_batch(local_shard(self.folder, receipt))
+            if not batch.schema.equals(self.schema):
+                raise _damaged(path, "its columns are not those of the first shard")
+            if batch.num_rows != receipt.n_rows:
+                raise _damaged(path, f"{batch.num_rows} rows, {receipt.n_rows} in its receipt")
+            yield ShardColumns(path, batch, slice(begin, begin + receipt.n_rows))
+            begin += receipt.n_rows
 
     def read(self, names: Sequence[str]) -> dict[str, Any]:
         """Read columns of all rows in one pass: numbers as an array (P, ...), strings as a list of P."""
         columns: dict[str, Any] = {}
-        for rows, shard in _placed(self.shards()):
+        for shard in self.shards():
             for name in names:
                 if pa.types.is_string(self.schema.field(name).type):
                     columns.setdefault(name, []).extend(shard.strings(name))
@@ -174,7 +175,7 @@ class ShardReader:
                 values = shard.numbers(name)
                 if name not in columns:
                     columns[name] = np.empty((self.n_rows, *values.shape[1:]), values.dtype)
-                columns[name][rows] = values
+                columns[name][shard.rows] = values
         return columns
 
 
@@ -221,15 +222,10 @@ class NegSplit(ShardReader):
 
     def shards(self) -> Iterator["Shard"]:
         for columns in super().shards():
-            shard = Shard(columns.path, columns.batch, self.level)
+            shard = Shard(columns.path, columns.batch, columns.rows, self)
             if self.identity.neurons not in (None, choice_digest(shard.chosen_K.tolist())):
                 raise _damaged(shard.path, "its neurons are not those of its receipt")
             yield shard
-
-    def row_blocks(self) -> Iterator["RowBlock"]:
-        """Iterate over the rows shard by shard, to read few neurons of many rows with one shard in memory at a time."""
-        for rows, shard in _placed(self.shards()):
-            yield RowBlock(rows, shard, self._locate)
 
     def layer(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer: float32 (P, O, N), probability per unit of activation.
@@ -241,12 +237,12 @@ class NegSplit(ShardReader):
         ShardError
             If the model has no such layer, or the shards do not hold the values of all neurons.
         """
-        self._locate([(layer, 0)])
+        self.locate([(layer, 0)])
         if len(self._mapped) == 1:
             return next(self.shards()).negs_PON(layer)
         negs_PON = np.empty((self.n_rows, self.n_options, self.n_neurons), dtype=np.float32)
-        for rows, shard in _placed(self.shards()):
-            negs_PON[rows] = shard.negs_PON(layer)
+        for shard in self.shards():
+            negs_PON[shard.rows] = shard.negs_PON(layer)
         return negs_PON
 
     def neurons(self, selection: Selection) -> FloatArray:
@@ -261,18 +257,18 @@ class NegSplit(ShardReader):
         ShardError
             If a neuron does not exist, or the shards do not hold its values.
         """
-        places = self._locate(selection)
+        places = self.locate(selection)
         negs_POK = np.empty((self.n_rows, self.n_options, places.flat_K.size), dtype=np.float32)
-        for rows, shard in _placed(self.shards()):
-            negs_POK[rows] = self.level.negs(shard, places)
+        for shard in self.shards():
+            negs_POK[shard.rows] = self.level.negs(shard, places)
         return negs_POK
 
     def activations(self, selection: Selection) -> FloatArray:
         """Return the activations of K chosen neurons: float32 (P, K). `selection` as in `neurons`."""
-        places = self._locate(selection)
+        places = self.locate(selection)
         activations_PK = np.empty((self.n_rows, places.flat_K.size), dtype=np.float32)
-        for rows, shard in _placed(self.shards()):
-            activations_PK[rows] = self.level.activations(shard, places)
+        for shard in self.shards():
+            activations_PK[shard.rows] = self.level.activations(shard, places)
         return activations_PK
 
     @property
@@ -285,7 +281,8 @@ class NegSplit(ShardReader):
         name = f"{_listed([self.place])}, site={self.identity.site!r}"
         return f"NegSplit({name}: {size} in {len(self._mapped)} shards)"
 
-    def _locate(self, selection: Selection) -> NeuronPlaces:
+    def locate(self, selection: Selection) -> NeuronPlaces:
+        """Return the places of chosen neurons; `ShardError` if one does not exist."""
         chosen = np.asarray(selection)
         if chosen.size == 0:
             return NeuronPlaces(*np.empty((3, 0), dtype=np.int64))
@@ -307,21 +304,36 @@ class NegSplit(ShardReader):
 
 @dataclass(frozen=True)
 class Shard(ShardColumns):
-    """One mapped file of NEGs; every array is a read-only view of it, unless it is put together from 16 bits."""
+    """One mapped file of NEGs, for a whole layer or for chosen neurons; selections as in `NegSplit.neurons`.
 
-    level: StorageLevel
+    Every array is a read-only view of the file, unless it is put together from 16 bits or of chosen neurons.
+    """
+
+    split: NegSplit
 
     def negs_PON(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer, as `StorageLevel.negs`."""
-        return self.level.negs(self, layer)
+        return self.split.level.negs(self, layer)
 
     def signed_ranks_PON(self, layer: int) -> FloatArray | SignedRanks:
         """Return numbers with the signs and order of one layer's NEGs, as `StorageLevel.signed_ranks`."""
-        return self.level.signed_ranks(self, layer)
+        return self.split.level.signed_ranks(self, layer)
 
     def activations_PN(self, layer: int) -> FloatArray:
         """Return the activations of one layer, as `StorageLevel.activations`."""
-        return self.level.activations(self, layer)
+        return self.split.level.activations(self, layer)
+
+    def negs(self, selection: Selection) -> FloatArray:
+        """Return the NEGs of K neurons: float32 (P, O, K); `ShardError` if the shard does not hold their values."""
+        return self.split.level.negs(self, self.split.locate(selection))
+
+    def signed_ranks(self, selection: Selection) -> FloatArray | SignedRanks:
+        """Return numbers with the signs and order of the NEGs of K neurons: (P, O, K)."""
+        return self.split.level.signed_ranks(self, self.split.locate(selection))
+
+    def activations(self, selection: Selection) -> FloatArray:
+        """Return the activations of K neurons: float32 (P, K)."""
+        return self.split.level.activations(self, self.split.locate(selection))
 
     def sums_M(self, vote: Vote) -> npt.NDArray[np.int32]:
         """Return a vote's score of every neuron, summed over the shard's rows: int32 (M,).
@@ -340,42 +352,6 @@ class Shard(ShardColumns):
     def chosen_K(self) -> npt.NDArray[np.int32]:
         """Flat indices, rising, of the neurons that a shard of chosen neurons holds: int32 (K,); else empty."""
         return first_row(self.batch, "neurons")
-
-
-@dataclass(frozen=True)
-class RowBlock:
-    """The rows of one shard, to read chosen neurons of; selections as in `NegSplit.neurons`."""
-
-    rows: slice
-    """Where they are among the rows of the split."""
-    shard: Shard
-    _locate: Callable[[Selection], NeuronPlaces]
-
-    def negs(self, selection: Selection) -> FloatArray:
-        """Return the NEGs of K neurons: float32 (P, O, K).
-
-        Raises
-        ------
-        ShardError
-            If the shard does not hold their values.
-        """
-        return self.shard.level.negs(self.shard, self._locate(selection))
-
-    def signed_ranks(self, selection: Selection) -> FloatArray | SignedRanks:
-        """Return numbers with the signs and order of the NEGs of K neurons, as `StorageLevel.signed_ranks`."""
-        return self.shard.level.signed_ranks(self.shard, self._locate(selection))
-
-    def activations(self, selection: Selection) -> FloatArray:
-        """Return the activations of K neurons: float32 (P, K)."""
-        return self.shard.level.activations(self.shard, self._locate(selection))
-
-
-def _placed(shards: Iterable[Columns]) -> Iterator[tuple[slice, Columns]]:
-    """Iterate over shards with the place of their rows among all rows."""
-    begin = 0
-    for shard in shards:
-        yield slice(begin, begin + shard.n_rows), shard
-        begin += shard.n_rows
 
 
 # Files: all that touches the disk on the reading side

@@ -104,6 +104,8 @@ class ShardColumns:
 
     path: Path
     batch: pa.RecordBatch
+    rows: slice
+    """Place of its rows among all rows of the directory."""
 
     @property
     def n_rows(self) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from negcore.datasets import Example
 from negcore.store.identity import canonical_json, choice_digest
-from negcore.store.levels import STORAGE_LEVELS, RowShape
+from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.schema import ALIGNMENT_BYTES, aligned_schema, lists
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import n_chosen
@@ -23,8 +23,7 @@ _OFFSET_BYTES = 4
 def shard_bytes(split: ShardSet) -> list[int]:
     """Return the bytes of each of a split's shards."""
     n_layers, n_neurons = split.identity.n_layers, split.identity.n_neurons
-    shape = RowShape(split.n_options, n_layers, n_neurons, n_chosen(split))
-    schema = STORAGE_LEVELS[split.identity.storage].schema(shape)
+    schema = STORAGE_LEVELS[split.identity.storage].schema(split.n_options, n_layers, n_neurons, n_chosen(split))
     file_bytes = _file_bytes(schema, split)
     n_listed = n_chosen(split) or n_layers * n_neurons
     return [file_bytes(index, _body_bytes(schema, shard, n_listed)) for index, shard in enumerate(split.shards)]

@@ -165,11 +165,11 @@ def _gold_negs(split: NegSplit, examples: Sequence[Example], neurons_K: Ints) ->
     rows = {example.id: row for row, example in enumerate(examples)}
     gold_P = np.array([example.answer for example in examples])
     gold_negs_PK = np.empty((len(examples), len(neurons_K)), np.float32)
-    for block in split.row_blocks():
-        stored_P = [at for at, id_ in enumerate(split.ids[block.rows]) if id_ in rows]
+    for shard in split.shards():
+        stored_P = [at for at, id_ in enumerate(split.ids[shard.rows]) if id_ in rows]
         if stored_P:
-            rows_P = [rows[split.ids[block.rows][at]] for at in stored_P]
-            gold_negs_PK[rows_P] = block.signed_ranks(neurons_K)[stored_P, gold_P[rows_P]]
+            rows_P = [rows[split.ids[shard.rows][at]] for at in stored_P]
+            gold_negs_PK[rows_P] = shard.signed_ranks(neurons_K)[stored_P, gold_P[rows_P]]
     return gold_negs_PK
 
 

@@ -9,7 +9,7 @@ from support import LABELS, PROMPTS, negs_place, tiny_model, write_negs
 
 from negcore.measure.neurgrad import neurgrad
 from negcore.store.identity import RunIdentity
-from negcore.store.levels import STORAGE_LEVELS, RowShape, bfloat16_bits, bfloat16_values
+from negcore.store.levels import STORAGE_LEVELS, bfloat16_bits, bfloat16_values
 from negcore.store.reader import open_negs
 
 N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 9, 3, 2, 5
@@ -107,18 +107,18 @@ def test_every_way_to_read_gives_the_nearest_16_bit_numbers(stored):
     assert np.array_equal(split.neurons(chosen), negs_POLN[:, :, layers, neurons])
     assert np.array_equal(split.activations(chosen), activations_PLN[:, layers, neurons])
     assert split.neurons([]).shape == (N_ROWS, N_OPTIONS, 0)
-    for block, start in zip(split.row_blocks(), (0, 3, 6), strict=True):
+    for block, start in zip(split.shards(), (0, 3, 6), strict=True):
         own = slice(start, start + 3)
         assert np.array_equal(block.negs(chosen), negs_POLN[own][:, :, layers, neurons])
         assert np.array_equal(block.signed_ranks(chosen), negs_POLN[own][:, :, layers, neurons])
         assert np.array_equal(block.activations(chosen), activations_PLN[own][:, layers, neurons])
-        assert np.array_equal(block.shard.signed_ranks_PON(1), negs_POLN[own][:, :, 1])
-        assert np.array_equal(block.shard.activations_PN(1), activations_PLN[own][:, 1])
+        assert np.array_equal(block.signed_ranks_PON(1), negs_POLN[own][:, :, 1])
+        assert np.array_equal(block.activations_PN(1), activations_PLN[own][:, 1])
 
 
 def test_the_columns_take_half_the_room():
     def n_bits(storage):
-        schema = STORAGE_LEVELS[storage].schema(RowShape(4, 3, 16))
+        schema = STORAGE_LEVELS[storage].schema(4, 3, 16)
         types = [type_ for name, type_ in _fields(schema) if name.startswith(("act", "neg"))]
         return sum(type_.list_size * type_.value_type.bit_width for type_ in types)
 

@@ -225,7 +225,7 @@ def test_gradient_times_activation_is_ordered_as_neg_though_a_product_would_be_r
     negs_POLN = np.array([gold_N, other_N], np.float32)[None, :, None]
     data = Numbers(negs_POLN, np.array([[[1.125, 0.25]]], np.float32), np.array([0]))
     of_level = [write(tmp_path / storage, "train", storage, n_options=2, data=data) for storage in ("values", "codes")]
-    (block,) = of_level[0].row_blocks()
+    (block,) = of_level[0].shards()
     product_ON = chosen_effects(block, "gxa", [0, 1])[0]
     assert product_ON[0].tolist() == product_ON[1].tolist()
     for split in of_level:
@@ -249,11 +249,11 @@ def test_an_activation_that_is_no_number_enters_no_vote(tmp_path, storage, signa
 def test_whoever_asks_codes_for_values_is_told_to_run_with_values(tmp_path):
     split = write(tmp_path, "train", "codes")
     assert (split.storage, write(tmp_path / "v", "train", "values").storage) == ("codes", "values")
-    (block, *_), (shard, *_) = split.row_blocks(), split.shards()
+    (shard, *_) = split.shards()
     questions = [
         lambda: split.layer(0),
         lambda: split.neurons([3]),
-        lambda: block.negs([3]),
+        lambda: shard.negs([3]),
         lambda: shard.negs_PON(0),
         lambda: fit_logistic(VOTES[0], np.arange(4), split),
     ]

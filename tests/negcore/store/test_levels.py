@@ -9,14 +9,13 @@ import pytest
 
 from negcore.errors import NegError, ShardError
 from negcore.store.identity import RunIdentity, StorageName, choice_digest
-from negcore.store.levels import STORAGE_LEVELS, NeuronPlaces, RowShape, has_columns_of
+from negcore.store.levels import STORAGE_LEVELS, NeuronPlaces, has_columns_of
 from negcore.store.publish import SetAside, ShardPlace, publish_shard, receipts, shard_path
 from negcore.store.reader import ShardReader, open_negs
 from negcore.store.schema import ShardColumns
 from negcore.store.study import read_study, study_batch
 
 N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 4, 3, 2, 5
-SHAPE = RowShape(N_OPTIONS, N_LAYERS, N_NEURONS)
 CHOSEN = (1, 6, 9)
 SETTINGS = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
 SETTINGS |= {"n_layers": N_LAYERS, "n_neurons": N_NEURONS, "prompt": {}, "dataset_fingerprint": "f"}
@@ -48,7 +47,7 @@ def batch(storage, neurons=None, **changes):
 
 
 def shard(storage, neurons=None):
-    return ShardColumns("a shard", batch(storage, neurons))
+    return ShardColumns("a shard", batch(storage, neurons), slice(0, N_ROWS))
 
 
 def places(*flat):
@@ -66,13 +65,19 @@ def test_every_name_of_a_run_file_has_its_level():
 
 @pytest.mark.parametrize(("storage", "neurons"), SHAPES)
 def test_columns_are_known_before_anything_is_measured(storage, neurons):
-    shape = SHAPE._replace(n_chosen=None if neurons is None else len(neurons))
-    level, written = STORAGE_LEVELS[storage], batch(storage, neurons).schema
-    assert written.equals(level.schema(shape))
-    assert level.has_columns(written, shape)
-    others = [shape._replace(n_options=2), shape._replace(n_layers=3), shape._replace(n_neurons=4)]
-    for other in others if storage != "stats" else others[:1]:
-        assert not level.has_columns(written, other)
+    n_chosen = None if neurons is None else len(neurons)
+    schema = batch(storage, neurons).schema
+    assert schema.equals(STORAGE_LEVELS[storage].schema(N_OPTIONS, N_LAYERS, N_NEURONS, n_chosen))
+    assert not schema.equals(STORAGE_LEVELS[storage].schema(N_OPTIONS + 1, N_LAYERS, N_NEURONS, n_chosen))
+
+
+@pytest.mark.parametrize(("storage", "neurons"), SHAPES)
+def test_a_file_has_the_columns_of_its_own_identity_alone(storage, neurons):
+    digest = None if neurons is None else choice_digest(neurons)
+    identity = RunIdentity(**SETTINGS, storage=storage, neurons=digest).comparable()
+    assert has_columns_of(identity, batch(storage, neurons).schema)
+    others = [kind for kind in SHAPES if kind != (storage, neurons)]
+    assert not any(has_columns_of(identity, batch(*other).schema) for other in others)
 
 
 @pytest.mark.parametrize(("storage", "neurons"), SHAPES)
@@ -126,7 +131,8 @@ def test_a_level_without_nan_refuses_one(storage):
     values = numbers()["negs_POLN"]
     values[1, 0, 1, 3] = np.nan
     if STORAGE_LEVELS[storage].has_nonfinite:
-        assert np.isnan(STORAGE_LEVELS[storage].negs(ShardColumns("s", batch(storage, negs_POLN=values)), 1)[1, 0, 3])
+        stored = ShardColumns("a shard", batch(storage, negs_POLN=values), slice(0, N_ROWS))
+        assert np.isnan(STORAGE_LEVELS[storage].negs(stored, 1)[1, 0, 3])
     else:
         with pytest.raises(NegError, match="layer 1: NEG of row 1, option 0, neuron 3 is nan"):
             batch(storage, negs_POLN=values)
@@ -204,7 +210,7 @@ def test_a_reader_gives_rows_in_order_and_passes_over_shards_without_any(tmp_pat
     reader = ShardReader(folder, verify=True)
     assert reader.n_rows == 3
     assert [receipt.n_rows for receipt in reader.receipts] == [2, 0, 1]
-    assert [shard.n_rows for shard in reader.shards()] == [2, 1]
+    assert [(shard.n_rows, shard.rows) for shard in reader.shards()] == [(2, slice(0, 2)), (1, slice(2, 3))]
     assert reader.read(["id", "group"]) == {"id": ["0/0", "0/1", "2/0"], "group": ["g"] * 3}
     assert reader.metadata["index"] == 0
 

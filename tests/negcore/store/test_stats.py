@@ -221,13 +221,13 @@ def test_whoever_asks_for_what_is_not_stored_is_told_what_to_do(tmp_path):
     chosen = write(tmp_path / "chosen", "train", "stats", neurons=CHOSEN)
     sums = write(tmp_path / "sums", "train", "stats")
     for split, neuron in ((chosen, 4), (sums, 0)):
-        (block, *_) = split.row_blocks()
+        (block, *_) = split.shards()
         for question in (split.neurons, split.activations, block.negs, block.signed_ranks, block.activations):
             with pytest.raises(ShardError, match=f"does not hold neuron {neuron} .* or with --storage values"):
                 question([neuron])
         questions = [
             lambda split=split: split.layer(0),
-            lambda block=block: block.shard.activations_PN(0),
+            lambda block=block: block.activations_PN(0),
             lambda split=split: rank_layers(split, range(1), [], act=True),
             lambda split=split: training_scores(split, range(1), VOTES, [3]),
         ]
