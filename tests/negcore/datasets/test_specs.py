@@ -5,12 +5,15 @@ from dataclasses import astuple
 import pytest
 import xxhash
 
+from negcore.datasets.base import Wording, check_template
 from negcore.datasets.mceval8k import SPECS
 from negcore.datasets.mini import MINI_SPECS
+from negcore.datasets.specs import OptionsField, Spec, read_specs
+from negcore.errors import DatasetError
 
 NAMED = {**SPECS, **MINI_SPECS}
-# Computed from the specs while they were written in Python. Prompts, and so the fingerprints of finished runs, follow
-# from them: a new dataset adds a line, and no line changes.
+# Computed while the specs were still written in Python. Prompts follow from specs, and finished runs rest on prompts:
+# a new dataset adds a line here, and no line changes.
 DIGESTS = {
     "mceval8k/agnews": "0860bbd86225d089",
     "mceval8k/amazon-reviews": "79f07d48ed3695ab",
@@ -50,3 +53,73 @@ def test_the_datasets_keep_their_order():
 @pytest.mark.parametrize("name", DIGESTS)
 def test_no_spec_ever_changes(name):
     assert xxhash.xxh3_64_hexdigest(repr(astuple(NAMED[name])).encode()) == DIGESTS[name]
+
+
+@pytest.mark.parametrize("spec", NAMED.values(), ids=NAMED)
+def test_every_wording_asks_for_fields_of_its_records(spec):
+    for wording in spec.wordings:
+        check_template(wording.question, spec.fields)
+
+
+SIZES = """
+[sizes]
+genre = "order"
+fields = ["first", "second"]
+options = ["Smaller", "Larger"]
+wordings.default.instruction = "Compare each two numbers."
+wordings.default.question = "{first} and {second}"
+wordings.inline.instruction = "Which way does it go?"
+wordings.inline.question = "From {first} to {second}"
+"""
+
+
+def specs_of(tmp_path, text):
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    return read_specs(path)
+
+
+def test_a_dataset_is_one_table(tmp_path):
+    (spec,) = specs_of(tmp_path, SIZES)
+    inline = Wording(
+        name="inline",
+        instruction="Which way does it go?",
+        question="From {first} to {second}",
+        option="({letter}) {text}",
+        separator="  ",
+        cue="The letter of the right option is",
+    )
+    default = Wording(name="default", instruction="Compare each two numbers.", question="{first} and {second}")
+    assert spec == Spec(
+        name="sizes",
+        genre="order",
+        fields=("first", "second"),
+        options=("Smaller", "Larger"),
+        wordings=(default, inline),
+    )
+
+
+def test_a_dataset_like_another_takes_the_keys_that_it_does_not_have(tmp_path):
+    own = '[own]\nlike = "sizes"\noptions = { name = "choices", n_options = 3 }\n'
+    first, second = specs_of(tmp_path, own + SIZES)
+    assert (first.name, first.genre, first.fields) == ("own", "order", second.fields)
+    assert first.options == OptionsField("choices", 3) and first.wordings == second.wordings
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('colour = "red"', "dataset 'sizes': the key 'colour' is unknown; allowed: genre, fields, options, answer,"),
+        ('name = "other"', "dataset 'sizes': the key 'name' is unknown"),
+        ('like = "nothing"', "dataset 'sizes': like is 'nothing'; allowed: the other datasets of the file"),
+        ('wordings.default.mood = "glad"', "dataset 'sizes', wording 'default': the key 'mood' is unknown"),
+        ('wordings.third.question = "?"', "dataset 'sizes', wording 'third': the key 'instruction' is missing"),
+        ('[empty]\ngenre = "order"', "dataset 'empty': the key 'fields' is missing"),
+        ('[few]\nlike = "sizes"\noptions.name = "all"', "dataset 'few', options: the key 'n_options' is missing"),
+        ("genre", "own.toml: not TOML"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file_and_dataset(tmp_path, line, message):
+    with pytest.raises(DatasetError) as error:
+        specs_of(tmp_path, SIZES + line)
+    assert f"{tmp_path / 'own.toml'}" in str(error.value) and message in str(error.value)
