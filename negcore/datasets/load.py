@@ -29,7 +29,8 @@ from negcore.datasets.render import (
     prompt_end,
     special_token_pattern,
 )
-from negcore.datasets.rows import Row, Source, Spec
+from negcore.datasets.rows import Row, Source
+from negcore.datasets.specs import Spec
 from negcore.datasets.splits import Cut, Rows, cut_splits, draw_demonstrations, stratified_sample, without
 from negcore.errors import DatasetError, LabelError
 

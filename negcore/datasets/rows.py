@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from negcore.datasets.base import Wording
 from negcore.datasets.files import Record
+from negcore.datasets.specs import OptionsField, Spec
 from negcore.errors import DatasetError
 
 
@@ -27,47 +28,6 @@ class Row:
     """Normalised text of the question, equal for two rows that ask the same."""
     whole: str
     """Unchanged record as JSON with sorted keys."""
-
-
-@dataclass(frozen=True, slots=True)
-class OptionsField:
-    """A field that holds each row's own options."""
-
-    name: str
-    n_options: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One dataset as data: its place, the fields of its records and its wordings."""
-
-    name: str
-    genre: str
-    fields: tuple[str, ...]
-    """Fields in the question; two rows with the same text in them ask the same."""
-    options: tuple[str, ...] | OptionsField
-    """Options of every row, or the field that holds a row's own."""
-    answer: str = "label"
-    """Field with the gold option: an index into the options, unless `answer_values` is given."""
-    answer_values: tuple[Any, ...] = ()
-    """Values of the answer field in the order of the options."""
-    option_names: Mapping[str, str] = field(default_factory=dict)
-    """Words for options that are codes."""
-    options_are_content: bool = False
-    """True if rows with the same fields but other options ask something else."""
-    group: str | None = None
-    aliases: tuple[str, ...] = ()
-    """Other accepted spellings of the name and of the folder."""
-    wordings: tuple[Wording, ...]
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """Folder names to look for, in this order."""
-        return (self.name, *self.aliases)
-
-    @property
-    def n_options(self) -> int:
-        return self.options.n_options if isinstance(self.options, OptionsField) else len(self.options)
 
 
 def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row | None:
@@ -148,21 +108,6 @@ def check_unicode(text: str, place: str) -> None:
 def normalised(text: str) -> str:
     """Return text in NFKC, case-folded, with spacing collapsed, as the `clean` policy compares it."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
-def two_wordings(instruction: str, question: str, instruction_2: str, question_2: str) -> tuple[Wording, ...]:
-    """Return the two wordings of a dataset: `default` lists the options, `inline` has them in one line."""
-    return (
-        Wording(name="default", instruction=instruction, question=question),
-        Wording(
-            name="inline",
-            instruction=instruction_2,
-            question=question_2,
-            option="({letter}) {text}",
-            separator="  ",
-            cue="The letter of the right option is",
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True)
