@@ -8,7 +8,6 @@ from typing import Any
 
 from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
 from negcore.errors import DatasetError, NegError
-from negcore.model.encoding import encode_labels, encode_prompts
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
@@ -17,6 +16,7 @@ from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import n_stored, reads_training_values
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
+from tasks.measure.examples import EncodedExample, encode_examples
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
 
@@ -108,9 +108,9 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
     splits: list[ShardSet] = []
     for split, examples in dataset.splits.items():
-        _check_rows(card, dataset.name, split, examples)
+        encoded = _encoded_rows(card, dataset.name, split, examples)
         _check_options(run, dataset.name, examples)
-        splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
+        splits += [_shard_set(run, identity, dataset, part, encoded, k) for part, k in _passes(run, identity, split)]
     if "tree" in run.probe:
         _check_forest(run, card, dataset)
     return PlannedDataset(card.name, dataset, tuple(splits))
@@ -135,7 +135,7 @@ def _shard_set(
     identity: RunIdentity,
     dataset: Dataset,
     part: str,
-    examples: tuple[Example, ...],
+    examples: tuple[EncodedExample, ...],
     n_chosen: int | None,
 ) -> ShardSet:
     return ShardSet(
@@ -223,24 +223,9 @@ def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:
         raise DatasetError(f"{dataset.name}: {error}") from None
 
 
-def _check_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> None:
+def _encoded_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> tuple[EncodedExample, ...]:
     if not examples:
         raise DatasetError(
             f"{dataset}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
         )
-    check_prompts(card, f"{dataset}, split {split!r}", examples)
-
-
-def check_prompts(card: ModelCard, where: str, examples: Sequence[Example]) -> None:
-    """Refuse prompts and labels that the model cannot read.
-
-    Raises
-    ------
-    NegError
-        If a prompt is empty or too long, or a label not one token; it says `where`.
-    """
-    try:
-        encode_prompts(card, [example.prompt for example in examples])
-        encode_labels(card.tokenizer, [example.labels for example in examples], len(examples))
-    except NegError as error:
-        raise type(error)(f"{where}, model {card.name}: {error}") from None
+    return encode_examples(card, f"{dataset}, split {split!r}", examples)

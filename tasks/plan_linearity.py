@@ -13,10 +13,11 @@ from negcore.measure.sweeps import draw_neurons
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
+from tasks.measure.examples import EncodedExample, encode_examples
 from tasks.measure.measurement import Measurement
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Sweeps
-from tasks.plan import check_prompts, run_identity
+from tasks.plan import run_identity
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def plan_linearity(run: LinearityRun) -> tuple[PlannedStudy, ...]:
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     card = describe_model(ref)
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
-    check_prompts(card, facts.name, facts.examples)
+    examples = encode_examples(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
     grid_S = nested_grid(run.ranges, run.points)
@@ -60,16 +61,22 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
         *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
         ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
     ]
-    return PlannedStudy(card, facts, tuple(_shard_set(run, card, facts, *one) for one in measurements))
+    return PlannedStudy(card, facts, tuple(_shard_set(run, card, facts, examples, *one) for one in measurements))
 
 
 def _shard_set(
-    run: LinearityRun, card: ModelCard, facts: FactSet, kind: str, part: str, measurement: Measurement
+    run: LinearityRun,
+    card: ModelCard,
+    facts: FactSet,
+    examples: tuple[EncodedExample, ...],
+    kind: str,
+    part: str,
+    measurement: Measurement,
 ) -> ShardSet:
     return ShardSet(
         place=ShardPlace(kind, card.name, facts.name, part),
         identity=run_identity(run, card, {"seed": run.seed}, facts.fingerprint, study=measurement.settings),
-        examples=facts.examples,
+        examples=examples,
         measurement=measurement,
         shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,

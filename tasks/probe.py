@@ -10,7 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.arrays import Ints
+from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
 from negcore.probing.probes import LMProbe

@@ -33,7 +33,8 @@ from negcore.analysis.skills import (
     training_sizes,
     transfer,
 )
-from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.arrays import Ints
+from negcore.measure.votes import Ranking, Vote
 from negcore.model.language_model import ModelCard
 from negcore.probing.evaluation import accuracy, majority_floor, random_floor
 from negcore.probing.fitted import fit_vote

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from negcore.analysis.linearity import bootstrap_weights
-from negcore.arrays import Floats
+from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.interventions import JointShift, shift_together
 from negcore.measure.sweeps import checked_shifts
-from negcore.measure.votes import Ints, Numbers, Ranking, Signs, check_finite, check_gold
+from negcore.measure.votes import Numbers, Ranking, Signs, check_finite, check_gold
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from negcore.arrays import Floats
+from negcore.arrays import Floats, Ints
 from negcore.measure.sweeps import SweepResult
-from negcore.measure.votes import Ints, Numbers
+from negcore.measure.votes import Numbers
 
 TOP_SHARE = 0.01
 """Share of neurons that count as the top of a prompt."""

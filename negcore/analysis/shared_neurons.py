@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import hypergeom
 
-from negcore.measure.votes import Ints, Ranking
+from negcore.arrays import Ints
+from negcore.measure.votes import Ranking
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.arrays import Ints
+from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_vote, forest_features, random_vote
 from negcore.probing.forest import Forest

@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from negcore.arrays import Ints
 from negcore.errors import NegError
 
 Numbers = NDArray[Any]
-Ints = NDArray[np.int64]
 Signs = NDArray[np.int8]
 
 # Values worked on at once: this bounds every temporary array and keeps sums of +-1 exact in float32.

@@ -16,7 +16,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from negcore.measure.votes import Ints, Numbers, Ranking, check_finite, row_blocks
+from negcore.arrays import Ints
+from negcore.measure.votes import Numbers, Ranking, check_finite, row_blocks
 from negcore.probing.act_scores import ActScores, above_scores, class_sums, halvings, mean_thresholds
 from negcore.probing.probes import FLOATS
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.measure.votes import Ints, Numbers
+from negcore.arrays import Ints
+from negcore.measure.votes import Numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from negcore.arrays import Ints
 from negcore.errors import NegError
-from negcore.measure.votes import Ints, Numbers, Ranking, Signs, Vote, argmax_features
+from negcore.measure.votes import Numbers, Ranking, Signs, Vote, argmax_features
 from negcore.probing.act_probe import ActProbe
 from negcore.probing.act_scores import ActScores
 from negcore.probing.evaluation import Accuracy, accuracy, choose_n_kept

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import RandomForestClassifier
 
-from negcore.measure.votes import Ints
+from negcore.arrays import Ints
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,9 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from negcore.arrays import Ints
 from negcore.errors import NegError
 from negcore.measure.votes import (
-    Ints,
     Numbers,
     Ranking,
     Signs,

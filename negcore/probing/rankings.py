@@ -16,18 +16,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from negcore.arrays import Ints
 from negcore.errors import NegError
-from negcore.measure.votes import (
-    Ints,
-    Numbers,
-    Ranking,
-    Rule,
-    Signal,
-    Vote,
-    add_votes,
-    check_finite,
-    signed_rank_effect,
-)
+from negcore.measure.votes import Numbers, Ranking, Rule, Signal, Vote, add_votes, check_finite, signed_rank_effect
 from negcore.probing.act_scores import ActScores, above_scores, class_sums, mean_thresholds
 from negcore.store.reader import NegSplit, Selection, Shard
 

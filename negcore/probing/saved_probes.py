@@ -17,8 +17,8 @@ import numpy as np
 import xxhash
 from safetensors.numpy import load, save
 
+from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
-from negcore.measure.votes import Ints
 from negcore.probing.arrow_probes import MAGIC, read_arrow
 from negcore.probing.fitted import FittedProbe
 from negcore.probing.probe_parts import Arrays, ProbeParts, parts_of, probe_from

@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from negcore.measure.votes import Ints, Ranking, Vote
+from negcore.arrays import Ints
+from negcore.measure.votes import Ranking, Vote
 from negcore.probing.fitted import random_neurons
 from negcore.probing.probes import kept_counts
 from negcore.probing.rankings import rank_layers

@@ -17,12 +17,12 @@ import transformers
 from negcore.errors import RunError
 from negcore.measure.forward import TOKEN_BUDGET, common_prefix_length
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.encoding import encode_prompts
 from negcore.model.language_model import DTYPES, ModelCard, load_model
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile
 from tasks.forecast.shard_size import shard_bytes
+from tasks.measure.examples import encoded_prompts
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import PlannedDataset, PlannedModel
@@ -152,16 +152,13 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     lm = load_model(model.card.ref, dtype=run.dtype, device=run.worker_device, site=run.site)
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
-    prompts, labels = [example.prompt for example in examples], [example.labels for example in examples]
+    prompts = encoded_prompts(examples)
     with _threads(run.cpus):
-        neurgrad(lm, prompts[:1], labels[:1])  # the first call costs more
+        neurgrad(lm, encoded_prompts(examples[:1]))  # the first call costs more
         started = time.perf_counter()
-        neurgrad(lm, prompts, labels, batch_size=run.batch_size)
+        neurgrad(lm, prompts, batch_size=run.batch_size)
         seconds = time.perf_counter() - started
-    return (
-        _operations(model.card, count_parameters(model.card), encode_prompts(model.card, prompts), len(labels[0]))
-        / seconds
-    )
+    return _operations(model.card, count_parameters(model.card), prompts.ids, split.n_options) / seconds
 
 
 @contextmanager
@@ -249,7 +246,7 @@ class _Needs(NamedTuple):
 
 
 def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, split: ShardSet) -> _Needs:
-    ids = encode_prompts(card, [example.prompt for example in split.examples])
+    ids = encoded_prompts(split.examples).ids
     n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
     shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
     return _Needs(

@@ -16,14 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negcore.analysis.causal import CausalResult, Condition, SkillSet, chosen_neurons, conditions_of, shift_sets
+from negcore.arrays import Ints
 from negcore.datasets import Example
 from negcore.errors import ShardError
-from negcore.measure.votes import Ints
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import RunIdentity, content_digest
 from negcore.store.publish import SetAside, ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from negcore.store.study import read_study
+from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement
 from tasks.measure.shard_set import ShardSet
 
@@ -71,11 +72,10 @@ class CausalCheck(Measurement):
         set_aside = {row.id: row for row in self._negs_of(examples).set_aside}
         return [set_aside[example.id] for example in examples if example.id in set_aside]
 
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         result = shift_sets(
             lm,
-            [example.prompt for example in examples],
-            [example.labels for example in examples],
+            encoded_prompts(examples),
             gold_P=[example.answer for example in examples],
             gold_negs_PK=_gold_negs(self._negs_of(examples), examples, chosen_neurons(self.sets)),
             sets=self.sets,

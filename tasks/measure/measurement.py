@@ -18,6 +18,7 @@ from negcore.datasets import Example
 from negcore.model.language_model import LanguageModel
 from negcore.store.publish import SetAside
 from negcore.store.study import study_batch
+from tasks.measure.examples import EncodedExample
 
 Columns = Mapping[str, NDArray[Any]]
 """Measured arrays (P, ...) by name."""
@@ -61,7 +62,7 @@ class Measurement(ABC):
         """Return the type of every column that `measure` returns."""
 
     @abstractmethod
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         """Measure examples, at least one."""
 
     def left_out(self, examples: Sequence[Example]) -> list[SetAside]:

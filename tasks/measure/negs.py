@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from negcore.datasets import Example
 from negcore.measure.neurgrad import NeurGradBatch, neurgrad
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import DEFAULT_STORAGE
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.schema import StoredExample
+from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 
 _MOST_LAYERS = 8
@@ -54,9 +54,8 @@ class NegMeasurement(Measurement):
             "label_ids_PO": ColumnType(np.int64, (n_options,)),
         }
 
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
-        prompts, labels = [example.prompt for example in examples], [example.labels for example in examples]
-        batch = neurgrad(lm, prompts, labels, batch_size=self.batch_size)
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
+        batch = neurgrad(lm, encoded_prompts(examples), batch_size=self.batch_size)
         return {name: getattr(batch, name) for name in self.column_types(0)}
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:

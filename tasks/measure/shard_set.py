@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, SetAside, ShardPlace, publish_shard
+from tasks.measure.examples import EncodedExample
 from tasks.measure.measurement import Columns, Measurement, Nonfinite
 
 NonfinitePolicy = Literal["fail", "skip", "keep"]
@@ -26,7 +26,7 @@ class ShardSet:
 
     place: ShardPlace
     identity: RunIdentity
-    examples: tuple[Example, ...]
+    examples: tuple[EncodedExample, ...]
     measurement: Measurement
     shard_rows: int
     nonfinite: NonfinitePolicy
@@ -34,7 +34,7 @@ class ShardSet:
     """What it is, for people."""
 
     @property
-    def shards(self) -> list[Sequence[Example]]:
+    def shards(self) -> list[Sequence[EncodedExample]]:
         """The examples of every shard, in order."""
         starts = range(0, len(self.examples), self.shard_rows)
         return [self.examples[start : start + self.shard_rows] for start in starts]
@@ -66,14 +66,14 @@ class ShardJob:
     identity: RunIdentity
     index: int
     n_shards: int
-    examples: Sequence[Example]
+    examples: Sequence[EncodedExample]
     measurement: Measurement
     nonfinite: NonfinitePolicy = "fail"
     set_aside: tuple[SetAside, ...] = ()
     """Rows among `examples` that are not to be measured."""
     is_trial: bool = False
 
-    def trial(self, examples: Sequence[Example]) -> "ShardJob":
+    def trial(self, examples: Sequence[EncodedExample]) -> "ShardJob":
         """Return the job of measuring some of the rows and publishing nothing."""
         return replace(self, examples=examples, is_trial=True)
 
@@ -125,7 +125,7 @@ class ShardJob:
         )
 
 
-def _not_finite(examples: Sequence[Example], found: Sequence[Nonfinite]) -> NegError:
+def _not_finite(examples: Sequence[EncodedExample], found: Sequence[Nonfinite]) -> NegError:
     named = "; ".join(f"{examples[one.row].id}: {_located(one)}" for one in found[:_MOST_NAMED])
     more = f"; and {len(found) - _MOST_NAMED} prompts more" if len(found) > _MOST_NAMED else ""
     return NegError(f"{named}{more}: use a wider dtype, or skip or keep such rows (nonfinite)")

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from negcore.arrays import Floats, Ints
-from negcore.datasets import Example
 from negcore.measure.estimators import Target, estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.sweeps import sweep
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
 from negcore.store.study import intervention_columns, sweep_columns
+from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement
 
 
@@ -43,10 +43,8 @@ class Sweeps(Measurement):
             "probs": ColumnType(np.float32, (n_neurons, n_shifts)),
         }
 
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
-        return sweep_columns(
-            sweep(lm, _prompts(examples), _answers(examples), neurons=self.neurons_K2, shifts=self.shifts_S)
-        )
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
+        return sweep_columns(sweep(lm, encoded_prompts(examples), neurons=self.neurons_K2, shifts=self.shifts_S))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +72,10 @@ class Estimates(Measurement):
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         return {"scores": ColumnType(np.float32, (len(self.neurons_K2),))}
 
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         scores_PK = estimate(
             lm,
-            _prompts(examples),
-            [example.labels for example in examples],
+            encoded_prompts(examples),
             estimator=self.estimator,
             target=self.target,
             neurons=self.neurons_K2,
@@ -109,20 +106,9 @@ class Interventions(Measurement):
         of_sets = ColumnType(np.float32, (len(self.shifts), len(self.sizes) * self.draws))
         return {"base_prob": ColumnType(np.float32), "predicted": of_sets, "probs": of_sets}
 
-    def measure(self, lm: LanguageModel, examples: Sequence[Example]) -> Columns:
+    def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         sets = [neurons for draw in range(self.draws) for neurons in random_sets(lm, self.sizes, seed=self.seed + draw)]
-        return intervention_columns(
-            intervene(lm, _prompts(examples), _answers(examples), sets=sets, shifts=self.shifts)
-        )
-
-
-def _prompts(examples: Sequence[Example]) -> list[str]:
-    return [example.prompt for example in examples]
-
-
-def _answers(examples: Sequence[Example]) -> list[str]:
-    """Return the one label of each fact."""
-    return [example.labels[0] for example in examples]
+        return intervention_columns(intervene(lm, encoded_prompts(examples), sets=sets, shifts=self.shifts))
 
 
 def _digest(neurons_K2: Ints) -> str:

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from negcore.datasets import Example
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import ModelCard, load_model
 from negcore.store.publish import Receipt
 from negcore.store.study import write_seconds
 from tasks.config.run_file import RunFile
+from tasks.measure.examples import EncodedExample
 from tasks.measure.measurement import Columns
 from tasks.measure.shard_set import ShardJob
 from tasks.pool.base import Pool
@@ -47,7 +47,7 @@ class ModelWorker:
             write_seconds(job.place.path(job.root), job.index, seconds)
         return receipt
 
-    def _measure(self, job: ShardJob, examples: Sequence[Example]) -> Columns:
+    def _measure(self, job: ShardJob, examples: Sequence[EncodedExample]) -> Columns:
         return job.measurement.measure(self._lm, examples)
 
 
