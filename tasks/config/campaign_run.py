@@ -95,8 +95,8 @@ class CampaignRun(RunFile):
         return self
 
     @classmethod
-    def known_keys(cls) -> dict[str, str]:
-        return super().known_keys() | {study: f"Options of `neg {study}`, as a mapping." for study in studies()}
+    def key_descriptions(cls) -> dict[str, str]:
+        return super().key_descriptions() | {study: f"Options of `neg {study}`, as a mapping." for study in studies()}
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ def problem_lines(run_class: type[RunFile], error: ValidationError, *, below: st
 def _lines(run_class: type[RunFile], place: tuple[str, ...], problem: ErrorDetails) -> Iterator[str]:
     field, message = ".".join(place), problem["msg"].removeprefix("Value error, ")
     is_wording = place[:1] == ("wording",)
-    known = field_keys(OwnWording) if is_wording else run_class.known_keys()
+    known = field_keys(OwnWording) if is_wording else run_class.key_descriptions()
     if problem["type"] == "extra_forbidden":
         owner = "a wording" if is_wording else f"a {kind_of(run_class)} run"
         near = get_close_matches(place[-1], known, n=1)

@@ -97,7 +97,7 @@ def _guessed_kind(file: Path, values: dict[str, Any], first: str | None) -> str:
             continue
         _tell_missing_kind(file, kind)
         return kind
-    return first or min(classes, key=lambda kind: len(values.keys() - classes[kind].known_keys().keys()))
+    return first or min(classes, key=lambda kind: len(values.keys() - classes[kind].key_descriptions().keys()))
 
 
 @cache

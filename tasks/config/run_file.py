@@ -141,7 +141,7 @@ class RunFile(BaseModel):
         return hash(self.model_dump_json())
 
     @classmethod
-    def known_keys(cls) -> dict[str, str]:
+    def key_descriptions(cls) -> dict[str, str]:
         """Return what may stand in a run file of this kind, and its description."""
         return field_keys(cls)
 
