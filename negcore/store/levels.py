@@ -115,10 +115,9 @@ class StorageLevel(ABC):
         negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
         label_ids, probs = np.asarray(label_ids_PO, np.int32), np.asarray(probs_PO, np.float32)
         gold_P = np.array([example.answer for example in examples], np.int16)
-        n_rows, n_options, n_layers, n_neurons = negs.shape
-        assert len(examples) == n_rows, (len(examples), n_rows)
+        n_rows, n_options, *model_shape = negs.shape
         assert label_ids.shape == probs.shape == (n_rows, n_options), (label_ids.shape, probs.shape)
-        assert activations.shape == (n_rows, n_layers, n_neurons), activations.shape
+        assert activations.shape == (n_rows, *model_shape), activations.shape
         assert ((gold_P >= 0) & (gold_P < n_options)).all(), gold_P
         shared = {"gold": column(gold_P), "label_ids": column(label_ids), "probs": column(probs)}
         own = self._columns(negs, activations, gold_P, neurons)
