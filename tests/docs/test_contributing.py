@@ -26,7 +26,7 @@ def copy(tmp_path_factory):
     shutil.copy(REPOSITORY / "pyproject.toml", copy)
     save_stand_in(copy / "tiny-model")
     for block in RECIPES:
-        if block.language == "python":
+        if block.language in ("python", "toml"):
             follow(copy, block)
     return copy
 
@@ -65,7 +65,7 @@ def test_what_was_added_works(copy):
         python(copy, "-m", *shlex.split(command), "-q", "-p", "no:cacheprovider")
 
 
-@pytest.mark.parametrize("block", [block for block in RECIPES if block.language == "python"], ids=str)
+@pytest.mark.parametrize("block", [block for block in RECIPES if block.language in ("python", "toml")], ids=str)
 def test_a_recipe_is_well_formatted(block):
     assert block.text == block.text.rstrip() and not re.search(r"[ \t]+$", block.text, re.MULTILINE)
     assert max(map(len, block.text.splitlines())) <= 120
