@@ -5,7 +5,6 @@ Names are loaded on first use, so that importing a light part does not import to
 
 import sys
 from importlib import import_module
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from negcore.measure.neurgrad import NeurGradBatch, neurgrad
     from negcore.measure.sweeps import SweepResult, sweep
     from negcore.model.language_model import LanguageModel, ModelCard, as_language_model, describe_model, load_model
+    from negcore.probing.rankings import rank
     from negcore.probing.saved_probes import load_probe
     from negcore.store.reader import Negs, open_negs
 
@@ -47,33 +47,26 @@ __all__ = [
     "load_probe",
     "neurgrad",
     "open_negs",
+    "rank",
     "sweep",
 ]
 
-_HOMES = MappingProxyType(
-    {
-        "ESTIMATORS": "negcore.measure.estimators",
-        "Dataset": "negcore.datasets",
-        "LanguageModel": "negcore.model.language_model",
-        "ModelCard": "negcore.model.language_model",
-        "NegError": "negcore.errors",
-        "Negs": "negcore.store.reader",
-        "NeurGradBatch": "negcore.measure.neurgrad",
-        "PromptSettings": "negcore.datasets",
-        "SweepResult": "negcore.measure.sweeps",
-        "as_language_model": "negcore.model.language_model",
-        "describe_model": "negcore.model.language_model",
-        "estimate": "negcore.measure.estimators",
-        "intervene": "negcore.measure.interventions",
-        "list_datasets": "negcore.datasets",
-        "load_dataset": "negcore.datasets",
-        "load_model": "negcore.model.language_model",
-        "load_probe": "negcore.probing.saved_probes",
-        "neurgrad": "negcore.measure.neurgrad",
-        "open_negs": "negcore.store.reader",
-        "sweep": "negcore.measure.sweeps",
-    }
-)
+_HOMES = {
+    name: f"negcore.{module}"
+    for module, names in {
+        "datasets": ("Dataset", "PromptSettings", "list_datasets", "load_dataset"),
+        "errors": ("NegError",),
+        "measure.estimators": ("ESTIMATORS", "estimate"),
+        "measure.interventions": ("intervene",),
+        "measure.neurgrad": ("NeurGradBatch", "neurgrad"),
+        "measure.sweeps": ("SweepResult", "sweep"),
+        "model.language_model": ("LanguageModel", "ModelCard", "as_language_model", "describe_model", "load_model"),
+        "probing.rankings": ("rank",),
+        "probing.saved_probes": ("load_probe",),
+        "store.reader": ("Negs", "open_negs"),
+    }.items()
+    for name in names
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ Models differ in their number of layers, so a profile has one value for each ten
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -171,22 +171,8 @@ def gains(accuracy: Sequence[Average]) -> list[GainRow]:
 
 
 def _gain(probe: Average, lm: Average) -> GainRow:
-    return GainRow(
-        model=probe.model,
-        shots=probe.shots,
-        genre=probe.genre,
-        probe=probe.probe,
-        accuracy=probe.accuracy,
-        low=probe.low,
-        high=probe.high,
-        lm=lm.accuracy,
-        lm_low=lm.low,
-        lm_high=lm.high,
-        gain=probe.accuracy - lm.accuracy,
-        n_datasets=probe.n_datasets,
-        majority=probe.majority,
-        random=probe.random,
-    )
+    own = {one.name: getattr(probe, one.name) for one in fields(GainRow) if hasattr(probe, one.name)}
+    return GainRow(**own, lm=lm.accuracy, lm_low=lm.low, lm_high=lm.high, gain=probe.accuracy - lm.accuracy)
 
 
 def linearity_rows(model: str, findings: Findings) -> Compared:

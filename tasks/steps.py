@@ -189,9 +189,11 @@ class Steps(ABC):
         """Tell whether whoever started this run holds the claim of a directory."""
         return self._handover.claimed == directory
 
-    @abstractmethod
-    def part(self) -> "Steps":
+    def part(self) -> Self:
         """Return the steps of a part of the run, which may stop its own work, but nobody else's."""
+        part = copy.copy(self)
+        part.stop = _PartStop(self.stop)
+        return part
 
     @abstractmethod
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -218,9 +220,6 @@ class PlainSteps(Steps):
         super().__init__()
         self._threads = ThreadPoolExecutor(_THREADS)
 
-    def part(self) -> "PlainSteps":
-        return _part(self)
-
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None: ...
 
     def note(self, key: str, markdown: str) -> None: ...
@@ -238,9 +237,6 @@ class PrefectSteps(Steps):
     def __init__(self) -> None:
         super().__init__()
         self._page = _Page()
-
-    def part(self) -> "PrefectSteps":
-        return _part(self)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         from prefect.artifacts import create_table_artifact
@@ -262,15 +258,6 @@ class PrefectSteps(Steps):
 
     def _step(self, task: Any, name: str) -> Step:
         return Step(name, self.stop, [*self._watchers(), _ProgressArtifact(task.name, name, self._page)])
-
-
-S = TypeVar("S", bound=Steps)
-
-
-def _part(steps: S) -> S:
-    part = copy.copy(steps)
-    part.stop = _PartStop(steps.stop)
-    return part
 
 
 class _PartStop(threading.Event):

@@ -89,11 +89,15 @@ class RunIdentity:
 
     def difference(self, other: "RunIdentity | Mapping[str, Any]") -> str:
         """Name every setting in which `other` differs, in one line: ``site: 'up' here, 'act' there``."""
-        unsaid = {"storage": DEFAULT_STORAGE}
-        mine = unsaid | _flat(self.comparable())
-        theirs = unsaid | _flat(other if isinstance(other, Mapping) else other.comparable())
-        differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)
+        return difference(self.comparable(), other if isinstance(other, Mapping) else other.comparable())
+
+
+def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """Name every setting in which two identities differ, in one line: ``site: 'up' here, 'act' there``."""
+    default = {"storage": DEFAULT_STORAGE}
+    mine, theirs = default | _flat(here), default | _flat(there)
+    differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)
 
 
 def canonical_json(value: Any) -> str:

@@ -254,14 +254,14 @@ def receipts(folder: Path) -> list[Receipt]:
 def whole_shards(folder: Path, known: Sequence[Receipt], *, verify: bool) -> list[Receipt]:
     """Return the receipts whose shard is whole, as `is_whole` says; the directory is listed once."""
     found = sizes(folder, "part-*.arrow")
-    return [
-        receipt for receipt in known if _is_whole(folder, receipt, found.get(shard_of(folder, receipt).name), verify)
-    ]
+    listed = [receipt for receipt in known if found.get(shard_of(folder, receipt).name) == receipt.n_bytes]
+    return [receipt for receipt in listed if not verify or is_whole(folder, receipt, verify=True)]
 
 
 def is_whole(folder: Path, receipt: Receipt, *, verify: bool) -> bool:
     """Tell whether the receipt's shard has the length that was published, and with `verify` the checksum too."""
-    return _is_whole(folder, receipt, n_bytes(shard_of(folder, receipt)), verify)
+    shard = shard_of(folder, receipt)
+    return n_bytes(shard) == receipt.n_bytes and (not verify or checksum(shard) == receipt.file_xxh3)
 
 
 def shard_of(folder: Path, receipt: Receipt) -> Path:
@@ -293,10 +293,6 @@ def checksum(path: Path) -> str:
         return xxhash.xxh3_128_hexdigest(read_bytes(path))
     with path.open("rb") as handle:
         return str(hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest())
-
-
-def _is_whole(folder: Path, receipt: Receipt, size: int | None, verify: bool) -> bool:
-    return size == receipt.n_bytes and (not verify or checksum(shard_of(folder, receipt)) == receipt.file_xxh3)
 
 
 def _lock(folder: Path) -> Path:

@@ -5,16 +5,21 @@ found is then done without those rows, as one job: rows computed together round 
 however it came about.
 """
 
+from __future__ import annotations
+
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple
 
 from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.publish import SetAside
 from tasks.pool.base import Outcome, Pool, PoolStatus
+
+if TYPE_CHECKING:
+    from tasks.measure.shard_set import ShardJob
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +31,8 @@ _QUOTED = 24
 """Characters of a prompt's line that make a quotation."""
 
 
-@runtime_checkable
-class Divisible(Protocol):
-    """A job that can be done in part."""
-
-    @property
-    def examples(self) -> Sequence[Example]: ...
-
-    def trial(self, examples: Sequence[Example]) -> Self:
-        """Return the job of computing some of the rows and publishing nothing."""
-
-    def without(self, rows: Sequence[SetAside]) -> Self:
-        """Return the job with some of its rows set aside."""
-
-
 def map_isolating(
-    pool: Pool, jobs: Sequence[object], *, stop: threading.Event, on_tick: Tick
+    pool: Pool, jobs: Sequence[ShardJob], *, stop: threading.Event, on_tick: Tick
 ) -> Generator[Outcome, None, None]:
     """Run jobs as `Pool.map` does, and a job that fails because of single rows once more without them.
 
@@ -50,8 +41,8 @@ def map_isolating(
 
     Parameters
     ----------
-    jobs : sequence
-        Those that are not `Divisible` are handed back as they fail.
+    jobs : sequence of ShardJob
+        Or of others with `examples`, `trial` and `without`; those without `trial` are handed back as they fail.
 
     Yields
     ------
@@ -90,7 +81,7 @@ class _Search:
         self._note = f"looking for the rows at fault in {n_jobs} shard{'s' * (n_jobs > 1)}"
         self._is_any_computed = False
 
-    def run(self, jobs: Sequence[Divisible]) -> _Finding:
+    def run(self, jobs: Sequence[ShardJob]) -> _Finding:
         """Halve the jobs, and every half that fails, down to single rows; these must fail twice more."""
         logger.warning("%s", self._note)
         suspects = [job.trial(job.examples) for job in jobs]
@@ -103,7 +94,7 @@ class _Search:
         found = {id(row): _set_aside(row, outcome) for outcome in outcomes for row in outcome.job.examples}
         return _Finding(found, self._is_any_computed)
 
-    def _failing(self, jobs: Sequence[Divisible]) -> list[Outcome]:
+    def _failing(self, jobs: Sequence[ShardJob]) -> list[Outcome]:
         outcomes = list(
             self._pool.map(jobs, suspect=True, stop=self._stop, on_tick=self._tick, tick_s=_TICK_S) if jobs else ()
         )
@@ -131,10 +122,10 @@ def _is_suspect(outcome: Outcome) -> bool:
     """Tell whether one of the job's rows may have made it fail: it is neither the user's error nor the disk's."""
     if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError)):
         return False
-    return isinstance(outcome.job, Divisible)
+    return hasattr(outcome.job, "trial")
 
 
-def _halves(job: Divisible) -> tuple[Divisible, Divisible]:
+def _halves(job: ShardJob) -> tuple[ShardJob, ShardJob]:
     middle = len(job.examples) // 2
     return job.trial(job.examples[:middle]), job.trial(job.examples[middle:])
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from negcore.errors import ShardError
 from negcore.store.buckets import fetch
 from negcore.store.files import find, is_remote, n_bytes, remove, sizes
-from negcore.store.identity import choice_digest, content_digest
+from negcore.store.identity import choice_digest, content_digest, difference
 from negcore.store.levels import has_columns_of
 from negcore.store.publish import Receipt, checksum, receipt_path, receipts, shard_of
 from negcore.store.reader import mapped_batch
@@ -224,14 +224,7 @@ def _difference(own: Sequence[Receipt], other: Receipt) -> str:
         return f"digest {other.digest}"
     if own[0].digest == other.digest:
         return f"cut into {other.n_shards} shards, not {own[0].n_shards}"
-    mine, theirs = own[0].identity, other.identity
-    names = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-    return "; ".join(f"{name}: {_short(mine.get(name))} here, {_short(theirs.get(name))} there" for name in names)
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return difference(own[0].identity, other.identity)
 
 
 def _leftovers(folder: ShardFolder, proven: Mapping[int, Receipt]) -> Iterator[Fault]:

@@ -1,11 +1,11 @@
 """The documents hold together: links lead somewhere, what is generated is up to date, quoted messages are real."""
 
 import ast
-import importlib.util
 import json
 import re
 import shutil
 
+import build_documents
 import pytest
 from documents import DOCUMENTS, blocks
 from support import REPOSITORY
@@ -16,13 +16,6 @@ from tasks.config.reading import recorded_run
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 RUN_FILES = sorted((DOCS / "run-files").glob("*.yaml"))
-
-
-def builder():
-    spec = importlib.util.spec_from_file_location("docs_build", DOCS / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prose(document):
@@ -62,17 +55,19 @@ def test_the_readme_is_short():
 
 
 def test_the_reference_of_run_files_is_up_to_date():
-    assert (DOCS / "run-files.md").read_text(encoding="utf-8") == builder().run_files(), "run: python docs/build.py"
+    assert (DOCS / "run-files.md").read_text(encoding="utf-8") == build_documents.run_files(), (
+        "run: python -m tests.build_documents"
+    )
 
 
 def test_the_picture_was_drawn_from_its_source():
     drawn = (DOCS / "pictures" / "way.svg").read_text(encoding="utf-8")
-    assert f"<!-- drawn from {builder().source_digest()} -->" in drawn, "run: python docs/build.py"
+    assert f"<!-- drawn from {build_documents.source_digest()} -->" in drawn, "run: python -m tests.build_documents"
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed (apt-get install graphviz)")
 def test_the_picture_says_what_graphviz_draws():
-    drawn, now = ((DOCS / "pictures" / "way.svg").read_text(encoding="utf-8"), builder().picture())
+    drawn, now = ((DOCS / "pictures" / "way.svg").read_text(encoding="utf-8"), build_documents.picture())
     texts = re.compile(r"<text[^>]*>(.*?)</text>")  # places differ from version to version
     assert texts.findall(drawn) == texts.findall(now)
 
