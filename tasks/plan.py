@@ -1,7 +1,7 @@
 """The plan of a run on datasets, checked before any model is loaded."""
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -109,10 +109,11 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     splits: list[ShardSet] = []
     for split, examples in dataset.splits.items():
         encoded = _encoded_rows(card, dataset.name, split, examples)
-        _check_options(run, dataset.name, examples)
+        _check(dataset.name, run.level.check_n_options, len(examples[0].labels))
         splits += [_shard_set(run, identity, dataset, part, encoded, k) for part, k in _passes(run, identity, split)]
     if "tree" in run.probe:
-        _check_forest(run, card, dataset)
+        n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
+        _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)
     return PlannedDataset(card.name, dataset, tuple(splits))
 
 
@@ -209,18 +210,12 @@ def _asked(settings: PromptSettings) -> str:
     return "".join(f" {part}" for part in parts)
 
 
-def _check_options(run: SkillRun, dataset: str, examples: Sequence[Example]) -> None:
+def _check(dataset: str, check: Callable[..., None], *args: Any) -> None:
+    """Make a check whose error is to name the dataset."""
     try:
-        run.level.check_n_options(len(examples[0].labels))
+        check(*args)
     except NegError as error:
         raise DatasetError(f"{dataset}: {error}") from None
-
-
-def _check_forest(run: SkillRun, card: ModelCard, dataset: Dataset) -> None:
-    try:
-        check_forest_size(len(dataset.splits["train"]), min(run.tree_neurons, card.n_layers * card.layer_width))
-    except NegError as error:
-        raise DatasetError(f"{dataset.name}: {error}") from None
 
 
 def _encoded_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> tuple[EncodedExample, ...]:

@@ -61,18 +61,11 @@ _SERVER_SETTINGS = {
 
 
 class PrefectApi(Protocol):
-    """The API that flows of this process report to.
-
-    Parameters
-    ----------
-    url : str
-        Its address.
-    private : bool
-        True if it was started for this run.
-    """
+    """The API that flows of this process report to."""
 
     url: str
     private: bool
+    """True if it was started for this run."""
 
     def wait_ready(self) -> None:
         """Return once the API answers; call it before the first flow.

@@ -62,18 +62,12 @@ def head_rows(lm: LanguageModel) -> int:
 
 
 class ShiftedPrompt(ABC):
-    """Prompt whose neurons can be shifted, one neuron a row.
-
-    Attributes
-    ----------
-    activations_LN : Tensor of shape (L, N)
-        At the probed token, unshifted.
-    log_probs_O : Tensor of shape (O,)
-        Log-probabilities of the labels, unshifted.
-    """
+    """Prompt whose neurons can be shifted, one neuron a row."""
 
     activations_LN: Tensor
+    """At the probed token, unshifted: shape (L, N)."""
     log_probs_O: Tensor
+    """Log-probabilities of the labels, unshifted: shape (O,)."""
 
     def __init__(self, lm: LanguageModel, label_ids_O: Ints, max_rows: int, limit: BatchLimit) -> None:
         self.lm, self.max_rows, self._limit = lm, max_rows, limit

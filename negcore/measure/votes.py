@@ -221,18 +221,12 @@ def _signs(values: Numbers) -> Signs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranking:
-    """Neurons in rank order: largest \\|score\\| first, of equal ones the lower flat index first.
-
-    Attributes
-    ----------
-    order_K : array of int64, shape (K,)
-        Flat indices of the neurons, best first.
-    polarity_K : array of int8, shape (K,)
-        Sign of each one's score: -1, 0 or 1.
-    """
+    """Neurons in rank order: largest absolute score first, of equal ones the lower flat index first."""
 
     order_K: Ints
+    """Flat indices of the neurons, best first: shape (K,)."""
     polarity_K: Signs
+    """Sign of each one's score: -1, 0 or 1; shape (K,)."""
 
     @classmethod
     def from_scores(cls, scores_M: ArrayLike) -> Self:

@@ -116,16 +116,10 @@ class ModelCard:
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A loaded model and the site of its neurons.
-
-    Attributes
-    ----------
-    model : transformers model, frozen and in evaluation mode
-    card : ModelCard
-    site : {"up", "act", "gate"}
-    """
+    """A loaded model and the site of its neurons."""
 
     model: Any
+    """Model of transformers, frozen and in evaluation mode."""
     card: ModelCard
     site: Site
 

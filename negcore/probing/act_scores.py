@@ -17,18 +17,12 @@ from negcore.measure.votes import Numbers
 
 @dataclass(frozen=True, eq=False)
 class ActScores:
-    """Numbers from which an Act-Probe chooses neurons, for every binary question in the order of `halvings`.
-
-    Attributes
-    ----------
-    scores_SM : array of int64, shape (S, M)
-        2n * (accuracy - 0.5) of "above the threshold means the upper half".
-    thresholds_SM : array of float64, shape (S, M), activation
-        Mean activation over the prompts of the question's classes.
-    """
+    """Numbers from which an Act-Probe chooses neurons, for every binary question in the order of `halvings`."""
 
     scores_SM: Ints
+    """2n * (accuracy - 0.5) of "above the threshold means the upper half": shape (S, M)."""
     thresholds_SM: NDArray[np.float64]
+    """Mean activation over the prompts of the question's classes: shape (S, M)."""
 
     @classmethod
     def joined(cls, blocks: Sequence[ActScores]) -> ActScores:

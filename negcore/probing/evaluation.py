@@ -30,13 +30,6 @@ class Accuracy:
 
     Accuracies of disjoint sets of prompts add up: ``a + b`` is the accuracy on both.
 
-    Parameters
-    ----------
-    n_correct : int
-        Prompts answered right.
-    n : int
-        Prompts asked, at least one.
-
     Raises
     ------
     NegError
@@ -44,7 +37,9 @@ class Accuracy:
     """
 
     n_correct: int
+    """Prompts answered right."""
     n: int
+    """Prompts asked, at least one."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or not 0 <= self.n_correct <= self.n:

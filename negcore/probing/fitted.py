@@ -192,28 +192,18 @@ def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, eq=False)
 class FittedLogistic(FittedProbe):
-    """Baseline: logistic regression on the standardised values of some neurons for all options.
-
-    Attributes
-    ----------
-    vote : Vote
-        The vote that chose the neurons; its signal is what the regression reads.
-    order_K : array of int64
-        Flat indices of the neurons.
-    classes_C : array of int64
-    mean_OK, scale_OK : array of float32
-        Mean and standard deviation of the training prompts.
-    coef_COK : array of float32
-        Weights of each class; with two classes one row, the second class against the first.
-    intercept_C : array of float32
-    """
+    """Baseline: logistic regression on the standardised values of some neurons for all options."""
 
     vote: Vote
+    """The vote that chose the neurons; its signal is what the regression reads."""
     order_K: Ints
+    """Flat indices of the neurons."""
     classes_C: Ints
     mean_OK: NDArray[np.float32]
     scale_OK: NDArray[np.float32]
+    """Standard deviation of the training prompts' values; `mean_OK` is their mean."""
     coef_COK: NDArray[np.float32]
+    """Weights of each class; with two classes one row, the second class against the first."""
     intercept_C: NDArray[np.float32]
 
     @property

@@ -18,28 +18,19 @@ from negcore.arrays import Ints
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """The trees of a random forest as plain arrays, one after another.
-
-    Attributes
-    ----------
-    classes_C : array of int64
-    root_T : array of int32
-        First node of each tree.
-    feature_V, left_V, right_V : array of int32
-        Feature that a node compares, and the nodes below it; -1 at a leaf.
-    threshold_V : array of float64
-        A row goes left if its feature is at most this.
-    probs_VC : array of float64
-        Share of each class among the node's training rows.
-    """
+    """The trees of a random forest as plain arrays, one after another."""
 
     classes_C: Ints
     root_T: NDArray[np.int32]
+    """First node of each tree."""
     feature_V: NDArray[np.int32]
     left_V: NDArray[np.int32]
     right_V: NDArray[np.int32]
+    """Right child of each node; `left_V` is the left one, `feature_V` the compared feature; -1 at a leaf."""
     threshold_V: NDArray[np.float64]
+    """A row goes left if its feature is at most this."""
     probs_VC: NDArray[np.float64]
+    """Share of each class among the node's training rows."""
 
     @classmethod
     def of(cls, forest: RandomForestClassifier) -> Self:

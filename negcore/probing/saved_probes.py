@@ -35,27 +35,18 @@ _SAME = ("model", "model_revision", "tokenizer_hash", "site", "dtype", "n_layers
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The data that a probe was fitted on.
-
-    Parameters
-    ----------
-    partition : mapping
-        Model, dataset and split, by name.
-    identity : mapping
-        The `RunIdentity` of the NEGs, without package versions.
-    digest : str
-        Its digest.
-    n_options : int
-        Options of every prompt.
-    label_ids : list of int or None
-        Token of each option's label; None if they differ from prompt to prompt.
-    """
+    """The data that a probe was fitted on."""
 
     partition: Mapping[str, str]
+    """Model, dataset and split, by name."""
     identity: Mapping[str, Any]
+    """The `RunIdentity` of the NEGs, without package versions."""
     digest: str
+    """Its digest."""
     n_options: int
+    """Options of every prompt."""
     label_ids: list[int] | None
+    """Token of each option's label; None if they differ from prompt to prompt."""
 
     @classmethod
     def of(cls, split: NegSplit) -> Origin:

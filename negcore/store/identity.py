@@ -22,51 +22,35 @@ _LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None}
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """The settings that make numbers comparable: shards may be used together only if their digests are equal.
-
-    Parameters
-    ----------
-    model, model_revision : str
-        Name and exact revision (commit or content hash) of the weights.
-    tokenizer_hash : str
-        Hash of the tokenizer's content.
-    site : str
-        Resolved site of the neurons: ``up``, ``act`` or ``gate``, never ``paper``.
-    dtype : str
-        Number type the model was computed in.
-    n_layers, n_neurons : int
-        Shape of the model: L, and N per layer.
-    prompt : mapping
-        Prompt settings, as JSON: wording, demonstrations, seed.
-    dataset_fingerprint : str
-        Hash of the examples the run was made from.
-    number_format : int
-        Version of what the stored numbers mean.
-    storage : str
-        Storage level of NEGs: see `negcore.store.levels.STORAGE_LEVELS`.
-    neurons : str or None
-        Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
-        chosen.
-    study : mapping or None
-        What was measured, if not NEGs, as JSON: neurons, shifts, estimator.
-    versions : mapping of str to str
-        Package versions. Informational: not part of the digest and not compared.
-    """
+    """The settings that make numbers comparable: shards may be used together only if their digests are equal."""
 
     model: str
     model_revision: str
+    """Exact revision of the weights: commit or content hash."""
     tokenizer_hash: str
+    """Hash of the tokenizer's content."""
     site: str
+    """Resolved site of the neurons: ``up``, ``act`` or ``gate``, never ``paper``."""
     dtype: str
+    """Number type the model was computed in."""
     n_layers: int
     n_neurons: int
+    """Neurons a layer: N."""
     prompt: Mapping[str, Any]
+    """Prompt settings, as JSON: wording, demonstrations, seed."""
     dataset_fingerprint: str
+    """Hash of the examples the run was made from."""
     number_format: int = NUMBER_FORMAT
+    """Version of what the stored numbers mean."""
     storage: str = DEFAULT_STORAGE
+    """Storage level of NEGs: see `negcore.store.levels.STORAGE_LEVELS`."""
     neurons: str | None = None
+    """Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
+    chosen."""
     study: Mapping[str, Any] | None = None
+    """What was measured, if not NEGs, as JSON: neurons, shifts, estimator."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Package versions. Informational: not part of the digest and not compared."""
 
     def __post_init__(self) -> None:
         # Through JSON once, so that a tuple and the list it is read back as are the same setting.

@@ -42,27 +42,6 @@ class WorkerLost(RuntimeError):  # noqa: N818
 class Resources:
     """Resources that the workers of a pool may use.
 
-    Parameters
-    ----------
-    workers : int
-        Most workers at a time. No more are started than there are jobs.
-    cpus : float
-        CPUs reserved for each worker.
-    gpus : float
-        GPUs reserved for each worker: a fraction of one, or a whole number.
-    max_attempts : int
-        Attempts a job gets before it is handed back with its error.
-    max_replacements : int
-        Workers that may be lost, without a job succeeding in between, before the pool shrinks. All workers that
-        one job loses count as one.
-    start_timeout_s : float
-        Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable.
-    job_timeout_s : float or None
-        Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. The local backend
-        cannot interrupt a job and has no such limit.
-    address : str or None
-        Ray cluster to connect to; "local" starts one on this machine; None is ``RAY_ADDRESS`` or else "local".
-
     Raises
     ------
     RunError
@@ -70,13 +49,23 @@ class Resources:
     """
 
     workers: int = 1
+    """Most workers at a time. No more are started than there are jobs."""
     cpus: float = 1.0
+    """CPUs reserved for each worker."""
     gpus: float = 0.0
+    """GPUs reserved for each worker: a fraction of one, or a whole number."""
     max_attempts: int = 3
+    """Attempts a job gets before it is handed back with its error."""
     max_replacements: int = 10
+    """Workers that may be lost, without a job succeeding in between, before the pool shrinks. All workers that one job
+    loses count as one."""
     start_timeout_s: float = 900.0
+    """Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable."""
     job_timeout_s: float | None = None
+    """Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. The local backend
+    cannot interrupt a job and has no such limit."""
     address: str | None = None
+    """Ray cluster to connect to; "local" starts one on this machine; None is ``RAY_ADDRESS`` or else "local"."""
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 1), ("max_attempts", 1), ("max_replacements", 0), ("cpus", 0), ("gpus", 0)):
@@ -93,24 +82,16 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a job: its result, or its error.
-
-    Parameters
-    ----------
-    job : Any
-        The job as it was given.
-    result : Any or None
-        Result of ``run``; None if the job failed.
-    exception : Exception or None
-        The error of the last attempt; None if the job succeeded.
-    attempts : int
-        Attempts made, at least 1.
-    """
+    """The end of a job: its result, or its error."""
 
     job: Any
+    """The job as it was given."""
     result: Any | None
+    """Result of ``run``; None if the job failed."""
     exception: Exception | None
+    """The error of the last attempt; None if the job succeeded."""
     attempts: int
+    """Attempts made, at least 1."""
 
     @property
     def error(self) -> str | None:
@@ -120,29 +101,21 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """The state of a pool's ``map``: numbers of jobs and of workers.
-
-    Parameters
-    ----------
-    label : str
-        The pool's label.
-    done, failed, running, queued : int
-        Jobs that succeeded, that were handed back with an error, that a worker has now, and that wait.
-    ready, starting, lost : int
-        Workers that are usable, that are being made, and that died or were ended.
-    note : str
-        Thing that the pool waits for; empty if it does not wait.
-    """
+    """The state of a pool's ``map``: numbers of jobs and of workers."""
 
     label: str
+    """The pool's label."""
     done: int
     failed: int
     running: int
     queued: int
+    """Jobs: these four are those that succeeded, were handed back with an error, are with a worker, and wait."""
     ready: int
     starting: int
     lost: int
+    """Workers: these three are those that are usable, are being made, and died or were ended."""
     note: str = ""
+    """Thing that the pool waits for; empty if it does not wait."""
 
 
 class Attempt:
