@@ -40,7 +40,7 @@ class Results(RunResults):
 
     scores: list[AccuracyRow] = field(default_factory=list)
     averages: list[Average] = field(default_factory=list)
-    """Of `scores`, where there are several datasets."""
+    """Averages of `scores`, if there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
     splits: list[SplitAccount] = field(default_factory=list)
     """Rows of the datasets in `scores`: released, used, left out."""

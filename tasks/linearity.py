@@ -54,7 +54,7 @@ class Findings:
     n_facts: int
     """Facts in the source."""
     n_multi_token: int
-    """Of these, how many were left out because their answer is not one token of the model."""
+    """Facts that were left out because their answer is not one token of the model."""
     sweep: SweepResult
     scores_PK: Mapping[str, NDArray[np.float32]]
     """Scores by estimator."""

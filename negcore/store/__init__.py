@@ -1,1 +1,1 @@
-"""What is kept of measurements: shards with receipts on disk or in a bucket, and how they are read back."""
+"""Stored measurements: shards with receipts, on disk or in a bucket, and their readers."""

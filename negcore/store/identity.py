@@ -1,4 +1,4 @@
-"""What makes the numbers of two runs comparable, and the digests that name it."""
+"""Identities of runs, which say whether their numbers are comparable, and digests."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class RunIdentity:
     """Digest of the chosen neurons, if only their numbers are stored (see `choice_digest`); empty until they are
     chosen."""
     study: Mapping[str, Any] | None = None
-    """What was measured, if not NEGs, as JSON: neurons, shifts, estimator."""
+    """Settings of a measurement other than NEGs, as JSON: neurons, shifts, estimator."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Package versions. Informational: not part of the digest and not compared."""
 

@@ -51,14 +51,14 @@ _PART_KEYS: Mapping[str, str] = {
     "interventions": "sets",
     "causal": "sets",
 }
-"""What the shards of one kind, model and dataset are divided by; "part" for every other kind."""
+"""Key that divides the shards of one kind, model and dataset; "part" for every other kind."""
 
 
 class ShardPlace(NamedTuple):
     """One directory of shards that belong together: the unit of resuming and of reading."""
 
     kind: str
-    """What is measured: ``negs``, ``sweeps``, ``estimates``, ``interventions``, ``causal``."""
+    """Measurement: ``negs``, ``sweeps``, ``estimates``, ``interventions``, ``causal``."""
     model: str
     dataset: str
     part: str

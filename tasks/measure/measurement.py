@@ -29,7 +29,7 @@ class ColumnType(NamedTuple):
 
     dtype: Any
     shape: tuple[int, ...] = ()
-    """Of one example's values."""
+    """Shape of one example's values."""
 
 
 class Nonfinite(NamedTuple):
@@ -45,7 +45,7 @@ class Measurement(ABC):
     """Settings that decide some numbers, and the way to measure them."""
 
     notes_seconds: ClassVar[bool] = False
-    """Whether the time that each shard took is noted beside it."""
+    """True if the time that each shard took is noted beside it."""
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from tasks.measure.examples import EncodedExample
 from tasks.measure.measurement import Columns, Measurement, Nonfinite
 
 NonfinitePolicy = Literal["fail", "skip", "keep"]
-"""What becomes of a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
+"""Policy for a row with NaN or infinite numbers: its shard fails, it is set aside, or it is stored all the same.
 
 It is no part of a run's identity: it decides which rows are stored, never a number of theirs."""
 
@@ -31,7 +31,7 @@ class ShardSet:
     shard_rows: int
     nonfinite: NonfinitePolicy
     title: str
-    """What it is, for people."""
+    """Name for people."""
 
     @property
     def shards(self) -> list[Sequence[EncodedExample]]:

@@ -1,4 +1,4 @@
-"""What makes a function of a `Step` a Prefect task."""
+"""The decorator that makes a function of a `Step` a Prefect task."""
 
 from collections.abc import Callable
 from functools import wraps
