@@ -216,7 +216,7 @@ def test_without_the_workflow_neg_says_in_one_line_what_to_install(library):
     ran = run_in(library, "neg", "--help")
     assert (ran.returncode, ran.stdout) == (2, "")
     (line,) = ran.stderr.splitlines()
-    assert "prefect, pydantic, ray" in line
+    assert "prefect, pydantic, pydantic_core, ray" in line
     assert line.endswith("; run: pip install 'neg-at-scale[run]'")
 
 

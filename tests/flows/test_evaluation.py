@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -27,7 +26,7 @@ from tasks.probe import RECIPES, AccuracyRow, Confusion, Prober, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
 from tasks.rundir.tables import write_table
-from tasks.steps import PlainSteps
+from tasks.steps import PlainSteps, Step
 
 MCEVAL8K = SHARED / "mceval8k"
 needs_mceval8k = pytest.mark.skipif(not MCEVAL8K.is_dir(), reason="MCEval8K is not beside the repository")
@@ -179,13 +178,13 @@ def test_models_that_are_asked_the_same_text_share_it(run, tmp_path):
 
 
 def test_whoever_waits_for_a_turn_stops_when_the_run_does(run, results):
-    stop = threading.Event()
+    step = Step()
     (planned,) = plan(run)
     with rank_pool(run) as pool:
-        prober = Prober(pool, stop)
+        prober = Prober(pool)
         with prober._turn, ThreadPoolExecutor(1) as threads:
-            waiting = threads.submit(prober.probe, run, planned.datasets[0], lambda *progress: None)
-            stop.set()
+            waiting = threads.submit(prober.probe, run, planned.datasets[0], step)
+            step.stop.set()
         with pytest.raises(Stopped):
             waiting.result(timeout=10)
 
@@ -409,7 +408,7 @@ def test_a_wording_of_the_run_file_makes_the_prompts(small, tmp_path, by_dataset
 @pytest.mark.parametrize(
     ("wording", "says"),
     [
-        ({**OWN, "questoin": "x"}, "unknown field 'wording.own.questoin'; known are question, instruction, option"),
+        ({**OWN, "questoin": "x"}, "unknown field 'wording.own.questoin' of a wording; did you mean 'question'?"),
         ({"instruction": "x"}, "'wording.own.question' is missing; Template"),
         ({**OWN, "cue": "Answer: "}, "must not be empty or end in a space"),
         ({**OWN, "option": "{letter.__class__}"}, "asks for 'letter.__class__'; allowed: letter, text"),
