@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: setup demo test faults lint check clean
+.PHONY: setup demo test faults lint check docs clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,10 @@ lint: $(VENV)/.developing
 	$(BIN)/mypy
 
 check: lint test
+
+# Writes what is made from other files; the picture needs graphviz.
+docs: $(VENV)/.developing
+	$(BIN)/python -m tests.build_documents
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,6 @@
 """Write the documents that are made from other files: run-files.md from the run file classes, way.svg from way.dot.
 
-Run it from the repository: `python -m tests.build_documents`. The picture needs graphviz (`apt-get install graphviz`).
+Run it from the repository: `make docs`. The picture needs graphviz (`apt-get install graphviz`).
 """
 
 import subprocess
@@ -20,7 +20,7 @@ PICTURE = DOCS / "pictures" / "way.dot"
 
 HEAD = """# Run files
 
-<!-- Written by `python -m tests.build_documents` from the classes in tasks/config: edit those, not this file. -->
+<!-- Written by `make docs` from the classes in tasks/config: edit those, not this file. -->
 
 A run file is YAML and holds what a run depends on. Its `kind` is the command that it is for, its `format` the version
 of its form. A field that takes a list also takes a single value: `model: x` means `model: [x]`. Unknown fields are

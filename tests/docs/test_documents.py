@@ -56,13 +56,13 @@ def test_the_readme_is_short():
 
 def test_the_reference_of_run_files_is_up_to_date():
     assert (DOCS / "run-files.md").read_text(encoding="utf-8") == build_documents.run_files(), (
-        "run: python -m tests.build_documents"
+        "run: make docs"
     )
 
 
 def test_the_picture_was_drawn_from_its_source():
     drawn = (DOCS / "pictures" / "way.svg").read_text(encoding="utf-8")
-    assert f"<!-- drawn from {build_documents.source_digest()} -->" in drawn, "run: python -m tests.build_documents"
+    assert f"<!-- drawn from {build_documents.source_digest()} -->" in drawn, "run: make docs"
 
 
 @pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed (apt-get install graphviz)")
