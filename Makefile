@@ -18,7 +18,7 @@ test: $(VENV)/.developing
 
 # Kills, damages and starves real runs (see tests/fault_suite.py); disks can only be made by root.
 faults: $(VENV)/.developing
-	$(BIN)/python tests/fault_suite.py
+	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/fault_suite.py
 
 lint: $(VENV)/.developing
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import accuracy_tables, confusion_tables, rows_table
 from flows.show.report import RunResults, Section
-from negcore.errors import ModelError, RunError, typed_line
+from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
@@ -183,7 +183,11 @@ def _extract_dataset(run: SkillRun, steps: Steps, results: Results, pool: Pool, 
         if n_chosen(split) is not None:
             if not (whole or neurons):
                 break  # there is no choice without all sums
-            neurons = neurons or choose_neurons(run, _sums(run, split))
+            try:
+                neurons = neurons or choose_neurons(run, _sums(run, split))
+            except NegError as error:
+                results.problems.append(f"{split.title}: {typed_line(error)}")
+                return False
             split = choosing(split, neurons)
         extracted = attempt(
             steps, results, extract_task, split.title, pool, split, run.directory, ends=(ModelError, RunError)

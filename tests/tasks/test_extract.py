@@ -149,6 +149,13 @@ def test_a_split_of_which_no_row_is_left_cannot_be_read_and_says_so(run_with, fa
         open_negs(run.directory).select(split="train")
 
 
+def test_where_no_training_row_is_left_no_neurons_are_chosen_and_the_run_says_so(run_with, faulty):
+    results = run_pipeline(run_with(dict.fromkeys(range(12), "!nan"), nonfinite="skip", storage="stats"), PlainSteps())
+    (problem,) = results.problems
+    assert "has no rows: all 12 were set aside" in problem
+    assert results.scores == []
+
+
 def test_nothing_is_set_aside_where_nothing_can_be_computed(run_with, faulty):
     run = run_with(dict.fromkeys(range(N_ROWS), "!fail"))
     results = run_extract(run, PlainSteps())
