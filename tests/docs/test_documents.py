@@ -55,9 +55,7 @@ def test_the_readme_is_short():
 
 
 def test_the_reference_of_run_files_is_up_to_date():
-    assert (DOCS / "run-files.md").read_text(encoding="utf-8") == build_documents.run_files(), (
-        "run: make docs"
-    )
+    assert (DOCS / "run-files.md").read_text(encoding="utf-8") == build_documents.run_files(), "run: make docs"
 
 
 def test_the_picture_was_drawn_from_its_source():

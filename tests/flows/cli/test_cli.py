@@ -7,6 +7,12 @@ from importlib.metadata import version
 
 import pytest
 from support import neg, save_tiny_model
+from typer.testing import CliRunner
+
+from flows.cli.app import app
+from negcore.model import encoding
+from tasks import plan as plan_module
+from tasks.rundir import claim as claim_module
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +122,21 @@ def test_lost_rows_are_said_and_the_exit_code_is_1(model, questions, tmp_path):
     assert other.returncode == 1
     assert "missing:" in other.stderr
     assert "another run" in other.stderr
+
+
+def test_a_run_is_planned_and_tokenised_once_and_holds_one_claim(model, questions, tmp_path, monkeypatch):
+    planned, tokenised, claimed = [], [], []
+
+    def spy(module, name, calls):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+
+    spy(plan_module, "describe_model", planned)
+    spy(encoding, "encode_prompts", tokenised)
+    spy(claim_module, "_acquire", claimed)
+    options = ["--model", model, "--dataset", questions, "--backend", "local", "--out", tmp_path / "run"]
+    done = CliRunner().invoke(app, ["pipeline", *map(str, options), "--orchestrator", "none"])
+    assert done.exit_code == 0, done.output
+    assert len(planned) == 1
+    assert [len(prompts) for _, prompts in tokenised] == [24, 8, 8]
+    assert len(claimed) == 1
