@@ -62,7 +62,7 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
     ----------
     run : SkillRun
     tolerant : bool
-        Whether to go on without the datasets that cannot be used, as long as there are others.
+        True to go on without the datasets that cannot be used, as long as there are others.
 
     Raises
     ------

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from negcore.model.language_model import LanguageModel, as_language_model
+from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
 
@@ -136,6 +137,33 @@ def save_tiny_model(family: str, directory: Path, *, n_positions: int | None = N
             settings = json.loads((directory / name).read_text())
             (directory / name).write_text(json.dumps(settings | {field: n_positions}))
     return directory
+
+
+class Row(NamedTuple):
+    """As much of an example as a shard keeps."""
+
+    id: str
+    prompt: str = "?"
+    answer: int = 0
+    group: str = ""
+
+
+def identity_of(n_layers: int, n_neurons: int, **changes: Any) -> RunIdentity:
+    """The identity of a run on a model of some shape that exists nowhere."""
+    settings = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
+    settings |= {"n_layers": n_layers, "n_neurons": n_neurons, "prompt": {}, "dataset_fingerprint": "f"}
+    return RunIdentity(**settings | changes)
+
+
+def named_numbers(first: int, count: int, n_options: int, n_layers: int, n_neurons: int) -> dict[str, np.ndarray]:
+    """The numbers of some prompts, each of which names its own place: prompt . option layer neuron."""
+    p, o, la, n = np.ix_(range(first, first + count), range(n_options), range(n_layers), range(n_neurons))
+    return {
+        "label_ids_PO": (10 * p + o).reshape(count, n_options),
+        "negs_POLN": (p + o / 10 + la / 100 + n / 1000).astype(np.float32),
+        "activations_PLN": (-(p + la / 100 + n / 1000)).astype(np.float32).reshape(count, n_layers, n_neurons),
+        "probs_PO": ((p + o) / 100).astype(np.float32).reshape(count, n_options),
+    }
 
 
 def negs_place(model: str, dataset: str, split: str) -> ShardPlace:

@@ -6,7 +6,6 @@ L layers, N neurons a layer, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -138,11 +137,18 @@ def intervene(
         predicted_PDM=shifts_D[:, None] * sums_PM[:, None],
         label_ids_P=encoded.label_ids_PO[:, 0],
     )
-    for index, shift in enumerate(shifts_D.tolist()):
-        rows_of = partial(_gradient_rows, negs_PLN, places, shift)
-        for prompt, base_probs_1, probs_M1 in shift_together(lm, encoded, rows_of):
-            result.base_probs_P[prompt] = base_probs_1[0]
-            result.probs_PDM[prompt, index] = probs_M1[:, 0]
+
+    def rows_of(prompt: int) -> list[JointShift]:
+        signs = [np.sign(negs_PLN[prompt, *place]) for place in places]
+        return [
+            JointShift(*place, shift * signs_K)
+            for shift in shifts_D.tolist()
+            for place, signs_K in zip(places, signs, strict=True)
+        ]
+
+    for prompt, base_probs_1, probs_R1 in shift_together(lm, encoded, rows_of):
+        result.base_probs_P[prompt] = base_probs_1[0]
+        result.probs_PDM[prompt] = probs_R1.reshape(len(shifts_D), len(places))
     return result
 
 
@@ -189,13 +195,6 @@ def shift_together(
         (index,) = batch.rows
         label_ids_1O = torch.from_numpy(prompts.label_ids_PO[index : index + 1]).to(lm.device)
         yield _shift_prompt(batch, prompts.ids[index], rows_of(index), label_ids_1O, limit)
-
-
-def _gradient_rows(
-    negs_PLN: Floats, places: Sequence[tuple[Ints, Ints]], shift: float, prompt: int
-) -> list[JointShift]:
-    """Return a prompt's rows, one a set, with each neuron shifted in the direction of its NEG."""
-    return [JointShift(*place, shift * np.sign(negs_PLN[prompt, *place])) for place in places]
 
 
 def _shift_prompt(

@@ -111,11 +111,6 @@ def read_studies(folders: Sequence[Path]) -> list[StudyShards]:
     return [study if study.ids == ids else study.take(ids) for study in studies]
 
 
-def read_sweep(folders: Sequence[Path]) -> SweepResult:
-    """Put the blocks of layers of a sweep together: the rows that all of them hold; errors as of `read_studies`."""
-    return joined_sweep(read_studies(folders))
-
-
 def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
     """Put the blocks of layers of a sweep together, which hold the same rows."""
     shifts_S = np.array(blocks[0].axes["shifts"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ class ShardSet:
     title: str
     """Name for people."""
 
-    @property
+    @cached_property
     def shards(self) -> list[Sequence[EncodedExample]]:
         """The examples of every shard, in order."""
         starts = range(0, len(self.examples), self.shard_rows)
@@ -46,10 +47,8 @@ class ShardSet:
 
     def job(self, root: Path, index: int) -> "ShardJob":
         """Return the job of measuring one shard."""
-        shards = self.shards
-        return ShardJob(
-            root, self.place, self.identity, index, len(shards), shards[index], self.measurement, self.nonfinite
-        )
+        n_shards, examples = len(self.shards), self.shards[index]
+        return ShardJob(root, self.place, self.identity, index, n_shards, examples, self.measurement, self.nonfinite)
 
     def accepts(self, receipt: Receipt) -> bool:
         """Tell whether a finished shard is what it would be under this set's policy for NaN and infinity."""

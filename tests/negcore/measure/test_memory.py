@@ -101,7 +101,7 @@ def test_an_intervention_halves_its_rows(family, monkeypatch):
     n_rows = lambda batch, tokens, rows, *rest: len(rows)  # noqa: E731
     monkeypatch.setattr(interventions, "_shifted", scarce(interventions._shifted, n_rows, 2, tried))
     scarcely = intervene(lm, prompts, " A", sets=sets, shifts=SHIFTS)
-    assert tried[:8] == [5, 2, 2, 1, 2, 2, 1, 5]  # each shift begins anew
+    assert tried == [10, 5, *[2] * 5, *[2] * 5]  # 5 sets under 2 shifts: the second prompt keeps what the first learnt
     assert_same(scarcely.probs_PDM, whole.probs_PDM)
 
 

@@ -47,7 +47,7 @@ from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, receipts
 from negcore.store.reader import mapped_batch, open_negs
-from negcore.store.study import read_study, read_sweep
+from negcore.store.study import joined_sweep, read_studies, read_study
 from tasks.config.reading import read_run_file, recorded_run
 from tasks.measure.causal import read_causal
 
@@ -220,7 +220,7 @@ def test_an_old_study_is_finished_and_has_its_rows(name):
 
 def test_an_old_sweep_is_put_together_again():
     parts = [STUDY_PARTS["sweeps, first block"], STUDY_PARTS["sweeps, second block"]]
-    found = read_sweep([place_of(part).path(SHARDS / "linearity") for part in parts])
+    found = joined_sweep(read_studies([place_of(part).path(SHARDS / "linearity") for part in parts]))
     blocks = [[sweep_of(part, index) for index in range(2)] for part in parts]
     assert found.shifts_S.tolist() == blocks[0][0].shifts_S.tolist()
     assert found.neurons_K2.tolist() == [pair for block in blocks for pair in block[0].neurons_K2.tolist()]

@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
+from support import Row, identity_of
 
 from negcore.errors import ShardError
 from negcore.measure.sweeps import SweepResult
-from negcore.store.identity import RunIdentity
 from negcore.store.publish import SetAside, ShardPlace, finished_shards, publish_shard
 from negcore.store.study import (
+    joined_sweep,
+    read_studies,
     read_study,
-    read_sweep,
     study_batch,
     sweep_columns,
     write_seconds,
@@ -16,24 +17,8 @@ from negcore.store.study import (
 SHIFTS = [-1.0, 1.0]
 
 
-class Row:
-    def __init__(self, number):
-        self.id, self.prompt, self.answer, self.group = f"facts/{number}/u{number}", f"secret {number}", 0, "P1-x"
-
-
 def identity(**study):
-    return RunIdentity(
-        model="org/tiny",
-        model_revision="1",
-        tokenizer_hash="2",
-        site="up",
-        dtype="float32",
-        n_layers=4,
-        n_neurons=5,
-        prompt={"seed": 0},
-        dataset_fingerprint="3",
-        study={"shifts": SHIFTS} | study,
-    )
+    return identity_of(4, 5, model="org/tiny", study={"shifts": SHIFTS} | study)
 
 
 def a_block(layers, first, count):
@@ -52,7 +37,11 @@ def a_block(layers, first, count):
 def write(root, layers, index, n_shards=2, size=2, seconds=None, without=(), **study):
     place = ShardPlace("sweeps", "org/tiny", "mini/facts", f"layers-{layers[0]:02d}-{layers[-1]:02d}")
     result = a_block(layers, index * size, size)
-    rows = [Row(number) for number in range(index * size, (index + 1) * size) if number not in without]
+    rows = [
+        Row(f"facts/{number}/u{number}", f"secret {number}", group="P1-x")
+        for number in range(index * size, (index + 1) * size)
+        if number not in without
+    ]
     kept = [row for row in range(size) if index * size + row not in without]
     receipt = publish_shard(
         root,
@@ -71,7 +60,7 @@ def write(root, layers, index, n_shards=2, size=2, seconds=None, without=(), **s
 
 def test_blocks_of_layers_and_shards_of_prompts_are_put_together_again(tmp_path):
     places = [write(tmp_path, layers, index)[0] for layers in ([0, 1], [2]) for index in (1, 0)]
-    sweep = read_sweep([place.path(tmp_path) for place in dict.fromkeys(places)])
+    sweep = joined_sweep(read_studies([place.path(tmp_path) for place in dict.fromkeys(places)]))
     whole = a_block([0, 1, 2], 0, 4)
     assert sweep.neurons_K2.tolist() == whole.neurons_K2.tolist()
     assert sweep.shifts_S.tolist() == SHIFTS
@@ -114,13 +103,13 @@ def test_shards_of_another_study_are_refused_with_the_difference(tmp_path):
 def test_an_incomplete_sweep_is_refused(tmp_path):
     place, _ = write(tmp_path, [0], 0)
     with pytest.raises(ShardError, match="incomplete, 1 of 2 shards"):
-        read_sweep([place.path(tmp_path)])
+        joined_sweep(read_studies([place.path(tmp_path)]))
 
 
 def test_a_row_set_aside_in_one_block_is_left_out_of_the_whole_sweep(tmp_path):
     without = {0: [1], 1: [3]}
     places = [write(tmp_path, [layer], 0, n_shards=1, size=4, without=rows)[0] for layer, rows in without.items()]
-    sweep = read_sweep([place.path(tmp_path) for place in places])
+    sweep = joined_sweep(read_studies([place.path(tmp_path) for place in places]))
     whole = a_block([0, 1], 0, 4)
     assert sweep.label_ids_P.tolist() == [0, 2]
     np.testing.assert_array_equal(sweep.probs_PKS, whole.probs_PKS[[0, 2]].astype(np.float32))
@@ -129,4 +118,4 @@ def test_a_row_set_aside_in_one_block_is_left_out_of_the_whole_sweep(tmp_path):
 def test_blocks_without_a_row_in_common_are_refused(tmp_path):
     places = [write(tmp_path, [layer], 0, n_shards=1, without=[layer])[0] for layer in (0, 1)]
     with pytest.raises(ShardError, match="no row is in all of"):
-        read_sweep([place.path(tmp_path) for place in places])
+        joined_sweep(read_studies([place.path(tmp_path) for place in places]))
