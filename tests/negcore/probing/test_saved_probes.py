@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from safetensors.numpy import load, load_file, save
-from stored_negs import N_ALL, N_LAYERS, identity, numbers, write_split, write_splits
+from stored_negs import N_ALL, N_LAYERS, N_NEURONS, numbers, write_split, write_splits
+from support import identity_of
 
 import negcore.probing.saved_probes as saved_probes
 from negcore.errors import ProbeError
@@ -76,7 +77,7 @@ def test_every_kind_of_probe_answers_the_same_after_a_round_trip(probes, splits,
     assert loaded.probe.n_kept == probes[name].n_kept
     assert loaded.predict(splits["test"]).tolist() == probes[name].predict(splits["test"]).tolist()
     assert loaded.origin == Origin.of(splits["train"])
-    assert loaded.origin.digest == identity().digest
+    assert loaded.origin.digest == identity_of(N_LAYERS, N_NEURONS).digest
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 

@@ -1,32 +1,20 @@
 """16-bit values: the bits are PyTorch's, what is read back is the nearest, and shards take half the room."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from support import LABELS, PROMPTS, negs_place, tiny_model, write_negs
+from support import LABELS, PROMPTS, Row, identity_of, negs_place, tiny_model, write_negs
 
 from negcore.measure.neurgrad import neurgrad
-from negcore.store.identity import RunIdentity
 from negcore.store.levels import STORAGE_LEVELS, bfloat16_bits, bfloat16_values
 from negcore.store.reader import open_negs
 
 N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 9, 3, 2, 5
 SHARD_ROWS = 3
-VALUES = RunIdentity(
-    model="tiny", model_revision="1", tokenizer_hash="t", site="up", dtype="float32", n_layers=N_LAYERS,
-    n_neurons=N_NEURONS, prompt={}, dataset_fingerprint="d",
-)  # fmt: skip
+VALUES = identity_of(N_LAYERS, N_NEURONS, model="tiny")
 BFLOAT16 = replace(VALUES, storage="bfloat16")
-
-
-@dataclass(frozen=True)
-class Row:
-    id: str
-    prompt: str = "a prompt"
-    answer: int = 0
-    group: str = ""
 
 
 def torch_bits(values):

@@ -2,11 +2,11 @@
 
 import json
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from support import negs_place, write_negs
+from stored_negs import LayerNumbers, awkward_numbers, write_layers
+from support import identity_of
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import argmax_features
@@ -14,7 +14,7 @@ from negcore.probing.fitted import fit_act, fit_forest, fit_logistic, fit_vote, 
 from negcore.probing.rankings import Vote, chosen_effects, rank_layers, training_scores
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.codes import decode, encode
-from negcore.store.identity import RunIdentity, content_digest
+from negcore.store.identity import content_digest
 from negcore.store.publish import finished_shards, receipts
 from negcore.store.reader import open_negs
 
@@ -109,56 +109,20 @@ def test_a_code_that_none_has_is_refused_with_its_place():
 # Runs that store them
 
 
-class Row(NamedTuple):
-    id: str
-    prompt: str
-    answer: int
-    group: str
-
-
-class Numbers(NamedTuple):
-    negs_POLN: np.ndarray
-    activations_PLN: np.ndarray
-    gold_P: np.ndarray
-
-
 def numbers(split, n_options):
-    """Ties, zeros, denormals, neighbouring numbers and activations at zero, all in one."""
-    rng = np.random.default_rng([len(split), n_options])
-    gold_P = rng.permutation(np.arange(N_ROWS) % n_options)
-    shape = (N_ROWS, n_options, N_LAYERS, N_NEURONS)
-    near = 1 + rng.integers(-3, 4, shape) * 2.0**-23
-    negs_POLN = (rng.integers(-2, 3, shape) * near * rng.choice([1, 1e-4, 1e-42], shape)).astype(np.float32)
-    negs_POLN[np.arange(N_ROWS), gold_P, 1, 2:5] += rng.choice([0, 1, 3], (N_ROWS, 3))  # some skill
-    activations_PLN = rng.choice([-3, -0.7, 0, 1e-3, 0.9, 4], (N_ROWS, N_LAYERS, N_NEURONS)).astype(np.float32)
-    return Numbers(negs_POLN, activations_PLN, gold_P)
+    """Awkward numbers in which three neurons have some skill."""
+    data = awkward_numbers(split, n_options, (N_ROWS, N_LAYERS, N_NEURONS))
+    skill = np.random.default_rng(n_options).choice([0, 1, 3], (N_ROWS, 3))
+    data.negs_POLN[np.arange(N_ROWS), data.gold_P, 1, 2:5] += skill
+    return data
 
 
-def identity(storage="values", **changes):
-    settings = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
-    settings |= {"n_layers": N_LAYERS, "n_neurons": N_NEURONS, "prompt": {}, "dataset_fingerprint": "f"}
-    return RunIdentity(**settings | changes, storage=storage)
+def identity(storage="values"):
+    return identity_of(N_LAYERS, N_NEURONS, storage=storage)
 
 
-def write(root, split, storage, *, n_options=4, data=None, shard_rows=20):
-    data = data or numbers(split, n_options)
-    starts = range(0, len(data.gold_P), shard_rows)
-    for index, start in enumerate(starts):
-        negs_POLN, activations_PLN, gold_P = (values[start : start + shard_rows] for values in data)
-        n, _, n_layers, n_neurons = negs_POLN.shape
-        write_negs(
-            root,
-            negs_place("m", "d", split),
-            index,
-            len(starts),
-            identity=identity(storage, n_layers=n_layers, n_neurons=n_neurons),
-            examples=[Row(f"{split}/{start + i}", "?", int(gold), "") for i, gold in enumerate(gold_P)],
-            label_ids_PO=np.tile(np.arange(n_options), (n, 1)),
-            negs_POLN=negs_POLN,
-            activations_PLN=activations_PLN,
-            probs_PO=np.full((n, n_options), 0.1),
-        )
-    return open_negs(root).select(split=split)
+def write(root, split, storage, *, n_options=4, data=None, **options):
+    return write_layers(root, split, data or numbers(split, n_options), storage=storage, **options)
 
 
 @pytest.fixture(scope="module", params=[2, 5])
@@ -223,7 +187,7 @@ def test_gradient_times_activation_is_ordered_as_neg_though_a_product_would_be_r
     step = np.float32(2**-23)  # between numbers of float32 above 1
     gold_N, other_N = [1.875 + 2 * step, TINY], [1.875 + step, 0]
     negs_POLN = np.array([gold_N, other_N], np.float32)[None, :, None]
-    data = Numbers(negs_POLN, np.array([[[1.125, 0.25]]], np.float32), np.array([0]))
+    data = LayerNumbers(negs_POLN, np.array([[[1.125, 0.25]]], np.float32), np.array([0]))
     of_level = [write(tmp_path / storage, "train", storage, n_options=2, data=data) for storage in ("values", "codes")]
     (block,) = of_level[0].shards()
     product_ON = chosen_effects(block, "gxa", [0, 1])[0]
@@ -345,7 +309,7 @@ def test_a_logistic_regression_fitted_on_values_does_not_answer_codes(levels, tm
 def test_a_neuron_takes_two_bytes_a_prompt_beside_its_activation(tmp_path, n_options, times_less):
     rng = np.random.default_rng(0)
     negs_POLN = rng.normal(size=(32, n_options, 2, 4096)).astype(np.float32)
-    data = Numbers(negs_POLN, negs_POLN[:, 0], np.zeros(32, int))
+    data = LayerNumbers(negs_POLN, negs_POLN[:, 0], np.zeros(32, int))
     size = {}
     for storage in ("values", "codes"):
         split = write(tmp_path / storage, "train", storage, n_options=n_options, data=data, shard_rows=32)

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from support import REPOSITORY, neg, negs_place, save_tiny_model, write_negs
+from support import REPOSITORY, Row, identity_of, named_numbers, neg, negs_place, save_tiny_model, write_negs
 
 from negcore.errors import ProbeError, RunError, ShardError
 from negcore.probing.saved_probes import load_probe
@@ -34,7 +35,7 @@ from negcore.store.files import (
     read_bytes,
     sizes,
 )
-from negcore.store.identity import RunIdentity, canonical_json, content_digest
+from negcore.store.identity import canonical_json, content_digest
 from negcore.store.publish import Receipt, ShardPlace, finished_shards, is_whole, receipts, shard_of
 from negcore.store.reader import local_shard, open_negs
 from negcore.store.study import write_seconds
@@ -46,38 +47,8 @@ PARTITION = negs_place("org/tiny", "mini/fact", "test")
 N_OPTIONS, N_LAYERS, N_NEURONS = 2, 2, 3
 
 
-class Row(NamedTuple):
-    id: str
-    prompt: str
-    answer: int
-    group: str
-
-
-def identity(**changes) -> RunIdentity:
-    settings = {
-        "model": "org/tiny",
-        "model_revision": "1",
-        "tokenizer_hash": "2",
-        "site": "up",
-        "dtype": "float32",
-        "n_layers": N_LAYERS,
-        "n_neurons": N_NEURONS,
-        "prompt": {},
-        "dataset_fingerprint": "3",
-        "versions": {"torch": "2.13"},
-    }
-    return RunIdentity(**settings | changes)
-
-
-def numbers(first, count):
-    """Every value names its own place: prompt . option layer neuron."""
-    p, o, la, n = np.ix_(range(first, first + count), range(N_OPTIONS), range(N_LAYERS), range(N_NEURONS))
-    return {
-        "label_ids_PO": (10 * p + o).reshape(count, N_OPTIONS),
-        "negs_POLN": p + o / 10 + la / 100 + n / 1000,
-        "activations_PLN": -(p + la / 100 + n / 1000).reshape(count, N_LAYERS, N_NEURONS),
-        "probs_PO": ((p + o) / 100).reshape(count, N_OPTIONS),
-    }
+identity = partial(identity_of, n_layers=N_LAYERS, n_neurons=N_NEURONS, model="org/tiny", versions={"torch": "2.13"})
+numbers = partial(named_numbers, n_options=N_OPTIONS, n_layers=N_LAYERS, n_neurons=N_NEURONS)
 
 
 def write(root, index=0, n_shards=1, size=2, partition=PARTITION, **changes) -> Receipt:

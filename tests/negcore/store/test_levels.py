@@ -1,14 +1,16 @@
 """Storage levels: each is what it says it is, and one reader serves shards of every kind."""
 
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from support import Row, identity_of
 
 from negcore.errors import NegError, ShardError
-from negcore.store.identity import RunIdentity, StorageName, choice_digest
+from negcore.store.identity import StorageName, choice_digest
 from negcore.store.levels import STORAGE_LEVELS, NeuronPlaces, has_columns_of
 from negcore.store.publish import SetAside, ShardPlace, publish_shard, receipts, shard_path
 from negcore.store.reader import ShardReader, open_negs
@@ -17,17 +19,9 @@ from negcore.store.study import read_study, study_batch
 
 N_ROWS, N_OPTIONS, N_LAYERS, N_NEURONS = 4, 3, 2, 5
 CHOSEN = (1, 6, 9)
-SETTINGS = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
-SETTINGS |= {"n_layers": N_LAYERS, "n_neurons": N_NEURONS, "prompt": {}, "dataset_fingerprint": "f"}
+identity_with = partial(identity_of, N_LAYERS, N_NEURONS)
 SHAPES = [*((name, None) for name in STORAGE_LEVELS), ("stats", CHOSEN)]
 """Every kind of shard: the name of its level, and its chosen neurons."""
-
-
-class Row(NamedTuple):
-    id: str
-    prompt: str = "?"
-    answer: int = 1
-    group: str = "g"
 
 
 def numbers(n_rows=N_ROWS, n_options=N_OPTIONS):
@@ -42,7 +36,7 @@ def numbers(n_rows=N_ROWS, n_options=N_OPTIONS):
 
 def batch(storage, neurons=None, **changes):
     values = numbers() | changes
-    rows = [Row(str(index)) for index in range(len(values["probs_PO"]))]
+    rows = [Row(str(index), answer=1, group="g") for index in range(len(values["probs_PO"]))]
     return STORAGE_LEVELS[storage].batch(rows, **values, neurons=neurons)
 
 
@@ -74,7 +68,7 @@ def test_columns_are_known_before_anything_is_measured(storage, neurons):
 @pytest.mark.parametrize(("storage", "neurons"), SHAPES)
 def test_a_file_has_the_columns_of_its_own_identity_alone(storage, neurons):
     digest = None if neurons is None else choice_digest(neurons)
-    identity = RunIdentity(**SETTINGS, storage=storage, neurons=digest).comparable()
+    identity = identity_with(storage=storage, neurons=digest).comparable()
     assert has_columns_of(identity, batch(storage, neurons).schema)
     others = [kind for kind in SHAPES if kind != (storage, neurons)]
     assert not any(has_columns_of(identity, batch(*other).schema) for other in others)
@@ -166,7 +160,7 @@ SIZES = [{"n_layers": -1}, {"n_layers": 10**12}, {"n_neurons": 10**30}, {"n_neur
 
 @pytest.mark.parametrize("storage", STORAGE_LEVELS)
 def test_an_identity_that_no_shard_can_have_has_no_columns(storage):
-    schema, identity = batch(storage).schema, RunIdentity(**SETTINGS, storage=storage).comparable()
+    schema, identity = batch(storage).schema, identity_with(storage=storage).comparable()
     assert has_columns_of(identity, schema)
     sizes = SIZES if STORAGE_LEVELS[storage].has_all_neurons else []  # sums are as long as they are
     for change in CLAIMS + sizes:
@@ -177,7 +171,7 @@ def test_six_options_are_no_columns_of_codes_though_the_file_says_so():
     schema = batch("codes").schema
     at = schema.get_field_index("probs")
     six = schema.set(at, pa.field("probs", pa.list_(pa.field("item", pa.float32(), nullable=False), 6), nullable=False))
-    assert not has_columns_of(RunIdentity(**SETTINGS, storage="codes").comparable(), six)
+    assert not has_columns_of(identity_with(storage="codes").comparable(), six)
 
 
 # One reader for NEGs and studies
@@ -190,17 +184,17 @@ def publish(root, place, index, identity, batch, set_aside=()):
 
 
 def write_negs(root, index, n_rows, set_aside=()):
-    identity = RunIdentity(**SETTINGS, storage="stats", neurons=choice_digest(CHOSEN))
-    rows = [Row(f"{index}/{row}") for row in range(n_rows)]
+    identity = identity_with(storage="stats", neurons=choice_digest(CHOSEN))
+    rows = [Row(f"{index}/{row}", answer=1, group="g") for row in range(n_rows)]
     batch = STORAGE_LEVELS["stats"].batch(rows, **numbers(n_rows), neurons=CHOSEN)
     return publish(root, ShardPlace("negs", "m", "d", "test"), index, identity, batch, set_aside)
 
 
 def write_study(root, index, n_rows, **columns):
-    rows = [Row(f"{index}/{row}") for row in range(n_rows)]
+    rows = [Row(f"{index}/{row}", answer=1, group="g") for row in range(n_rows)]
     columns = columns or {"scores": np.arange(n_rows * 2.0).reshape(n_rows, 2)}
     place = ShardPlace("estimates", "m", "d", "neurgrad")
-    return publish(root, place, index, RunIdentity(**SETTINGS, study={}), study_batch(rows, columns))
+    return publish(root, place, index, identity_with(study={}), study_batch(rows, columns))
 
 
 @pytest.mark.parametrize("write", [write_negs, write_study])

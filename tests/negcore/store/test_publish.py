@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -14,11 +14,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
-from support import negs_place, write_negs
+from support import Row, identity_of, named_numbers, negs_place, write_negs
 
 from negcore.errors import ShardError
 from negcore.store import publish as shards
-from negcore.store.identity import RunIdentity, text_hash
+from negcore.store.identity import text_hash
 from negcore.store.publish import finished_shards, shard_path
 from negcore.store.reader import open_negs
 
@@ -26,42 +26,21 @@ PARTITION = negs_place("meta-llama/Llama-2-7b", "mceval8k/agnews", "test")
 N_OPTIONS, N_LAYERS, N_NEURONS = 2, 3, 5
 
 
-class Row(NamedTuple):
-    id: str
-    prompt: str
-    answer: int
-    group: str
+identity = partial(
+    identity_of,
+    n_layers=N_LAYERS,
+    n_neurons=N_NEURONS,
+    model="meta-llama/Llama-2-7b",
+    prompt={"shots": 4, "style": ["letters"]},
+    versions={"torch": "2.13"},
+)
 
 
-def identity(**changes) -> RunIdentity:
-    settings = {
-        "model": "meta-llama/Llama-2-7b",
-        "model_revision": "0a1b",
-        "tokenizer_hash": "77",
-        "site": "up",
-        "dtype": "float32",
-        "n_layers": N_LAYERS,
-        "n_neurons": N_NEURONS,
-        "prompt": {"shots": 4, "style": ["letters"]},
-        "dataset_fingerprint": "f00d",
-        "versions": {"torch": "2.13"},
-    }
-    return RunIdentity(**settings | changes)
+numbers = partial(named_numbers, n_options=N_OPTIONS, n_layers=N_LAYERS, n_neurons=N_NEURONS)
 
 
 def rows(first: int, count: int) -> list[Row]:
     return [Row(f"agnews/test/{i}", f"Which? {i}", i % N_OPTIONS, "en") for i in range(first, first + count)]
-
-
-def numbers(first: int, count: int) -> dict[str, np.ndarray]:
-    """Every value names its own place: prompt . option layer neuron."""
-    p, o, la, n = np.ix_(range(first, first + count), range(N_OPTIONS), range(N_LAYERS), range(N_NEURONS))
-    return {
-        "label_ids_PO": (10 * p + o).reshape(count, N_OPTIONS),
-        "negs_POLN": (p + o / 10 + la / 100 + n / 1000).astype(np.float32),
-        "activations_PLN": (-(p + la / 100 + n / 1000)).astype(np.float32).reshape(count, N_LAYERS, N_NEURONS),
-        "probs_PO": ((p + o) / 100).astype(np.float32).reshape(count, N_OPTIONS),
-    }
 
 
 def write(root, index=0, n_shards=1, size=3, **changes):

@@ -1,12 +1,12 @@
 """Vote sums rank as values do, and shards of chosen neurons answer for them what values would."""
 
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from support import negs_place, write_negs
+from stored_negs import awkward_numbers, write_layers
+from support import identity_of, negs_place
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import VOTES, Vote, vote_sums
@@ -14,64 +14,23 @@ from negcore.probing.fitted import fit_forest, fit_logistic, fit_vote, random_ne
 from negcore.probing.rankings import rank_layers, training_scores
 from negcore.store.identity import RunIdentity, choice_digest
 from negcore.store.publish import finished_shards, receipts, shard_path
-from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_ROWS = 3, 11, 48
 N_ALL = N_LAYERS * N_NEURONS
 CHOSEN = (0, 3, 7, 10, 11, 12, 20, 25, 32)
 
 
-class Row(NamedTuple):
-    id: str
-    prompt: str
-    answer: int
-    group: str
-
-
-class Numbers(NamedTuple):
-    negs_POLN: np.ndarray
-    activations_PLN: np.ndarray
-    gold_P: np.ndarray
-
-
 def numbers(split, n_options, n_rows=N_ROWS):
-    """Ties, zeros, denormals, neighbouring numbers and activations at zero, all in one."""
-    rng = np.random.default_rng([len(split), n_options])
-    gold_P = rng.permutation(np.arange(n_rows) % n_options)
-    shape = (n_rows, n_options, N_LAYERS, N_NEURONS)
-    near = 1 + rng.integers(-3, 4, shape) * 2.0**-23
-    negs_POLN = (rng.integers(-2, 3, shape) * near * rng.choice([1, 1e-4, 1e-42], shape)).astype(np.float32)
-    activations_PLN = rng.choice([-3, -0.7, 0, 1e-3, 0.9, 4], (n_rows, N_LAYERS, N_NEURONS)).astype(np.float32)
-    return Numbers(negs_POLN, activations_PLN, gold_P)
+    return awkward_numbers(split, n_options, (n_rows, N_LAYERS, N_NEURONS))
 
 
 def identity(storage="values", neurons=None):
-    settings = {"model": "m", "model_revision": "r", "tokenizer_hash": "t", "site": "up", "dtype": "float32"}
-    settings |= {"n_layers": N_LAYERS, "n_neurons": N_NEURONS, "prompt": {}, "dataset_fingerprint": "f"}
     digest = None if neurons is None else choice_digest(neurons)
-    return RunIdentity(**settings, storage=storage, neurons=digest)
+    return identity_of(N_LAYERS, N_NEURONS, storage=storage, neurons=digest)
 
 
-def write(root, split, storage, *, neurons=None, n_options=4, data=None, shard_rows=20, empty=()):
-    data = data or numbers(split, n_options)
-    starts = range(0, len(data.gold_P), shard_rows)
-    for index, start in enumerate(starts):
-        kept = 0 if index in empty else shard_rows
-        negs_POLN, activations_PLN, gold_P = (values[start : start + kept] for values in data)
-        write_negs(
-            root,
-            negs_place("m", "d", split),
-            index,
-            len(starts),
-            identity=identity(storage, neurons),
-            examples=[Row(f"{split}/{start + i}", "?", int(gold), "") for i, gold in enumerate(gold_P)],
-            label_ids_PO=np.tile(np.arange(n_options), (len(gold_P), 1)),
-            negs_POLN=negs_POLN,
-            activations_PLN=activations_PLN,
-            probs_PO=np.full((len(gold_P), n_options), 0.1),
-            neurons=neurons,
-        )
-    return open_negs(root).select(split=split)
+def write(root, split, storage, *, neurons=None, n_options=4, data=None, **options):
+    return write_layers(root, split, data or numbers(split, n_options), storage=storage, neurons=neurons, **options)
 
 
 # Sums

@@ -4,17 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rich.console import Console
-from support import REPOSITORY, negs_place, write_negs
+from support import REPOSITORY, identity_of, negs_place, write_negs
 
 from flows.show.inspect_tables import status_lines, status_tables
 from flows.show.text import duration
 from negcore.errors import RunError
-from negcore.store.identity import RunIdentity
 from negcore.store.publish import SetAside, receipt_path, shard_path
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
@@ -27,10 +27,7 @@ BEGAN_S = 1_700_000_000.0
 TRAIN, TEST = (negs_place("org/model", "mini/fact", split) for split in ("train", "test"))
 
 
-def identity(**changes):
-    settings = {"model": "org/model", "model_revision": "a", "tokenizer_hash": "b", "site": "up", "dtype": "float32"}
-    settings |= {"n_layers": 1, "n_neurons": 2, "prompt": {}, "dataset_fingerprint": "c"}
-    return RunIdentity(**settings | changes)
+identity = partial(identity_of, 1, 2, model="org/model")
 
 
 def planned(place, n_shards, n_rows=3):
