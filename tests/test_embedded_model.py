@@ -7,6 +7,7 @@ import torch
 from negcore.datasets import PromptSettings, load_dataset
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
+from negcore.errors import ModelError
 from negcore.model.language_model import describe_model, load_model
 
 FACTS = {
@@ -68,3 +69,13 @@ def test_every_offline_dataset_fits_its_tokenizer(lm, genre):
     dataset = load_dataset(f"mini/{genre}", lm.tokenizer, settings=PromptSettings(shots=1))
     assert min(map(len, dataset.splits.values())) >= 30
     assert dataset.label_rule.startswith("labels begin with a space")
+
+
+def test_gemma_is_joined_from_its_packages_and_knows_capitals():
+    try:
+        lm = load_model("gemma3-270m")
+    except ModelError as error:
+        pytest.skip(f"{error} (or: make gemma)")
+    assert (lm.n_layers, lm.layer_width, lm.site) == (18, 2048, "up")
+    batch = neurgrad(lm, list(FACTS)[:2], [" Paris", " Berlin"])
+    assert batch.probs_PO.argmax(1).tolist() == [0, 1]

@@ -236,8 +236,8 @@ def models() -> None:
     from negcore.model.architectures import ARCHITECTURES
     from negcore.model.language_model import EMBEDDED
 
-    for alias, (_, _, command) in EMBEDDED.items():
-        console.print(f"[bold]{alias}[/bold]  embedded: {command}", highlight=False)
+    for alias, embedded in EMBEDDED.items():
+        console.print(f"[bold]{alias}[/bold]  embedded: {embedded.command}", highlight=False)
     table = Table(
         "family", "prediction", "sites (paper = first)", title="Families: any safetensors model of these types"
     )

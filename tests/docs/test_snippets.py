@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 def patched(model):
     """The tiny model answers to the name of the one that ships as a package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "_embedded_file", lambda alias: model)
+        patch.setattr(language_model, "_embedded_files", lambda alias: [model])
         patch.setattr(language_model, "_convert_gguf", lambda file: model)
         yield
 
