@@ -185,7 +185,7 @@ def probed_batches(
             yield MaskedBatch(lm, rows, [ids[row] for row in rows])
         return
     n_prefix = common_prefix_length(ids)
-    prefix = _run_prefix(lm, ids[0][:n_prefix])
+    prefix = run_prefix(lm, ids[0][:n_prefix])
     for rows in groups:
         yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)
 
@@ -246,7 +246,8 @@ def _by_length(lengths: Sequence[int], batch_size: int | None, max_rows: int | N
     return groups
 
 
-def _run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
+def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
+    """Return a cache of the keys and values of the tokens that prompts begin with, of which there may be none."""
     cache = DynamicCache()
     if tokens:
         with torch.no_grad():

@@ -127,23 +127,37 @@ def away_from_zero(activations: Tensor) -> Tensor:
     return torch.where(activations > 0, 1.0, -1.0).to(activations.dtype)
 
 
-def _fill(result: NeurGradBatch, rows: Sequence[int], batch: ProbedBatch) -> None:
-    lm = batch.lm
-    label_ids_BO = torch.from_numpy(result.label_ids_PO[rows]).to(lm.device)
+class LabelGradients(NamedTuple):
+    """Gradients of each row's label probabilities by its neurons."""
+
+    grads_LOBN: tuple[Tensor, ...]
+    """One tensor of shape (O, B, N) for each layer."""
+    activations_BLN: Tensor
+    probs_BO: Tensor
+
+
+def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
+    """Differentiate the probability of every label by every neuron at the probed token, in one backward pass."""
     n_rows, n_options = label_ids_BO.shape
-    shifts = zero_shifts(lm, n_rows)
+    shifts = zero_shifts(batch.lm, n_rows)
     with torch.enable_grad():
         logits_BV, activations_BLN = batch.predict(shifts)
         probs_BO = label_probabilities(logits_BV, label_ids_BO)
         # Rows do not see each other, so one unit vector for each option gives every row's gradient at once.
-        unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=lm.device)[:, None].expand(-1, n_rows, -1)
+        unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
         grads = torch.autograd.grad(probs_BO, list(shifts.values()), unit_OBO, is_grads_batched=True)
+    return LabelGradients(grads, activations_BLN, probs_BO.detach())
+
+
+def _fill(result: NeurGradBatch, rows: Sequence[int], batch: ProbedBatch) -> None:
+    label_ids_BO = torch.from_numpy(result.label_ids_PO[rows]).to(batch.lm.device)
+    grads, activations_BLN, probs_BO = label_gradients(batch, label_ids_BO)
     signs_BLN = away_from_zero(activations_BLN)
     for layer, grad_OBN in enumerate(grads):
         negs_BON = (grad_OBN * signs_BLN[:, layer]).transpose(0, 1)
         result.negs_POLN[rows, :, layer] = _numpy(negs_BON)
     result.activations_PLN[rows] = _numpy(activations_BLN)
-    result.probs_PO[rows] = _numpy(probs_BO.detach())
+    result.probs_PO[rows] = _numpy(probs_BO)
 
 
 def _numpy(tensor: Tensor) -> Floats:

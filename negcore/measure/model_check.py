@@ -1,0 +1,352 @@
+"""Check a loaded model on one prompt before it measures anything: each fast path against a slow, obvious twin.
+
+Nothing is assumed of the tokenizer's language: prompts are token ids, drawn at random but always the same for a model.
+
+Shapes: B rows of a batch, T tokens, O options (labels), L layers, N neurons a layer, C compared tokens of the
+vocabulary, R shifted rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from negcore.errors import first_line
+from negcore.measure.forward import (
+    CausalBatch,
+    MaskedBatch,
+    ProbedBatch,
+    label_probabilities,
+    probed_position,
+    run_prefix,
+)
+from negcore.measure.hooks import hook_site, zero_shifts
+from negcore.measure.memory import BatchLimit
+from negcore.measure.neurgrad import label_gradients
+from negcore.measure.virtual_tokens import HookedPrompt, Shifts, VirtualPrompt
+from negcore.model.attention import ATTENTION_NAME
+from negcore.model.check import COMPARED, Compared, Comparison, ModelCheck
+from negcore.model.language_model import LanguageModel
+
+TOLERANCES: MappingProxyType[str, Mapping[Compared, float]] = MappingProxyType(
+    {
+        dtype: MappingProxyType(
+            {"logits": logits, "neurgrad": shifted, "batch": logits, "prefix": logits, "virtual": shifted}
+        )
+        for dtype, logits, shifted in (
+            ("float64", 1e-5, 1e-4),
+            ("float32", 1e-4, 1e-3),
+            ("float16", 0.02, 0.1),
+            ("bfloat16", 0.1, 0.5),
+        )
+    }
+)
+"""Largest relative difference between two ways to the same numbers, by number type.
+
+The reference attention of transformers rounds to float32 in float64 models, and many models' norms do so too.
+"""
+
+_TOKENS = 24
+# Longest prompt that is made in order to reach beyond a sliding window, and by how much it does.
+_MOST_TOKENS, _BEYOND = 96, 8
+_LABELS = 3
+
+
+def check_model(lm: LanguageModel) -> ModelCheck:
+    """Compare each way to measure a model with a plain twin, on two prompts of random tokens.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+
+    Returns
+    -------
+    ModelCheck
+        One comparison each of last-token logits with the untouched model, NeurGrad with plain autograd, a batch of two
+        prompts with one, a shared prefix with none, and virtual tokens with hooks. A way that ends in an error failed.
+
+    Raises
+    ------
+    RuntimeError
+        If memory does not suffice (for CUDA, `torch.OutOfMemoryError`).
+    """
+    trial = _Trial(lm)
+    return ModelCheck(tuple(_compare(trial, name) for name in COMPARED), tuple(_notes(trial)))
+
+
+class _Gradients(NamedTuple):
+    grads_OLN: Tensor
+    activations_LN: Tensor
+    probs_O: Tensor
+
+
+class _Plain:
+    """One prompt in the untouched model: whole, without a cache, and one backward pass for each label."""
+
+    def __init__(self, lm: LanguageModel, tokens: Sequence[int], compared_C: Tensor) -> None:
+        self._lm, self._position = lm, probed_position(lm, tokens)
+        self._ids_1T = torch.tensor([list(tokens)], device=lm.device)
+        with torch.no_grad(), _untouched(lm):
+            self.logits_C = self._logits()[compared_C]
+        self.label_ids_O = compared_C[_telling_labels(self.logits_C)]
+
+    def _logits(self) -> Tensor:
+        logits: Tensor = self._lm.model(input_ids=self._ids_1T).logits[0, self._position]
+        return logits
+
+    @cached_property
+    def gradients(self) -> _Gradients:
+        lm, leaves, activations = self._lm, {}, {}
+
+        def add_leaf(layer: int, values: Tensor) -> Tensor:
+            activations[layer] = self._probed(values.detach())
+            leaves[layer] = torch.zeros_like(values, requires_grad=True)
+            return values + leaves[layer]
+
+        with torch.enable_grad(), _untouched(lm), ExitStack() as hooks:
+            for layer in range(lm.n_layers):
+                hooks.callback(hook_site(lm, layer, partial(add_leaf, layer)).remove)
+            logits_1V = self._logits()[None]
+            probs_O = label_probabilities(logits_1V, self.label_ids_O[None])[0]
+        leaves_L, grads_OLN = [leaves[layer] for layer in range(lm.n_layers)], []
+        for prob in probs_O:
+            grads_L = torch.autograd.grad(prob, leaves_L, retain_graph=True)
+            grads_OLN.append(torch.stack([self._probed(grad) for grad in grads_L]))
+        activations_LN = torch.stack([activations[layer] for layer in range(lm.n_layers)])
+        return _Gradients(torch.stack(grads_OLN), activations_LN, probs_O.detach())
+
+    def _probed(self, values: Tensor) -> Tensor:
+        """Return the site at the probed token: shape (N,)."""
+        return values.reshape(-1, values.shape[-1])[self._position, -self._lm.layer_width :]
+
+
+class _Trial:
+    """Two prompts of random tokens, and what several comparisons need of them."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        ordinary = _ordinary_ids(lm)
+        self.ids, self.n_prefix = _prompts(lm, ordinary)
+        # Only these: some models give the placeholders of images no logit at all.
+        self.compared_C = torch.tensor(ordinary, device=lm.device)
+
+    @cached_property
+    def plain(self) -> _Plain:
+        """The first prompt."""
+        return _Plain(self.lm, self.ids[0], self.compared_C)
+
+    def batch(self, *rows: int, shared_prefix: bool = False) -> ProbedBatch:
+        """Run some of the prompts up to their probed tokens."""
+        ids = [self.ids[row] for row in rows]
+        if self.lm.arch.masked:
+            return MaskedBatch(self.lm, rows, ids)
+        n_prefix = self.n_prefix if shared_prefix else 0
+        return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]), n_prefix)
+
+    def logits(self, *rows: int, shared_prefix: bool = False) -> Tensor:
+        """Return the logits of some prompts, without a graph: shape (B, C)."""
+        with torch.no_grad():
+            return self.batch(*rows, shared_prefix=shared_prefix).predict().logits_BV[:, self.compared_C]
+
+
+def _compare(trial: _Trial, name: Compared) -> Comparison:
+    tolerance = TOLERANCES[trial.lm.dtype][name]
+    if trial.lm.arch.masked and name in ("prefix", "virtual"):
+        return Comparison(name, tolerance, note="a masked model sees both sides of its mask", applies=False)
+    try:
+        difference = _DIFFERENCES[name](trial)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # an unknown model can fail in any way, and that is what is asked here
+        return Comparison(name, tolerance, note=f"{first_line(error):.200}")
+    if not np.isfinite(difference):
+        return Comparison(name, tolerance, note="numbers that are not finite")
+    return Comparison(name, tolerance, difference)
+
+
+def _logits_differ(trial: _Trial) -> float:
+    """Compare both forms of the attention, without a graph and with one, with the model as it came."""
+    plain_1C = trial.plain.logits_C[None]
+    with torch.enable_grad():
+        with_graph_1V = trial.batch(0).predict(zero_shifts(trial.lm, 1)).logits_BV.detach()
+    logits = trial.logits(0), with_graph_1V[:, trial.compared_C]
+    return max(_logit_difference(logits_1C, plain_1C) for logits_1C in logits)
+
+
+def _neurgrad_differs(trial: _Trial) -> float:
+    """Compare gradients and activations layer by layer."""
+    fast = label_gradients(trial.batch(0), trial.plain.label_ids_O[None])
+    plain = trial.plain.gradients
+    by_layer_LON = torch.stack([grad_OBN[:, 0] for grad_OBN in fast.grads_LOBN])
+    return max(
+        _difference(by_layer_LON, plain.grads_OLN.transpose(0, 1)),
+        _difference(fast.activations_BLN[0], plain.activations_LN),
+    )
+
+
+def _batch_differs(trial: _Trial) -> float:
+    alone_BC = torch.cat([trial.logits(0), trial.logits(1)])
+    return _logit_difference(trial.logits(0, 1), alone_BC)
+
+
+def _prefix_differs(trial: _Trial) -> float:
+    return _logit_difference(trial.logits(0, 1, shared_prefix=True), trial.logits(0, 1))
+
+
+def _virtual_differs(trial: _Trial) -> float:
+    """Compare what shifts make of the labels' log-probabilities, and the log-probabilities without a shift."""
+    label_ids_O = trial.plain.label_ids_O.cpu().numpy()
+    limit, batch = BatchLimit("shifted rows"), trial.batch(0)
+    assert isinstance(batch, CausalBatch)
+    virtual = VirtualPrompt(batch, label_ids_O, None, limit)
+    hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
+    shifts = _telling_shifts(trial.plain.gradients)
+    hooked_RO = hooked.measure(shifts)
+    return _difference(virtual.measure(shifts), hooked_RO, scale=hooked_RO - hooked.log_probs_O.cpu())
+
+
+def _telling_shifts(plain: _Gradients) -> Shifts:
+    """Shift the strongest neuron and a middling one of the first, the middle and the last layer, both ways.
+
+    A shift is so large that the label's log-probability changes by about one, or less where that asks for more than a
+    thousand units.
+    """
+    slopes_LN = (plain.grads_OLN[0] / plain.probs_O[0]).abs().double().cpu()
+    n_layers, width = slopes_LN.shape
+    rows = []
+    for layer in sorted({0, n_layers // 2, n_layers - 1}):
+        order_N = slopes_LN[layer].argsort(descending=True, stable=True)
+        for neuron in {int(order_N[0]), int(order_N[width // 2])}:
+            size = 1 / max(float(slopes_LN[layer, neuron]), 1e-3)
+            rows += [(layer, neuron, size), (layer, neuron, -size)]
+    layers, neurons, sizes = zip(*rows, strict=True)
+    return Shifts(np.array(layers), np.array(neurons), np.array(sizes))
+
+
+_DIFFERENCES: Mapping[Compared, Callable[[_Trial], float]] = MappingProxyType(
+    {
+        "logits": _logits_differ,
+        "neurgrad": _neurgrad_differs,
+        "batch": _batch_differs,
+        "prefix": _prefix_differs,
+        "virtual": _virtual_differs,
+    }
+)
+
+
+def _difference(one: Tensor, other: Tensor, scale: Tensor | None = None) -> float:
+    """Return the largest difference of two tensors' first-axis entries, relative to the norm of the second or `scale`.
+
+    An entry that is next to nothing beside the largest is measured by a thousandth of that one's norm.
+    """
+    norms, errors = (
+        tensor.double().flatten(1).norm(dim=1).cpu() for tensor in (other if scale is None else scale, one - other)
+    )
+    floor = norms.max().clamp(min=1e-30) * 1e-3
+    return float((errors / norms.clamp(min=floor)).max())
+
+
+def _logit_difference(one_BC: Tensor, other_BC: Tensor) -> float:
+    """Compare logits but for a constant, which changes no probability."""
+    centred = [logits.double() - logits.double().mean(1, keepdim=True) for logits in (one_BC, other_BC)]
+    return _difference(*centred)
+
+
+def _telling_labels(logits_C: Tensor) -> Tensor:
+    """Return the places of the most probable tokens; one near certainty is left out, as rounding hides its gradient."""
+    order = logits_C.argsort(descending=True, stable=True)[: _LABELS + 1]
+    certain = bool(logits_C.float().softmax(0)[order[0]] > 0.5)
+    return order[1:] if certain else order[:_LABELS]
+
+
+@contextmanager
+def _untouched(lm: LanguageModel) -> Iterator[None]:
+    """Give the model the attention of transformers' own reference implementation."""
+    lm.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.model.set_attn_implementation(ATTENTION_NAME)
+
+
+def _ordinary_ids(lm: LanguageModel) -> list[int]:
+    """Return the ids of all tokens that stand for text."""
+    special = set(lm.tokenizer.all_special_ids) | _named_ids(lm.card.config.to_dict())
+    known = min(len(lm.tokenizer), lm.card.vocab_size)
+    return [token for token in range(known) if token not in special] or list(range(known))
+
+
+def _named_ids(settings: Mapping[str, Any]) -> set[int]:
+    """Return the ids that a configuration names, such as the placeholder of an image."""
+    found: set[int] = set()
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _named_ids(value)
+        elif str(key).endswith(("_token_id", "_token_index")):
+            found |= {one for one in np.ravel(value).tolist() if isinstance(one, int)}
+    return found
+
+
+def _prompts(lm: LanguageModel, ordinary: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Return a long and a short prompt, and the count of tokens that both begin with."""
+    random = np.random.default_rng(0)
+    tokenizer = lm.tokenizer
+    n_long = min(max(_TOKENS, _reach(lm)), lm.card.context_tokens)
+    n_short = max(1, n_long * 2 // 3)
+    n_prefix = min(n_long * 2 // 5, n_short - 1)
+    shared = random.choice(ordinary, n_prefix).tolist()
+    prompts = [[*shared, *random.choice(ordinary, length - n_prefix).tolist()] for length in (n_long, n_short)]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    for tokens in prompts:
+        if first is not None and first < lm.card.vocab_size and n_prefix:
+            tokens[0] = first
+        if lm.arch.masked:
+            tokens[-2:-1] = [tokenizer.mask_token_id]
+    return prompts, n_prefix
+
+
+def _windows(lm: LanguageModel) -> set[int]:
+    names = ("sliding_window", "local_attention", "attention_chunk_size")
+    sizes = {getattr(lm.card.text_config, name, None) for name in names}
+    return {size for size in sizes if isinstance(size, int) and size > 0}
+
+
+def _reach(lm: LanguageModel) -> int:
+    """Return the tokens of a prompt that is longer than every window but the very long ones."""
+    return max((size + _BEYOND for size in _windows(lm) if size + _BEYOND <= _MOST_TOKENS), default=0)
+
+
+def _notes(trial: _Trial) -> Iterator[str]:
+    n_tokens = len(trial.ids[0])
+    for size in sorted(_windows(trial.lm)):
+        if size >= n_tokens:
+            yield f"the check's prompt of {n_tokens} tokens does not reach beyond the attention window of {size}"
+    if trial.lm.dtype == "float64" and _rounds(trial):
+        yield "parts of this model round to float32 although it is float64: differences below 1e-7 are noise"
+
+
+def _rounds(trial: _Trial) -> bool:
+    """Tell whether the model turns float64 values into float32 on the way from its neurons to its logits."""
+    watch = _RoundingWatch()
+    with torch.enable_grad(), watch:
+        trial.batch(0).predict(zero_shifts(trial.lm, 1))
+    return watch.n_seen > 0
+
+
+class _RoundingWatch(TorchFunctionMode):
+    """Counts the operations that make float32 of float64 values that depend on a neuron."""
+
+    n_seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            given = (value for value in args if isinstance(value, Tensor))
+            self.n_seen += any(value.dtype == torch.float64 and value.requires_grad for value in given)
+        return result
