@@ -101,19 +101,25 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper") -> LanguageModel:
-    """A tiny random model whose activations and gradients are far from zero."""
-    torch.manual_seed(0)
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The configuration of a tiny model, with some values changed."""
     settings = {
         **_SPECIAL,
         **CONFIGS[family],
         "initializer_range": 0.5,
         "init_std": 0.5,
         "tie_word_embeddings": False,
+        **changes,
     }
     if family == "gemma3":  # the language part of a model that also sees
         settings = {"text_config": settings, "vision_config": _VISION, "initializer_range": 0.5}
-    config = transformers.AutoConfig.for_model(family, **settings)
+    return transformers.AutoConfig.for_model(family, **settings)
+
+
+def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper") -> LanguageModel:
+    """A tiny random model whose activations and gradients are far from zero."""
+    torch.manual_seed(0)
+    config = tiny_config(family)
     kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
     return as_language_model(model, tiny_tokenizer(), name=f"tiny-{family}", site=site)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from negcore.measure.hooks import tapped
 from negcore.measure.memory import BatchLimit
 from negcore.model.language_model import LanguageModel
+from negcore.model.masks import Layout, laid_out
 
 TOKEN_BUDGET = 8192
 """Most tokens of a batch, cached ones included: 16 prompts of 512 tokens."""
@@ -98,45 +99,38 @@ class CausalBatch(ProbedBatch):
     def _run_own(self, own: Sequence[Sequence[int]], n_prefix: int) -> None:
         n_slots = max(map(len, own))
         padded_BT = torch.tensor([[*tokens, *[0] * (n_slots - len(tokens))] for tokens in own])
-        slots = torch.arange(n_prefix, n_prefix + n_slots, device=self.lm.device)
-        positions_BT = slots.expand(len(own), -1)
+        slots_K = torch.arange(n_prefix + n_slots, device=self.lm.device)
         with torch.no_grad():
-            self.lm.model.base_model(
-                input_ids=padded_BT.to(self.lm.device),
-                attention_mask=self._masks(positions_BT, slots),
-                position_ids=positions_BT,
+            self._run(
+                self.lm.model.base_model,
+                padded_BT.to(self.lm.device),
+                slots_K[n_prefix:].expand(len(own), -1),
+                slots_K < self._lengths_B[:, None],
                 past_key_values=self._cache,
                 use_cache=True,
             )
 
-    @property
-    def last_token(self) -> dict[str, Any]:
-        """Inputs of the model for the last token after the cache, without the cache itself."""
-        positions_B1 = self._lengths_B[:, None]
-        own_slot = torch.tensor([self._cache.get_seq_length()], device=self.lm.device)
-        return {
-            "input_ids": self._last_B1,
-            "attention_mask": self._masks(positions_B1, own_slot),
-            "position_ids": positions_B1,
-        }
+    def run_last(self, module: nn.Module, **options: Any) -> Any:
+        """Run the last tokens, at their positions after the cache, through the model or its part without a head."""
+        n_slots = self._cache.get_seq_length()
+        slots_K = torch.arange(n_slots + 1, device=self.lm.device)
+        used_BK = (slots_K < self._lengths_B[:, None]) | (slots_K == n_slots)
+        return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, **options)
 
     def _logits(self) -> Tensor:
-        output = self.lm.model(**self.last_token, past_key_values=_shared(self._cache), use_cache=True)
+        output = self.run_last(self.lm.model, past_key_values=_shared(self._cache), use_cache=True)
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _masks(self, positions_BT: Tensor, slots_T: Tensor) -> Any:
-        """Return boolean masks (B, 1, T, K) for queries in the newest slots; each sees earlier tokens and itself."""
-        keys_K = torch.arange(int(slots_T[-1]) + 1, device=self.lm.device)
-        used_BK = keys_K < self._lengths_B[:, None]
-        distance_BTK = positions_BT[:, :, None] - keys_K
-        itself_TK = keys_K == slots_T[:, None]
-        full = (used_BK[:, None] & (distance_BTK > 0)) | itself_TK
-        window = getattr(self.lm.card.text_config, "sliding_window", None)
-        sliding = full if window is None else full & ((distance_BTK < window) | itself_TK)
-        if self.lm.arch.mask_by_layer_type:
-            return {"full_attention": full[:, None], "sliding_attention": sliding[:, None]}
-        return sliding[:, None]
+    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, **options: Any) -> Any:
+        """Run tokens in the newest slots; each sees used slots as the model lets it, and itself, padding or not."""
+        n_keys, n_queries = used_BK.shape[1], ids_BT.shape[1]
+        slots_K = torch.arange(n_keys, device=self.lm.device)
+        keys_BK = torch.cat([slots_K[:-n_queries].expand(len(ids_BT), -1), positions_BT], dim=1)
+        itself_TK = slots_K == slots_K[-n_queries:, None]
+        with laid_out(Layout(positions_BT, keys_BK, used_BK[:, None] | itself_TK)):
+            # Masks come from the layout; some models count positions by the tokens that are no padding.
+            return module(input_ids=ids_BT, attention_mask=used_BK.long(), position_ids=positions_BT, **options)
 
 
 class MaskedBatch(ProbedBatch):

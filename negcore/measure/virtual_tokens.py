@@ -104,9 +104,7 @@ class VirtualPrompt(ShiftedPrompt):
 
     def _measure(self, shifts: Shifts) -> Tensor:
         with _joining(self.lm, shifts):
-            output = self.lm.model.base_model(
-                **self._batch.last_token, use_cache=False, virtual_prompt=self._batch.cache
-            )
+            output = self._batch.run_last(self.lm.model.base_model, use_cache=False, virtual_prompt=self._batch.cache)
         hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[1:]
         return torch.cat([self._log_probs(self._head(part)) for part in hidden_RH.split(head_rows(self.lm))])
 

@@ -31,8 +31,6 @@ class Architecture:
     """True if `up` computes gate and up side by side, in that order."""
     post_norm: str | None = None
     """Normalisation, below a layer, of the feed-forward's output before it joins the residual stream."""
-    mask_by_layer_type: bool = False
-    """True if the model takes one attention mask for each type of layer (full and sliding)."""
     masked: bool = False
     """True if the model predicts a `[MASK]` and sees both sides of it."""
 
@@ -59,19 +57,17 @@ class Architecture:
 
 
 _GATED = Architecture(layers="model.layers", up="mlp.up_proj", gate="mlp.act_fn", down="mlp.down_proj")
-_MIXED = replace(_GATED, mask_by_layer_type=True)
 _POST_NORM = replace(_GATED, post_norm="post_feedforward_layernorm")
-_MIXED_POST_NORM = replace(_POST_NORM, mask_by_layer_type=True)
 
 ARCHITECTURES = MappingProxyType(
     {
         "llama": _GATED,
         "mistral": _GATED,
-        "qwen2": _MIXED,
-        "qwen3": _MIXED,
-        "gemma2": _MIXED_POST_NORM,
-        "gemma3_text": _MIXED_POST_NORM,
-        "gemma3": replace(_MIXED_POST_NORM, layers="model.language_model.layers"),
+        "qwen2": _GATED,
+        "qwen3": _GATED,
+        "gemma2": _POST_NORM,
+        "gemma3_text": _POST_NORM,
+        "gemma3": replace(_POST_NORM, layers="model.language_model.layers"),
         "olmo2": _POST_NORM,
         "phi3": Architecture(
             layers="model.layers",

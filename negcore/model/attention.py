@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from negcore.model.masks import mask_by_position, refuse_lookahead
 
 ATTENTION_NAME = "negcore"
 
@@ -20,7 +22,7 @@ ATTENTION_NAME = "negcore"
 def register_attention() -> None:
     """Register the attention in transformers as `ATTENTION_NAME`; a second call changes nothing."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, sdpa_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, mask_by_position)
 
 
 def attention(
@@ -50,7 +52,13 @@ def attention(
     Returns
     -------
     Tensor of shape (B, Q, H, D), None
+
+    Raises
+    ------
+    ModelError
+        If a causal model's module looks at later tokens too.
     """
+    refuse_lookahead(not _looks_back_only(module, is_causal))
     if virtual_prompt is not None:
         assert attention_mask is not None
         visible_K = attention_mask[0, 0, 0, :-1]
