@@ -39,7 +39,6 @@ DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
 )
 
 
-
 class EmbeddedModel(NamedTuple):
     """A GGUF file that ships in Python packages."""
 
