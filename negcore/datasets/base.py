@@ -41,6 +41,8 @@ class Example:
     """Index of the gold option in `labels`."""
     group: str
     """Language in a multilingual set, template in a factual one, else empty."""
+    options: tuple[str, ...] = ()
+    """Texts that the labels stand for, as the prompt shows them; empty where the labels are all there is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +201,10 @@ class Dataset:
 
 
 def fingerprint(splits: Mapping[str, Iterable[Example]]) -> str:
-    """Return the xxh3-128 (hex) over splits, ids, prompts, labels, answers and groups, in order."""
+    """Return the xxh3-128 (hex) over splits, ids, prompts, labels, answers and groups, in order.
+
+    The options' texts are in the prompts.
+    """
     digest = xxhash.xxh3_128()
     for split, examples in splits.items():
         for e in examples:

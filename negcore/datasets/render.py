@@ -143,7 +143,8 @@ class Renderer:
             parts.insert(0, self.wording.instruction)
         prompt = "\n\n".join(part for part in parts if part)
         labels = tuple(self.label_prefix + label for label in self.labels(row))
-        return Example(row.id, f"{prompt} {self.mask}" if self.mask else prompt, labels, row.answer, row.group)
+        shown = row.options if self.wording else ()
+        return Example(row.id, f"{prompt} {self.mask}" if self.mask else prompt, labels, row.answer, row.group, shown)
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
         """Return a renderer that puts these rows, solved, into every prompt."""

@@ -278,6 +278,22 @@ def test_wordings_change_the_prompts_and_nothing_else():
     assert not {e.prompt for e in default.splits["test"]} & {e.prompt for e in inline.splits["test"]}
 
 
+@pytest.mark.parametrize("wording", ["default", "inline"])
+def test_an_example_carries_the_texts_of_its_options_as_the_prompt_shows_them(wording):
+    for example in load("mini/fact", wording=wording).splits["test"]:
+        assert len(example.options) == len(set(example.options)) == len(example.labels)
+        places = [
+            example.prompt.index(text, example.prompt.index("(A)" if wording == "inline" else "\nA."))
+            for text in example.options
+        ]
+        assert places == sorted(places)
+
+
+def test_ready_made_prompts_have_no_options_but_their_labels(tmp_path):
+    dataset = load(write_lines(tmp_path / "mine.jsonl", questions(10)))
+    assert {example.options for examples in dataset.splits.values() for example in examples} == {()}
+
+
 def test_a_wording_of_your_own_is_used():
     wording = Wording(name="mine", instruction="", question="{hypothesis} ({premise})", cue="So:")
     example = load("mini/nli", wording=wording).splits["test"][0]
