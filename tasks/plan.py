@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
+from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, NegError
 from negcore.model.language_model import ModelCard, describe_model
 from negcore.probing.fitted import check_forest_size
@@ -105,6 +106,7 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     chosen = wording_for(run.wording, name)
     wording = chosen if isinstance(chosen, str) else chosen.model_dump()
     prompt = {"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy}
+    prompt["split_rules"] = SPLIT_RULES
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
     splits: list[ShardSet] = []
     for split, examples in dataset.splits.items():

@@ -108,7 +108,7 @@ def _changes(report: SplitReport, split: str, n_demonstrations: int) -> list[str
         found.insert(0, f"{report.n_damaged[split]} damaged")
     if split == "train" and n_demonstrations:
         found.append(f"{n_demonstrations} shown as demonstrations")
-    if report.policy == "released":
-        shared = [o for o in report.overlaps if o.split == split and o.n_same_text]
-        found += [f"{overlap.n_same_text} also in {overlap.other}" for overlap in shared]
+    found += report.remarks(split)
+    if split == "test" and report.group_is_answer:
+        found.append("no groups: each has one answer only")
     return found

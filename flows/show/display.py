@@ -90,6 +90,11 @@ def describe_dataset(console: Console, dataset: Dataset) -> None:
         console.print(f"dropped {change.n_rows} rows of {change.split}: {change.reason}", markup=False)
     for change in report.drawn:
         console.print(f"drew {change.n_rows} rows into {change.split}: {change.reason}", markup=False)
+    for split in dataset.splits:
+        for remark in report.remarks(split):
+            console.print(f"{split} rows: {remark}", markup=False)
+    if report.group_is_answer:
+        console.print("no groups: each has one answer only, so accuracies by group would say nothing", markup=False)
     console.print(dataset.label_rule, markup=False)
     example = dataset.splits["test"][0]
     console.rule(f"prompt {escape(example.id)}, gold {escape(repr(example.labels[example.answer]))}")

@@ -6,7 +6,7 @@ import json
 import string
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import xxhash
 
@@ -15,7 +15,7 @@ from negcore.errors import DatasetError
 SPLITS = ("train", "valid", "test")
 LETTERS = string.ascii_uppercase
 
-SplitPolicy = Literal["clean", "released"]
+SplitPolicy = Literal["clean", "clean-rows", "released"]
 
 
 class Tokenizer(Protocol):
@@ -40,7 +40,7 @@ class Example:
     answer: int
     """Index of the gold option in `labels`."""
     group: str
-    """Language in a multilingual set, template in a factual one, else empty."""
+    """Language in a multilingual set, template in a factual one; empty if there is none or it gives the answer away."""
     options: tuple[str, ...] = ()
     """Texts that the labels stand for, as the prompt shows them; empty where the labels are all there is."""
 
@@ -99,7 +99,8 @@ class PromptSettings:
     eval_limit: int | None = None
     """Most rows of valid and of test, if other than `limit`. None takes `limit`."""
     split_policy: SplitPolicy = "clean"
-    """`clean` removes rows that the released splits share, `released` leaves the files as they are."""
+    """`clean` removes doubles and what splits share, and keeps units (sentences) whole; `clean-rows` lets splits share
+    units; `released` leaves the files as they are."""
 
     def most_rows(self, split: str) -> int | None:
         """Return the most rows of a split; None means all."""
@@ -111,13 +112,14 @@ class PromptSettings:
         for name, limit in (("limit", self.limit), ("eval_limit", self.eval_limit)):
             if limit is not None and limit < 1:
                 raise DatasetError(f"{name} is {limit!r}; allowed: a whole number from 1, or None for all rows")
-        if self.split_policy not in ("clean", "released"):
-            raise DatasetError(f"split_policy is {self.split_policy!r}; allowed: 'clean', 'released'")
+        if self.split_policy not in get_args(SplitPolicy):
+            allowed = ", ".join(map(repr, get_args(SplitPolicy)))
+            raise DatasetError(f"split_policy is {self.split_policy!r}; allowed: {allowed}")
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Number of rows of one released split that are also in another."""
+    """Number of rows of one split that are also in another."""
 
     split: str
     """Split whose rows are counted."""
@@ -127,6 +129,8 @@ class Overlap:
     """Rows that are found unchanged."""
     n_same_text: int
     """Rows whose content fields are found when case, character width and spacing are ignored."""
+    n_same_unit: int
+    """Rows whose unit, such as the sentence, is found: those above, and others that ask something else of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +158,37 @@ class SplitReport:
     """Rows left by `limit`: the examples of the dataset."""
     n_defused: Mapping[str, int]
     """Used examples whose text held a special token of the tokenizer, which a space now breaks."""
+    n_doubles: Mapping[str, int]
+    """Released rows that ask what an earlier row of their split asks."""
+    n_contradictory: Mapping[str, int]
+    """Texts of released rows that have two or more answers in their split."""
     overlaps: tuple[Overlap, ...]
     """Rows that the released splits share."""
+    still_shared: tuple[Overlap, ...]
+    """Rows that the splits share under the policy."""
     dropped: tuple[Change, ...]
     """Rows the policy removed."""
     drawn: tuple[Change, ...]
     """Rows the policy moved into a split."""
+    group_is_answer: bool
+    """True if each group of the source has one answer only; examples then have no group, for it would say nothing."""
 
     @property
     def is_overlapping(self) -> bool:
         """True if splits still share text; scores on them must be marked wherever they are shown."""
-        return self.policy == "released" and any(o.n_same_text for o in self.overlaps)
+        return any(overlap.n_same_text for overlap in self.still_shared)
+
+    def remarks(self, split: str) -> list[str]:
+        """Tell what the policy left in a split: doubles, texts with two answers, and what is shared with others."""
+        found = []
+        if self.policy == "released":
+            found += [f"{n} asked before in the split" for n in [self.n_doubles[split]] if n]
+            found += [f"{n} texts with two answers" for n in [self.n_contradictory[split]] if n]
+        for shared in self.still_shared:
+            if shared.split == split:
+                found += [f"{n} also in {shared.other}" for n in [shared.n_same_text] if n]
+                found += [f"{n} of a unit in {shared.other}" for n in [shared.n_same_unit] if n > shared.n_same_text]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,16 @@ from negcore.datasets.render import (
 )
 from negcore.datasets.rows import Row, Source
 from negcore.datasets.specs import Spec
-from negcore.datasets.splits import Cut, Rows, cut_splits, draw_demonstrations, stratified_sample, without
+from negcore.datasets.splits import (
+    Cut,
+    Rows,
+    contradictory,
+    cut_splits,
+    distinct,
+    draw_demonstrations,
+    stratified_sample,
+    without,
+)
 from negcore.errors import DatasetError, LabelError
 
 
@@ -89,7 +98,7 @@ def load_dataset(
         If `masked` is set and the tokenizer has no mask token.
     """
     mask = mask_of(tokenizer, masked=masked)
-    canonical, source = _source(name, settings.seed, Path(root) if root is not None else None)
+    canonical, source = read_source(name, settings.seed, root)
     wording = _wording(canonical, source, settings.wording)
     cut = cut_splits(source.rows, settings.split_policy, settings.seed, canonical)
     shots = _demonstrations(cut, settings, canonical)
@@ -123,6 +132,7 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
     def sizes(rows: Rows) -> dict[str, int]:
         return {split: len(rows.get(split, ())) for split in SPLITS}
 
+    released = {split: source.rows.get(split, []) for split in SPLITS}
     n_damaged = {split: source.n_damaged.get(split, 0) for split in SPLITS}
     return SplitReport(
         policy=settings.split_policy,
@@ -131,20 +141,24 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
         n_available=sizes(available),
         n_used=sizes(used),
         n_defused={split: sum(a != b for a, b in zip(raw[split], used[split], strict=True)) for split in SPLITS},
+        n_doubles={split: len(rows) - len(distinct(rows)) for split, rows in released.items()},
+        n_contradictory={split: len(contradictory(rows)) for split, rows in released.items()},
         overlaps=cut.overlaps,
+        still_shared=cut.still_shared,
         dropped=cut.dropped,
         drawn=cut.drawn,
+        group_is_answer=source.group_is_answer,
     )
 
 
-def _source(name: str, seed: int, root: Path | None) -> tuple[str, Source]:
-    """Return the dataset's canonical name and its rows."""
+def read_source(name: str, seed: int, root: str | Path | None = None) -> tuple[str, Source]:
+    """Return a dataset's canonical name and its rows, before any policy; arguments and errors as of `load_dataset`."""
     if name.endswith(".jsonl"):
-        return f"local/{Path(name).stem}", read_local(Path(name), seed)
+        return f"local/{Path(name).stem}", read_local(Path(name), seed).with_telling_groups()
     canonical = _canonical(name)
     if canonical in MINI_SPECS:
-        return canonical, read_mini(canonical)
-    return canonical, read_mceval8k(SPECS[canonical], root)
+        return canonical, read_mini(canonical).with_telling_groups()
+    return canonical, read_mceval8k(SPECS[canonical], Path(root) if root is not None else None).with_telling_groups()
 
 
 def _canonical(name: str) -> str:

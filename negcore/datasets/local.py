@@ -9,16 +9,17 @@ from typing import Any
 from negcore.datasets.base import SPLITS
 from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.rows import Row, Source, check_unicode, normalised
-from negcore.datasets.splits import ONE_IN, split_rows
+from negcore.datasets.splits import ONE_IN, by_unit, split_rows
 from negcore.errors import DatasetError
 
 NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an index into labels or a label)"
 
 
 def read_local(path: Path, seed: int) -> Source:
-    """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group` and `split`.
+    """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group`, `unit` and `split`.
 
-    Without `split`, the rows are cut 60/20/20 in an order that depends on `seed`, with answers in equal proportions.
+    Without `split`, the rows are cut 60/20/20 in an order that depends on `seed`, with answers in equal proportions;
+    rows of one unit, or of one text, go into the same split.
 
     Raises
     ------
@@ -44,6 +45,8 @@ def _cut(rows: dict[str, Row], split_of: dict[str, str | None], path: Path, seed
     named = {split for split in split_of.values() if split}
     if not named and len(rows) < ONE_IN:
         raise DatasetError(f"{path}: {len(rows)} rows cannot be cut into splits; give {ONE_IN} or a split field")
+    if not named and (n_units := len({by_unit(row) for row in rows.values()})) < len(SPLITS):
+        raise DatasetError(f"{path}: rows of {n_units} texts or units cannot be cut into splits; give a split field")
     if not named:
         return {split: list(part) for split, part in split_rows(list(rows.values()), seed, path.stem).items()}
     if None in split_of.values():
@@ -72,6 +75,7 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
         group=str(record.get("group", "")),
         content=normalised(prompt),
         whole=json.dumps(record, sort_keys=True),
+        unit=normalised(text_field(record, "unit", place)) if "unit" in record else "",
     )
 
 

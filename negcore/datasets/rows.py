@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from negcore.datasets.base import Wording
@@ -28,6 +28,13 @@ class Row:
     """Normalised text of the question, equal for two rows that ask the same."""
     whole: str
     """Unchanged record as JSON with sorted keys."""
+    unit: str = ""
+    """Normalised text of the sentence, premise or other unit that rows may share; empty if there is none."""
+
+    @property
+    def gold(self) -> str:
+        """Text of the gold option."""
+        return self.options[self.answer]
 
 
 def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row | None:
@@ -58,6 +65,7 @@ def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row 
         group=tidy(_get(record, spec.group, place), place) if spec.group else "",
         content="\n".join(map(normalised, shown)),
         whole=json.dumps(record, sort_keys=True),
+        unit=normalised(tidy(_get(record, spec.unit, place), place)) if spec.unit else "",
     )
 
 
@@ -110,6 +118,17 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def group_is_answer(rows: Sequence[Row]) -> bool:
+    """Tell whether groups give the answer away, as languages do where the language is asked for.
+
+    That is so if each group has one answer (one index, or one text), not all have the same, and most have several rows.
+    """
+    pairs = ({(row.group, row.answer) for row in rows}, {(row.group, row.gold) for row in rows})
+    n_groups = len({row.group for row in rows})
+    is_told = any(len(pair) == n_groups and len({answer for _, answer in pair}) > 1 for pair in pairs)
+    return is_told and 2 * n_groups <= len(rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Rows of a dataset by split, before any policy."""
@@ -119,6 +138,15 @@ class Source:
     n_damaged: dict[str, int]
     wordings: tuple[Wording, ...]
     """Wordings of the dataset; empty for ready-made prompts."""
+    group_is_answer: bool = False
+    """True if groups were taken away from the rows because they gave the answer away."""
+
+    def with_telling_groups(self) -> Source:
+        """Return the source without its groups if these give the answer away."""
+        if not group_is_answer([row for rows in self.rows.values() for row in rows]):
+            return self
+        rows = {split: [replace(row, group="") for row in rows] for split, rows in self.rows.items()}
+        return replace(self, rows=rows, group_is_answer=True)
 
 
 def rows_of_records(spec: Spec, records: Mapping[str, Sequence[object]], places: Mapping[str, str]) -> Source:

@@ -48,6 +48,9 @@ class Spec:
     options_are_content: bool = False
     """True if rows with the same fields but other options ask something else."""
     group: str | None = None
+    """Field with the group, such as the language."""
+    unit: str | None = None
+    """Field with the unit that several rows may be about, such as the sentence: policy `clean` keeps it whole."""
     aliases: tuple[str, ...] = ()
     """Other accepted spellings of the name and of the folder."""
     wordings: tuple[Wording, ...]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from negcore.datasets.base import PromptSettings
+from negcore.datasets.base import PromptSettings, SplitPolicy
 from negcore.datasets.mceval8k import SPECS
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import PositiveFloat, RunFile, Several
@@ -50,8 +50,10 @@ class _PromptedRun(RunFile):
     eval_limit: int | None = Field(
         None, ge=1, description="Most rows of the valid and of the test split. By default as --limit."
     )
-    split_policy: Literal["clean", "released"] = Field(
-        "clean", description="clean removes rows that splits share; released leaves the files as they are."
+    split_policy: SplitPolicy = Field(
+        "clean",
+        description="clean removes double rows, and rows that share their text or unit (a sentence) with another "
+        "split; clean-rows lets splits share units; released leaves the files as they are.",
     )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")

@@ -104,6 +104,16 @@ def test_other_settings_in_the_same_directory_are_refused_with_the_difference(ru
     assert "site: 'act' here, 'up' there" in results.problems[0]
 
 
+def test_a_run_that_was_cut_by_older_rules_is_not_gone_on_with(run, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("tasks.plan.SPLIT_RULES", 1)
+        run_extract(run, PlainSteps())
+    stored = contents(run.directory)
+    (problem, *_) = run_extract(run, PlainSteps()).problems
+    assert ShardError.__name__ in problem and "prompt.split_rules: 2 here, 1 there" in problem
+    assert contents(run.directory) == stored
+
+
 def test_a_lost_shard_is_reported_and_its_dataset_not_probed(run, monkeypatch):
     honest = ModelWorker.run
 

@@ -28,8 +28,21 @@ needs_myriadlama = pytest.mark.skipif(not MYRIADLAMA.is_dir(), reason="MyriadLAM
 CUT_FROM_TEST = "mceval8k/chunking"
 
 
-def load(name, *, root=None, masked=False, **settings):
-    return load_dataset(str(name), tiny_tokenizer(), settings=PromptSettings(**settings), root=root, masked=masked)
+# Test rows that the policy clean leaves out.
+FEWER_TEST_ROWS = {
+    "mceval8k/fever": 66,
+    "mceval8k/mlama": 20 + 15,
+    "mceval8k/amazon-review-multi": 5 + 3,
+    "mceval8k/ner": 3,
+    "mceval8k/lti": 3,
+    "mceval8k/postag": 2,
+}
+
+
+def load(name, *, root=None, masked=False, words=False, **settings):
+    """Load with the tiny tokenizer, or one for which every word is a token."""
+    tokenizer = tiny_letters() if words else tiny_tokenizer()
+    return load_dataset(str(name), tokenizer, settings=PromptSettings(**settings), root=root, masked=masked)
 
 
 def write_lines(path: Path, records: list[object]) -> Path:
@@ -66,7 +79,7 @@ def test_every_dataset_loads_with_balanced_samples(name, shots):
         assert len(examples) == 20 and len(sizes) == spec.n_options
         assert all(e.labels == (" A", " B", " C", " D", " E")[: spec.n_options] for e in examples)
         assert all(e.prompt == e.prompt.rstrip() for e in examples)
-        assert all(bool(e.group) == (spec.genre == "multilingual") for e in examples)
+        assert all(bool(e.group) == (spec.genre == "multilingual" and name != "mceval8k/lti") for e in examples)
     assert len({e.id for examples in dataset.splits.values() for e in examples}) == 60
     assert sorted(d.answer for d in dataset.demonstrations) == list(range(spec.n_options)) * shots
     solved = [line for line in dataset.splits["test"][0].prompt.splitlines() if line.startswith("Answer: ")]
@@ -75,23 +88,30 @@ def test_every_dataset_loads_with_balanced_samples(name, shots):
 
 @needs_mceval8k
 @pytest.mark.parametrize("name", SPECS)
-def test_clean_splits_share_no_text(name):
+def test_clean_splits_share_neither_text_nor_sentence_and_have_no_doubles(name):
     source = read_mceval8k(SPECS[name], MCEVAL8K)
     cut = cut_splits(source.rows, "clean", 0, name)
-    assert cut.rows["test"] == source.rows["test"] or name == CUT_FROM_TEST
-    texts = {split: {row.content for row in cut.rows[split]} for split in SPLITS}
-    assert not any(texts[a] & texts[b] for a, b in combinations(SPLITS, 2))
-    assert len(cut.rows["valid"]) >= 200 and len(cut.rows["train"]) >= 600 and len(cut.rows["test"]) >= 200
+    texts = {split: [row.content for row in cut.rows[split]] for split in SPLITS}
+    assert not any(set(texts[a]) & set(texts[b]) for a, b in combinations(SPLITS, 2))
+    units = {split: {row.unit for row in cut.rows[split] if row.unit} for split in SPLITS}
+    assert not any(units[a] & units[b] for a, b in combinations(SPLITS, 2))
+    assert all(len(set(of_split)) == len(of_split) for of_split in texts.values())
+    n_fewer = len(source.rows["test"]) - len(cut.rows["test"])
+    assert n_fewer == FEWER_TEST_ROWS.get(name, 0) or name == CUT_FROM_TEST
+    assert len(cut.rows["valid"]) >= 190 and len(cut.rows["train"]) >= 600 and len(cut.rows["test"]) >= 200
 
 
 @needs_mceval8k
 def test_where_test_is_all_there_is_clean_cuts_it_in_three_and_released_has_no_training_rows():
     clean = load(CUT_FROM_TEST, root=MCEVAL8K, limit=20).split_report
-    assert clean.n_available == {"train": 600, "valid": 200, "test": 200}
+    assert clean.n_available == {"train": 604, "valid": 194, "test": 202}
     assert {(change.split, change.n_rows, change.reason) for change in clean.drawn} == {
-        ("train", 600, "drawn from test"),
-        ("valid", 200, "drawn from test"),
+        ("train", 604, "drawn from test"),
+        ("valid", 194, "drawn from test"),
     }
+    rows = load(CUT_FROM_TEST, root=MCEVAL8K, split_policy="clean-rows", limit=20).split_report
+    assert rows.n_available == {"train": 600, "valid": 200, "test": 200}
+    assert "22 of a unit in train" in rows.remarks("test")
     released = load(CUT_FROM_TEST, root=MCEVAL8K, split_policy="released", limit=20).split_report
     assert released.n_used == {"train": 0, "valid": 20, "test": 20}
     assert released.is_overlapping
@@ -110,6 +130,48 @@ def test_overlaps_are_those_of_the_audit():
     audit = {("test", "train"): 998, ("valid", "test"): 998, ("valid", "train"): 998}
     assert {(o.split, o.other): o.n_whole_rows for o in report.overlaps} == pytest.approx(audit, abs=2)
     assert report.n_released == {"train": 6000, "valid": 1000, "test": 1000} and report.is_overlapping
+
+
+@needs_mceval8k
+@pytest.mark.parametrize(
+    ("name", "n_doubles", "n_contradictory"),
+    [("fever", 66, 0), ("mlama", 20, 15), ("amazon-review-multi", 5, 3), ("ner", 3, 0), ("agnews", 0, 0)],
+)
+def test_doubles_and_texts_with_two_answers_are_counted_under_every_policy(name, n_doubles, n_contradictory):
+    released, clean = (
+        load(f"mceval8k/{name}", root=MCEVAL8K, split_policy=policy, limit=5).split_report
+        for policy in ("released", "clean")
+    )
+    for report in (released, clean):
+        assert (report.n_doubles["test"], report.n_contradictory["test"]) == (n_doubles, n_contradictory)
+    told = [f"{n_doubles} asked before in the split"] * bool(n_doubles)
+    told += [f"{n_contradictory} texts with two answers"] * bool(n_contradictory)
+    assert released.remarks("test")[: len(told)] == told and not clean.remarks("test")
+    dropped = {c.reason: c.n_rows for c in clean.dropped if c.split == "test"}
+    assert dropped.get("asked before in the split", 0) == n_doubles
+    assert dropped.get("same text with another answer in the split", 0) == n_contradictory
+
+
+@needs_mceval8k
+@pytest.mark.parametrize(
+    ("name", "n_shared", "n_test", "n_train"),
+    [("ner", 496, 997, 3288), ("mpostag", 570, 1000, 3262), ("postag", 0, 998, 5989)],
+)
+def test_sentences_are_in_one_split_only_unless_rows_alone_are_compared(name, n_shared, n_test, n_train):
+    report = load(f"mceval8k/{name}", root=MCEVAL8K, split_policy="clean-rows", limit=5).split_report
+    assert report.n_available["test"] == n_test and not report.is_overlapping
+    assert report.remarks("test") == [f"{n_shared} of a unit in train"] * bool(n_shared)
+    clean = load(f"mceval8k/{name}", root=MCEVAL8K, limit=5).split_report
+    assert clean.n_available["train"] == n_train and not any(clean.remarks(split) for split in SPLITS)
+
+
+@needs_mceval8k
+@pytest.mark.parametrize("policy", ["clean", "released"])
+def test_where_the_language_is_the_answer_there_are_no_groups(policy):
+    dataset = load("mceval8k/lti", root=MCEVAL8K, split_policy=policy, limit=10)
+    assert dataset.split_report.group_is_answer
+    assert not any(e.group for examples in dataset.splits.values() for e in examples)
+    assert not load("mceval8k/mpostag", root=MCEVAL8K, limit=10).split_report.group_is_answer
 
 
 @needs_mceval8k
@@ -327,7 +389,7 @@ MINI_FINGERPRINTS = {
     "mini/classification": "243630384d8e7c5ffcbac1a43b313721",
     "mini/fact": "9ba513f81e79958707b9aa35bdd9650e",
     "mini/linguistic": "a0284a674210fdc78ae0048b4acfc0b0",
-    "mini/multilingual": "4e8657b99d94f3a61acf07afadd185da",
+    "mini/multilingual": "2d7e4a549a363dcb1607b5e9f7917772",
     "mini/nli": "ba37f3ce429a04a804d2d28086ed2b85",
     "mini/self-reflection": "4b56ed6fd64a309a35f1ffca86a39fa0",
 }
@@ -387,6 +449,54 @@ def test_a_file_can_name_its_splits_ids_groups_and_answers(tmp_path):
     assert (example.answer, example.group) == (1, "g")
 
 
+def test_rows_of_a_file_stay_with_those_of_their_unit_and_of_their_text(tmp_path):
+    units = [
+        {"prompt": f"Word {i} of it? Answer:", "labels": ["A", "B"], "answer": i % 2, "unit": f" Story  {i // 4}"}
+        for i in range(60)
+    ]
+    twins = [{"prompt": f"Twin {i // 2}? Answer:", "labels": ["A", "B"], "answer": i % 2} for i in range(40)]
+    dataset = load(write_lines(tmp_path / "mine.jsonl", units + twins))
+    report = dataset.split_report
+    assert sum(report.n_doubles.values()) == sum(report.n_contradictory.values()) == 20
+    assert {c.reason for c in report.dropped} == {
+        "asked before in the split",
+        "same text with another answer in the split",
+    }
+    stories = {
+        split: {int(e.id.split("/")[1]) - 1 for e in examples if "of it" in e.prompt}
+        for split, examples in dataset.splits.items()
+    }
+    assert sum(map(len, stories.values())) == 60
+    assert not any({i // 4 for i in stories[a]} & {i // 4 for i in stories[b]} for a, b in combinations(SPLITS, 2))
+
+
+def test_units_too_few_to_cut_are_named(tmp_path):
+    with pytest.raises(DatasetError, match="rows of 2 texts or units cannot be cut into splits; give a split field"):
+        load(write_lines(tmp_path / "mine.jsonl", [*questions(9, unit="a"), *questions(9, unit="b")]))
+
+
+@pytest.mark.parametrize("labels", [["en", "de", "fr"], ["fr", "de", "en"]])
+def test_groups_that_give_the_answer_away_are_no_groups(tmp_path, labels):
+    """Dialects count too: each has one answer. So do options in another order, which hold the same answer."""
+    langs = [("en-GB", "en"), ("en-US", "en"), ("de", "de"), ("fr", "fr")]
+    records = [
+        {"prompt": f"Text {i}:", "labels": labels if i % 8 else labels[::-1], "answer": langs[i % 4][1]}
+        | {"group": langs[i % 4][0]}
+        for i in range(40)
+    ]
+    told = load(write_lines(tmp_path / "mine.jsonl", records), words=True)
+    assert told.split_report.group_is_answer and not any(e.group for e in told.splits["train"])
+    records[0]["answer"] = "de"
+    kept = load(write_lines(tmp_path / "mine.jsonl", records), words=True)
+    assert not kept.split_report.group_is_answer and all(e.group for e in kept.splits["train"])
+
+
+@pytest.mark.parametrize("groups", [["one"] * 20, [f"row {i}" for i in range(20)]])
+def test_one_group_for_all_rows_or_for_each_is_kept(tmp_path, groups):
+    records = [record | {"group": group} for record, group in zip(questions(20), groups, strict=True)]
+    assert load(write_lines(tmp_path / "mine.jsonl", records)).splits["train"][0].group
+
+
 def test_a_file_can_be_demonstrated_too(tmp_path):
     dataset = load(write_lines(tmp_path / "mine.jsonl", questions(20)), shots=1)
     assert dataset.splits["test"][0].prompt.count("Answer: ") == 2
@@ -414,6 +524,7 @@ GOOD = {"prompt": "Q:", "labels": ["A", "B"], "answer": 0}
         (json.dumps({**GOOD, "split": ["dev"]}), "split is ['dev']"),
         (json.dumps({**GOOD, "id": "first"}), "id 'first' occurs twice"),
         (json.dumps({**GOOD, "prompt": "\ud800"}), "surrogate"),
+        (json.dumps({**GOOD, "unit": 3}), "unit is 3"),
     ],
 )
 def test_a_malformed_line_is_named_with_what_is_allowed(tmp_path, line, message):

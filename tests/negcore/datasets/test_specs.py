@@ -1,6 +1,6 @@
 """The specs of the named datasets are data in TOML files, and a mistake in such a file is named."""
 
-from dataclasses import astuple
+from dataclasses import astuple, fields
 
 import pytest
 import xxhash
@@ -13,7 +13,7 @@ from negcore.errors import DatasetError
 
 NAMED = {**SPECS, **MINI_SPECS}
 # Computed while the specs were still written in Python. Prompts follow from specs, and finished runs rest on prompts:
-# a new dataset adds a line here, and no line changes.
+# a new dataset adds a line here, and no line changes. Units came later, and no prompt depends on them.
 DIGESTS = {
     "mceval8k/agnews": "0860bbd86225d089",
     "mceval8k/amazon-reviews": "79f07d48ed3695ab",
@@ -52,7 +52,9 @@ def test_the_datasets_keep_their_order():
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_no_spec_ever_changes(name):
-    assert xxhash.xxh3_64_hexdigest(repr(astuple(NAMED[name])).encode()) == DIGESTS[name]
+    spec = NAMED[name]
+    values = tuple(value for field, value in zip(fields(spec), astuple(spec), strict=True) if field.name != "unit")
+    assert xxhash.xxh3_64_hexdigest(repr(values).encode()) == DIGESTS[name]
 
 
 @pytest.mark.parametrize("spec", NAMED.values(), ids=NAMED)
