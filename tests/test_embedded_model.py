@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from negcore.datasets import PromptSettings, load_dataset
+from negcore.errors import ModelError
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
-from negcore.errors import ModelError
 from negcore.model.language_model import describe_model, load_model
 
 FACTS = {

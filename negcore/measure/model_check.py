@@ -52,10 +52,10 @@ TOLERANCES: MappingProxyType[str, Mapping[Compared, float]] = MappingProxyType(
 The reference attention of transformers rounds to float32 in float64 models, and many models' norms do so too.
 """
 
-_TOKENS = 24
+_TOKENS = 12
 # Longest prompt that is made in order to reach beyond a sliding window, and by how much it does.
 _MOST_TOKENS, _BEYOND = 96, 8
-_LABELS = 3
+_LABELS = 2
 
 
 def check_model(lm: LanguageModel) -> ModelCheck:
@@ -138,21 +138,38 @@ class _Trial:
 
     @cached_property
     def plain(self) -> _Plain:
-        """The first prompt."""
+        """The first prompt, in the untouched model."""
         return _Plain(self.lm, self.ids[0], self.compared_C)
 
-    def batch(self, *rows: int, shared_prefix: bool = False) -> ProbedBatch:
-        """Run some of the prompts up to their probed tokens."""
+    @cached_property
+    def alone(self) -> ProbedBatch:
+        """The first prompt."""
+        return self._batch([0], 0)
+
+    @cached_property
+    def alone_logits_BC(self) -> Tensor:
+        """Of the prompts one by one."""
+        return torch.cat([self._logits(self.alone), self._logits(self._batch([1], 0))])
+
+    @cached_property
+    def together_logits_BC(self) -> Tensor:
+        """Of both prompts side by side."""
+        return self._logits(self._batch([0, 1], 0))
+
+    @cached_property
+    def shared_logits_BC(self) -> Tensor:
+        """Of both prompts after the tokens they share."""
+        return self._logits(self._batch([0, 1], self.n_prefix))
+
+    def _batch(self, rows: Sequence[int], n_prefix: int) -> ProbedBatch:
         ids = [self.ids[row] for row in rows]
         if self.lm.arch.masked:
             return MaskedBatch(self.lm, rows, ids)
-        n_prefix = self.n_prefix if shared_prefix else 0
         return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]), n_prefix)
 
-    def logits(self, *rows: int, shared_prefix: bool = False) -> Tensor:
-        """Return the logits of some prompts, without a graph: shape (B, C)."""
+    def _logits(self, batch: ProbedBatch) -> Tensor:
         with torch.no_grad():
-            return self.batch(*rows, shared_prefix=shared_prefix).predict().logits_BV[:, self.compared_C]
+            return batch.predict().logits_BV[:, self.compared_C]
 
 
 def _compare(trial: _Trial, name: Compared) -> Comparison:
@@ -172,17 +189,15 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
 
 def _logits_differ(trial: _Trial) -> float:
     """Compare both forms of the attention, without a graph and with one, with the model as it came."""
-    plain_1C = trial.plain.logits_C[None]
     with torch.enable_grad():
-        with_graph_1V = trial.batch(0).predict(zero_shifts(trial.lm, 1)).logits_BV.detach()
-    logits = trial.logits(0), with_graph_1V[:, trial.compared_C]
-    return max(_logit_difference(logits_1C, plain_1C) for logits_1C in logits)
+        with_graph_1V = trial.alone.predict(zero_shifts(trial.lm, 1)).logits_BV.detach()
+    logits_FC = torch.cat([trial.alone_logits_BC[:1], with_graph_1V[:, trial.compared_C]])
+    return _logit_difference(logits_FC, trial.plain.logits_C.expand(2, -1))
 
 
 def _neurgrad_differs(trial: _Trial) -> float:
     """Compare gradients and activations layer by layer."""
-    fast = label_gradients(trial.batch(0), trial.plain.label_ids_O[None])
-    plain = trial.plain.gradients
+    fast, plain = label_gradients(trial.alone, trial.plain.label_ids_O[None]), trial.plain.gradients
     by_layer_LON = torch.stack([grad_OBN[:, 0] for grad_OBN in fast.grads_LOBN])
     return max(
         _difference(by_layer_LON, plain.grads_OLN.transpose(0, 1)),
@@ -191,20 +206,19 @@ def _neurgrad_differs(trial: _Trial) -> float:
 
 
 def _batch_differs(trial: _Trial) -> float:
-    alone_BC = torch.cat([trial.logits(0), trial.logits(1)])
-    return _logit_difference(trial.logits(0, 1), alone_BC)
+    return _logit_difference(trial.together_logits_BC, trial.alone_logits_BC)
 
 
 def _prefix_differs(trial: _Trial) -> float:
-    return _logit_difference(trial.logits(0, 1, shared_prefix=True), trial.logits(0, 1))
+    return _logit_difference(trial.shared_logits_BC, trial.together_logits_BC)
 
 
 def _virtual_differs(trial: _Trial) -> float:
-    """Compare what shifts make of the labels' log-probabilities, and the log-probabilities without a shift."""
+    """Compare the labels' log-probabilities under shifts, relative to what the shifts change."""
     label_ids_O = trial.plain.label_ids_O.cpu().numpy()
-    limit, batch = BatchLimit("shifted rows"), trial.batch(0)
-    assert isinstance(batch, CausalBatch)
-    virtual = VirtualPrompt(batch, label_ids_O, None, limit)
+    limit = BatchLimit("shifted rows")
+    assert isinstance(trial.alone, CausalBatch)
+    virtual = VirtualPrompt(trial.alone, label_ids_O, None, limit)
     hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
     shifts = _telling_shifts(trial.plain.gradients)
     hooked_RO = hooked.measure(shifts)
@@ -212,7 +226,7 @@ def _virtual_differs(trial: _Trial) -> float:
 
 
 def _telling_shifts(plain: _Gradients) -> Shifts:
-    """Shift the strongest neuron and a middling one of the first, the middle and the last layer, both ways.
+    """Shift the strongest neuron up and a middling one down, in the first, the middle and the last layer.
 
     A shift is so large that the label's log-probability changes by about one, or less where that asks for more than a
     thousand units.
@@ -222,9 +236,8 @@ def _telling_shifts(plain: _Gradients) -> Shifts:
     rows = []
     for layer in sorted({0, n_layers // 2, n_layers - 1}):
         order_N = slopes_LN[layer].argsort(descending=True, stable=True)
-        for neuron in {int(order_N[0]), int(order_N[width // 2])}:
-            size = 1 / max(float(slopes_LN[layer, neuron]), 1e-3)
-            rows += [(layer, neuron, size), (layer, neuron, -size)]
+        for neuron, sign in ((int(order_N[0]), 1), (int(order_N[width // 2]), -1)):
+            rows.append((layer, neuron, sign / max(float(slopes_LN[layer, neuron]), 1e-3)))
     layers, neurons, sizes = zip(*rows, strict=True)
     return Shifts(np.array(layers), np.array(neurons), np.array(sizes))
 
@@ -335,7 +348,7 @@ def _rounds(trial: _Trial) -> bool:
     """Tell whether the model turns float64 values into float32 on the way from its neurons to its logits."""
     watch = _RoundingWatch()
     with torch.enable_grad(), watch:
-        trial.batch(0).predict(zero_shifts(trial.lm, 1))
+        trial.alone.predict(zero_shifts(trial.lm, 1))
     return watch.n_seen > 0
 
 
