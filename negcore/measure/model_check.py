@@ -325,8 +325,10 @@ def _prompts(lm: LanguageModel, ordinary: Sequence[int]) -> tuple[list[list[int]
 
 
 def _windows(lm: LanguageModel) -> set[int]:
+    config = lm.card.text_config
     names = ("sliding_window", "local_attention", "attention_chunk_size")
-    sizes = {getattr(lm.card.text_config, name, None) for name in names}
+    # A stray key in a file is an attribute of the configuration, too, but not of its class.
+    sizes = {getattr(config, name, None) for name in names if hasattr(type(config), name)}
     return {size for size in sizes if isinstance(size, int) and size > 0}
 
 
