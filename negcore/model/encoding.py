@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from negcore.errors import LabelError, PromptError
 from negcore.model.language_model import ModelCard
+from negcore.model.prompt_ids import PromptReader
 
 Labels = Sequence[str] | Sequence[Sequence[str]]
 
@@ -26,16 +26,35 @@ class EncodedPrompts:
 def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Labels | None = None) -> EncodedPrompts:
     """Return prompts and labels as checked token ids; encoded ones are returned as they are.
 
+    A label's id is what the tokenizer makes of it in its place, see `negcore.model.prompt_ids`.
+
+    Parameters
+    ----------
+    labels : sequence of str, or sequence of such sequences
+        One list for all prompts, or one list of the same length for each. A leading space is part of a label.
+
     Raises
     ------
-    PromptError, LabelError
-        As for `encode_prompts` and `encode_labels`; LabelError too if labels are given beside encoded prompts.
+    PromptError
+        As for `encode_prompts`.
+    LabelError
+        If a label is not exactly one known token in its place, two labels of a prompt share a token, the lists do not
+        fit, or labels are given beside encoded prompts.
     """
-    if not isinstance(prompts, EncodedPrompts):
-        return EncodedPrompts(encode_prompts(card, prompts), encode_labels(card.tokenizer, labels or [], len(prompts)))
-    if labels is not None:
+    if isinstance(prompts, EncodedPrompts):
+        if labels is None:
+            return prompts
         raise LabelError(f"labels {labels!r:.80} were given beside encoded prompts, which hold theirs; leave them out")
-    return prompts
+    reader = PromptReader(card.tokenizer, masked=card.arch.masked)
+    bodies = reader.read(prompts)
+    ids = _checked_prompts(card, reader, prompts, bodies)
+    per_prompt = _per_prompt(labels or [], len(prompts))
+    found = reader.label_ids(prompts, bodies, per_prompt)
+    checked = [
+        _checked_labels(card, index, row, known)
+        for index, (row, known) in enumerate(zip(per_prompt, found, strict=True))
+    ]
+    return EncodedPrompts(ids, np.array(checked, dtype=np.int64))
 
 
 def encode_targets(
@@ -62,76 +81,66 @@ def encode_targets(
 
 
 def encode_prompts(card: ModelCard, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of prompts, with the special tokens that the tokenizer adds by itself.
+    """Return the token ids of prompts, with the special tokens that the tokenizer puts around a text by itself.
+
+    Those that a prompt begins with are not put there twice, and a causal model gets none at the end, where its
+    prediction is read.
 
     Raises
     ------
     PromptError
-        If there is no prompt, or a prompt is empty, is longer than the model's context, or (masked models) does not
-        hold exactly one mask. Nothing is ever truncated.
+        If there is no prompt, or a prompt is empty, is longer than the model's context, has a token that the model
+        does not know, or (masked models) does not hold exactly one mask. Nothing is ever truncated.
     """
+    reader = PromptReader(card.tokenizer, masked=card.arch.masked)
+    return _checked_prompts(card, reader, prompts, reader.read(prompts))
+
+
+def _checked_prompts(
+    card: ModelCard, reader: PromptReader, prompts: Sequence[str], bodies: list[list[int]]
+) -> list[list[int]]:
     if not prompts:
         raise PromptError("no prompts were given; at least one is needed")
-    ids = card.tokenizer(list(prompts), truncation=False)["input_ids"]
-    for index, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
-        _check_prompt(card, index, prompt, tokens)
-    return [list(tokens) for tokens in ids]
+    ids = reader.with_special_tokens(prompts, bodies)
+    for index, (body, tokens) in enumerate(zip(bodies, ids, strict=True)):
+        _check_prompt(card, index, body, tokens)
+    return ids
 
 
-def encode_labels(tokenizer: Any, labels: Labels, n_prompts: int) -> NDArray[np.int64]:
-    """Return the token id of every label, encoded exactly as given, without special tokens.
-
-    Parameters
-    ----------
-    labels : sequence of str, or sequence of such sequences
-        One list for all prompts, or one list of the same length for each.
-
-    Returns
-    -------
-    int array of shape (P, O)
-
-    Raises
-    ------
-    LabelError
-        If a label is not exactly one known token, two labels of a prompt share a token, or the lists do not fit.
-    """
-    per_prompt = _per_prompt(labels, n_prompts)
-    known: dict[str, int] = {}
-    for label in dict.fromkeys(label for row in per_prompt for label in row):
-        known[label] = label_id(tokenizer, label)
-    for row in dict.fromkeys(per_prompt):
-        _check_distinct({label: known[label] for label in row}, row)
-    return np.array([[known[label] for label in row] for row in per_prompt], dtype=np.int64)
+def _checked_labels(card: ModelCard, index: int, labels: tuple[str, ...], found: list[int | LabelError]) -> list[int]:
+    """Return the ids of one prompt's labels, none of which may be an error, strange to the model or a double."""
+    known: dict[int, str] = {}
+    for label, label_id in zip(labels, found, strict=True):
+        if isinstance(label_id, LabelError):
+            raise LabelError(f"prompt {index}: {label_id}")
+        if label_id >= card.vocab_size:
+            raise LabelError(f"prompt {index}: label {label!r}: {_strange(card, label_id)}")
+        if label_id in known:
+            raise LabelError(
+                f"labels {known[label_id]!r} and {label!r} are the same token (id {label_id}) of this model"
+            )
+        known[label_id] = label
+    return list(known)
 
 
-def label_id(tokenizer: Any, label: str) -> int:
-    """Return the id of a label, which must be exactly one known token.
-
-    Raises
-    ------
-    LabelError
-        If it is not; the message names the label and the ids it became.
-    """
-    ids = tokenizer(label, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise LabelError(
-            f"label {label!r} is {len(ids)} tokens of this model (ids {list(ids)}); a label must be exactly one, "
-            "and a leading space is part of it"
-        )
-    if ids[0] == getattr(tokenizer, "unk_token_id", None):
-        raise LabelError(f"label {label!r} is unknown to this model's tokenizer (id {ids[0]})")
-    return int(ids[0])
+def _strange(card: ModelCard, token: int) -> str:
+    return (
+        f"the tokenizer makes token {card.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but {card.name} has "
+        f"{card.vocab_size} tokens (ids to {card.vocab_size - 1}); use the tokenizer that the model was trained with"
+    )
 
 
-def _check_prompt(card: ModelCard, index: int, prompt: str, tokens: Sequence[int]) -> None:
+def _check_prompt(card: ModelCard, index: int, body: Sequence[int], tokens: Sequence[int]) -> None:
     where = f"prompt {index}"  # without its text, because messages end up in logs and on pages
-    if not tokens or not prompt:
+    if not body:
         raise PromptError(f"{where} is empty; a prompt needs at least one token")
     if len(tokens) > card.context_tokens:
         raise PromptError(
             f"{where} has {len(tokens)} tokens, but {card.name} reads at most {card.context_tokens}; "
             "shorten it or use fewer demonstrations"
         )
+    if max(tokens) >= card.vocab_size:
+        raise PromptError(f"{where}: {_strange(card, max(tokens))}")
     if card.arch.masked and list(tokens).count(card.tokenizer.mask_token_id) != 1:
         found = list(tokens).count(card.tokenizer.mask_token_id)
         raise PromptError(f"{where} has {found} masks; {card.name} needs exactly one {card.tokenizer.mask_token}")
@@ -149,15 +158,6 @@ def _per_prompt(labels: Labels, n_prompts: int) -> list[tuple[str, ...]]:
     if len(sizes) != 1 or sizes[0] == 0 or any(isinstance(row, str) for row in labels):
         raise LabelError(f"label lists have {sizes} entries; every prompt needs the same number of labels")
     return rows
-
-
-def _check_distinct(known: dict[str, int], labels: tuple[str, ...]) -> None:
-    first: dict[int, str] = {}
-    for label in labels:
-        token = known[label]
-        if token in first:
-            raise LabelError(f"labels {first[token]!r} and {label!r} are the same token (id {token}) of this model")
-        first[token] = label
 
 
 def _one_label_each(labels: str | Sequence[str] | None, n_prompts: int) -> list[list[str]]:

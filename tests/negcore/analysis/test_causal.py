@@ -19,7 +19,7 @@ from negcore.measure import interventions
 from negcore.measure.hooks import tapped
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.votes import Ranking
-from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.encoding import encode, encode_prompts
 
 OPTIONS = LABELS[:3]
 # Of different lengths, with and without a common beginning, one of them a single token.
@@ -58,7 +58,7 @@ def slow_probabilities(lm, prompt, steps):
         rows[neuron // lm.layer_width][0, neuron % lm.layer_width] += step
     with torch.no_grad(), tapped(lm, torch.tensor([position]), rows) as activations:
         probs_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, position].softmax(-1)
-    label_ids = encode_labels(lm.tokenizer, OPTIONS, 1)[0]
+    label_ids = encode(lm.card, [prompt], OPTIONS).label_ids_PO[0]
     return probs_V[label_ids].numpy(), torch.cat([activations[layer][0] for layer in range(lm.n_layers)]).numpy()
 
 

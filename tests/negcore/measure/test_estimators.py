@@ -8,7 +8,7 @@ from support import CONFIGS, LABELS, PROMPTS, prompts_for, tiny_model
 from negcore.errors import LabelError, NegError
 from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, Question, estimate, unembed
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.encoding import EncodedPrompts, encode_labels, encode_prompts
+from negcore.model.encoding import EncodedPrompts, encode, encode_prompts
 
 OPTIONS = LABELS[:3]
 ANSWERS = [1, 0]
@@ -19,7 +19,7 @@ SOME = [(0, 2), (0, 11), (1, 23), (2, 0), (2, 7)]
 
 def target_of(lm, logits_V, row, target):
     """The target, written out."""
-    ids = encode_labels(lm.tokenizer, OPTIONS, 1)[0].tolist()
+    ids = encode(lm.card, prompts_for(lm)[:1], OPTIONS).label_ids_PO[0].tolist()
     right = logits_V[ids[ANSWERS[row]]]
     if target == "logit_difference":
         return right - max(logits_V[label] for index, label in enumerate(ids) if index != ANSWERS[row])

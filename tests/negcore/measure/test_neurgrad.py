@@ -8,7 +8,7 @@ from negcore.errors import LabelError, PromptError
 from negcore.measure import neurgrad as gradients
 from negcore.measure.forward import common_prefix_length, probed_batches
 from negcore.measure.neurgrad import NeurGradBatch, Nonfinite, neurgrad
-from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.encoding import encode, encode_prompts
 
 OPTIONS = LABELS[:3]
 
@@ -37,7 +37,7 @@ def plain_autograd(lm, prompt, labels):
     lm.model.requires_grad_(True)
     logits = lm.model(input_ids=torch.tensor([tokens])).logits[0, position]
     probs = logits.softmax(-1)
-    ids = encode_labels(lm.tokenizer, labels, 1)[0]
+    ids = encode(lm.card, [prompt], labels).label_ids_PO[0]
     layers = [kept[layer] for layer in range(lm.n_layers)]
     first = layers[0].shape[-1] - lm.layer_width
     acts = torch.stack([values.view(len(tokens), -1)[position, first:] for values in layers])

@@ -18,7 +18,7 @@ from negcore.measure.sweeps import (
     fit_lines,
     sweep,
 )
-from negcore.model.encoding import encode_labels, encode_prompts
+from negcore.model.encoding import encode, encode_prompts
 from negcore.model.language_model import as_language_model
 
 FEW = [-2.0, -0.2, 0.2, 2.0]
@@ -56,7 +56,7 @@ def shifted_probability(lm, prompt, label, steps):
         probs = lm.model(input_ids=torch.tensor([tokens])).logits[0, position].softmax(-1)
     for handle in handles:
         handle.remove()
-    label_id = encode_labels(lm.tokenizer, [label], 1)[0, 0]
+    label_id = encode(lm.card, [prompt], [label]).label_ids_PO[0, 0]
     return float(probs[label_id]), before
 
 

@@ -1,0 +1,225 @@
+"""Read prompts and labels with a tokenizer: the one rule of previews, plans and measurements.
+
+A causal model reads a prompt behind the tokens that its tokenizer puts in front of every text (BOS), which are not
+put there twice, and without those that it puts at the end (EOS): the prompt's last token is the probed one. A masked
+model reads both.
+
+A label is what the tokenizer makes of it in its place. For a causal model
+
+    ids(prompt + label) == ids(prompt) + [id of the label]
+
+and for a masked model, whose label takes the place of the mask, the other ids do not change either. Tokens of a label
+that is read alone are others with many tokenizers, and depend on the prompt's end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from negcore.errors import LabelError, PromptError
+
+_TAIL_CHARACTERS = 48
+"""Least length of a prompt's end that stands for the prompt."""
+_LONGEST_TAIL = 512
+_CUT = re.compile(r"(?<=\S) (?=\S)")
+_LOCAL_MODELS = ("BPE", "WordPiece", "WordLevel")
+
+
+class Tokenizer(Protocol):
+    """Part of a Hugging Face tokenizer that prompts and labels need."""
+
+    mask_token: str | None
+    all_special_tokens: list[str]
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]: ...
+
+
+class _Place(NamedTuple):
+    """Text around a label, and its ids when the label is not there."""
+
+    before: str
+    after: str
+    ids_before: list[int]
+    ids_after: list[int]
+
+    def id_of_label(self, ids: Sequence[int]) -> int | None:
+        """Return the only id that a label adds to those around it, or None if it changes more."""
+        start, stop = len(self.ids_before), len(ids) - len(self.ids_after)
+        is_kept = list(ids[:start]) == self.ids_before and list(ids[stop:]) == self.ids_after
+        return ids[start] if is_kept and stop == start + 1 else None
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """One tokenizer's reading of prompts and labels."""
+
+    tokenizer: Any
+    masked: bool = False
+    """True if a label takes the place of a mask instead of following the prompt."""
+
+    def read(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts, without the special tokens that the tokenizer adds by itself."""
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return []
+        found = dict(zip(unique, self.tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
+        return [list(found[text]) for text in texts]
+
+    def with_special_tokens(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[list[int]]:
+        """Return the ids that the model reads: special tokens that a text begins (or ends) with are not repeated."""
+        known = next((pair for pair in zip(texts, ids, strict=True) if pair[1]), None)
+        if known is None:
+            return list(ids)
+        front, back = self._added(*known)
+        return [
+            [*(front if of_text[: len(front)] != front else ()), *of_text, *_missing_at_end(of_text, back)]
+            for of_text in ids
+        ]
+
+    def label_ids(
+        self, texts: Sequence[str], ids: Sequence[list[int]], labels: Sequence[Sequence[str]]
+    ) -> list[list[int | LabelError]]:
+        """Return the id of every label in its place, or why it has none.
+
+        The ends of long prompts stand for the prompts where that provably gives the same (see `_tails`).
+
+        Parameters
+        ----------
+        texts : sequence of str, length P
+            Prompts; those of a masked model hold its mask once.
+        ids : sequence of lists of int, length P
+            Result of `read`.
+        labels : sequence of P sequences of str
+        """
+        wholes = [self._place(text, of_text) for text, of_text in zip(texts, ids, strict=True)]
+        found: list[list[int | None]] = [[None] * len(of_text) for of_text in labels]
+        for places in (self._tails(texts, ids), wholes):
+            open_PO = [
+                (p, o)
+                for p, place in enumerate(places)
+                for o, label_id in enumerate(found[p])
+                if label_id is None and place is not None
+            ]
+            read = self._read_in_place([(places[p], labels[p][o]) for p, o in open_PO])
+            for (p, o), in_place in zip(open_PO, read, strict=True):
+                place = places[p]
+                assert place is not None
+                found[p][o] = place.id_of_label(in_place)
+        return [
+            [self._checked(place, label, label_id) for label, label_id in zip(of_text, known, strict=True)]
+            for place, of_text, known in zip(wholes, labels, found, strict=True)
+        ]
+
+    @property
+    def _mask_id(self) -> int:
+        return int(self.tokenizer.mask_token_id)
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        return getattr(self.tokenizer, "unk_token_id", None)
+
+    def _added(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Return the tokens that the tokenizer adds in front of a text, and those at its end that the model reads."""
+        (whole,) = self.tokenizer([text], add_special_tokens=True)["input_ids"]
+        for start in range(len(whole) - len(ids) + 1):
+            stop = start + len(ids)
+            if list(whole[start:stop]) == ids:
+                return list(whole[:start]), list(whole[stop:]) if self.masked else []
+        raise PromptError("the tokenizer reads a text otherwise where it adds special tokens; no prompt can be probed")
+
+    def _place(self, text: str, ids: list[int]) -> _Place:
+        """Return the text and ids around the label of a prompt."""
+        if not self.masked:
+            return _Place(text, "", ids, [])
+        mask = self.tokenizer.mask_token
+        before, _, after = text.partition(mask)
+        if ids.count(self._mask_id) != 1:
+            raise PromptError(f"a prompt has {ids.count(self._mask_id)} masks; it needs exactly one {mask}")
+        slot, added = ids.index(self._mask_id), getattr(self.tokenizer, "added_tokens_decoder", {}).get(self._mask_id)
+        if added is not None:  # some masks swallow the spaces beside them
+            before = before.rstrip() if added.lstrip else before
+            after = after.lstrip() if added.rstrip else after
+        return _Place(before, after, ids[:slot], ids[slot + 1 :])
+
+    def _tails(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[_Place | None]:
+        """Return the end of each prompt where what follows it is read as behind the whole prompt, else None.
+
+        The end begins at a space within the prompt, and its ids are the last ids of the prompt, so there is a token
+        boundary in front of it. If a label adds one id to those of the end, it adds the same to those of the prompt:
+
+        - A tokenizer of these kinds cuts a text into words and reads each by itself. Its patterns look one character
+          ahead at most and never back, so a label changes no cut in front of an end of some length.
+        - Without words, BPE joins neighbours only. Where the first token of the end stays as it is, what lies in front
+          of it meets the same neighbours in the same order as without the label, and stays as it is as well.
+
+        Whether the tokenizer writes a space in front of every text does not matter: with it, the end is taken without
+        its own.
+        """
+        tails: list[_Place | None] = [None] * len(texts)
+        cuts = {p: cut for p, text in enumerate(texts) if (cut := self._cut(text)) is not None}
+        for skipped in (0, 1):
+            left = [p for p in cuts if tails[p] is None]
+            ends = [texts[p][cuts[p] + skipped :] for p in left]
+            for p, end, of_end in zip(left, ends, self.read(ends), strict=True):
+                if of_end and ids[p][-len(of_end) :] == of_end:
+                    tails[p] = self._place(end, of_end)
+        return tails
+
+    def _cut(self, text: str) -> int | None:
+        """Return where the end of a prompt begins that may stand for it."""
+        if not self._is_local:
+            return None
+        stop = len(text) if not self.masked else max(text.find(self.tokenizer.mask_token), 0)
+        first = max(stop - _LONGEST_TAIL, 0)
+        cuts = [match.start() for match in _CUT.finditer(text, first, max(stop - self._tail_characters, first))]
+        return cuts[-1] if cuts else None
+
+    @cached_property
+    def _is_local(self) -> bool:
+        model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        return type(model).__name__ in _LOCAL_MODELS and not getattr(model, "dropout", None)
+
+    @cached_property
+    def _tail_characters(self) -> int:
+        """Least length of an end: no added token is as long."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        return max([_TAIL_CHARACTERS, *(len(str(token)) + 1 for token in added)])
+
+    def _read_in_place(self, labels: Sequence[tuple[_Place | None, str]]) -> list[list[int]]:
+        return self.read([f"{place.before}{label}{place.after}" for place, label in labels if place is not None])
+
+    def _checked(self, place: _Place, label: str, label_id: int | None) -> int | LabelError:
+        if label_id is not None and label_id != self._unknown_id:
+            return label_id
+        if label_id is not None:
+            return LabelError(f"label {label!r} is unknown to this model's tokenizer (id {label_id})")
+        (ids,) = self._read_in_place([(place, label)])
+        start, stop = len(place.ids_before), len(ids) - len(place.ids_after)
+        if ids[:start] == place.ids_before and ids[stop:] == place.ids_after:
+            return LabelError(
+                f"label {label!r} is {stop - start} tokens of this model (ids {ids[start:stop]}); "
+                "a label must be exactly one, and a leading space is part of it"
+            )
+        alone, joined = self._differing(place.ids_before, ids)
+        return LabelError(
+            f"label {label!r} joins what stands beside it: the tokens before it end in {alone} without it and in "
+            f"{joined} with it; use another label, or let the prompt end otherwise"
+        )
+
+    def _differing(self, before: list[int], joined: list[int]) -> tuple[str, str]:
+        """Return both encodings from the token before their first difference, in words."""
+        same = next((n for n, pair in enumerate(zip(before, joined, strict=False)) if pair[0] != pair[1]), len(before))
+        first = max(min(same, len(before) - 1), 0)
+        return self._in_words(before[first:]), self._in_words(joined[first:])
+
+    def _in_words(self, ids: list[int]) -> str:
+        spelled = getattr(self.tokenizer, "convert_ids_to_tokens", None)
+        return f"{spelled(ids)} (ids {ids})" if spelled else f"ids {ids}"
+
+
+def _missing_at_end(ids: list[int], back: list[int]) -> Iterator[int]:
+    return iter(back if back and ids[-len(back) :] != back else ())
