@@ -106,6 +106,7 @@ def _carry_out(step: CampaignStep, steps: Steps, results: CampaignResults) -> tu
         done = load(kind.work)(step.run, steps.part())
         results.extracted += done.extracted
         results.set_aside += _set_aside(step, done.extracted)
+        results.warnings += [f"{step.folder}, {step.study}: {warning}" for warning in done.warnings]
         return load(kind.compare)(step.model, step.run, done), done.problems
     except (Stopped, KeyboardInterrupt):
         raise

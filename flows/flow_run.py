@@ -116,11 +116,12 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
 
 
 def _log(results: RunResults) -> None:
-    """Name in the flow run's log what is missing."""
+    """Name in the flow run's log what is missing, needs care or was set aside."""
     logger = get_run_logger()
     logging.getLogger("prefect.flow_runs").addFilter(_WITHOUT_TRACEBACK)
     for level, what, lines in (
         (logging.ERROR, "missing", results.problems),
+        (logging.WARNING, "warning", results.warnings),
         (logging.WARNING, "set aside", results.set_aside),
     ):
         for line in lines[:_MOST_LOGGED]:

@@ -101,6 +101,7 @@ def _extract(
     results.extracted += extraction.extracted
     results.problems += extraction.problems
     results.set_aside += extraction.set_aside
+    results.warnings += extraction.warnings
     return {names for names, n in n_whole.items() if n == len(by_condition)}
 
 

@@ -95,7 +95,7 @@ def carry_out(
 
 
 def show(results: "RunResults") -> None:
-    """Show a run's tables and where everything is, and name what is missing or was set aside."""
+    """Show a run's tables and where everything is; name what is missing, needs care or was set aside."""
     from flows.show.report import counted_now
     from flows.show.text import printable
 
@@ -110,6 +110,8 @@ def show(results: "RunResults") -> None:
     console.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
     for problem in results.problems:
         errors.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
+    for warning in results.warnings:
+        errors.print(f"[yellow]warning:[/yellow] {escape(printable(warning))}", soft_wrap=True, highlight=False)
     for row in results.set_aside:
         errors.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
     if results.problems or results.set_aside:

@@ -62,6 +62,8 @@ class RunResults:
     """One line for every row that could not be computed; the run went on without it."""
     problems: list[str] = field(default_factory=list)
     """One line for everything that is missing; empty if the run is whole."""
+    warnings: list[str] = field(default_factory=list)
+    """One line for everything that is there and must be read with care; the run is whole all the same."""
     report: Path | None = None
     """The page of this run; None until it is written."""
 
@@ -137,6 +139,7 @@ def _page(results: RunResults) -> str:
         title=directory.name,
         counted=counted(results.extracted) if results.extracted else "",
         problems=results.problems,
+        warnings=results.warnings,
         set_aside=results.set_aside,
         sections=[(section, _figures(section, directory)) for section in results.sections],
         parts=[_link(path, directory) for path in find(directory, _REPORTS_OF_PARTS)],

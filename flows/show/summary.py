@@ -8,8 +8,8 @@ from flows.show.table import Table
 from flows.show.text import printable
 from negcore.store.files import is_remote
 
-_MOST_PROBLEMS = 20
-_LONGEST_PROBLEM = 300
+_MOST_LINES = 20
+_LONGEST_LINE = 300
 
 
 def run_summary(results: RunResults) -> str:
@@ -22,9 +22,10 @@ def run_summary(results: RunResults) -> str:
     lines += [f"- {_code(section.title)}" for section in results.sections if section.title]
     lines += ["", f"Run directory: {_linked(results.directory, str(results.directory))}", ""]
     lines += map(_file_line, files_of(results.directory))
-    if results.problems:
-        lines += ["", f"**Missing: {len(results.problems)}**", ""]
-        lines += [f"- {_code(problem[:_LONGEST_PROBLEM])}" for problem in results.problems[:_MOST_PROBLEMS]]
+    for title, found in (("Missing", results.problems), ("Warnings", results.warnings)):
+        if found:
+            lines += ["", f"**{title}: {len(found)}**", ""]
+            lines += [f"- {_code(line[:_LONGEST_LINE])}" for line in found[:_MOST_LINES]]
     return "\n".join(lines)
 
 

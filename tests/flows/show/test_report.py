@@ -107,17 +107,18 @@ def test_hostile_names_and_errors_are_text(tmp_path):
     directory = tmp_path / HOSTILE.replace("/", "_")
     (directory / "a b<i>.arrow").mkdir(parents=True)
     shown = [Section(HOSTILE, [table])]
-    page = page_of(Shown(directory, shown=shown, problems=[HOSTILE], set_aside=[HOSTILE]))
+    page = page_of(Shown(directory, shown=shown, problems=[HOSTILE], set_aside=[HOSTILE], warnings=[HOSTILE]))
     assert "script" not in page.names
-    assert page.text.count("<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }}") >= 8
+    assert page.text.count("<script>alert(1)</script> & \"quoted\" 'text' {{ 7 * 7 }}") >= 9
     assert "\x1b" not in page.text
     assert page.links == ["a%20b%3Ci%3E.arrow"]
 
 
-def test_what_is_missing_and_set_aside_is_counted_and_named(tmp_path, table):
+def test_what_is_missing_needs_care_or_was_set_aside_is_counted_and_named(tmp_path, table):
     lost, rows = ["shard 3 is lost"], ["row 1: nan", "row 2: nan"]
-    page = page_of(Shown(tmp_path, shown=[Section("", [table])], problems=lost, set_aside=rows))
-    for text in ("Missing: 1", *lost, "Rows set aside: 2", *rows):
+    care = ["little probability"]
+    page = page_of(Shown(tmp_path, shown=[Section("", [table])], problems=lost, set_aside=rows, warnings=care))
+    for text in ("Missing: 1", *lost, "Warnings: 1", *care, "Rows set aside: 2", *rows):
         assert text in page.text
 
 

@@ -59,11 +59,12 @@ def test_rows_are_counted_over_all_parts(directory):
 def test_hostile_names_and_errors_are_code(directory):
     place = directory / HOSTILE.replace("/", "_")
     place.mkdir()
-    text = run_summary(RunResults(place, problems=[HOSTILE]))
+    text = run_summary(RunResults(place, problems=[HOSTILE], warnings=[HOSTILE]))
     html = rendered(text)
     assert links(text) == [place.as_uri()]
     assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "a", "strong", "ul", "li"}
-    assert html.count("<code>") == 2
+    assert html.count("<code>") == 3
+    assert "Missing: 1" in text and "Warnings: 1" in text
     assert "[click](http://evil) &lt;b&gt;bold" in html
     assert "\x1b" not in html
 
