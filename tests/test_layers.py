@@ -13,7 +13,7 @@ HEAVY = {"ray": {"tasks/pool/ray_pool.py", "tasks/pool/ray_session.py"}}
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
     {"negcore.arrays", "negcore.errors"},
-    {"negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
+    {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
     {"negcore.store.files"},
     {"negcore.model", "negcore.datasets"},
     {"negcore.measure"},

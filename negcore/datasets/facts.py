@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import Record, hub_file, read_json_lines
+from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.local import text_field
 from negcore.datasets.mini import MINI_ROWS
 from negcore.datasets.render import (
@@ -21,6 +21,7 @@ from negcore.datasets.render import (
 from negcore.datasets.rows import Row
 from negcore.datasets.splits import seeded_order
 from negcore.errors import DatasetError, one_line
+from negcore.hub import HubError, commit_of, file_of
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
@@ -139,10 +140,17 @@ def _local(source: str) -> Path:
     if not source.startswith(HUB):
         return Path(source)
     organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]
-    path = hub_file(f"{organisation}/{dataset}", file, otherwise="give a local file") if file else None
+    try:
+        path = _hub_file(f"{organisation}/{dataset}", file) if file else None
+    except HubError as error:
+        raise DatasetError(f"facts {source!r}: {error}; or give a local file") from None
     if path is None:
         raise DatasetError(f"facts {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE")
     return path
+
+
+def _hub_file(repository: str, file: str) -> Path | None:
+    return file_of(repository, file, commit_of(repository, kind="dataset"), kind="dataset")
 
 
 def _read(path: Path) -> list[tuple[str, Record]]:

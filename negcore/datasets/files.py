@@ -12,37 +12,6 @@ from negcore.errors import DatasetError, one_line
 Record = Mapping[str, Any]
 
 
-def hub_file(repository: str, name: str, *, otherwise: str) -> Path | None:
-    """Download a file of a dataset on the Hugging Face hub once; return None if the dataset has no such file.
-
-    Parameters
-    ----------
-    repository : str
-        `organisation/dataset`.
-    name : str
-        Path of the file in the dataset.
-    otherwise : str
-        Advice to the user if the hub cannot be reached.
-
-    Raises
-    ------
-    DatasetError
-        If the hub or the dataset cannot be reached.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repository, filename=name, repo_type="dataset"))
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            return None
-        reason = one_line(error)
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-    raise DatasetError(f"cannot get {name!r} from Hugging Face dataset {repository!r} ({reason:.200}); {otherwise}")
-
-
 def read_json_array(path: Path) -> Sequence[Any]:
     """Read the records of a JSON file that holds one array.
 

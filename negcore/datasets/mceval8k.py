@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from negcore.datasets.base import SPLITS
-from negcore.datasets.files import hub_file, read_json_array
+from negcore.datasets.files import read_json_array
 from negcore.datasets.rows import Source, rows_of_records
 from negcore.datasets.specs import Spec, read_specs
 from negcore.errors import DatasetError
+from negcore.hub import HubError, commit_of, file_of
 
 HUB_REPOSITORY = "iszhaoxin/MCEval8K"
 ROOT_VARIABLE = "NEG_MCEVAL8K"
@@ -32,11 +33,15 @@ def read_mceval8k(spec: Spec, root: Path | None) -> Source:
     Raises
     ------
     DatasetError
-        If the test file is missing, or a file is malformed.
+        If the test file is missing, a file is malformed, or the hub does not give it.
     """
     local = root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
-    find = _in_folder(local) if local else _on_hub
-    paths = {split: _find_file(spec, split, find) for split in SPLITS}
+    try:
+        find = _in_folder(local) if local else _on_hub()
+        paths = {split: _find_file(spec, split, find) for split in SPLITS}
+    except HubError as error:
+        advice = f"or give a local folder: root=, or the environment variable {ROOT_VARIABLE}"
+        raise DatasetError(f"{PREFIX}{spec.name}: {error}; {advice}") from None
     if paths["test"] is None:
         where = f"folder {str(local)!r}" if local else f"Hugging Face dataset {HUB_REPOSITORY!r}"
         raise DatasetError(
@@ -58,6 +63,6 @@ def _in_folder(root: Path) -> Callable[[str], Path | None]:
     return lambda name: root / name if (root / name).is_file() else None
 
 
-def _on_hub(name: str) -> Path | None:
-    advice = f"give a local folder: root=, or the environment variable {ROOT_VARIABLE}"
-    return hub_file(HUB_REPOSITORY, name, otherwise=advice)
+def _on_hub() -> Callable[[str], Path | None]:
+    commit = commit_of(HUB_REPOSITORY, kind="dataset")
+    return lambda name: file_of(HUB_REPOSITORY, name, commit, kind="dataset")

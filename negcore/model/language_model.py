@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from negcore.errors import ModelError, one_line
+from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.store.files import cache_directory
@@ -236,7 +237,7 @@ def describe_model(ref: str) -> ModelCard:
     looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
     if looks_local or not name.strip("/"):
         raise ModelError(f"model {ref!r}: no such directory or file; {_allowed_refs()}")
-    return _describe(name, name, revision or "main")
+    return _describe(name, name, _hub_commit(name, revision or None))
 
 
 def load_model(
@@ -275,7 +276,8 @@ def load_model(
             revision=card.ref.partition("@")[2] or "main",
         ).to(target)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model {card.name!r} could not be loaded: {one_line(error):.300}") from error
+        reason = one_line(error) if card.revision.startswith("xxh3:") else download_problem(error)
+        raise ModelError(f"model {card.name!r} could not be loaded: {reason:.300}") from error
     return LanguageModel(_prepared(model), card, resolved)
 
 
@@ -343,8 +345,20 @@ def _prepared(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _describe(name: str, source: Path | str, hub_revision: str | None = None) -> ModelCard:
-    options = {"trust_remote_code": False} | ({"revision": hub_revision} if hub_revision else {})
+def _hub_commit(name: str, revision: str | None) -> Commit:
+    try:
+        commit = commit_of(name, revision)
+        if file_of(name, "config.json", commit, kind="model") is None:
+            raise HubError(f"model {name!r} has no config.json: it is not a model of transformers")
+    except HubError as error:
+        raise ModelError(f"{error}; {_allowed_refs()}") from None
+    return commit
+
+
+def _describe(name: str, source: Path | str, commit: Commit | None = None) -> ModelCard:
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if commit:
+        options |= {"revision": commit.id, "local_files_only": commit.problem is not None}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         arch = architecture(config.model_type)
@@ -353,10 +367,7 @@ def _describe(name: str, source: Path | str, hub_revision: str | None = None) ->
         raise ModelError(f"model {name!r}: {error}") from None
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {name!r} could not be read: {one_line(error):.300}; {_allowed_refs()}") from error
-    if isinstance(source, Path):
-        revision = f"xxh3:{_directory_digest(source)}"
-    else:
-        revision = getattr(config, "_commit_hash", None) or hub_revision or "main"
+    revision = commit.id if commit else f"xxh3:{_directory_digest(Path(source))}"
     return ModelCard(name, str(source), revision, config, tokenizer, arch)
 
 

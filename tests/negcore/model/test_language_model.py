@@ -70,7 +70,7 @@ def test_a_missing_local_model_is_refused_in_one_line(ref):
 
 def test_a_model_without_network_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"model 'some-org/some-model' could not be read") as error:
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set, and model 'some-org/some-model' is not") as error:
         describe_model("some-org/some-model")
     assert "\n" not in str(error.value)
 
