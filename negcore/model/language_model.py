@@ -20,14 +20,25 @@ import numpy as np
 import torch
 import transformers
 from filelock import FileLock
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from negcore.errors import ModelError, one_line
+from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.model.attention import ATTENTION_NAME, register_attention
+from negcore.model.model_files import (
+    HARMLESS,
+    check_directory,
+    check_file,
+    directory_digest,
+    file_digest,
+    is_directory,
+    is_gguf,
+    plain_reason,
+    reading,
+    unused_gguf_weights,
+)
 from negcore.store.files import cache_directory
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
@@ -67,8 +78,8 @@ EMBEDDED = MappingProxyType(
 """Models that ship as Python packages, by alias."""
 
 _CONVERSION_VERSION = "1"
-_BLOCK_BYTES = 2**20
-_WHOLE_FILE_BYTES = 2**30
+_NAMED = 3
+"""Weights that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +132,7 @@ class ModelCard:
         if rope.get("rope_type") in ("longrope", "dynamic"):
             # Beyond this length these rescale positions that a cache already holds.
             limits.append(rope.get("original_max_position_embeddings"))
-        return min(int(limit) for limit in limits if limit)
+        return min(int(limit) for limit in limits if limit is not None)
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -224,19 +235,16 @@ def describe_model(ref: str) -> ModelCard:
     ModelError
         If the model cannot be found or read, or its architecture is not in the table.
     """
-    path = Path(ref)
     if ref in EMBEDDED:
         return _describe(ref, _convert_gguf(*_embedded_files(ref)))
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model {ref!r}: no such GGUF file")
-        return _describe(ref, _convert_gguf(path))
-    if ref and path.is_dir():
-        return _describe(ref, path)
+    if is_directory(ref):
+        return _describe(ref, Path(ref))
+    if is_gguf(ref):
+        return _describe(ref, _convert_gguf(Path(ref)))
     name, _, revision = ref.partition("@")
     looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
     if looks_local or not name.strip("/"):
-        raise ModelError(f"model {ref!r}: no such directory or file; {_allowed_refs()}")
+        raise ModelError(f"model {ref!r}: {_no_directory(ref)}; {_allowed_refs()}")
     return _describe(name, name, _hub_commit(name, revision or None))
 
 
@@ -266,7 +274,8 @@ def load_model(
     card = describe_model(ref) if isinstance(ref, str) else ref
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    reason = plain_reason if card.revision.startswith("xxh3:") else download_problem
+    with reading(f"model {card.name!r} could not be loaded", reason):
         model = _whole(
             _auto_class(card.arch),
             card.source,
@@ -275,9 +284,6 @@ def load_model(
             use_safetensors=True,
             revision=card.ref.partition("@")[2] or "main",
         ).to(target)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = one_line(error) if card.revision.startswith("xxh3:") else download_problem(error)
-        raise ModelError(f"model {card.name!r} could not be loaded: {reason:.300}") from error
     return LanguageModel(_prepared(model), card, resolved)
 
 
@@ -309,12 +315,12 @@ def as_language_model(
 
 
 def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
-    """Load a model and check that all its weights came from its files: transformers fills gaps at random.
+    """Load a model and check that its weights are those of its files: transformers fills gaps and drops what is over.
 
     Raises
     ------
     ValueError
-        If weights are missing, or have other shapes than the configuration says.
+        If weights are missing, have other shapes than the configuration says, or have no place in the model.
     """
     model, loading = kind.from_pretrained(
         source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
@@ -328,7 +334,17 @@ def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
     if loading["missing_keys"]:
         missing = loading["missing_keys"]
         raise ValueError(f"its files lack the weights {min(missing)}{_and_more(missing)}: fetch or save it again")
+    _refuse_unused(sorted(name for name in loading["unexpected_keys"] if not HARMLESS.search(name)))
     return model
+
+
+def _refuse_unused(weights: Sequence[str]) -> None:
+    if weights:
+        named = ", ".join(weights[:_NAMED]) + f" (and {len(weights) - _NAMED} more)" * (len(weights) > _NAMED)
+        raise ValueError(
+            f"its files hold weights that have no place in the model of its configuration: {named}: the configuration "
+            "is of another model, or asks for something that cannot be loaded"
+        )
 
 
 def _shape(shape: Iterable[int]) -> str:
@@ -351,24 +367,52 @@ def _hub_commit(name: str, revision: str | None) -> Commit:
         if file_of(name, "config.json", commit, kind="model") is None:
             raise HubError(f"model {name!r} has no config.json: it is not a model of transformers")
     except HubError as error:
-        raise ModelError(f"{error}; {_allowed_refs()}") from None
+        raise ModelError(f"{error}; {_no_directory(name)} either; {_allowed_refs()}") from None
     return commit
 
 
 def _describe(name: str, source: Path | str, commit: Commit | None = None) -> ModelCard:
+    """Read configuration and tokenizer, and use both once: what they hold may be of a wrong type all the same."""
     options: dict[str, Any] = {"trust_remote_code": False}
     if commit:
         options |= {"revision": commit.id, "local_files_only": commit.problem is not None}
-    try:
+    with reading(f"model {name!r}"):
+        revision = commit.id if commit else _local_revision(Path(source))
+    with reading(f"model {name!r} could not be read"):
         config = transformers.AutoConfig.from_pretrained(source, **options)
+    with reading(f"model {name!r}"):
         arch = architecture(config.model_type)
+    with reading(f"model {name!r} could not be read: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except ModelError as error:
-        raise ModelError(f"model {name!r}: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} could not be read: {one_line(error):.300}; {_allowed_refs()}") from error
-    revision = commit.id if commit else f"xxh3:{_directory_digest(Path(source))}"
-    return ModelCard(name, str(source), revision, config, tokenizer, arch)
+        _check_tokenizer(tokenizer)
+    card = ModelCard(name, str(source), revision, config, tokenizer, arch)
+    with reading(f"model {name!r} could not be read: its configuration"):
+        _check_shape(card)
+    return card
+
+
+def _local_revision(directory: Path) -> str:
+    check_directory(directory)
+    return f"xxh3:{directory_digest(directory)}"
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    limit = tokenizer.model_max_length
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit >= 1:
+        raise ValueError(f"model_max_length is {limit!r} in tokenizer_config.json; a number from 1 is needed")
+    if not tokenizer("A", add_special_tokens=False)["input_ids"]:
+        raise ValueError("it makes nothing of the text 'A': its files are incomplete")
+
+
+def _check_shape(card: ModelCard) -> None:
+    if card.n_layers < 1:
+        raise ValueError(f"num_hidden_layers is {card.n_layers}; a whole number from 1 is needed")
+    if card.layer_width < 1 or card.context_tokens < 1:
+        raise ValueError(f"layers of {card.layer_width} neurons and prompts of {card.context_tokens} tokens: too few")
+
+
+def _no_directory(ref: str) -> str:
+    return f"no such directory as {str(Path(ref).absolute()) if ref else ref!r}"
 
 
 def _allowed_refs() -> str:
@@ -390,7 +434,10 @@ def _embedded_files(alias: str) -> list[Path]:
 
 def _convert_gguf(*pieces: Path) -> Path:
     """Convert a GGUF file to a safetensors directory once, safely under concurrent starts; return the directory."""
-    digests = ":".join(map(_file_digest, pieces))
+    with reading(f"GGUF file {str(pieces[0])!r}"):
+        for piece in pieces:
+            check_file(piece.absolute())
+        digests = ":".join(map(file_digest, pieces))
     digest = xxh3_128(f"{_CONVERSION_VERSION}:{digests}".encode()).hexdigest()
     target = cache_directory() / "gguf" / digest
     if target.is_dir():
@@ -399,7 +446,8 @@ def _convert_gguf(*pieces: Path) -> Path:
     with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=target.parent, prefix=".draft-") as folder:
         if not target.is_dir():
             draft = Path(folder) / "model"
-            _write_safetensors(_joined(pieces, Path(folder) / "joined.gguf"), draft)
+            with reading(f"GGUF file {str(pieces[0])!r} could not be converted"):
+                _write_safetensors(_joined(pieces, Path(folder) / "joined.gguf"), draft)
             draft.rename(target)
     return target
 
@@ -418,42 +466,12 @@ def _joined(pieces: Sequence[Path], whole: Path) -> Path:
 def _write_safetensors(file: Path, directory: Path) -> None:
     options = {"gguf_file": file.name}
     folder = file.parent or Path()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"GGUF file {str(file)!r} could not be converted: {one_line(error):.300}") from error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
+    _refuse_unused(unused_gguf_weights(file, model.config.get_text_config().num_hidden_layers))
     # The weights are plain floats by now, but transformers does not save a model that is still marked as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def _directory_digest(directory: Path) -> str:
-    """Return the xxh3-128 over every file of a model directory that decides its numbers."""
-    digest = xxh3_128()
-    for file in sorted(directory.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".txt", ".model"):
-            digest.update(f"{file.name}:{_file_digest(file)};".encode())
-    return digest.hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    """Return the xxh3-128 of a file's size and content.
-
-    A file over 1 GiB is sampled: its first 16 MiB and 256 blocks of 1 MiB spread evenly over it.
-    """
-    size = file.stat().st_size
-    digest = xxh3_128(str(size).encode())
-    with file.open("rb") as stream:
-        if size <= _WHOLE_FILE_BYTES:
-            while block := stream.read(16 * _BLOCK_BYTES):
-                digest.update(block)
-        else:
-            digest.update(stream.read(16 * _BLOCK_BYTES))
-            for index in range(256):
-                stream.seek(index * (size - _BLOCK_BYTES) // 255)
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""The files of a model: checked before a library reads them, and told apart by their content.
+
+Libraries meet a file that they cannot read with exceptions of many kinds, and with guesses. `reading` is the border
+around them: whatever they raise becomes one `ModelError`, so that one bad model ends neither a run of several nor a
+worker that holds another.
+"""
+
+import errno
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+from safetensors import safe_open
+from xxhash import xxh3_128
+
+from negcore.errors import ModelError, one_line, typed_line
+
+_SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+"""Endings of the files that decide a model's numbers."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ADAPTER = "adapter_config.json"
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Files that hold a JSON object."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+HARMLESS = re.compile(
+    r"inv_freq$|(^|\.)position_ids$|(^|\.)token_type_ids$|(attn|attention)\.(masked_)?bias$"  # buffers, not weights
+    r"|(^|\.)(vision|visual|image|audio|speech)\w*\.|(^|\.)(multi_?modal|mm)_?\w*\.|(^|\.)embed_(vision|audio)\."
+    r"|(^|\.)pooler\.|^cls\.seq_relationship\.|(^|\.)mtp(\.|_|\d)"
+)
+"""Weights that may be left over: buffers of earlier versions, towers that see and hear, heads for other tasks."""
+_LFS = b"version https://git-lfs.github.com/spec/"
+_BLOCK_BYTES = 2**20
+_WHOLE_FILE_BYTES = 2**30
+_PLAIN = (ModelError, OSError, ValueError, RuntimeError)
+"""Errors whose message says enough without their type."""
+
+
+def plain_reason(error: BaseException) -> str:
+    """Return the message of an exception on one line, with its type if the message alone may say too little."""
+    return one_line(error) if isinstance(error, _PLAIN) else typed_line(error)
+
+
+@contextmanager
+def reading(what: str, reason: Callable[[BaseException], str] = plain_reason) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a model's files into one line that begins with `what`.
+
+    Parameters
+    ----------
+    what : str
+    reason : callable, optional
+        Function that returns the rest of the line.
+
+    Raises
+    ------
+    ModelError
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' Rust code is no Exception
+        raise ModelError(f"{what}: {reason(error):.300}") from error
+
+
+def is_gguf(ref: str) -> bool:
+    """Tell whether a model reference names a GGUF file, in whatever case its ending is written."""
+    return ref.lower().endswith(".gguf")
+
+
+def is_directory(ref: str) -> bool:
+    """Tell whether a model reference names a directory; False for what can be no path at all.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be looked at.
+    """
+    try:
+        return bool(ref) and Path(ref).is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise ModelError(f"model {ref!r}: cannot be read ({error.strerror})") from error
+    except ValueError:  # a null character
+        return False
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a model directory with files that are not what their names say, before any library guesses at them.
+
+    Raises
+    ------
+    ModelError
+        Naming the first file at fault.
+    """
+    for file in _files(directory):
+        check_file(file)
+    if not (directory / "config.json").exists():
+        raise ModelError(f"{str(directory)!r} has no config.json: give the directory that save_pretrained wrote")
+    objects = {name: read_object(directory / name) for name in _OBJECTS if (directory / name).exists()}
+    if (directory / _ADAPTER).exists():
+        raise ModelError(f"{str(directory)!r} holds an adapter ({_ADAPTER}): merge it into its model and save that")
+    _check_weights(directory, is_quantized="quantization_config" in objects["config.json"])
+
+
+def check_file(file: Path) -> None:
+    """Refuse a file that cannot be read, or is not the file itself but what stands for it.
+
+    Raises
+    ------
+    ModelError
+    """
+    try:
+        if not file.is_file():
+            raise ModelError(f"{str(file)!r} {_not_a_file(file)}")
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS))
+    except OSError as error:
+        raise ModelError(f"{str(file)!r} cannot be read ({error.strerror or error})") from error
+    if start == _LFS:
+        raise ModelError(f"{str(file)!r} is a Git LFS pointer, not the file that it stands for: run git lfs pull")
+
+
+def _not_a_file(file: Path) -> str:
+    if file.is_symlink():
+        return f"is a link to {str(file.readlink())!r}, where no file is: fetch it, or mend the link"
+    return "is no file" if file.exists() else "is no such file"
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises
+    ------
+    ModelError
+        If the file holds anything else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{str(file)!r} is not JSON ({one_line(error):.200}): fetch or save it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{str(file)!r} holds a {type(found).__name__}; an object is needed")
+    return found
+
+
+def _check_weights(directory: Path, *, is_quantized: bool) -> None:
+    """Refuse weights that are missing, pickled, cut short, or no plain numbers, by their names and headers alone."""
+    weights = [file for file in _files(directory) if file.suffix == ".safetensors" and file.name[0] != "."]
+    if not weights:
+        pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise ModelError(
+                f"{str(directory)!r} has its weights in {pickles[0]}, a format that can hold code and is never read: "
+                "save the model again as safetensors"
+            )
+        raise ModelError(f"{str(directory)!r} has no weights: a file that ends in .safetensors is needed")
+    for file in weights:
+        with reading(f"{str(file)!r} is not safetensors"), safe_open(file, framework="numpy") as header:
+            types = {name: header.get_slice(name).get_dtype() for name in header.keys()}  # noqa: SIM118
+        odd = [name for name in sorted(types) if types[name] not in _FLOATS and not HARMLESS.search(name)]
+        if odd and not is_quantized:
+            raise ModelError(
+                f"{str(file)!r} holds {odd[0]} as {types[odd[0]]}, but config.json has no quantization_config that "
+                f"says what these numbers mean; allowed without: {', '.join(_FLOATS)}"
+            )
+    for index in directory.glob("*.safetensors.index.json"):
+        _check_shards(index)
+
+
+def _check_shards(index: Path) -> None:
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ModelError(f"{str(index)!r} has no weight_map from weights to files: fetch or save it again")
+    missing = sorted(shard for shard in set(shards.values()) if not (index.parent / shard).exists())
+    if missing:
+        raise ModelError(f"{str(index)!r} names {missing[0]}, which is not there: fetch or save it again")
+
+
+def unused_gguf_weights(file: Path, n_layers: int) -> list[str]:
+    """Return the tensors of a GGUF file that transformers drops without a word: further layers, rescaled rotations."""
+    names = [str(tensor.name) for tensor in GGUFReader(file).tensors]
+    layers = {name: re.match(r"blk\.(\d+)\.", name) for name in names}
+    return [name for name, layer in layers.items() if name.startswith("rope_") or (layer and int(layer[1]) >= n_layers)]
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the files of a model directory that decide its numbers, by name."""
+    try:
+        return sorted(file for file in directory.iterdir() if file.suffix in _SUFFIXES)
+    except OSError as error:
+        raise ModelError(f"{str(directory)!r} cannot be read ({error.strerror or error})") from error
+
+
+def directory_digest(directory: Path) -> str:
+    """Return the xxh3-128 over every file of a model directory that decides its numbers."""
+    digest = xxh3_128()
+    for file in _files(directory):
+        digest.update(f"{file.name}:{file_digest(file)};".encode())
+    return digest.hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """Return the xxh3-128 of a file's size and content.
+
+    A file over 1 GiB is sampled: its first 16 MiB and 256 blocks of 1 MiB spread evenly over it.
+    """
+    size = file.stat().st_size
+    digest = xxh3_128(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _WHOLE_FILE_BYTES:
+            while block := stream.read(16 * _BLOCK_BYTES):
+                digest.update(block)
+        else:
+            digest.update(stream.read(16 * _BLOCK_BYTES))
+            for index in range(256):
+                stream.seek(index * (size - _BLOCK_BYTES) // 255)
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()
