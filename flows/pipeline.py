@@ -22,7 +22,18 @@ from tasks.config.run_file import write_run_file
 from tasks.forecast.capacity import check_disk
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
-from tasks.plan import SUMS, PlannedDataset, PlannedModel, choosing, n_chosen, plan, plan_usable
+from tasks.model_plans import ModelPlans, all_problems
+from tasks.plan import (
+    SUMS,
+    Planned,
+    PlannedDataset,
+    PlannedModel,
+    choosing,
+    n_chosen,
+    of_each_model,
+    plan,
+    plan_usable,
+)
 from tasks.pool.base import Pool, Stopped
 from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
@@ -58,16 +69,13 @@ class Results(RunResults):
 extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))
 """By these names, deployments that were registered earlier find the flows."""
 
-Planned = Sequence[tuple[SkillRun, tuple[PlannedModel, ...]]]
-"""Runs that differ in their prompts alone, each with its plan."""
 
-
-def count_probe_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
+def count_probe_steps(run: SkillRun, models: ModelPlans[PlannedModel]) -> int:
     """Return the number of rankings and fits that the probes of a run take."""
     return probe_steps(run) * sum(len(model.datasets) for model in models)
 
 
-def count_pipeline_steps(run: SkillRun, models: Sequence[PlannedModel]) -> int:
+def count_pipeline_steps(run: SkillRun, models: ModelPlans[PlannedModel]) -> int:
     """Return the number of shards and of steps of the probes."""
     return count_shards(run, models) + count_probe_steps(run, models)
 
@@ -96,6 +104,7 @@ def run_probe(run: SkillRun, steps: Steps) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory, n_datasets=len(run.dataset))
     models = steps.planned(plan, run)
+    results.problems += models.problems
     with _probing(run, steps, results) as probe:
         for model in models:
             for dataset in model.datasets:
@@ -150,17 +159,17 @@ def _probing(run: SkillRun, steps: Steps, results: Results) -> Iterator[Probe]:
 
 def extract_planned(planned: Planned, steps: Steps, results: Results, *, when_extracted: Probe) -> None:
     """Extract every missing NEG shard; losses become problems of the results, and whole datasets are handed on."""
+    results.problems += all_problems(models for _, models in planned)
     check_disk(planned)
     for run, models in planned:
         write_run_file(run)
         write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])
     # The models outside: each is loaded once for all prompts.
-    for of_model in zip(*(models for _, models in planned), strict=True):
-        runs = [run for run, _ in planned]
+    for of_model in of_each_model(planned):
         try:
-            _extract_model(list(zip(runs, of_model, strict=True)), steps, results, when_extracted)
+            _extract_model(of_model, steps, results, when_extracted)
         except (ModelError, RunError) as error:  # no worker can have this model; the others go on
-            results.problems.append(f"{of_model[0].card.name}: {error}")
+            results.problems.append(f"{of_model[0][1].card.name}: {error}")
     if results.set_aside:
         steps.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
 

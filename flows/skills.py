@@ -4,7 +4,7 @@ Nothing is said about the neurons of a dataset whose causal check failed.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.run_file import write_run_file
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
+from tasks.model_plans import ModelPlans
 from tasks.plan import PlannedDataset
 from tasks.rank import rank_pool
 from tasks.skills import (
@@ -55,7 +56,7 @@ skills = prefect_flow("skills")
 """By this name, deployments that were registered earlier find the flow."""
 
 
-def count_skills_steps(run: SkillsRun, planned: Sequence[PlannedSkills]) -> int:
+def count_skills_steps(run: SkillsRun, planned: Iterable[PlannedSkills]) -> int:
     """Return the number of shards, and of steps of the analyses."""
     return sum(of_model.n_shards + _n_steps(run, of_model) for of_model in planned)
 
@@ -84,7 +85,7 @@ def run_skills(run: SkillsRun, steps: Steps) -> SkillResults:
 
 
 def _extract(
-    run: SkillsRun, steps: Steps, results: SkillResults, planned: Sequence[PlannedSkills]
+    run: SkillsRun, steps: Steps, results: SkillResults, planned: ModelPlans[PlannedSkills]
 ) -> set[tuple[str, str]]:
     """Extract what is missing; return the models and datasets of which every row is there under all conditions."""
     n_whole: Counter[tuple[str, str]] = Counter()
@@ -94,7 +95,7 @@ def _extract(
         n_whole[dataset.model, dataset.dataset.name] += 1
 
     by_condition = [
-        (condition.run, tuple(of_model.models[condition.folder] for of_model in planned))
+        (condition.run, ModelPlans(tuple(one.models[condition.folder] for one in planned), planned.problems))
         for condition in run.conditions
     ]
     extract_planned(by_condition, steps, extraction, when_extracted=extracted)

@@ -20,6 +20,7 @@ from tasks.config.wordings import wording_for
 from tasks.measure.examples import EncodedExample, encode_examples
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
+from tasks.model_plans import ModelPlans, plan_models
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 
@@ -56,7 +57,7 @@ class PlannedModel:
         return sum(len(split.shards) for dataset in self.datasets for split in dataset.splits)
 
 
-def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
+def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
     """Read every dataset with every model's tokenizer and check all prompts and labels.
 
     Parameters
@@ -68,15 +69,29 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> tuple[PlannedModel, ...]:
     Raises
     ------
     NegError
-        If a model or dataset is unknown, a dataset empty or malformed, a prompt too long, or a label not one token.
+        If no model can be used: it or a dataset is unknown, a dataset empty or malformed, a prompt too long, or a
+        label not one token.
     """
     known: _Known = {}
-    return tuple(_plan_model(run, ref, tolerant, known) for ref in dict.fromkeys(run.model))
+    return plan_models(run.model, lambda ref: _plan_model(run, ref, tolerant, known))
 
 
-def plan_usable(run: SkillRun) -> tuple[PlannedModel, ...]:
+def plan_usable(run: SkillRun) -> ModelPlans[PlannedModel]:
     """Plan a run without the datasets that cannot be used, as long as there are others; errors as of `plan`."""
     return plan(run, tolerant=True)
+
+
+Planned = Sequence[tuple[SkillRun, ModelPlans[PlannedModel]]]
+"""Runs that differ in their prompts alone, each with its plan."""
+
+
+def of_each_model(planned: Planned) -> list[list[tuple[SkillRun, PlannedModel]]]:
+    """Return the plans by model, each with the run that it is of; a run may have to do without a model."""
+    by_model: dict[str, list[tuple[SkillRun, PlannedModel]]] = {}
+    for run, models in planned:
+        for model in models:
+            by_model.setdefault(model.card.name, []).append((run, model))
+    return list(by_model.values())
 
 
 _Known = dict[tuple[str, str], Dataset]

@@ -17,6 +17,7 @@ from tasks.measure.examples import EncodedExample, encode_examples
 from tasks.measure.measurement import Measurement
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Sweeps
+from tasks.model_plans import ModelPlans, plan_models
 from tasks.plan import run_identity
 
 
@@ -38,15 +39,16 @@ class PlannedStudy:
         return sum(len(one.shards) for one in self.shard_sets)
 
 
-def plan_linearity(run: LinearityRun) -> tuple[PlannedStudy, ...]:
+def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
     """Read the facts with every model's tokenizer, check all prompts, and draw neurons and sets.
 
     Raises
     ------
     NegError
-        If a model or the facts are unknown or malformed, a prompt is too long, or a model has too few neurons.
+        If no model can be used: it or the facts are unknown or malformed, a prompt is too long, or it has too few
+        neurons.
     """
-    return tuple(_plan_study(run, ref) for ref in dict.fromkeys(run.model))
+    return plan_models(run.model, lambda ref: _plan_study(run, ref))
 
 
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:

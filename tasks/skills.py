@@ -43,7 +43,8 @@ from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillsRun
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
-from tasks.plan import PlannedDataset, PlannedModel, plan
+from tasks.model_plans import ModelPlans, all_problems
+from tasks.plan import PlannedDataset, PlannedModel, of_each_model, plan
 from tasks.pool.base import Pool
 from tasks.rank import rank_split
 from tasks.rundir.tables import write_tables
@@ -121,7 +122,7 @@ class PlannedSkills(NamedTuple):
         return sum(model.n_shards for model in self.models.values())
 
 
-def plan_skills(run: SkillsRun) -> tuple[PlannedSkills, ...]:
+def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
     """Read every dataset under every condition with every model's tokenizer.
 
     Raises
@@ -129,10 +130,15 @@ def plan_skills(run: SkillsRun) -> tuple[PlannedSkills, ...]:
     NegError
         As `plan`.
     """
-    by_condition = {condition.folder: plan(condition.run) for condition in run.conditions}
-    return tuple(
-        PlannedSkills(models[0].card, dict(zip(by_condition, models, strict=True)))
-        for models in zip(*by_condition.values(), strict=True)
+    planned = [(condition.run, plan(condition.run)) for condition in run.conditions]
+    folders = [condition.folder for condition in run.conditions]
+    usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
+    return ModelPlans(
+        tuple(
+            PlannedSkills(models[0][1].card, dict(zip(folders, (model for _, model in models), strict=True)))
+            for models in usable
+        ),
+        tuple(all_problems(models for _, models in planned)),
     )
 
 

@@ -350,6 +350,7 @@ def plan(
     from flows.show.forecast_tables import forecast_lines, forecast_tables
     from tasks.forecast.capacity import requirements
     from tasks.forecast.needs import forecast, measured_rate, skill_runs
+    from tasks.model_plans import all_problems
     from tasks.plan import plan as plan_run
 
     options_of = RUN_KINDS["pipeline"].run_class
@@ -363,7 +364,8 @@ def plan(
     needed = requirements(first, models)
     for table in forecast_tables(models, rates):
         console.print(table)
-    left_out = {f"left out: {problem}" for _, of_run in planned for model in of_run for problem in model.problems}
+    problems = (problem for _, of_run in planned for model in of_run for problem in model.problems)
+    left_out = {f"left out: {problem}" for problem in (*problems, *all_problems(of_run for _, of_run in planned))}
     for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
         console.print(escape(line), soft_wrap=True, highlight=False)
     for requirement in needed:

@@ -11,8 +11,9 @@ import torch
 from negcore.errors import RunError
 from negcore.store.files import is_remote
 from tasks.config.dataset_runs import SkillRun
-from tasks.forecast.needs import ModelForecast, Planned, missing_shards, splits_of
+from tasks.forecast.needs import ModelForecast, missing_shards, splits_of
 from tasks.forecast.shard_size import shard_bytes
+from tasks.plan import Planned
 
 
 @dataclass(frozen=True)

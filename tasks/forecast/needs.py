@@ -25,10 +25,7 @@ from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.examples import encoded_prompts
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
-from tasks.plan import PlannedDataset, PlannedModel
-
-Planned = Sequence[tuple[SkillRun, Sequence[PlannedModel]]]
-"""Runs with their plans: one, or several that ask the same models under different conditions."""
+from tasks.plan import Planned, PlannedDataset, PlannedModel, of_each_model
 
 _PROCESS_BYTES = 600 * 2**20
 """A worker's process before it holds a model."""
@@ -129,16 +126,14 @@ def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
 
 
 def forecast(planned: Planned) -> tuple[ModelForecast, ...]:
-    """Return the needs of every model under runs that ask the same models.
+    """Return the needs of every model under several runs.
 
     Raises
     ------
     NegError
         If a model's configuration cannot be used.
     """
-    by_model = zip(*(models for _, models in planned), strict=True)
-    runs = [run for run, _ in planned]
-    return tuple(_model_forecast(list(zip(runs, models, strict=True))) for models in by_model)
+    return tuple(map(_model_forecast, of_each_model(planned)))
 
 
 def measured_rate(run: SkillRun, model: PlannedModel) -> float:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from support import neg, save_tiny_model
 
 from flows.campaign import count_campaign_steps, plan_campaign, run_campaign
@@ -56,12 +57,14 @@ TABLES = ("outcomes", "accuracy", "gains", "linearity", "profiles")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two models that are whole, one whose weights are cut short, and one of a family that nobody knows."""
+    """Two models that are whole, one that lacks a weight, and one of a family that nobody knows."""
     folder = tmp_path_factory.mktemp("models")
     families = {"llama": "tiny-llama", "gpt_neox": "tiny-neox", "qwen2": "torn", "mistral": "unknown"}
     paths = [save_tiny_model(family, folder / name, n_positions=4096) for family, name in families.items()]
     weights, config = paths[2] / "model.safetensors", paths[3] / "config.json"
-    weights.write_bytes(weights.read_bytes()[:2000])
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "unheard-of"}))
     return [str(path) for path in paths]
 
