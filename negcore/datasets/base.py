@@ -16,6 +16,7 @@ SPLITS = ("train", "valid", "test")
 LETTERS = string.ascii_uppercase
 
 SplitPolicy = Literal["clean", "clean-rows", "released"]
+PromptFormat = Literal["plain", "chat"]
 
 
 class Tokenizer(Protocol):
@@ -24,7 +25,7 @@ class Tokenizer(Protocol):
     mask_token: str | None
     all_special_tokens: list[str]
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,10 @@ class PromptSettings:
     """Number of the sample of demonstrations; each number stands for other training rows."""
     wording: str | Wording = "default"
     """Name of one of the dataset's wordings, or a wording of your own."""
+    prompt_format: PromptFormat = "plain"
+    """`plain` for the text alone, `chat` for the model's chat template: see `negcore.datasets.chat`."""
+    system_prompt: str | None = None
+    """System text in front of a chat. None for none."""
     seed: int = 0
     """Seed of demonstrations, samples and the order of rows."""
     limit: int | None = None
@@ -112,6 +117,10 @@ class PromptSettings:
         for name, limit in (("limit", self.limit), ("eval_limit", self.eval_limit)):
             if limit is not None and limit < 1:
                 raise DatasetError(f"{name} is {limit!r}; allowed: a whole number from 1, or None for all rows")
+        if self.prompt_format not in get_args(PromptFormat):
+            raise DatasetError(f"prompt_format is {self.prompt_format!r}; allowed: 'plain', 'chat'")
+        if self.system_prompt is not None and self.prompt_format != "chat":
+            raise DatasetError("system_prompt is given, but prompt_format is 'plain': only a chat has one")
         if self.split_policy not in get_args(SplitPolicy):
             allowed = ", ".join(map(repr, get_args(SplitPolicy)))
             raise DatasetError(f"split_policy is {self.split_policy!r}; allowed: {allowed}")

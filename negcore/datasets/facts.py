@@ -9,19 +9,14 @@ from pathlib import Path
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
 from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.local import text_field
+from negcore.datasets.markup import Defuser, special_token_pattern
 from negcore.datasets.mini import MINI_ROWS
-from negcore.datasets.render import (
-    Defuser,
-    label_prefixes,
-    label_token,
-    mask_of,
-    prompt_end,
-    special_token_pattern,
-)
+from negcore.datasets.render import label_prefixes, mask_of
 from negcore.datasets.rows import Row
 from negcore.datasets.splits import seeded_order
 from negcore.errors import DatasetError, one_line
 from negcore.hub import HubError, commit_of, file_of
+from negcore.model.prompt_ids import PromptReader
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
@@ -61,7 +56,8 @@ def load_facts(
 ) -> FactSet:
     """Load factual prompts whose answer is one token.
 
-    Labels begin with a space if that leaves at least as many single-token answers as no space does.
+    Labels begin with a space if that leaves at least as many single-token answers as no space does. A fact is data: a
+    space breaks special tokens in its text, so that they stay text.
 
     Parameters
     ----------
@@ -93,7 +89,7 @@ def load_facts(
     rows = _rows(source, name)
     defuser = Defuser(special_token_pattern(tokenizer))
     harmless = [defuser.row(row) for row in rows]
-    prefix, kept = _single_token(harmless, tokenizer, masked)
+    prefix, kept = _single_token(harmless, PromptReader(tokenizer, masked=masked), mask)
     if not kept:
         raise DatasetError(f"{source}: none of the {len(rows)} answers is one token; use another set of facts")
     sample = seeded_order(kept, seed, name)[:limit]
@@ -109,20 +105,21 @@ def load_facts(
 
 
 def _example(row: Row, prefix: str, mask: str | None) -> Example:
-    prompt = row.fields["prompt"]
-    return Example(row.id, f"{prompt} {mask}" if mask else prompt, (prefix + row.options[0],), 0, row.group)
+    return Example(row.id, _prompt(row, mask), (prefix + row.options[0],), 0, row.group)
 
 
-def _single_token(rows: Sequence[Row], tokenizer: Tokenizer, masked: bool) -> tuple[str, list[Row]]:
-    def kept(prefix: str) -> list[Row]:
-        return [
-            row
-            for row in rows
-            if label_token(tokenizer, prompt_end(row.fields["prompt"]), prefix + row.options[0], masked=masked)
-            is not None
-        ]
+def _prompt(row: Row, mask: str | None) -> str:
+    return f"{row.fields['prompt']} {mask}" if mask else row.fields["prompt"]
 
-    by_prefix = {prefix: kept(prefix) for prefix in label_prefixes(tokenizer, masked=masked)}
+
+def _single_token(rows: Sequence[Row], reader: PromptReader, mask: str | None) -> tuple[str, list[Row]]:
+    """Return the prefix with which most answers are one token in their place, and the rows of these answers."""
+    prompts = [_prompt(row, mask) for row in rows]
+    ids = reader.read(prompts)
+    by_prefix: dict[str, list[Row]] = {}
+    for prefix in label_prefixes(reader, prompts, ids):
+        found = reader.label_ids(prompts, ids, [[prefix + row.options[0]] for row in rows])
+        by_prefix[prefix] = [row for row, (label_id,) in zip(rows, found, strict=True) if isinstance(label_id, int)]
     best = max(by_prefix, key=lambda prefix: len(by_prefix[prefix]))
     return best, by_prefix[best]
 

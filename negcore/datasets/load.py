@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from negcore.datasets.base import (
@@ -18,16 +18,16 @@ from negcore.datasets.base import (
     check_template,
     describe_label_prefix,
 )
+from negcore.datasets.chat import Chat
 from negcore.datasets.local import read_local
+from negcore.datasets.markup import Defuser, special_token_pattern
 from negcore.datasets.mceval8k import PREFIX, SPECS, read_mceval8k
 from negcore.datasets.mini import MINI_SPECS, read_mini
 from negcore.datasets.render import (
-    Defuser,
     Renderer,
-    choose_label_prefix,
+    common_label_prefix,
     mask_of,
     prompt_end,
-    special_token_pattern,
 )
 from negcore.datasets.rows import Row, Source
 from negcore.datasets.specs import Spec
@@ -41,7 +41,8 @@ from negcore.datasets.splits import (
     stratified_sample,
     without,
 )
-from negcore.errors import DatasetError, LabelError
+from negcore.errors import DatasetError, PromptError
+from negcore.model.prompt_ids import PromptReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ def load_dataset(
     """Load a dataset as prompts for one tokenizer.
 
     Every prompt ends where its label must follow, without a trailing space. Spacing within a row's text is
-    collapsed, and a space breaks the tokenizer's special tokens in it, so that text stays text.
+    collapsed, and a space breaks the tokenizer's special tokens in it, so that text stays text. Ready-made prompts
+    are taken as they are: what is a special token in them is one for the model.
 
     Parameters
     ----------
@@ -86,7 +88,7 @@ def load_dataset(
         Folder with MCEval8K as `<genre>/<dataset>/{train,valid,test}.json`; by default the one in the environment
         variable NEG_MCEVAL8K, else the Hugging Face hub.
     masked : bool
-        True for a masked model: each prompt then ends in the mask token.
+        True for a masked model: each prompt then ends in the mask token, unless a ready-made one has its own.
 
     Raises
     ------
@@ -95,7 +97,8 @@ def load_dataset(
     LabelError
         If the labels are not single tokens of this tokenizer.
     PromptError
-        If `masked` is set and the tokenizer has no mask token.
+        If `masked` is set and the tokenizer has no mask token, or prompts are to be chats and its template does not
+        make them.
     """
     mask = mask_of(tokenizer, masked=masked)
     canonical, source = read_source(name, settings.seed, root)
@@ -104,10 +107,11 @@ def load_dataset(
     shots = _demonstrations(cut, settings, canonical)
     available = {**cut.rows, "train": without(cut.rows["train"], shots)}
     raw = {split: _sample(available[split], settings, canonical, split) for split in SPLITS}
-    defuser = Defuser(special_token_pattern(tokenizer))
+    defuser = Defuser(special_token_pattern(tokenizer) if wording else None)
     used = {split: [defuser.row(row) for row in raw[split]] for split in SPLITS}
-    prefix, labels = _label_prefix(wording, used, tokenizer, masked)
-    renderer = Renderer(wording, prefix, mask).with_demonstrations(map(defuser.row, shots))
+    plain = Renderer(wording=wording, mask=mask, chat=_chat(settings, tokenizer, masked))
+    prefix, labels = _label_prefix(plain, used, PromptReader(tokenizer, masked=masked))
+    renderer = replace(plain, label_prefix=prefix).with_demonstrations(map(defuser.row, shots))
     return Dataset(
         name=canonical,
         genre=source.genre,
@@ -189,20 +193,21 @@ def _wording(name: str, source: Source, wanted: str | Wording) -> Wording | None
     return wording
 
 
-def _label_prefix(
-    wording: Wording | None, rows: Rows, tokenizer: Tokenizer, masked: bool
-) -> tuple[str, tuple[str, ...]]:
-    """Return the prefix that fits every prompt, and one row's labels as an example."""
-    plain = Renderer(wording, "", None)
-    endings: dict[tuple[str, tuple[str, ...]], str] = {}
-    for example in (plain.example(row) for split in SPLITS for row in rows[split]):
-        endings.setdefault((prompt_end(example.prompt), example.labels), example.id)
-    wanted = {choose_label_prefix(tokenizer, *ending, masked=masked): ending for ending in endings}
-    if len(wanted) > 1:
-        ids = {prefix: endings[ending] for prefix, ending in wanted.items()}
-        raise LabelError(
-            f"labels of {ids[' ']!r} need a leading space and those of {ids['']!r} must not have one; "
-            "choose labels, or prompt endings, that are alike"
-        )
-    ((prefix, (_, labels)),) = wanted.items()
-    return prefix, labels
+def _chat(settings: PromptSettings, tokenizer: Tokenizer, masked: bool) -> Chat | None:
+    if settings.prompt_format == "plain":
+        return None
+    if masked:
+        raise PromptError("prompt_format 'chat' is for models that go on with a text, and this one fills masks")
+    return Chat(tokenizer, settings.system_prompt)
+
+
+def _label_prefix(plain: Renderer, rows: Rows, reader: PromptReader) -> tuple[str, tuple[str, ...]]:
+    """Return the prefix that fits every prompt, and one row's labels as an example.
+
+    Prompts that end alike stand for each other: the encoding checks all of them.
+    """
+    examples = (plain.example(row) for split in SPLITS for row in rows[split])
+    first = {(prompt_end(example.prompt), example.labels): example for example in reversed(list(examples))}
+    asked = {example.id: (example.prompt, example.labels) for example in reversed(first.values())}
+    prefix = common_label_prefix(reader, asked, plain.chat.label_prefix if plain.chat else None)
+    return prefix, next(iter(asked.values()))[1]

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from negcore.datasets.base import LETTERS, Example, Tokenizer, Wording
+from negcore.datasets.chat import Chat, Turn
 from negcore.datasets.rows import Row
 from negcore.errors import LabelError, PromptError
+from negcore.model.prompt_ids import PromptReader
 
 
-def label_token(tokenizer: Tokenizer, prompt_end: str, label: str, *, masked: bool = False) -> int | None:
-    """Return the token id of a label after a prompt, or None if it is not exactly one known token.
+def label_token(tokenizer: Tokenizer, prompt: str, label: str, *, masked: bool = False) -> int | None:
+    """Return the token id of a label in its place, or None if it is not exactly one known token there.
 
-    Causal models: the encoding of prompt and label together must be the prompt's encoding and one more token.
-    Masked models: the label takes the mask's place, so it is encoded alone.
+    The place is behind the prompt or, for masked models, that of the prompt's mask. The rule is the one that
+    measurements go by, see `negcore.model.prompt_ids`.
     """
-    head = [] if masked else _ids(tokenizer, prompt_end)
-    ids = _ids(tokenizer, label if masked else prompt_end + label)
-    if len(ids) != len(head) + 1 or ids[:-1] != head or ids[-1] == getattr(tokenizer, "unk_token_id", None):
-        return None
-    return ids[-1]
+    reader = PromptReader(tokenizer, masked=masked)
+    ((found,),) = reader.label_ids([prompt], reader.read([prompt]), [[label]])
+    return found if isinstance(found, int) else None
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def label_prefixes(tokenizer: Tokenizer, *, masked: bool) -> tuple[str, ...]:
-    """Return the prefixes to try, best first: a space, then nothing.
-
-    A masked model needs no space if its tokenizer encodes a word alike with and without it (WordPiece, SentencePiece);
-    with a byte-level tokenizer (RoBERTa) it does.
-    """
-    if masked and _ids(tokenizer, " A") == _ids(tokenizer, "A"):
-        return ("",)
-    return (" ", "")
-
-
-def choose_label_prefix(tokenizer: Tokenizer, prompt_end: str, labels: Sequence[str], *, masked: bool = False) -> str:
-    """Decide whether labels begin with a space, by how the tokenizer continues the end of the prompt.
+def choose_label_prefix(tokenizer: Tokenizer, prompt: str, labels: Sequence[str], *, masked: bool = False) -> str:
+    """Decide whether labels begin with a space, by what the tokenizer makes of them in their place.
 
     Parameters
     ----------
     tokenizer : Tokenizer
-    prompt_end : str
-        Last characters of a prompt from the beginning of a word, such as `Answer:`.
+    prompt : str
+        Text that ends where the labels follow; for a masked model, text with its mask.
     labels : sequence of str
         Without leading space.
     masked : bool
@@ -55,36 +39,74 @@ def choose_label_prefix(tokenizer: Tokenizer, prompt_end: str, labels: Sequence[
     Returns
     -------
     str
-        A space if with it every label is one token of its own; else the empty string, if that holds without it.
+        A space if with it every label is one token of its own; else the empty string, if that holds without it. The
+        empty string is tried first where the label begins anew: behind a line break, a space or a special token.
 
     Raises
     ------
     LabelError
         If neither holds.
     """
-    for prefix in label_prefixes(tokenizer, masked=masked):
-        tokens = [label_token(tokenizer, prompt_end, prefix + label, masked=masked) for label in labels]
-        if None not in tokens and len(set(tokens)) == len(tokens):
+    return common_label_prefix(PromptReader(tokenizer, masked=masked), {"the prompt": (prompt, tuple(labels))})
+
+
+def common_label_prefix(
+    reader: PromptReader, asked: Mapping[str, tuple[str, tuple[str, ...]]], likely: str | None = None
+) -> str:
+    """Decide whether the labels of several prompts begin with a space.
+
+    Parameters
+    ----------
+    reader : PromptReader
+    asked : mapping
+        Prompt and labels by the prompt's name.
+    likely : str, optional
+        Prefix to try first. By default as for `choose_label_prefix`.
+
+    Raises
+    ------
+    LabelError
+        If the labels of a prompt fit with neither, or prompts want different ones.
+    """
+    prompts, labels = [prompt for prompt, _ in asked.values()], [of_prompt for _, of_prompt in asked.values()]
+    ids = reader.read(prompts)
+    wrong: dict[str, dict[str, str]] = {}
+    for prefix in label_prefixes(reader, prompts, ids, likely):
+        found = reader.label_ids(prompts, ids, [[prefix + label for label in of_prompt] for of_prompt in labels])
+        misfits = map(_misfit, labels, found)
+        wrong[prefix] = {name: misfit for name, misfit in zip(asked, misfits, strict=True) if misfit}
+        if not wrong[prefix]:
             return prefix
-    raise _no_prefix(tokenizer, prompt_end, labels, masked)
-
-
-def _no_prefix(tokenizer: Tokenizer, prompt_end: str, labels: Sequence[str], masked: bool) -> LabelError:
-    end = "" if masked else prompt_end
-    prefix = label_prefixes(tokenizer, masked=masked)[0]
-    seen: dict[int, str] = {}
-    for label in labels:
-        token = label_token(tokenizer, end, prefix + label, masked=masked)
-        if token is None:
-            break
-        if token in seen:
-            return LabelError(f"labels {seen[token]!r} and {label!r} share token {token}; each needs its own")
-        seen[token] = label
-    return LabelError(
-        f"label {label!r} is not one token after {prompt_end!r}: {end!r} is {_ids(tokenizer, end)}, "
-        f"{end + ' ' + label!r} is {_ids(tokenizer, end + ' ' + label)}, "
-        f"{end + label!r} is {_ids(tokenizer, end + label)}; choose labels of one token each"
+    for name in asked:
+        if name in wrong[" "] and name in wrong[""]:
+            raise LabelError(
+                f"labels of {name!r}, which ends in {prompt_end(asked[name][0])!r}, fit neither with a space before "
+                f"them ({wrong[' '][name]}) nor without ({wrong[''][name]})"
+            )
+    raise LabelError(
+        f"labels of {next(iter(wrong['']))!r} need a leading space and those of {next(iter(wrong[' ']))!r} must not "
+        "have one; choose labels, or prompt endings, that are alike"
     )
+
+
+def label_prefixes(
+    reader: PromptReader, prompts: Sequence[str], ids: Sequence[list[int]], likely: str | None = None
+) -> tuple[str, str]:
+    """Return the prefixes to try, best first; arguments as of `common_label_prefix`, and the prompts' ids."""
+    begins_new = likely == "" if likely is not None else reader.begins_new(prompts, ids)
+    return ("", " ") if begins_new else (" ", "")
+
+
+def _misfit(labels: Sequence[str], found: Sequence[int | LabelError]) -> str:
+    """Return why labels do not fit; empty if they do."""
+    seen: dict[int, str] = {}
+    for label, token in zip(labels, found, strict=True):
+        if isinstance(token, LabelError):
+            return str(token)
+        if token in seen:
+            return f"labels {seen[token]!r} and {label!r} share token {token}; each needs its own"
+        seen[token] = label
+    return ""
 
 
 def prompt_end(prompt: str) -> str:
@@ -94,69 +116,46 @@ def prompt_end(prompt: str) -> str:
     return words[-1].rstrip() + trailing if words else prompt
 
 
-def special_token_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that matches every string that this tokenizer reads as a special token."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-    known = sorted((token for token in tokens if len(token) > 1), key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, known))) if known else None
-
-
-@dataclass(frozen=True)
-class Defuser:
-    """Filter that breaks special tokens in a dataset's text with a space after their first character."""
-
-    pattern: re.Pattern[str] | None
-
-    def text(self, text: str) -> str:
-        """Return the text with its special tokens broken: `[MASK]` becomes `[ MASK]`."""
-        if self.pattern is None:
-            return text
-        return self.pattern.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)
-
-    def row(self, row: Row) -> Row:
-        """Return the row with the special tokens of all its fields and options broken."""
-        return replace(
-            row,
-            fields={name: self.text(value) for name, value in row.fields.items()},
-            options=tuple(self.text(option) for option in row.options),
-        )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Renderer:
     """Wording, label prefix and demonstrations that turn rows into examples."""
 
     wording: Wording | None
     """None for ready-made prompts: the field `prompt` is the question, and the options are the labels."""
-    label_prefix: str
+    label_prefix: str = ""
     """Space or empty string."""
-    mask: str | None
+    mask: str | None = None
     """Mask token of a masked model."""
-    demonstrations: str = ""
-    """Text of the solved questions, if any."""
+    chat: Chat | None = None
+    """The model's chat template, if prompts are chats: demonstrations are turns of it."""
+    demonstrations: tuple[Turn, ...] = ()
+    """Solved questions, if any."""
 
     def example(self, row: Row) -> Example:
         """Return the row as a prompt with its labels."""
-        parts = [self.demonstrations, self._question(row)]
-        if self.wording:
-            parts.insert(0, self.wording.instruction)
-        prompt = "\n\n".join(part for part in parts if part)
         labels = tuple(self.label_prefix + label for label in self.labels(row))
         shown = row.options if self.wording else ()
-        return Example(row.id, f"{prompt} {self.mask}" if self.mask else prompt, labels, row.answer, row.group, shown)
+        return Example(row.id, self._prompt(self._question(row)), labels, row.answer, row.group, shown)
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
         """Return a renderer that puts these rows, solved, into every prompt."""
-        return replace(self, demonstrations="\n\n".join(map(self._solved, rows)))
+        solved = (Turn(self._question(row), self.labels(row)[row.answer]) for row in rows)
+        return replace(self, demonstrations=tuple(solved))
 
     def labels(self, row: Row) -> tuple[str, ...]:
         """Return the row's labels without prefix: one letter for each option, or the options themselves."""
         return tuple(LETTERS[: len(row.options)]) if self.wording else row.options
 
-    def _solved(self, row: Row) -> str:
+    def _prompt(self, question: str) -> str:
+        instruction = self.wording.instruction if self.wording else ""
+        if self.chat is not None:
+            return self.chat.prompt(question, self.demonstrations, instruction)
         prefix = " " if self.mask else self.label_prefix
-        return self._question(row) + prefix + self.labels(row)[row.answer]
+        solved = [f"{turn.question}{prefix}{turn.answer}" for turn in self.demonstrations]
+        prompt = "\n\n".join(part for part in (instruction, *solved, question) if part)
+        if self.mask is None or (self.wording is None and self.mask in question):  # a prompt with a mask of its own
+            return prompt
+        return f"{prompt} {self.mask}"
 
     def _question(self, row: Row) -> str:
         if self.wording is None:

@@ -15,10 +15,10 @@ that is read alone are others with many tokenizers, and depend on the prompt's e
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from negcore.errors import LabelError, PromptError
 
@@ -27,15 +27,6 @@ _TAIL_CHARACTERS = 48
 _LONGEST_TAIL = 512
 _CUT = re.compile(r"(?<=\S) (?=\S)")
 _LOCAL_MODELS = ("BPE", "WordPiece", "WordLevel")
-
-
-class Tokenizer(Protocol):
-    """Part of a Hugging Face tokenizer that prompts and labels need."""
-
-    mask_token: str | None
-    all_special_tokens: list[str]
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, Any]: ...
 
 
 class _Place(NamedTuple):
@@ -113,6 +104,20 @@ class PromptReader:
             [self._checked(place, label, label_id) for label, label_id in zip(of_text, known, strict=True)]
             for place, of_text, known in zip(wholes, labels, found, strict=True)
         ]
+
+    def begins_new(self, texts: Sequence[str], ids: Sequence[list[int]]) -> bool:
+        """Return True if every label begins anew: behind a line break, a space or a special token."""
+        places = [self._place(text, of_text) for text, of_text in zip(texts, ids, strict=True)]
+        return all(
+            place.before[-1:].isspace() or not place.ids_before or place.ids_before[-1] in self._special_ids
+            for place in places
+        )
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).items()
+        known = getattr(self.tokenizer, "all_special_ids", ())
+        return frozenset([*known, *(token_id for token_id, token in added if token.special)])
 
     @property
     def _mask_id(self) -> int:

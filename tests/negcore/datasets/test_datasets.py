@@ -570,7 +570,7 @@ def tiny_letters():
         all_special_tokens: list[str] = []
 
         def __call__(self, text, *, add_special_tokens):
-            return {"input_ids": [hash(word) for word in text.split()]}
+            return {"input_ids": [[hash(word) for word in one.split()] for one in text]}
 
     return Words()
 

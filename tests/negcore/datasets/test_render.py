@@ -7,7 +7,8 @@ from support import tiny_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from negcore.datasets import Wording, choose_label_prefix, label_token
-from negcore.datasets.render import Defuser, Renderer, mask_of, prompt_end, special_token_pattern
+from negcore.datasets.markup import Defuser, special_token_pattern
+from negcore.datasets.render import Renderer, mask_of, prompt_end
 from negcore.datasets.rows import Row
 from negcore.errors import DatasetError, LabelError, PromptError
 
@@ -33,8 +34,8 @@ class LetterTokenizer:
     mask_token = None
     all_special_tokens: list[str] = []
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in one] for one in text]}
 
 
 def test_labels_begin_with_a_space_where_that_makes_them_one_token():
@@ -58,7 +59,8 @@ def test_the_label_token_is_the_one_that_follows_the_prompt():
 
 def test_a_label_of_several_tokens_is_named_with_its_ids():
     tokenizer = tiny_tokenizer()
-    ids = tokenizer("Answer: Zyx", add_special_tokens=False)["input_ids"]
+    prompt, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Answer:", "Answer: Zyx"))
+    ids = whole[len(prompt) :]
     with pytest.raises(LabelError) as error:
         choose_label_prefix(tokenizer, "Answer:", ["A", "Zyx"])
     assert "'Zyx'" in str(error.value) and str(ids) in str(error.value) and "\n" not in str(error.value)
@@ -66,17 +68,17 @@ def test_a_label_of_several_tokens_is_named_with_its_ids():
 
 def test_labels_that_share_a_token_are_refused():
     with pytest.raises(LabelError, match="'a' and 'A' share token"):
-        choose_label_prefix(word_tokenizer("a", "b"), "Answer:", ["a", "A"], masked=True)
+        choose_label_prefix(word_tokenizer("a", "b"), "Answer: [MASK]", ["a", "A"], masked=True)
 
 
 def test_an_unknown_token_is_no_label():
     with pytest.raises(LabelError, match="'c'"):
-        choose_label_prefix(word_tokenizer("a", "b"), "Answer:", ["a", "c"], masked=True)
+        choose_label_prefix(word_tokenizer("a", "b"), "Answer: [MASK]", ["a", "c"], masked=True)
 
 
 def test_masked_labels_begin_with_a_space_only_for_byte_level_tokenizers():
-    assert choose_label_prefix(word_tokenizer("a", "b"), "Answer:", ["A", "B"], masked=True) == ""
-    assert choose_label_prefix(tiny_tokenizer(), "Answer:", ["A", "B"], masked=True) == " "
+    assert choose_label_prefix(word_tokenizer("a", "b"), "Answer: [MASK]", ["A", "B"], masked=True) == ""
+    assert choose_label_prefix(tiny_tokenizer(), "Answer:<mask>", ["A", "B"], masked=True) == " "
 
 
 @pytest.mark.parametrize(
@@ -87,14 +89,14 @@ def test_the_prompts_end_is_its_last_word_with_what_follows(prompt, end):
 
 
 def test_a_prompt_is_instruction_question_options_and_cue():
-    example = Renderer(WORDING, " ", None).example(ROW)
+    example = Renderer(wording=WORDING, label_prefix=" ").example(ROW)
     assert example.prompt == "Choose.\n\nText: a cat\nA. animal\nB. plant\nAnswer:"
     assert example.labels == (" A", " B")
 
 
 def test_demonstrations_stand_solved_between_instruction_and_question():
     shot = Row("2", {"text": "moss"}, ("animal", "plant"), 1, "", "", "")
-    example = Renderer(WORDING, " ", None).with_demonstrations([shot]).example(ROW)
+    example = Renderer(wording=WORDING, label_prefix=" ").with_demonstrations([shot]).example(ROW)
     assert example.prompt == (
         "Choose.\n\nText: moss\nA. animal\nB. plant\nAnswer: B\n\nText: a cat\nA. animal\nB. plant\nAnswer:"
     )
@@ -102,7 +104,7 @@ def test_demonstrations_stand_solved_between_instruction_and_question():
 
 def test_a_masked_prompt_ends_in_one_mask():
     tokenizer = word_tokenizer("a", "b")
-    renderer = Renderer(WORDING, "", mask_of(tokenizer, masked=True)).with_demonstrations([ROW])
+    renderer = Renderer(wording=WORDING, mask=mask_of(tokenizer, masked=True)).with_demonstrations([ROW])
     prompt = renderer.example(ROW).prompt
     assert prompt.endswith("Answer: [MASK]") and prompt.count("[MASK]") == 1 and "Answer: A\n" in prompt
 
@@ -114,7 +116,7 @@ def test_a_masked_prompt_needs_a_tokenizer_with_a_mask():
 
 def test_braces_in_a_dataset_are_text():
     row = Row("1", {"text": "{cue} {0} %s"}, ("{letter}", "{"), 0, "", "", "")
-    assert "Text: {cue} {0} %s\nA. {letter}\nB. {\n" in Renderer(WORDING, " ", None).example(row).prompt
+    assert "Text: {cue} {0} %s\nA. {letter}\nB. {\n" in Renderer(wording=WORDING, label_prefix=" ").example(row).prompt
 
 
 def test_special_tokens_in_a_dataset_are_broken():
@@ -123,7 +125,7 @@ def test_special_tokens_in_a_dataset_are_broken():
     row = Row("1", {"text": "x <end> y<mask>"}, ("<end>", "plain"), 0, "", "", "")
     harmless = defuser.row(row)
     assert harmless.fields["text"] == "x < end> y< mask>" and harmless.options == ("< end>", "plain")
-    prompt = Renderer(WORDING, " ", None).example(harmless).prompt
+    prompt = Renderer(wording=WORDING, label_prefix=" ").example(harmless).prompt
     assert not set(tokenizer(prompt)["input_ids"]) & set(tokenizer.all_special_ids)
 
 

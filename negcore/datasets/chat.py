@@ -1,0 +1,138 @@
+"""Prompts in the form of a chat, written by the model's own chat template.
+
+A question is one message of the user, and the label follows where the template lets the assistant begin. Solved
+questions are earlier turns: the assistant's answer stands where the label is read, in the form that is asked for.
+
+Templates are files of the model and are rendered by transformers in its sandbox. The same text must come out on every
+day, so a template that asks for the date is told 26 July 2024. Templates that let a model think first are asked not
+to (`enable_thinking` is false), because the next token is to be the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from negcore.datasets.markup import special_token_pattern
+from negcore.errors import PromptError, one_line
+
+_DAY = datetime(2024, 7, 26)
+_PROBE, _ANSWER = "Question 1", "Answer 1"
+
+
+class Turn(NamedTuple):
+    """A question of the user and the assistant's answer."""
+
+    question: str
+    answer: str
+
+
+def chat_prompts(tokenizer: Any, texts: Sequence[str], *, system: str | None = None) -> list[str]:
+    """Return texts as prompts in the form of the model's chat template: one message of the user each.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        With a chat template.
+    texts : sequence of str
+    system : str, optional
+        System text in front of each.
+
+    Raises
+    ------
+    PromptError
+        If there is no template, it refuses or leaves out what it is given, or a text holds a special token.
+    """
+    chat = Chat(tokenizer, system)
+    return [chat.prompt(text) for text in texts]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's chat template and the system text."""
+
+    tokenizer: Any
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise PromptError("the model has no chat template; use prompt_format 'plain'")
+        self._refuse_markup(self.system or "", "the system prompt")
+
+    def prompt(self, question: str, solved: Sequence[Turn] = (), instruction: str = "") -> str:
+        """Return a chat that ends where the assistant answers a question.
+
+        Parameters
+        ----------
+        question : str
+        solved : sequence of Turn, optional
+            Earlier turns.
+        instruction : str, optional
+            Text in front of the first message of the user.
+        """
+        turns = [*solved, Turn(question, "")]
+        turns[0] = turns[0]._replace(question="\n\n".join(filter(None, (instruction, turns[0].question))))
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for turn in turns:
+            self._refuse_markup(turn.question, "a prompt")
+            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+        prompt = self._render(messages[:-1])
+        for message in messages[:-1]:
+            if message["content"].strip() not in prompt:
+                raise PromptError(f"the model's chat template leaves out the text of the {message['role']}")
+        return prompt
+
+    @cached_property
+    def label_prefix(self) -> str | None:
+        """What the template writes in front of an answer: a space or nothing; None if it cannot be told.
+
+        Raises
+        ------
+        PromptError
+            If the template writes more, so that a prompt ends elsewhere.
+        """
+        asked = [{"role": "user", "content": _PROBE}]
+        prompt, answered = (
+            self._render(messages) for messages in (asked, [*asked, {"role": "assistant", "content": _ANSWER}])
+        )
+        header, is_there, _ = answered.removeprefix(prompt).partition(_ANSWER)
+        if not is_there or not answered.startswith(prompt):
+            return None
+        if header not in ("", " "):
+            raise PromptError(
+                f"the model's chat template does not say where the assistant begins: it writes {header!r} in front of "
+                "an answer, but not when it is asked for the prompt of one; use prompt_format 'plain'"
+            )
+        return header
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] == "user",
+                enable_thinking=False,
+                strftime_now=_DAY.strftime,
+            )
+        except Exception as error:  # a template is a program, and raises what it likes
+            hint = "; leave system_prompt out, if that is what it refuses" if self.system is not None else ""
+            raise PromptError(f"the model's chat template fails: {one_line(error):.200}{hint}") from None
+        if not isinstance(rendered, str):
+            raise PromptError(f"the model's chat template gives {type(rendered).__name__}, not a text")
+        return rendered
+
+    def _refuse_markup(self, text: str, what: str) -> None:
+        found = self._special_tokens.search(text) if self._special_tokens else None
+        if found:
+            raise PromptError(
+                f"{what} holds {found.group()!r}, a special token of the model, which the chat template is to write; "
+                "use prompt_format 'plain' for prompts that are chats already"
+            )
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str] | None:
+        return special_token_pattern(self.tokenizer)
