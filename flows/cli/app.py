@@ -249,29 +249,50 @@ def models() -> None:
 
 @app.command()
 def datasets(
-    name: Annotated[str | None, typer.Argument(help="A dataset to look at more closely; needs --model.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Datasets to look at more closely, by name or file.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Model whose tokenizer makes the prompts.")] = "smollm2-135m",
     shots: Annotated[Literal["0", "1"], typer.Option(help="Demonstrations of each class.")] = "0",
     wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
     mceval8k: Annotated[Path | None, typer.Option(help="Folder with MCEval8K.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Audit the named datasets, or all: shared rows, floors, label mass.")
+    ] = False,
+    rows: Annotated[
+        int, typer.Option(min=0, help="For --audit: test prompts of each dataset that the model is asked; 0 for none.")
+    ] = 100,
+    out: Annotated[Path | None, typer.Option(help="For --audit: file to write, .md or .arrow.")] = None,
 ) -> None:
-    """List the datasets, or show one as a model will read it: rows of its splits, label rule, a prompt.
+    """List the datasets, or show some as a model will read them: rows of their splits, label rule, a prompt.
 
-    Examples: `neg datasets`, `neg datasets mini/fact --shots 1`
+    Examples: `neg datasets`, `neg datasets mini/fact --shots 1`, `neg datasets --audit --out audit.md`
+
+    An audit needs no run: it counts what splits share and repeat, fits floors that see no question, and asks the model
+    how much of its probability lies on the options at all. A dataset that cannot be read is named at the end; the
+    others go on, and the exit code is 1.
     """
     quiet_libraries()
     from flows.show.display import dataset_table, describe_dataset
     from negcore.datasets import PromptSettings, list_datasets, load_dataset
 
-    if name is None:
+    settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
+    if audit:
+        from flows.cli.audit import show_audit
+
+        show_audit(names or [info.name for info in list_datasets()], model, settings, mceval8k, rows, out)
+        return
+    if out is not None:
+        raise RunError("--out is for --audit: add it")
+    if not names:
         console.print(dataset_table(list_datasets()))
         return
     from negcore.model.language_model import describe_model
 
     card = describe_model(model)
-    settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
-    dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
-    describe_dataset(console, dataset)
+    for name in names:
+        dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
+        describe_dataset(console, dataset)
 
 
 @app.command()

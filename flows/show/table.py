@@ -4,6 +4,7 @@ Cells hold plain text: what names and errors say in it is never read as markup.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -91,6 +92,16 @@ class Table:
         caption = [Text(printable(self.caption), "table.caption")] if self.caption else []
         return Group("", Text(printable(self.title), "table.title"), shown, *caption)
 
+    @property
+    def markdown(self) -> str:
+        """The table as Markdown, under a heading of the second level."""
+        head = [_in_markdown(column.title) for column in self.columns]
+        rule = ["---:" if column.is_numeric else "---" for column in self.columns]
+        cells = chain.from_iterable(self.pieces)
+        rows = [[_in_markdown("".join(piece.text for piece in cell)) for cell in row] for row in cells]
+        table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+        return "\n\n".join(filter(None, [f"## {_in_markdown(self.title)}", table, _in_markdown(self.caption)]))
+
     def records(self) -> list[dict[str, str | float | None]]:
         """Return the rows as Prefect stores them: by the columns' titles, numbers as numbers, and None for NaN."""
         titles = (" ".join(printable(column.title).split()) for column in self.columns)
@@ -129,6 +140,11 @@ def by(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
 def _pieces(cell: Cell) -> tuple[Words | Number, ...]:
     pieces = cell if isinstance(cell, tuple) else (cell,)
     return tuple(Words(piece) if isinstance(piece, str) else piece for piece in pieces)
+
+
+def _in_markdown(text: str) -> str:
+    """Return a text as one line of Markdown that shows it as it is."""
+    return re.sub(r"([\\|<>*_`\[\]#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _stored(pieces: Sequence[Words | Number]) -> str | float | None:

@@ -140,3 +140,22 @@ def test_a_run_is_planned_and_tokenised_once_and_holds_one_claim(model, question
     assert len(planned) == 1
     assert [len(prompts) for _, prompts in tokenised] == [24, 8, 8]
     assert len(claimed) == 1
+
+
+def test_an_audit_shows_and_writes_what_there_is_and_names_the_rest(model, questions, tmp_path):
+    out = tmp_path / "audit.md"
+    words = ["datasets", "--audit", questions, tmp_path / "absent.jsonl", "--model", model, "--rows", "4"]
+    shown = CliRunner().invoke(app, [*map(str, words), "--out", str(out)], env={"COLUMNS": "100"})
+    assert shown.exit_code == 1
+    assert shown.stdout.count("local/questions") == 3
+    assert "left out: " in shown.stderr and "absent.jsonl" in shown.stderr
+    assert out.read_text().count("| local/questions |") == 3
+
+
+def test_options_of_an_audit_are_refused_before_anything_is_read(model, tmp_path):
+    for words, message in (
+        (["datasets", "--out", "audit.md"], "--out is for --audit"),
+        (["datasets", "--audit", "--model", str(model), "--out", "audit.csv"], "allowed: a file that ends in .md"),
+    ):
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code and message in str(refused.exception)

@@ -50,6 +50,12 @@ def test_text_is_never_markup_and_control_characters_are_spelled_out():
     assert table.records() == [{"[red]a[/red] \\x1b[31m :smile:": "[red]a[/red] \\x1b[31m :smile:"}]
 
 
+def test_markdown_shows_every_text_as_it_is_on_one_line():
+    table = Table("key", "A *title*", columns=[*texts("name"), *numbers("n\nof it")], blocks=[[["a|b\n<c>", "1"]]])
+    assert table.markdown == "## A \\*title\\*\n\n| name | n of it |\n| --- | ---: |\n| a\\|b \\<c\\> | 1 |"
+    assert table_of([["one"]]).markdown.endswith("| one |  |  |\n\nCaption.")
+
+
 def test_prefect_gets_numbers_as_numbers_and_lines_side_by_side():
     blocks = (
         [["one", "20\n10", Number(0.123456, share)]],
