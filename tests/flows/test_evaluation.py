@@ -327,8 +327,12 @@ def test_a_dataset_that_cannot_be_evaluated_is_named_and_the_others_go_on(small)
     }
     fever = {a.split: a for a in results.splits if (a.dataset, a.shots) == ("mceval8k/fever", 1)}
     assert fever["valid"].n_released == 1000
-    assert fever["valid"].changes == "1000 dropped: also in test; 1000 drawn from train"
-    assert fever["train"].changes == "215 dropped: also in valid; 1000 moved to valid; 2 shown as demonstrations"
+    doubles = "dropped: asked before in the split"
+    assert fever["valid"].changes == f"66 {doubles}; 934 dropped: also in test; 1000 drawn from train"
+    contradictions = "1 dropped: same text with another answer in the split"
+    shown = "1000 moved to valid; 2 shown as demonstrations"
+    assert fever["train"].changes == f"546 {doubles}; {contradictions}; {shown}"
+    assert fever["test"].changes == f"66 {doubles}"
     text = printed([rows_table(results.splits), *accuracy_tables(results.scores, results.averages, results.n_datasets)])
     assert text.count("average of 3") == 2
     assert "(1 missing)" in text

@@ -96,9 +96,9 @@ def test_label_probabilities_are_those_of_neurgrad_whatever_the_batch(model, bat
 
 def test_label_probabilities_of_a_masked_model_are_those_of_neurgrad(tmp_path):
     lm = load_model(str(save_tiny_model("bert", tmp_path / "tiny-bert")))
-    prompts = [f"Question {i}? Answer: {lm.tokenizer.mask_token}" for i in range(3)]
-    expected = neurgrad(lm, prompts, ["A", "B"]).probs_PO
-    np.testing.assert_allclose(label_probs(lm, prompts, ["A", "B"]), expected, rtol=1e-4)
+    prompts = [f"Question {i}? Answer:{lm.tokenizer.mask_token}" for i in range(3)]
+    expected = neurgrad(lm, prompts, [" A", " B"]).probs_PO
+    np.testing.assert_allclose(label_probs(lm, prompts, [" A", " B"]), expected, rtol=1e-4)
 
 
 def test_absent_files_and_groups_that_say_nothing_are_noted(audit):
