@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import Record, read_json_lines
+from negcore.datasets.files import Record, read_file, read_json_lines
 from negcore.datasets.local import text_field
 from negcore.datasets.markup import Defuser, special_token_pattern
 from negcore.datasets.mini import MINI_ROWS
@@ -151,23 +151,25 @@ def _hub_file(repository: str, file: str) -> Path | None:
 
 
 def _read(path: Path) -> list[tuple[str, Record]]:
-    if path.suffix not in (".feather", ".parquet", ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix not in (".feather", ".parquet", ".jsonl"):
         raise DatasetError(f"facts {str(path)!r}: allowed: a .feather, .parquet or .jsonl file, or {MINI_FACTS!r}")
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
+    content = read_file(path)
     import pyarrow as pa  # not at the start: the list of datasets is shown without it
     import pyarrow.feather
     import pyarrow.parquet
 
-    read = pyarrow.feather.read_table if path.suffix == ".feather" else pyarrow.parquet.read_table
+    read = pyarrow.feather.read_table if suffix == ".feather" else pyarrow.parquet.read_table
     try:
-        table = read(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DatasetError(f"{path}: cannot be read ({one_line(error):.200})") from None
-    missing = [name for name in COLUMNS if name not in table.column_names]
+        table = read(pa.BufferReader(content))
+        missing = [name for name in COLUMNS if name not in table.column_names]
+        records = [] if missing else table.select(list(COLUMNS)).to_pylist()
+    except Exception as error:  # whatever the library meets in the file
+        raise DatasetError(f"{path}: cannot be read ({one_line(error):.200})") from error
     if missing:
         raise DatasetError(f"{path}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}")
-    records = table.select(list(COLUMNS)).to_pylist()
     return [(f"{path}, row {number}", record) for number, record in enumerate(records)]
 
 

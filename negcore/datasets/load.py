@@ -157,7 +157,7 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
 
 def read_source(name: str, seed: int, root: str | Path | None = None) -> tuple[str, Source]:
     """Return a dataset's canonical name and its rows, before any policy; arguments and errors as of `load_dataset`."""
-    if name.endswith(".jsonl"):
+    if name.lower().endswith(".jsonl"):
         return f"local/{Path(name).stem}", read_local(Path(name), seed).with_telling_groups()
     canonical = _canonical(name)
     if canonical in MINI_SPECS:
@@ -172,7 +172,7 @@ def _canonical(name: str) -> str:
         spellings |= {PREFIX + alias: canonical for alias in spec.aliases}
     if name.lower() in spellings:
         return spellings[name.lower()]
-    if name.endswith((".feather", ".parquet")):
+    if name.lower().endswith((".feather", ".parquet")):
         raise DatasetError(f"{name!r} is a file of facts with one answer each; load it with load_facts")
     close = difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=0.5)
     close += [known for known in spellings if known.split("/")[1] == name.lower() and known not in close]

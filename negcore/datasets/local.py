@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import unicodedata
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,9 @@ from negcore.datasets.rows import Row, Source, check_unicode, normalised
 from negcore.datasets.splits import ONE_IN, by_unit, split_rows
 from negcore.errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
+FIELDS = ("prompt", "labels", "answer", "id", "group", "unit", "split")
 NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an index into labels or a label)"
 
 
@@ -31,6 +38,7 @@ def read_local(path: Path, seed: int) -> Source:
         raise DatasetError(f"{path}: the file has no rows; {NEEDED}")
     rows: dict[str, Row] = {}
     split_of: dict[str, str | None] = {}
+    _tell_unread(path, tuple(dict.fromkeys(name for _, record in lines for name in record if name not in FIELDS)))
     for number, record in lines:
         place = f"{path}:{number}"
         row = _row(record, path.stem, number, place)
@@ -39,6 +47,13 @@ def read_local(path: Path, seed: int) -> Source:
         rows[row.id] = row
         split_of[row.id] = _split(record, place)
     return Source("local", _cut(rows, split_of, path, seed), dict.fromkeys(SPLITS, 0), ())
+
+
+@cache
+def _tell_unread(path: Path, fields: tuple[str, ...]) -> None:
+    if fields:
+        known = ", ".join(FIELDS)
+        logger.warning("%s: not read are the fields %s; known are %s", path, ", ".join(map(repr, fields)), known)
 
 
 def _cut(rows: dict[str, Row], split_of: dict[str, str | None], path: Path, seed: int) -> dict[str, list[Row]]:
@@ -68,15 +83,24 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
     prompt = text_field(record, "prompt", place)
     labels = _labels(record["labels"], place)
     return Row(
-        id=str(record.get("id", f"{stem}/{number}")),
+        id=_name(record, "id", place) or f"{stem}/{number}",
         fields={"prompt": prompt.rstrip(" ")},
         options=labels,
         answer=_answer(record["answer"], labels, place),
-        group=str(record.get("group", "")),
+        group=_name(record, "group", place),
         content=normalised(prompt),
         whole=json.dumps(record, sort_keys=True),
         unit=normalised(text_field(record, "unit", place)) if "unit" in record else "",
     )
+
+
+def _name(record: Record, field: str, place: str) -> str:
+    """Return an id or a group, which may be a number; empty if there is none."""
+    value = record.get(field, "")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
+        raise DatasetError(f"{place}: {field} is {value!r:.80}; allowed: text or a number")
+    check_unicode(str(value), f"{place}, {field}")
+    return str(value)
 
 
 def text_field(record: Record, name: str, place: str) -> str:
@@ -92,15 +116,21 @@ def _labels(value: Any, place: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
         raise DatasetError(f"{place}: labels is {value!r:.80}; allowed: a list of two or more texts")
     labels = tuple(text_field({"label": label}, "label", place).strip() for label in value)
-    if len(set(labels)) < len(labels):
+    if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
         raise DatasetError(f"{place}: labels {value!r:.80} repeat; each option needs its own label")
     return labels
 
 
 def _answer(value: Any, labels: tuple[str, ...], place: str) -> int:
+    """Return the index of the right label: a number is an index and text a label, never the other way round."""
     if isinstance(value, str) and value.strip() in labels:
         return labels.index(value.strip())
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+        if str(value) in labels and labels[value] != str(value):
+            raise DatasetError(
+                f"{place}: answer {value} is ambiguous with labels {labels!r:.120}: as an index it is "
+                f"{labels[value]!r}, as a label {str(value)!r}; give the label as text, in quotes, or other labels"
+            )
         return value
     raise DatasetError(
         f"{place}: answer is {value!r:.80}; allowed: 0 to {len(labels) - 1}, or one of the labels {labels!r:.120}"
