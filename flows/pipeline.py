@@ -10,7 +10,7 @@ from functools import cached_property
 
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
-from flows.show.accuracy_tables import accuracy_tables, confusion_tables, rows_table
+from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
 from flows.show.report import RunResults, Section
 from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.publish import receipts
@@ -19,6 +19,7 @@ from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.kinds import count_shards
 from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
+from tasks.floors import mass_warnings
 from tasks.forecast.capacity import check_disk
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
@@ -236,9 +237,15 @@ def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -
             continue
         results.scores += probed.scores
         results.confusion += probed.confusion
+        results.warnings += probed.warnings
         known = {(account.dataset, account.shots) for account in results.splits}
         if (one.dataset.dataset.name, one.run.shots) not in known:
             results.splits += split_accounts(one.dataset, one.run.shots)
+    results.warnings += mass_warnings(
+        (asked(score.model, score.shots), short(score.dataset), score.label_mass)
+        for score in results.scores
+        if score.probe == "lm" and not score.group
+    )
     if results.scores:
         with noted(results):
             _publish(results)

@@ -12,12 +12,14 @@ from pathlib import Path
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.pipeline import Results, extract_planned
 from flows.prefect_flows import prefect_flow
+from flows.show.accuracy_tables import model_title, short
 from flows.show.report import RunResults, Section
 from flows.show.skill_figures import write_figures
 from flows.show.skill_tables import skill_tables, summary
 from negcore.model.language_model import ModelCard
 from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.run_file import write_run_file
+from tasks.floors import mass_warnings
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.model_plans import ModelPlans
@@ -81,6 +83,11 @@ def run_skills(run: SkillsRun, steps: Steps) -> SkillResults:
     if results.findings:
         with noted(results):
             _publish(run, results)
+    results.warnings += mass_warnings(
+        (model_title(of_model.model), short(one.dataset), one.reference.label_mass)
+        for of_model in results.findings
+        for one in of_model.datasets
+    )
     return results
 
 

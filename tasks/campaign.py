@@ -62,6 +62,9 @@ class GainRow:
     n_datasets: int
     majority: float
     random: float
+    options_only: float | None = None
+    calibrated: float | None = None
+    label_mass: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from negcore.arrays import Ints
 from negcore.measure.votes import Ranking, Vote
-from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts, majority_floor, random_floor
+from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
 from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
@@ -20,6 +20,7 @@ from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
+from tasks.floors import FloorAnswers
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.rank import rank_split
@@ -52,6 +53,12 @@ class AccuracyRow:
     """Expected accuracy of guessing."""
     overlapping: bool
     """True if the splits share rows (policy `released`)."""
+    options_only: float | None = None
+    """Accuracy of a forest on options, lengths and group; None if it is unknown, as in tables of earlier versions."""
+    calibrated: float | None = None
+    """Accuracy of logistic regression on the options' probabilities."""
+    label_mass: float | None = None
+    """Probability of all options together, mean over the test prompts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class Probed:
 
     scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Answers(NamedTuple):
@@ -208,17 +216,16 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
         **place,
         "genre": planned.dataset.genre,
         "n_train": splits.train.n_rows,
-        "random": random_floor(test.gold_P, test.n_options),
         "overlapping": planned.dataset.split_report.is_overlapping,
     }
     rows = {"": np.arange(test.n_rows)} | _groups(test)
-    probed = Probed()
+    floors = FloorAnswers(planned.dataset, splits.train, test, seed=run.seed)
+    beside = {group: {**common, "group": group, **floors.beside(chosen)} for group, chosen in rows.items()}
+    probed = Probed(warnings=[floors.warning] if floors.warning else [])
     for one in answers:
         for group, chosen in rows.items():
-            gold_P = test.gold_P[chosen]
-            majority = majority_floor(splits.train.gold_P, gold_P).value
-            result = accuracy(gold_P, one.predicted_P[chosen])
-            probed.scores.append(_accuracy_row({**common, "group": group, "majority": majority}, one, result))
+            result = accuracy(test.gold_P[chosen], one.predicted_P[chosen])
+            probed.scores.append(_accuracy_row(beside[group], one, result))
         if run.confusion:
             probed.confusion.extend(_confusion(place, one, test))
     return probed

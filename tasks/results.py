@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from negcore.datasets import SPLITS, SplitReport
 from negcore.probing.evaluation import Accuracy, macro_average
+from tasks.floors import mean_beside
 from tasks.plan import PlannedDataset
 from tasks.probe import AccuracyRow
 
@@ -27,6 +28,9 @@ class Average:
     random: float
     overlapping: bool
     """True if splits of any of the datasets share rows."""
+    options_only: float | None = None
+    calibrated: float | None = None
+    label_mass: float | None = None
 
 
 def averages(scores: Sequence[AccuracyRow]) -> list[Average]:
@@ -50,9 +54,8 @@ def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[Ac
         low=mean.interval.low,
         high=mean.interval.high,
         n_datasets=mean.n_datasets,
-        majority=sum(score.majority for score in scores) / len(scores),
-        random=sum(score.random for score in scores) / len(scores),
         overlapping=any(score.overlapping for score in scores),
+        **mean_beside(scores),
     )
 
 

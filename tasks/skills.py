@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from negcore.analysis.causal import CausalRow, causal_rows, skill_sets
 from negcore.analysis.shared_neurons import (
     CommonNeuronRow,
@@ -36,11 +38,12 @@ from negcore.analysis.skills import (
 from negcore.arrays import Ints
 from negcore.measure.votes import Ranking, Vote
 from negcore.model.language_model import ModelCard
-from negcore.probing.evaluation import accuracy, majority_floor, random_floor
+from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillsRun
+from tasks.floors import FloorAnswers
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, all_problems
@@ -57,7 +60,7 @@ _FOREST = Vote("magn", "neg")
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """Test accuracies to compare a dataset's probes with: LM-Prob and two floors."""
+    """Test accuracies to compare a dataset's probes with, as in `AccuracyRow`: LM-Prob and the floors."""
 
     genre: str
     n_train: int
@@ -68,6 +71,9 @@ class ReferenceRow:
     high: float
     majority: float
     random: float
+    options_only: float | None = None
+    calibrated: float | None = None
+    label_mass: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ def analyse_dataset(
     main = {split: open_negs(run.conditions[0].run.directory).select(card.name, dataset, split) for split in _SPLITS}
     valid, test = main["valid"], main["test"]
     votes = {probe: Vote(probe, "neg") for probe in run.probe}
-    found = DatasetFindings(dataset, [_reference(planned, **main)], [], [], [], [], [], [], [])
+    found = DatasetFindings(dataset, [_reference(run, planned, main)], [], [], [], [], [], [], [])
     for probe, part in checks.items():
         result = read_causal(run.conditions[0].run.directory, part)
         found.causal.extend(causal_rows(probe, result, n_bootstrap=_BOOTSTRAP, seed=run.seed))
@@ -251,19 +257,19 @@ def analyse_dataset(
 _SPLITS = ("train", "valid", "test")
 
 
-def _reference(planned: PlannedDataset, train: NegSplit, valid: NegSplit, test: NegSplit) -> ReferenceRow:
-    predicted_P = LMProbe().fit(train.probs_PO).predict(test.probs_PO)
-    lm = accuracy(test.gold_P, predicted_P)
+def _reference(run: SkillsRun, planned: PlannedDataset, main: Mapping[str, NegSplit]) -> ReferenceRow:
+    train, test = main["train"], main["test"]
+    lm = accuracy(test.gold_P, LMProbe().fit(train.probs_PO).predict(test.probs_PO))
+    floors = FloorAnswers(planned.dataset, train, test, seed=run.seed)
     return ReferenceRow(
         genre=planned.dataset.genre,
         n_train=train.n_rows,
-        n_valid=valid.n_rows,
+        n_valid=main["valid"].n_rows,
         n_test=test.n_rows,
         lm=lm.value,
         low=lm.interval.low,
         high=lm.interval.high,
-        majority=majority_floor(train.gold_P, test.gold_P).value,
-        random=random_floor(test.gold_P, test.n_options),
+        **floors.beside(np.arange(test.n_rows)),
     )
 
 

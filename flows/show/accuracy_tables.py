@@ -5,8 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, numbers, texts
+from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
+from tasks.floors import FLOORS, SMALL_MASS, Floored, best_floor
 from tasks.probe import AccuracyRow, Confusion
 from tasks.results import Average, SplitAccount
 
@@ -27,9 +28,19 @@ PROBE_TITLES = MappingProxyType(
         "magn-logistic": "Magn\nlogistic",
     }
 )
+FLOOR_TITLES = MappingProxyType(
+    {"random": "random", "majority": "majority", "options_only": "options", "calibrated": "calibrated"}
+)
+"""Short titles of the floors, in the order of `FLOORS`."""
+BESIDE_TITLES = ("\n".join(FLOOR_TITLES[name] for name in FLOORS), "label\nmass")
 SHOTS = ("zero-shot", "one-shot")
 _PROBES_A_TABLE = 5
-_CAPTION = "After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson)."
+BESIDE_CAPTION = (
+    "Floors, the best in bold: guessing; the commonest training answer; a forest that sees options, lengths and "
+    "group, no word of the question; logistic regression on the options' probabilities. <= floor: the interval "
+    "reaches down to the best floor. Label mass: probability of all options together."
+)
+_CAPTION = f"After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson). {BESIDE_CAPTION}"
 _OF_AVERAGES = (
     " Averages count every dataset the same; their interval (MOVER of Wilson's) is for other rows of the same datasets."
 )
@@ -64,7 +75,7 @@ def accuracy_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], 
             probes = names[start : start + _PROBES_A_TABLE]
             yield Table(
                 key=f"accuracy-{model}-{SHOTS[shots]}-{start}",
-                title=f"Accuracy on test: {_model(model)}, {SHOTS[shots]}",
+                title=f"Accuracy on test: {asked(model, shots)}",
                 columns=[*texts("dataset"), *_accuracy_columns(probes)],
                 blocks=list(_genre_blocks(own, means, probes, n_datasets)) if means else [_rows_of(own, probes)],
                 caption=_CAPTION + (_OF_AVERAGES if means else ""),
@@ -98,22 +109,22 @@ def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[Cel
     first, by_probe = scores[0], {score.probe: score for score in scores}
     cells = [_score_cell(by_probe[probe]) for probe in probes]
     if first.group:
-        return [f"  {first.group}", f"\n{first.n_test}", _floors(first), *cells]
+        return [f"  {first.group}", f"\n{first.n_test}", *beside(first), *cells]
     return [
         _marked(short(first.dataset), first.overlapping),
         f"{first.n_train}\n{first.n_test}",
-        _floors(first),
+        *beside(first),
         *cells,
     ]
 
 
 def _average_row(means: Sequence[Average], name: str, *heading: Words) -> list[Cell]:
     marked = _marked(Words(name, "italic"), means[0].overlapping)
-    return [(*heading, *marked), "", _floors(means[0]), *map(accuracy_cell, means)]
+    return [(*heading, *marked), "", *beside(means[0]), *map(probe_cell, means)]
 
 
 def _score_cell(score: AccuracyRow) -> Cell:
-    return accuracy_cell(score, "" if score.n_neurons is None else kept(score.n_neurons))
+    return probe_cell(score, "" if score.n_neurons is None else kept(score.n_neurons))
 
 
 def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
@@ -126,12 +137,12 @@ def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
     """
     named = [(name, score) for name, scores in runs.items() for score in scores if not score.group]
     probes = list(dict.fromkeys(score.probe for _, score in named))
-    asked: dict[tuple[str, int, str], dict[str, dict[str, AccuracyRow]]] = {}
+    questions: dict[tuple[str, int, str], dict[str, dict[str, AccuracyRow]]] = {}
     for name, score in named:
-        asked.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
-    several = len({key[:2] for key in asked}) > 1
+        questions.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
+    several = len({key[:2] for key in questions}) > 1
     blocks = []
-    for question, by_run in asked.items():
+    for question, by_run in questions.items():
         if len(by_run) > 1:
             rows = [_run_row(name, by_probe, probes) for name, by_probe in by_run.items()]
             blocks.append([[_question(*question, several=several), *rows[0]], *(["", *row] for row in rows[1:])])
@@ -140,13 +151,13 @@ def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
 
 
 def _question(model: str, shots: int, dataset: str, *, several: bool) -> Cell:
-    return short(dataset), Words(f"\n{_model(model)}, {SHOTS[shots]}" if several else "", "dim")
+    return short(dataset), Words(f"\n{asked(model, shots)}" if several else "", "dim")
 
 
 def _run_row(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[str]) -> list[Cell]:
     first = next(iter(by_probe.values()))
     cells: list[Cell] = [_score_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
-    return [_marked(name, first.overlapping), f"{first.n_train}\n{first.n_test}", _floors(first), *cells]
+    return [_marked(name, first.overlapping), f"{first.n_train}\n{first.n_test}", *beside(first), *cells]
 
 
 def rows_table(accounts: Sequence[SplitAccount]) -> Table:
@@ -172,10 +183,9 @@ def confusion_tables(confusion: Sequence[Confusion]) -> Iterator[Table]:
 
 def _confusion_table(counts: Sequence[Confusion]) -> Table:
     first, n_options = counts[0], max(count.gold for count in counts) + 1
-    asked = f"{_model(first.model)}, {SHOTS[first.shots]}"
     return Table(
         key=f"confusion-{first.model}-{SHOTS[first.shots]}-{first.dataset}",
-        title=f"{short(first.dataset)}: answers by gold option; {asked}",
+        title=f"{short(first.dataset)}: answers by gold option; {asked(first.model, first.shots)}",
         columns=[*texts("probe"), *numbers("gold", *map(str, range(n_options)))],
         blocks=[
             [
@@ -194,9 +204,14 @@ def _confusion_table(counts: Sequence[Confusion]) -> Table:
 # Cells and columns
 
 
-def accuracy_cell(row: Measured, *notes: Piece) -> Cell:
+def accuracy_cell(row: Measured, *notes: Piece) -> tuple[Piece, ...]:
     """Return an accuracy, notes on it, and its interval below."""
     return Number(row.accuracy, share, "bold"), *notes, interval(row.low, row.high)
+
+
+def probe_cell(row: Row, *notes: Piece) -> Cell:
+    """Return a probe's accuracy, marked if it is not above the floors; LM-Prob is no probe of neurons."""
+    return (*accuracy_cell(row, *notes), floor_mark(row, row) if row.probe != "lm" else "")
 
 
 def kept(n_neurons: int) -> Words:
@@ -205,11 +220,30 @@ def kept(n_neurons: int) -> Words:
 
 
 def _accuracy_columns(probes: Sequence[str]) -> list[Column]:
-    return numbers("train\ntest", "random\nmajority", *(PROBE_TITLES[probe] for probe in probes))
+    return numbers("train\ntest", *BESIDE_TITLES, *(PROBE_TITLES[probe] for probe in probes))
 
 
-def _floors(row: Row) -> Cell:
-    return f"{share(row.random)}\n{share(row.majority)}"
+def floor_cell(row: Floored, names: Sequence[str] = FLOORS) -> Cell:
+    """Return floors in a line each, the best of all in bold; those that are unknown are a dash."""
+    best = best_floor(row).name
+    values = {name: getattr(row, name) for name in names}
+    return lines(*(Words("-" if v is None else share(v), "bold" if name == best else "") for name, v in values.items()))
+
+
+def mass_cell(row: Floored) -> Cell:
+    """Return the label mass, marked if it is small; empty if it is unknown."""
+    mass = row.label_mass
+    return "" if mass is None else Number(mass, share, "red" if mass < SMALL_MASS else "")
+
+
+def beside(row: Floored) -> list[Cell]:
+    """Return the cells that stand before accuracies, in columns called `BESIDE_TITLES`."""
+    return [floor_cell(row), mass_cell(row)]
+
+
+def floor_mark(accuracy: Measured, floors: Floored) -> Words:
+    """Return the mark of an accuracy whose interval reaches down to the best floor, or lies below it."""
+    return Words("" if accuracy.low > best_floor(floors).accuracy else "\n<= floor", "yellow")
 
 
 def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:
@@ -217,9 +251,14 @@ def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:
     return name, Words("\noverlapping" if overlapping else "", "red")
 
 
-def _model(model: str) -> str:
+def model_title(model: str) -> str:
     """Return a model's name for a title; of a folder only the last part."""
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def asked(model: str, shots: int) -> str:
+    """Return a model and the number of demonstrations it is shown, for people."""
+    return f"{model_title(model)}, {SHOTS[shots]}"
 
 
 def probe_title(probe: str) -> str:

@@ -1,10 +1,20 @@
 """Tables that compare the models of a campaign, at most 100 columns wide in a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from types import MappingProxyType
 
-from flows.show.accuracy_tables import PROBE_TITLES, SHOTS, accuracy_cell, probe_title
+from flows.show.accuracy_tables import (
+    BESIDE_CAPTION,
+    FLOOR_TITLES,
+    PROBE_TITLES,
+    SHOTS,
+    floor_cell,
+    floor_mark,
+    mass_cell,
+    probe_cell,
+    probe_title,
+)
 from flows.show.table import Block, Cell, Column, Number, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import change, correlation, share
 from tasks.campaign import N_DEPTHS, Comparison, GainRow, LinearityRow, ProfileRow
@@ -17,6 +27,8 @@ _MEASURES = MappingProxyType(
         "skill_share": "share of skill neurons",
     }
 )
+_WITHOUT_MODEL = ("random", "majority", "options_only")
+"""Floors that are the same for every model that is asked the same rows."""
 _OUTCOME_STYLES: MappingProxyType[str, Style] = MappingProxyType(
     {"whole": "green", "in part": "yellow", "failed": "red"}
 )
@@ -51,36 +63,53 @@ def _accuracy(comparison: Comparison, shots: int) -> Table:
     means = [mean for mean in comparison.accuracy if mean.shots == shots]
     genres = _genres(means)
     most = {genre: max(mean.n_datasets for mean in means if mean.genre == genre) for genre in genres}
-    blocks: list[Block] = [_floors([mean for mean in means if mean.probe == "lm"], genres)]
+    answers = [mean for mean in means if mean.probe == "lm"]
+    blocks = [
+        _floors(answers, genres),
+        _of_models(comparison, "calibrated LM-Prob", answers, genres, lambda mean: floor_cell(mean, ["calibrated"])),
+        _of_models(comparison, "label mass", answers, genres, mass_cell),
+    ]
     for probe in PROBE_TITLES:
         if of_probe := [mean for mean in means if mean.probe == probe]:
-            rows: list[list[Cell]] = [[Words(probe_title(probe), "bold")]]
-            for model, of_model in by(of_probe, "model").items():
-                cells = {mean.genre: _mean_cell(mean, most[mean.genre]) for mean in of_model}
-                rows.append([comparison.names[model], *(cells.get(genre, "") for genre in genres)])
-            blocks.append(rows)
+            title = probe_title(probe)
+            blocks.append(
+                _of_models(comparison, title, of_probe, genres, lambda mean: _mean_cell(mean, most[mean.genre]))
+            )
     return Table(
         key=f"campaign-accuracy-{SHOTS[shots]}",
         title=f"Mean accuracy on test, {SHOTS[shots]}",
         columns=_genre_columns(genres),
         blocks=blocks,
         caption="Every dataset counts the same. Below: 95 % interval (MOVER of Wilson's), for other rows of the same "
-        "datasets. (n): mean of only n datasets, fewer than another model has. *: splits overlap.",
+        "datasets. (n): mean of only n datasets, fewer than another model has. *: splits overlap. "
+        f"{BESIDE_CAPTION}",
     )
 
 
 def _floors(means: Sequence[Average], genres: Sequence[str]) -> Block:
-    """Return the heading and one row of floors, or several where models were asked different rows."""
+    """Return the heading and one row of the floors without a model, or several where models were asked other rows."""
     rows: dict[tuple[Cell, ...], None] = {}
     for of_model in by(means, "model").values():
-        cells = {mean.genre: f"{share(mean.random)}\n{share(mean.majority)}" for mean in of_model}
+        cells = {mean.genre: floor_cell(mean, _WITHOUT_MODEL) for mean in of_model}
         rows[tuple(cells.get(genre, "") for genre in genres)] = None
-    return [[Words("floors", "bold")], *(["random\nmajority", *row] for row in rows)]
+    titles = "\n".join(FLOOR_TITLES[name] for name in _WITHOUT_MODEL)
+    return [[Words("floors", "bold")], *([titles, *row] for row in rows)]
+
+
+def _of_models(
+    comparison: Comparison, title: str, means: Sequence[Average], genres: Sequence[str], cell: Callable[[Average], Cell]
+) -> Block:
+    """Return the heading and a row for every model."""
+    rows: list[list[Cell]] = [[Words(title, "bold")]]
+    for model, of_model in by(means, "model").items():
+        cells = {mean.genre: cell(mean) for mean in of_model}
+        rows.append([comparison.names[model], *(cells.get(genre, "") for genre in genres)])
+    return rows
 
 
 def _mean_cell(mean: Average, most: int) -> Cell:
     mark = Words("*" if mean.overlapping else "", "red")
-    return accuracy_cell(mean, mark, Words(f" ({mean.n_datasets})" if mean.n_datasets < most else "", "dim"))
+    return probe_cell(mean, mark, Words(f" ({mean.n_datasets})" if mean.n_datasets < most else "", "dim"))
 
 
 def _gains(comparison: Comparison) -> Table:
@@ -99,12 +128,12 @@ def _gains(comparison: Comparison) -> Table:
         columns=_genre_columns(genres),
         blocks=blocks,
         caption="Accuracy of the probe that is best over all genres, chosen on these very test rows; below, LM-Prob's, "
-        "and the difference.",
+        "and the difference. <= floor: see above.",
     )
 
 
 def _gain_cell(row: GainRow) -> Cell:
-    return Number(row.accuracy, share, "bold"), f"\n{share(row.lm)}\n{change(row.gain)}"
+    return Number(row.accuracy, share, "bold"), f"\n{share(row.lm)}\n{change(row.gain)}", floor_mark(row, row)
 
 
 def _genres(rows: Sequence[Average | GainRow]) -> list[str]:

@@ -43,6 +43,13 @@ _PROBE_COLOURS = {"polar": "#1b7837", "magn": "#762a83"}
 _PROBE_MARKERS = {"polar": "o", "magn": "s"}
 _SAYS = {"gold": "as each neuron's NEG says", "polarity": "as the ranking says"}
 """Source of the direction towards the gold option."""
+_FLOOR_LINES: Mapping[str, tuple[Any, str]] = {
+    "majority": ("--", "majority"),
+    "random": (":", "random answer"),
+    "options_only": ("-.", "options and lengths"),
+    "calibrated": ((0, (6, 2, 1, 2, 1, 2)), "calibrated LM-Prob"),
+}
+"""Look and name of the lines for floors."""
 _MOST_NUMBERED = 8
 """Most datasets for which the cells of a heat map of pairs have space for a number."""
 
@@ -377,8 +384,9 @@ def _accuracy_axes(axes: Axes, one: DatasetFindings, label: str) -> None:
     known = one.reference
     axes.axhspan(known.low, known.high, color="black", alpha=0.08, linewidth=0)
     axes.axhline(known.lm, color="black", linewidth=1, label="LM-Prob")
-    axes.axhline(known.majority, color=GREY, linewidth=1, linestyle="--", label="majority")
-    axes.axhline(known.random, color=GREY, linewidth=1, linestyle=":", label="random answer")
+    for name, (line, title) in _FLOOR_LINES.items():
+        if (floor := getattr(known, name)) is not None:
+            axes.axhline(floor, color=GREY, linewidth=1, linestyle=line, label=title)
     axes.set(xlabel=label, ylim=(0, 1))
     axes.set_title(_name(one.dataset), fontsize=8)
     axes.set_ylabel(_first(axes, "accuracy"))

@@ -10,8 +10,17 @@ from types import MappingProxyType
 
 import numpy as np
 
-from flows.show.accuracy_tables import PROBE_TITLES, accuracy_cell, kept, short
-from flows.show.table import Block, Cell, Number, Style, Table, Words, by, interval, numbers, texts
+from flows.show.accuracy_tables import (
+    BESIDE_CAPTION,
+    BESIDE_TITLES,
+    PROBE_TITLES,
+    accuracy_cell,
+    beside,
+    floor_mark,
+    kept,
+    short,
+)
+from flows.show.table import Block, Cell, Number, Piece, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import bare, change, printable, share, times
 from negcore.analysis.shared_neurons import OverlapRow
 from negcore.analysis.skills import TrainingRowsRow
@@ -134,16 +143,13 @@ def _change_cell(value: float, low: float, high: float) -> Cell:
 
 def _accuracies(findings: SkillFindings) -> Table:
     def rows(one: DatasetFindings) -> Rows:
-        known = one.reference
-        sizes, floors = (
-            f"{known.n_train}\n{known.n_valid}, {known.n_test}",
-            f"{share(known.random)}\n{share(known.majority)}",
-        )
+        known, chosen = one.reference, [fitted(one, probe) for probe in probes(findings)]
+        sizes = f"{known.n_train}\n{known.n_valid}, {known.n_test}"
         lm: Cell = (Number(known.lm, share, "bold"), interval(known.low, known.high))
-        return [[known.genre, sizes, floors, lm, *(_kept(fitted(one, probe)) for probe in probes(findings))]]
+        return [[known.genre, sizes, *beside(known), lm, *((*_kept(row), floor_mark(row, known)) for row in chosen)]]
 
-    names = ["train\nvalid, test", "random\nmajority", "LM-Prob", *_titles(probes(findings))]
-    title, caption = f"Accuracy on test: {findings.model}", f"{_KEPT} {_INTERVALS}"
+    names = ["train\nvalid, test", *BESIDE_TITLES, "LM-Prob", *_titles(probes(findings))]
+    title, caption = f"Accuracy on test: {findings.model}", f"{_KEPT} {_INTERVALS} {BESIDE_CAPTION}"
     return _over_datasets(findings, "accuracy", title, caption, ["genre"], names, rows)
 
 
@@ -342,7 +348,7 @@ def _profile(one: DatasetFindings, probe: str, top: int) -> list[Cell]:
 # Cells
 
 
-def _kept(row: TrainingRowsRow) -> Cell:
+def _kept(row: TrainingRowsRow) -> tuple[Piece, ...]:
     return accuracy_cell(row, kept(row.n_neurons))
 
 

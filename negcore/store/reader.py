@@ -220,6 +220,12 @@ class NegSplit(ShardReader):
         self.probs_PO: FloatArray = rows["probs"]
         self.n_options: int = self.probs_PO.shape[1]
 
+    @property
+    def label_mass_P(self) -> npt.NDArray[np.float64]:
+        """Probability of all options of each row together: float64 (P,). The rest lies on tokens that are no option."""
+        mass_P: npt.NDArray[np.float64] = self.probs_PO.sum(axis=1, dtype=np.float64)
+        return mass_P
+
     def shards(self) -> Iterator["Shard"]:
         for columns in super().shards():
             shard = Shard(columns.path, columns.batch, columns.rows, self)

@@ -96,6 +96,28 @@ def test_every_probe_answers_every_dataset_and_each_of_its_groups(run, results):
     assert {s.n_neurons for s in results.scores if s.probe == "lm"} == {None}
 
 
+def test_every_accuracy_has_all_floors_and_the_label_mass_of_its_rows_beside_it(run, results):
+    for score in results.scores:
+        test = open_negs(run.directory).select(dataset=score.dataset, split="test")
+        rows = [row for row, group in enumerate(test.groups) if score.group in ("", group)]
+        mass = sum(float(prob) for row in rows for prob in test.probs_PO[row]) / len(rows)
+        assert score.label_mass == pytest.approx(mass, rel=1e-12)
+        assert 0 <= score.options_only <= 1 and 0 <= score.calibrated <= 1
+        assert (score.random, score.n_test) == (1 / test.n_options, len(rows))
+    assert len({(s.dataset, s.group, s.options_only, s.calibrated, s.label_mass) for s in results.scores}) == 4
+
+
+def test_a_model_that_hardly_considers_the_options_is_warned_about_in_the_terminal_and_the_report(run, results):
+    (warning,) = results.warnings
+    for part in ("tiny-llama, zero-shot: less than half", "local/three 0.0", "local/two 0.0"):
+        assert part in warning
+    report = (run.directory / "report.html").read_text()
+    assert "Warnings: 1" in report and "less than half of the model&#39;s probability" in report
+    ran = neg("probe", run.directory, "--out", run.directory, "--orchestrator", "none")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.splitlines() == [f"warning: {warning}"]
+
+
 def test_random_neurons_and_logistic_regression_have_the_number_of_the_probe_they_stand_beside(results):
     kept = {(s.dataset, s.probe): s.n_neurons for s in results.scores}
     for (dataset, probe), n_neurons in kept.items():
@@ -455,6 +477,40 @@ def test_runs_stand_side_by_side_where_two_have_the_dataset():
     first, second = (line for line in text.splitlines() if "clean" in line or "released[/]" in line)
     assert first.split()[:2] == ["paws", "clean"] and ".250" in first and ".500" in first
     assert ".750" in second and "overlapping" in text
+
+
+def test_the_best_floor_is_bold_and_a_probe_that_does_not_pass_it_is_marked():
+    floors = {"majority": 0.3, "random": 0.25, "options_only": 0.6, "calibrated": 0.4, "label_mass": 0.043}
+    rows = [
+        answered("mini/nli", probe, share, low=share - 0.1, **floors)
+        for probe, share in (("lm", 0.5), ("polar", 0.65), ("magn", 0.75), ("act", 0.3))
+    ]
+    (table,) = accuracy_tables(rows, [], n_datasets=1)
+    (((_, _, shown, mass, *cells),),) = table.pieces
+    assert [(piece.text, piece.style) for piece in shown if piece.text.strip()] == [
+        (".250", ""), (".300", ""), (".600", "bold"), (".400", "")
+    ]  # fmt: skip
+    assert [(piece.text, piece.style) for piece in mass] == [(".043", "red")]
+    marked = ["<= floor" in "".join(piece.text for piece in cell) for cell in cells]
+    assert marked == [False, True, False, True]  # LM-Prob is no probe of neurons
+
+
+def test_tables_of_earlier_versions_can_be_compared(tmp_path):
+    new = {"options_only", "calibrated", "label_mass"}
+    old = pa.schema([field for field in _schema(tmp_path) if field.name not in new])
+    for name, value in (("one", 0.25), ("two", 0.75)):
+        rows = [asdict(answered("mini/nli", probe, value)) for probe in ("lm", "magn")]
+        (tmp_path / name).mkdir()
+        with pa.ipc.new_file(tmp_path / name / "accuracy.arrow", old) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, schema=old))
+    ran = neg("compare", tmp_path / "one", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr
+    assert ".250" in ran.stdout and ".750" in ran.stdout
+
+
+def _schema(folder):
+    write_table(folder / "new.arrow", AccuracyRow, [])
+    return pa.ipc.open_file(folder / "new.arrow").schema
 
 
 def test_runs_are_compared_by_a_command_that_refuses_what_is_none(tmp_path):

@@ -65,7 +65,7 @@ def dataset_findings(
     name: str, genre: str, probes: Sequence[str] = PROBES, conditions: Sequence[str] = CONDITIONS
 ) -> DatasetFindings:
     numbers = Numbers(name)
-    reference = ReferenceRow(genre, N_TRAIN, 90, N_TEST, *numbers.measured(0.3), 0.26, 0.25)
+    reference = ReferenceRow(genre, N_TRAIN, 90, N_TEST, *numbers.measured(0.3), 0.26, 0.25, 0.4, 0.35, 0.123)
     found = DatasetFindings(name, [reference], [], [], [], [], [], [], [])
     for probe in probes:
         found.causal.extend(causal_rows(probe, numbers))
@@ -236,12 +236,13 @@ def test_a_change_is_bold_where_its_interval_leaves_out_zero(findings):
 
 def test_references_and_the_chosen_probes_stand_beside_each_other(findings, tables):
     one = findings.datasets[2]
-    ((genre, rows, floors, lm, polar, magn),) = of_dataset(tables["Accuracy on test: tiny $y$ [b]\x07"], "imdb")
-    assert (genre, rows, floors) == ("classification", "200\n90, 100", ".250\n.260")
+    ((genre, rows, floors, mass, lm, polar, magn),) = of_dataset(tables["Accuracy on test: tiny $y$ [b]\x07"], "imdb")
+    assert (genre, rows, floors, mass) == ("classification", "200\n90, 100", ".250\n.260\n.400\n.350", ".123")
     assert lm == f"{one.reference.lm:.3f}\n{one.reference.low:.3f}-{one.reference.high:.3f}".replace("0.", ".")
     for probe, shown in (("polar", polar), ("magn", magn)):
         (row,) = [row for row in one.training_rows if (row.probe, row.n_train) == (probe, N_TRAIN)]
-        assert shown == cell(row).replace("\n", f" {row.n_neurons}\n")
+        mark = "" if row.low > 0.4 else "\n<= floor"
+        assert shown == cell(row).replace("\n", f" {row.n_neurons}\n") + mark
 
 
 def test_accuracies_by_neurons_are_those_of_a_few_sizes(findings, tables):

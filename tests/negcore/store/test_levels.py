@@ -7,7 +7,8 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 import pytest
-from support import Row, identity_of
+from support import Row, identity_of, negs_place
+from support import write_negs as publish_negs
 
 from negcore.errors import NegError, ShardError
 from negcore.store.identity import StorageName, choice_digest
@@ -111,6 +112,17 @@ def test_signs_and_order_are_those_of_the_values_on_every_level(storage):
     negs_POK = numbers()["negs_POLN"].reshape(N_ROWS, N_OPTIONS, -1)[..., CHOSEN]
     assert np.array_equal(np.sign(ranks_POK), np.sign(negs_POK))
     assert np.array_equal(np.argsort(ranks_POK, axis=1), np.argsort(negs_POK, axis=1))
+
+
+@pytest.mark.parametrize(("storage", "neurons"), SHAPES)
+def test_every_level_keeps_the_probability_of_all_options_together(storage, neurons, tmp_path):
+    values = numbers()
+    digest = None if neurons is None else choice_digest(neurons)
+    identity, rows = identity_with(storage=storage, neurons=digest), [Row(str(row)) for row in range(N_ROWS)]
+    publish_negs(tmp_path, negs_place(), 0, 1, identity=identity, examples=rows, neurons=neurons, **values)
+    (split,) = open_negs(tmp_path)
+    slow = [sum(float(prob) for prob in probs) for probs in values["probs_PO"]]
+    assert split.label_mass_P.tolist() == pytest.approx(slow, abs=1e-15)
 
 
 @pytest.mark.parametrize(("storage", "neurons"), SHAPES)
