@@ -35,6 +35,8 @@ def show_audit(
         try:
             with console.status(f"auditing {escape(name)}") if console.is_terminal else nullcontext():
                 audits.append(audit_dataset(name, card, lm, settings=settings, root=root, n_asked=n_asked))
+            if not console.is_terminal:
+                console.print(f"audited {escape(name)}", highlight=False, soft_wrap=True)
         except NegError as error:
             problems.append(str(error))
     tables = audit_tables(audits, settings) if audits else []

@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 
 from flows.show.table import Cell, Number, Table, numbers, texts
-from flows.show.text import printable
+from flows.show.text import count, printable
 from negcore.datasets import Dataset, DatasetInfo
 from tasks.steps import Progress
 
@@ -87,9 +87,9 @@ def describe_dataset(console: Console, dataset: Dataset) -> None:
     columns = [*texts("split"), *numbers("released", "damaged", "available", "used")]
     console.print(Table("splits", f"{dataset.name}, split policy {report.policy}", columns, [rows]))
     for change in report.dropped:
-        console.print(f"dropped {change.n_rows} rows of {change.split}: {change.reason}", markup=False)
+        console.print(f"dropped {count(change.n_rows, 'row')} of {change.split}: {change.reason}", markup=False)
     for change in report.drawn:
-        console.print(f"drew {change.n_rows} rows into {change.split}: {change.reason}", markup=False)
+        console.print(f"drew {count(change.n_rows, 'row')} into {change.split}: {change.reason}", markup=False)
     for split in dataset.splits:
         for remark in report.remarks(split):
             console.print(f"{split} rows: {remark}", markup=False)
