@@ -116,10 +116,12 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **settings)
 
 
-def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper") -> LanguageModel:
-    """A tiny random model whose activations and gradients are far from zero."""
+def tiny_model(
+    family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper", **changes: Any
+) -> LanguageModel:
+    """A tiny random model whose activations and gradients are far from zero, some of its configuration changed."""
     torch.manual_seed(0)
-    config = tiny_config(family)
+    config = tiny_config(family, **changes)
     kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
     return as_language_model(model, tiny_tokenizer(), name=f"tiny-{family}", site=site)

@@ -25,6 +25,7 @@ from negcore.measure.sweeps import checked_shifts
 from negcore.measure.votes import Numbers, Ranking, Signs, check_finite, check_gold
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
 
 SetKind = Literal["top", "random", "bottom"]
 Direction = Literal["gold", "polarity"]
@@ -224,9 +225,10 @@ def shift_sets(
             for shift in shifts
         ]
 
-    for prompt, base_probs_O, probs_MO in shift_together(lm, encoded, rows_of):
-        result.base_probs_PO[prompt] = base_probs_O
-        result.probs_PMO[prompt] = probs_MO
+    with in_float32(lm):
+        for prompt, base_probs_O, probs_MO in shift_together(lm, encoded, rows_of):
+            result.base_probs_PO[prompt] = base_probs_O
+            result.probs_PMO[prompt] = probs_MO
     return result
 
 

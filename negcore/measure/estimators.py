@@ -30,6 +30,7 @@ from negcore.measure.sweeps import Neurons, choose_neurons
 from negcore.measure.virtual_tokens import Shifts, head_rows, label_log_probs, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
 
 Target = Literal["probability", "log_probability", "logit_difference"]
 
@@ -197,11 +198,12 @@ def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
     """
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     layers_K, chosen_K = neurons_K2.T
-    for index, prompt in shifted_prompts(lm, question.prompts):
-        sizes_K = -prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
-        without_K = question.values(prompt.measure(Shifts(layers_K, chosen_K, sizes_K)), [index] * len(sizes_K))
-        whole_1 = question.values(prompt.log_probs_O[None].cpu(), [index])
-        result_PK[index] = whole_1 - without_K
+    with in_float32(lm):
+        for index, prompt in shifted_prompts(lm, question.prompts):
+            sizes_K = -prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
+            measured = prompt.measure(Shifts(layers_K, chosen_K, sizes_K))
+            without_K, whole_K = (question.values(log_probs_KO, [index] * len(sizes_K)) for log_probs_KO in measured)
+            result_PK[index] = whole_K - without_K
     return result_PK
 
 

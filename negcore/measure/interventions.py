@@ -28,6 +28,7 @@ from negcore.measure.neurgrad import away_from_zero, neurgrad
 from negcore.measure.sweeps import checked_shifts, choose_neurons
 from negcore.model.encoding import EncodedPrompts, encode_targets
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
 
 NeuronSet = Sequence[tuple[int, int]] | Ints
 
@@ -49,7 +50,7 @@ class InterventionResult:
     base_probs_P: Floats
     """Probability of the label without a shift."""
     probs_PDM: Floats
-    """Probability of the label with the set shifted."""
+    """Probability of the label with the set shifted: `base_probs_P` plus the change within one pass."""
     predicted_PDM: Floats
     """Sum over the set of NEG times shift: the change if neurons did not influence each other."""
     label_ids_P: Ints
@@ -146,9 +147,10 @@ def intervene(
             for place, signs_K in zip(places, signs, strict=True)
         ]
 
-    for prompt, base_probs_1, probs_R1 in shift_together(lm, encoded, rows_of):
-        result.base_probs_P[prompt] = base_probs_1[0]
-        result.probs_PDM[prompt] = probs_R1.reshape(len(shifts_D), len(places))
+    with in_float32(lm):
+        for prompt, base_probs_1, probs_R1 in shift_together(lm, encoded, rows_of):
+            result.base_probs_P[prompt] = base_probs_1[0]
+            result.probs_PDM[prompt] = probs_R1.reshape(len(shifts_D), len(places))
     return result
 
 
@@ -169,7 +171,8 @@ class ShiftedTogether(NamedTuple):
     base_probs_O: Floats
     """Without a shift."""
     probs_RO: Floats
-    """With each row's neurons shifted."""
+    """With each row's neurons shifted: `base_probs_O` plus the change within one pass, so that a shift without effect
+    changes nothing, exactly."""
 
 
 def shift_together(
@@ -209,14 +212,15 @@ def _shift_prompt(
             _rows_of_a_pass(lm, len(tokens)),
             lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, label_ids_1O),
         )
-    base_probs_1O = label_probabilities(logits_1V, label_ids_1O)
-    return ShiftedTogether(batch.rows[0], base_probs_1O[0].cpu().numpy(), torch.cat(parts).numpy())
+    base_probs_1O = label_probabilities(logits_1V, label_ids_1O).cpu()
+    probs_RO = (base_probs_1O.double() + torch.cat(parts)).to(base_probs_1O.dtype)
+    return ShiftedTogether(batch.rows[0], base_probs_1O[0].numpy(), probs_RO.numpy())
 
 
 def _rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
-    """Return how many rows should fit in memory beside their keys and values."""
-    row_bytes = int(lm.model.dtype.itemsize) * (lm.n_layers * lm.layer_width + lm.card.vocab_size)
-    return max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes))
+    """Return how many shifted rows should fit in memory, with keys and values, beside the unshifted one."""
+    row_bytes = np.dtype(lm.result_type).itemsize * (lm.n_layers * lm.layer_width + lm.card.vocab_size)
+    return max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes) - 1)
 
 
 def _shifted(
@@ -226,13 +230,16 @@ def _shifted(
     directions_LN: Tensor,
     label_ids_1O: Tensor,
 ) -> Tensor:
-    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, len(rows), prompt.lm.layer_width)
-    for row, shift in enumerate(rows):
+    """Return p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
+    n_rows = 1 + len(rows)
+    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, n_rows, prompt.lm.layer_width)
+    for row, shift in enumerate(rows, start=1):
         layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
         sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
         steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
-    logits_RV = _copies(prompt, tokens, len(rows)).predict(dict(enumerate(steps_LRN))).logits_BV
-    return label_probabilities(logits_RV, label_ids_1O.expand(len(rows), -1)).cpu()
+    logits_RV = _copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
+    probs_RO = label_probabilities(logits_RV, label_ids_1O.expand(n_rows, -1)).double()
+    return (probs_RO[1:] - probs_RO[:1]).cpu()
 
 
 def _copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:

@@ -221,8 +221,8 @@ def _virtual_differs(trial: _Trial) -> float:
     virtual = VirtualPrompt(trial.alone, label_ids_O, None, limit)
     hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
     shifts = _telling_shifts(trial.plain.gradients)
-    hooked_RO = hooked.measure(shifts)
-    return _difference(virtual.measure(shifts), hooked_RO, scale=hooked_RO - hooked.log_probs_O.cpu())
+    hooked_RO, unshifted_RO = hooked.measure(shifts)
+    return _difference(virtual.measure(shifts).shifted_RO, hooked_RO, scale=hooked_RO - unshifted_RO)
 
 
 def _telling_shifts(plain: _Gradients) -> Shifts:

@@ -17,6 +17,7 @@ from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, encode_targets
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
 
 Neurons = Literal["all"] | int | Sequence[tuple[int, int]] | Ints
 
@@ -97,7 +98,8 @@ class SweepResult:
     activations_PK: Floats
     """Activations without a shift."""
     probs_PKS: Floats
-    """Probability of the label, softmax over the whole vocabulary."""
+    """Probability of the label, softmax over the whole vocabulary: `base_probs_P` plus the change by the shift, which is
+    taken within one pass, so that a shift without effect has a change of exactly zero."""
     label_ids_P: Ints
     """Token id that each label became."""
 
@@ -173,7 +175,7 @@ def sweep(
     seed : int
         Seed of the random choice of neurons.
     max_rows : int, optional
-        Most shifted rows of one forward pass; halved where memory runs out. It changes memory and speed, and the result
+        Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out. It changes memory and speed, and the result
         only by rounding.
 
     Returns
@@ -211,8 +213,9 @@ def sweep(
         probs_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
         label_ids_P=encoded.label_ids_PO[:, 0],
     )
-    for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
-        _fill(result, index, prompt)
+    with in_float32(lm):
+        for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
+            _fill(result, index, prompt)
     return result
 
 
@@ -295,5 +298,5 @@ def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt) -> None:
         part = order[start : start + step]
         sizes_KS = signs_K[part, None] * result.shifts_S
         shifts = Shifts(layers_K[part].repeat(n_shifts), neurons_K[part].repeat(n_shifts), sizes_KS.ravel())
-        probs = prompt.measure(shifts)[:, 0].exp()
-        result.probs_PKS[index, part] = probs.numpy().reshape(sizes_KS.shape)
+        changes_KS = prompt.measure(shifts).prob_changes_RO[:, 0].reshape(sizes_KS.shape)
+        result.probs_PKS[index, part] = result.base_probs_P[index].astype(np.float64) + changes_KS

@@ -2,7 +2,8 @@
 
 Fast path (causal models): a shift at one layer changes neither the layers before it nor earlier tokens. So all shifted
 copies of the last token go side by side through one forward pass, as virtual tokens at the same position that see only
-the prompt's cache and themselves. A copy joins at the layer of its neuron, where it still equals the unshifted token.
+the prompt's cache and themselves. A copy joins at the layer of its neuron, where it still equals the unshifted token,
+which is row 0 of every pass: what a shift changes is the difference between two rows of one pass.
 The cost grows with the number of copies; of the prompt's length, only the attention to it depends.
 
 Shapes: R shifted rows, O options (labels), L layers, N neurons a layer, T tokens, V vocabulary, H hidden width.
@@ -49,6 +50,26 @@ class Shifts(NamedTuple):
         return Shifts(self.layers_R[which], self.neurons_R[which], self.sizes_R[which])
 
 
+class Measured(NamedTuple):
+    """Log-probabilities of the labels in shifted rows, on the CPU: at least float32.
+
+    Passes of different shapes round differently, so a row is compared with the unshifted row of its own pass: a neuron
+    that writes nothing changes nothing, exactly. (Where a layer's width is no multiple of 32, PyTorch may compute the
+    activation function of the last few numbers of a pass another way on a CPU: then, to its last digit.)
+    """
+
+    shifted_RO: Tensor
+    """With each row's neuron shifted."""
+    unshifted_RO: Tensor
+    """Without a shift, in the same pass as the row."""
+
+    @property
+    def prob_changes_RO(self) -> Floats:
+        """p(d) - p(0)."""
+        changes: Floats = (self.shifted_RO.double().exp() - self.unshifted_RO.double().exp()).numpy()
+        return changes
+
+
 def label_log_probs(logits_RV: Tensor, label_ids_RO: Tensor) -> Tensor:
     """Return the log-probability of each label, softmax over the whole vocabulary: shape (R, O), at least float32."""
     kind = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
@@ -73,21 +94,27 @@ class ShiftedPrompt(ABC):
         self.lm, self.max_rows, self._limit = lm, max_rows, limit
         self.label_ids_O = torch.from_numpy(label_ids_O).to(lm.device)
 
-    def measure(self, shifts: Shifts) -> Tensor:
-        """Return the log-probabilities of the labels with each row's neuron shifted: shape (R, O), on the CPU."""
+    def measure(self, shifts: Shifts) -> Measured:
+        """Measure the labels with each row's neuron shifted, and without."""
         order = np.argsort(shifts.layers_R, kind="stable")
         with torch.no_grad():
-            chunks = self._limit.compute(
-                len(order), self.max_rows, lambda rows: self._measure(shifts.rows(order[rows])).cpu()
+            passes = self._limit.compute(
+                len(order), self.max_rows, lambda rows: self._measure(shifts.rows(order[rows]))
             )
-        return torch.cat(chunks)[np.argsort(order)]
+        back = np.argsort(order)
+        return Measured(*(torch.cat(parts)[back] for parts in zip(*passes, strict=True)))
 
     def _log_probs(self, logits_RV: Tensor) -> Tensor:
         return label_log_probs(logits_RV, self.label_ids_O.expand(len(logits_RV), -1))
 
+    def _compared(self, logits_RV: Tensor) -> Measured:
+        """Compare the rows of logits with the first of them, which is unshifted."""
+        log_probs_RO = self._log_probs(logits_RV).cpu()
+        return Measured(log_probs_RO[1:], log_probs_RO[:1].expand(len(log_probs_RO) - 1, -1))
+
     @abstractmethod
-    def _measure(self, shifts: Shifts) -> Tensor:
-        """Measure at most `max_rows` rows, which are in the order of their layers."""
+    def _measure(self, shifts: Shifts) -> Measured:
+        """Measure at most `max_rows` rows, which are in the order of their layers, beside an unshifted one."""
 
 
 class VirtualPrompt(ShiftedPrompt):
@@ -102,11 +129,13 @@ class VirtualPrompt(ShiftedPrompt):
         self.activations_LN = activations_1LN[0]
         self.log_probs_O = self._log_probs(logits_1V)[0]
 
-    def _measure(self, shifts: Shifts) -> Tensor:
+    def _measure(self, shifts: Shifts) -> Measured:
         with _joining(self.lm, shifts):
             output = self._batch.run_last(self.lm.model.base_model, use_cache=False, virtual_prompt=self._batch.cache)
-        hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])[1:]
-        return torch.cat([self._log_probs(self._head(part)) for part in hidden_RH.split(head_rows(self.lm))])
+        hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])
+        parts = hidden_RH[1:].split(head_rows(self.lm))
+        passes = [self._compared(self._head(torch.cat([hidden_RH[:1], part]))) for part in parts]
+        return Measured(*map(torch.cat, zip(*passes, strict=True)))
 
     def _head(self, hidden_RH: Tensor) -> Tensor:
         logits: Tensor = self.lm.model.get_output_embeddings()(hidden_RH)
@@ -120,29 +149,30 @@ class HookedPrompt(ShiftedPrompt):
     def __init__(
         self, lm: LanguageModel, tokens: Sequence[int], label_ids_O: Ints, max_rows: int | None, limit: BatchLimit
     ) -> None:
-        super().__init__(lm, label_ids_O, max_rows or max(1, _HOOKED_TOKENS // len(tokens)), limit)
+        super().__init__(lm, label_ids_O, max_rows or max(1, _HOOKED_TOKENS // len(tokens) - 1), limit)
         self._tokens_T = torch.tensor(tokens, device=lm.device)
         self._position = probed_position(lm, tokens)
         with torch.no_grad():
-            log_probs_1O, activations = self._run(1, {})
-        self.log_probs_O = log_probs_1O[0]
+            logits_1V, activations = self._run(1, {})
+            self.log_probs_O = self._log_probs(logits_1V)[0]
         self.activations_LN = torch.cat([activations[layer] for layer in range(lm.n_layers)])
 
-    def _measure(self, shifts: Shifts) -> Tensor:
-        n_rows = len(shifts.layers_R)
+    def _measure(self, shifts: Shifts) -> Measured:
+        n_rows = 1 + len(shifts.layers_R)
         steps_LRN = {}
         for layer in np.unique(shifts.layers_R).tolist():
-            rows = np.flatnonzero(shifts.layers_R == layer)
-            steps_RN = torch.zeros(n_rows, self.lm.layer_width, dtype=self.lm.model.dtype)
-            steps_RN[rows, shifts.neurons_R[rows]] = torch.as_tensor(shifts.sizes_R[rows]).to(steps_RN.dtype)
-            steps_LRN[layer] = steps_RN.to(self.lm.device)
-        return self._run(n_rows, steps_LRN)[0]
+            chosen = np.flatnonzero(shifts.layers_R == layer)
+            steps_RN = np.zeros((n_rows, self.lm.layer_width), self.lm.result_type)
+            steps_RN[1 + chosen, shifts.neurons_R[chosen]] = shifts.sizes_R[chosen]
+            steps_LRN[layer] = torch.from_numpy(steps_RN).to(self.lm.device)
+        return self._compared(self._run(n_rows, steps_LRN)[0])
 
     def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the prompt in several rows: logits (R, V) at the probed token, and activations by layer."""
         positions_R = torch.full((n_rows,), self._position, device=self.lm.device)
         with tapped(self.lm, positions_R, steps_LRN) as activations:
             output = self.lm.model(input_ids=self._tokens_T.expand(n_rows, -1))
-        return self._log_probs(output.logits[:, self._position]), activations
+        return output.logits[:, self._position], activations
 
 
 def shifted_prompts(
@@ -160,7 +190,7 @@ def shifted_prompts(
     method : {"auto", "virtual", "hooks"}
         `auto` uses virtual tokens where the model is causal.
     max_rows : int, optional
-        Most shifted rows of one forward pass; halved where memory runs out.
+        Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out.
 
     Yields
     ------
@@ -206,7 +236,7 @@ class _Joining:
         self.lm = lm
         self.rows = torch.arange(first_row, first_row + len(shifts.neurons_R), device=lm.device)
         self.neurons = torch.from_numpy(shifts.neurons_R).to(lm.device)
-        self.sizes = torch.from_numpy(shifts.sizes_R).to(lm.device, lm.model.dtype)
+        self.sizes = torch.from_numpy(shifts.sizes_R.astype(lm.result_type)).to(lm.device)
 
     def attach(self, layer: int) -> list[RemovableHandle]:
         at_input = self.lm.layers[layer].register_forward_pre_hook(self._join)
@@ -219,4 +249,4 @@ class _Joining:
     def _shift(self, values: Tensor) -> Tensor:
         flat_RN = values.reshape(-1, values.shape[-1])  # some layers (OPT) drop the batch axis
         columns = self.neurons + (flat_RN.shape[1] - self.lm.layer_width)  # a fused projection holds `up` last
-        return flat_RN.index_put((self.rows, columns), self.sizes, accumulate=True).view_as(values)
+        return flat_RN.index_put((self.rows, columns), self.sizes.to(values.dtype), accumulate=True).view_as(values)

@@ -7,6 +7,8 @@ import transformers
 from support import CAUSAL, CONFIGS, LABELS, MASKED, PROMPTS, prompts_for, tiny_model, tiny_tokenizer
 
 from negcore.errors import LabelError, ModelError, NegError
+from negcore.measure import interventions, virtual_tokens
+from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import (
@@ -186,6 +188,42 @@ def test_hooked_passes_are_a_loop_over_neurons_and_shifts(family):
             expected = [shifted_probability(lm, prompt, label, {(layer, neuron): step})[0] for step in steps]
             np.testing.assert_allclose(result.probs_PKS[row, column], expected, rtol=1e-9)
             assert np.ptp(expected) > 0
+
+
+def silenced(family, dtype, *neurons):
+    """A tiny model in which some neurons write nothing."""
+    # Widths are multiples of a processor's vectors, as in real models: the kernels treat what is left over differently.
+    lm = tiny_model(family, dtype=dtype, intermediate_size=64, n_inner=64)
+    for layer, neuron in neurons:
+        lm.down_rows(layer)[neuron] = 0
+    return lm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["auto", "hooks"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert"])
+def test_a_neuron_that_writes_nothing_changes_nothing_in_any_pass(family, method, dtype, monkeypatch):
+    lm, silent = silenced(family, dtype, (0, 3), (2, 7)), [(0, 3), (2, 7)]
+    monkeypatch.setattr(virtual_tokens, "_LOGIT_BYTES", 4 * 400 * 5)  # the head takes 5 rows at once
+    for rows in (None, 1, 7):
+        result = sweep(lm, prompts_for(lm)[:2], " A", neurons=[*silent, (1, 1)], shifts=FEW, method=method, max_rows=rows)
+        assert (result.changes_PKS[:, :2] == 0).all() and (result.changes_PKS[:, 2] != 0).all()
+        assert np.array_equal(result.probs_PKS[:, 0], np.broadcast_to(result.base_probs_P[:, None], (2, len(FEW))))
+    scores_PK = estimate(lm, prompts_for(lm)[:2], [" A"], estimator="ablation", neurons=[*silent, (1, 1)])
+    assert (scores_PK[:, :2] == 0).all() and (scores_PK[:, 2] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert"])
+def test_a_set_of_neurons_that_write_nothing_changes_nothing_in_any_pass(family, dtype, monkeypatch):
+    lm, silent = silenced(family, dtype, (0, 3), (2, 7)), [(0, 3), (2, 7)]
+    for budget in (2**28, 3 * 4 * (3 * 64 + 400)):  # all rows in one pass, two shifted rows a pass
+        monkeypatch.setattr(interventions, "_ROW_BYTES", budget)
+        negs_PLN = np.ones((2, 3, 64))
+        result = intervene(
+            lm, prompts_for(lm)[:2], " A", sets=[silent, silent[:1], [(1, 1)]], shifts=[1.0, -2.0], negs_PLN=negs_PLN
+        )
+        assert (result.changes_PDM[:, :, :2] == 0).all() and (result.changes_PDM[:, :, 2] != 0).all()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "opt", "bert"])

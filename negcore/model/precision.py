@@ -1,0 +1,66 @@
+"""Compute in float32 with weights that stay in a half type.
+
+A sweep asks what a small shift changes, and a half type rounds most of that away: bfloat16 has 8 binary digits. The
+weights are not the trouble, as float32 holds every half number exactly. So a layer's weights become float32 while the
+layer runs, and half again behind it: the numbers are those of the model loaded in float32, in little more memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from negcore.model.language_model import LanguageModel
+
+HALF = (torch.bfloat16, torch.float16)
+"""Number types in which differences between predictions are mostly rounding."""
+
+
+@contextmanager
+def in_float32(lm: LanguageModel) -> Iterator[None]:
+    """Let a model of a half type compute in float32; models of other types are left as they are.
+
+    Weights are widened layer by layer, so that one layer's (or the head's) are held twice at a time. On leaving, the
+    weights are the same tensors as before, even after an exception.
+    """
+    if lm.model.dtype not in HALF:
+        yield
+        return
+    within = {module for layer in lm.layers for module in layer.modules()}
+    held = [_half_tensors(layer, whole=True) for layer in lm.layers]
+    others = [module for module in lm.model.modules() if module not in within]
+    held += [_half_tensors(module, whole=False) for module in others]
+    with ExitStack() as hooks:
+        for module, tensors in zip([*lm.layers, *others], held, strict=True):
+            if tensors:
+                hooks.enter_context(_wide_while_it_runs(module, tensors))
+        yield
+
+
+@contextmanager
+def _wide_while_it_runs(module: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+    narrow = [tensor.data for tensor in tensors]
+
+    def widen(*_: Any) -> None:
+        for tensor, data in zip(tensors, narrow, strict=True):
+            tensor.data = data.float()
+
+    def restore(*_: Any) -> None:
+        for tensor, data in zip(tensors, narrow, strict=True):
+            tensor.data = data
+
+    handles = [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore()
+
+
+def _half_tensors(module: nn.Module, *, whole: bool) -> list[Tensor]:
+    """Return the parameters and buffers of a half type that a module holds itself, or the whole of it."""
+    named = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
+    return [tensor for _, tensor in named if tensor.dtype in HALF]
