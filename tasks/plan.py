@@ -18,6 +18,7 @@ from tasks.config.recipes import n_stored, reads_training_values
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
 from tasks.measure.examples import EncodedExample, encode_examples
+from tasks.measure.measurement import study_settings
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, plan_models
@@ -198,7 +199,7 @@ def run_identity(
         prompt=prompt,
         dataset_fingerprint=fingerprint,
         storage=storage,
-        study=study,
+        study=None if study is None else study_settings(study, run.dtype),
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
 

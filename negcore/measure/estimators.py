@@ -10,11 +10,10 @@ activation's contribution f(a) - f(0), which the ablation measures exactly.
 Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch, H hidden width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero
+from negcore.measure.streams import Stream, streams
 from negcore.measure.sweeps import Neurons, choose_neurons
 from negcore.measure.virtual_tokens import Shifts, head_rows, label_log_probs, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels, encode
@@ -151,9 +151,11 @@ def gradient_times_activation_scores(lm: LanguageModel, question: Question, neur
 
 
 def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
-    """Return integrated gradients: a / m * sum over k = 1..m of f'(a * k / m), m = 20.
+    """Return integrated gradients: a / m * sum over k = 1..m of f'(a * (k - 1/2) / m), m = 20: the midpoint rule.
 
     All activations of a layer are scaled together while the other layers run unchanged: one path for each layer.
+    Gradients are taken in the middle of each step; at its end, as in the source, the sum is further from the integral.
+    Where a family normalises the feed-forward's output (Gemma 2, OLMo 2), the path says little: its scale is undone.
 
     Source: Sundararajan et al., arXiv 1703.01365, along the scaled activation of Dai et al., arXiv 2104.08696.
     Cost: 20 forward and backward passes a layer.
@@ -168,24 +170,31 @@ def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K
 def log_probability_increase_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
     """Return the log-probability increase: f(unembed(h + a * v)) - f(unembed(h)).
 
-    `h` is the residual stream that enters the neuron's layer, `a` the activation that enters the down projection
+    `h` is the residual stream that the feed-forward's output joins: its layer's input plus its attention output, also
+    where attention runs beside the feed-forward (GPT-NeoX, Phi). `a` is the activation that enters the down projection
     (whatever the model's site), `v` the neuron's row of that projection, and `unembed` the model's own final
-    normalisation and head. Where a family normalises the feed-forward's output before adding it, a * v is scaled as
-    that normalisation scaled the whole output. With the target `log_probability` this is the method of the source;
-    other targets take the same difference.
+    normalisation and head.
 
-    Source: Yu and Ananiadou, arXiv 2312.12141. Cost: one forward pass, and one row of the head for each neuron.
+    Normalisations: where a family normalises the feed-forward's output before adding it (Gemma 2, OLMo 2), that one is
+    frozen: a * v is scaled as it scaled the whole output. Where a layer normalises the sum (BERT), this is computed
+    anew for each neuron, and so is the final normalisation. The authors' code freezes the final one instead, at the
+    scale that it has behind the last layer.
+
+    With the target `log_probability` this is the method of the source; other targets take the same difference.
+
+    Source: Yu and Ananiadou, arXiv 2312.12141. Cost: a forward pass with a row for each layer, and one row of the head
+    for each neuron.
     """
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     limit = BatchLimit("neurons")
-    for batch in probed_batches(lm, question.ids, batch_size=1):
-        (prompt,) = batch.rows
-        with torch.no_grad():
-            streams = _streams(batch)
+    with torch.no_grad(), in_float32(lm):
+        for batch in probed_batches(lm, question.ids, batch_size=1):
+            (prompt,) = batch.rows
+            of_layers = streams(batch, question.ids[prompt])
             for layer in np.unique(neurons_K2[:, 0]).tolist():
                 chosen_K = neurons_K2[:, 0] == layer
                 neurons = torch.from_numpy(neurons_K2[chosen_K, 1]).to(lm.device)
-                increases_K = _increases(lm, question, prompt, layer, neurons, streams, limit)
+                increases_K = _increases(lm, question, prompt, layer, neurons, of_layers[layer], limit)
                 result_PK[prompt, chosen_K] = increases_K.cpu()
     return result_PK
 
@@ -236,40 +245,6 @@ def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
     return output.logits.reshape(len(hidden_RH), -1)  # type: ignore[no-any-return]
 
 
-class _Streams(NamedTuple):
-    """Hidden values of one prompt's probed token."""
-
-    entering_LH: Tensor
-    """Residual stream at each layer's input."""
-    acts_LN: Tensor
-    """Input of each down projection."""
-
-
-def _streams(batch: ProbedBatch) -> _Streams:
-    with _recorded(batch, list(batch.lm.layers)) as entering, _recorded(batch, _downs(batch.lm)) as acts:
-        batch.predict()
-    return _Streams(torch.stack(entering), torch.stack(acts))
-
-
-def _downs(lm: LanguageModel) -> list[nn.Module]:
-    return [lm.down(layer) for layer in range(lm.n_layers)]
-
-
-@contextmanager
-def _recorded(batch: ProbedBatch, modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Record the inputs of modules at the probed token of a batch of one prompt, in the order of their calls."""
-    inputs: list[Tensor] = []
-    position = int(batch.positions_B[0])
-
-    def record(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0].reshape(-1, args[0].shape[-1])[position])
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(record).remove)
-        yield inputs
-
-
 def _path_scores(
     lm: LanguageModel, question: Question, prompt: int, layers: Sequence[int], limit: BatchLimit
 ) -> Tensor:
@@ -290,7 +265,7 @@ def _path_part(
     """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (L, N)."""
     lm = batch.lm
     scores_LN = torch.zeros(lm.n_layers, lm.layer_width, dtype=torch.float64)
-    scales_B1 = (torch.tensor(steps, dtype=torch.float64, device=lm.device)[:, None] + 1) / PATH_STEPS
+    scales_B1 = (torch.tensor(steps, dtype=torch.float64, device=lm.device)[:, None] + 0.5) / PATH_STEPS
     with torch.no_grad():
         activations_LN = batch.predict().activations_BLN[0]
     for layer in layers:
@@ -306,30 +281,21 @@ def _increases(
     prompt: int,
     layer: int,
     neurons_K: Tensor,
-    streams: _Streams,
+    stream: Stream,
     limit: BatchLimit,
 ) -> Tensor:
     """Return the log-probability increases of some neurons of one layer: shape (K,)."""
-    acts_N, entering_H, rows_NH = streams.acts_LN[layer], streams.entering_LH[layer], lm.down_rows(layer)
-    scale_H = _post_norm_scale(lm, layer, acts_N @ rows_NH)
+    rows_NH = lm.down_rows(layer).to(stream.acts_N.dtype)
 
     def part_increases(indices: list[int]) -> Tensor:
         part = neurons_K[indices]
-        written_RH = acts_N[part, None] * rows_NH[part] * scale_H
-        logits_RV = unembed(lm, torch.cat([entering_H[None], entering_H + written_RH]))
+        written_RH = stream.acts_N[part, None] * rows_NH[part]
+        logits_RV = unembed(lm, stream.join(nn.functional.pad(written_RH, (0, 0, 1, 0))))  # row 0 writes nothing
         log_probs_RO = label_log_probs(logits_RV, question.labels([prompt] * len(logits_RV), lm))
         targets_R = question.values(log_probs_RO, [prompt] * len(logits_RV))
         return targets_R[1:] - targets_R[0]
 
     return torch.cat(limit.compute(len(neurons_K), head_rows(lm), part_increases))
-
-
-def _post_norm_scale(lm: LanguageModel, layer: int, output_H: Tensor) -> Tensor:
-    """Return the factor by which the normalisation of a feed-forward's output scaled each coordinate."""
-    if lm.arch.post_norm is None:
-        return torch.ones_like(output_H)
-    normalised_H: Tensor = lm.layers[layer].get_submodule(lm.arch.post_norm)(output_H)
-    return torch.where(output_H == 0, 0, normalised_H / output_H)
 
 
 def _gradient_scores(

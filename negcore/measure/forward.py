@@ -184,6 +184,14 @@ def probed_batches(
         yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)
 
 
+def copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
+    """Repeat the one prompt of a batch in rows; a causal model does not run the tokens before the probed one again."""
+    ids = [tokens] * n_rows
+    if isinstance(prompt, CausalBatch):
+        return CausalBatch(prompt.lm, range(n_rows), ids, prompt.cache, len(tokens) - 1)
+    return MaskedBatch(prompt.lm, range(n_rows), ids)
+
+
 def measure_batches(
     lm: LanguageModel,
     ids: Sequence[Sequence[int]],

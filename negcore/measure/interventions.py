@@ -17,9 +17,8 @@ from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.forward import (
     TOKEN_BUDGET,
-    CausalBatch,
-    MaskedBatch,
     ProbedBatch,
+    copies,
     label_probabilities,
     probed_batches,
 )
@@ -237,14 +236,6 @@ def _shifted(
         layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
         sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
         steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
-    logits_RV = _copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
+    logits_RV = copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
     probs_RO = label_probabilities(logits_RV, label_ids_1O.expand(n_rows, -1)).double()
     return (probs_RO[1:] - probs_RO[:1]).cpu()
-
-
-def _copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
-    """Repeat the one prompt of a batch in rows; a causal model does not run the tokens before the probed one again."""
-    ids = [tokens] * n_rows
-    if isinstance(prompt, CausalBatch):
-        return CausalBatch(prompt.lm, range(n_rows), ids, prompt.cache, len(tokens) - 1)
-    return MaskedBatch(prompt.lm, range(n_rows), ids)

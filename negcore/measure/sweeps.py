@@ -98,8 +98,8 @@ class SweepResult:
     activations_PK: Floats
     """Activations without a shift."""
     probs_PKS: Floats
-    """Probability of the label, softmax over the whole vocabulary: `base_probs_P` plus the change by the shift, which is
-    taken within one pass, so that a shift without effect has a change of exactly zero."""
+    """Probability of the label, softmax over the whole vocabulary: `base_probs_P` plus the change by the shift. The
+    change is taken within one pass, so that a shift without effect has a change of exactly zero."""
     label_ids_P: Ints
     """Token id that each label became."""
 
@@ -175,8 +175,8 @@ def sweep(
     seed : int
         Seed of the random choice of neurons.
     max_rows : int, optional
-        Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out. It changes memory and speed, and the result
-        only by rounding.
+        Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out. It changes memory
+        and speed, and the result only by rounding.
 
     Returns
     -------

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from negcore.model.language_model import LanguageModel
+from negcore.model.language_model import DTYPES, LanguageModel
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_TYPES = ("bfloat16", "float16")
 """Number types in which differences between predictions are mostly rounding."""
 
 
@@ -25,7 +24,7 @@ def in_float32(lm: LanguageModel) -> Iterator[None]:
     Weights are widened layer by layer, so that one layer's (or the head's) are held twice at a time. On leaving, the
     weights are the same tensors as before, even after an exception.
     """
-    if lm.model.dtype not in HALF:
+    if lm.dtype not in HALF_TYPES:
         yield
         return
     within = {module for layer in lm.layers for module in layer.modules()}
@@ -62,5 +61,7 @@ def _wide_while_it_runs(module: nn.Module, tensors: list[Tensor]) -> Iterator[No
 
 def _half_tensors(module: nn.Module, *, whole: bool) -> list[Tensor]:
     """Return the parameters and buffers of a half type that a module holds itself, or the whole of it."""
-    named = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
-    return [tensor for _, tensor in named if tensor.dtype in HALF]
+    half = [DTYPES[name] for name in HALF_TYPES]
+    return [
+        tensor for tensor in (*module.parameters(recurse=whole), *module.buffers(recurse=whole)) if tensor.dtype in half
+    ]

@@ -25,7 +25,7 @@ from negcore.store.publish import SetAside, ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from negcore.store.study import read_study
 from tasks.measure.examples import EncodedExample, encoded_prompts
-from tasks.measure.measurement import Columns, ColumnType, Measurement
+from tasks.measure.measurement import Columns, ColumnType, Measurement, study_settings
 from tasks.measure.shard_set import ShardSet
 
 
@@ -128,7 +128,7 @@ def plan_causal(root: Path, split: ShardSet, probe: str, sets: Sequence[SkillSet
     """
     sizes = tuple(dict.fromkeys(map(float, shifts)))
     check = CausalCheck(probe, tuple(sets), sizes, root, split.place, split.identity)
-    identity = replace(split.identity, study=check.settings)
+    identity = replace(split.identity, study=study_settings(check.settings, split.identity.dtype))
     name = f"{probe}-{content_digest(identity.study)[:16]}"
     place = ShardPlace("causal", split.place.model, split.place.dataset, name)
     return replace(

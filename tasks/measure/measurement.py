@@ -16,12 +16,22 @@ from numpy.typing import NDArray
 from negcore.arrays import count_nonfinite
 from negcore.datasets import Example
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import HALF_TYPES
 from negcore.store.publish import SetAside
 from negcore.store.study import study_batch
 from tasks.measure.examples import EncodedExample
 
 Columns = Mapping[str, NDArray[Any]]
 """Measured arrays (P, ...) by name."""
+
+
+def study_settings(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the settings of what takes differences of predictions, in models of one number type.
+
+    Models of half types take them in float32. Earlier versions did not: their numbers are rounding, and have no such
+    setting.
+    """
+    return {**settings, "differences": "float32"} if dtype in HALF_TYPES else dict(settings)
 
 
 class ColumnType(NamedTuple):

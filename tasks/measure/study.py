@@ -16,6 +16,9 @@ from negcore.store.study import intervention_columns, sweep_columns
 from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement
 
+_FORMULAS = {"integrated_gradients": "midpoints", "log_probability_increase": "with attention output"}
+"""What has changed in an estimator since its numbers were first stored: earlier ones are not mixed with these."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sweeps(Measurement):
@@ -58,7 +61,8 @@ class Estimates(Measurement):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)}
+        formula = {"formula": _FORMULAS[self.estimator]} if self.estimator in _FORMULAS else {}
+        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)} | formula
 
     @property
     def axes(self) -> dict[str, Any]:

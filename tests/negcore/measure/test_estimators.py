@@ -7,7 +7,9 @@ from support import CONFIGS, LABELS, PROMPTS, prompts_for, tiny_model
 
 from negcore.errors import LabelError, NegError
 from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, Question, estimate, unembed
+from negcore.measure.forward import probed_batches
 from negcore.measure.neurgrad import neurgrad
+from negcore.measure.streams import streams
 from negcore.model.encoding import EncodedPrompts, encode, encode_prompts
 
 OPTIONS = LABELS[:3]
@@ -126,24 +128,27 @@ def test_integrated_gradients_are_a_loop_along_the_scaled_activation(family, tar
     scores = scores_of(lm, "integrated_gradients", target)
 
     def path(prompt, layer, a):
-        steps = [gradient_at(lm, prompt, 0, target, layer, a * k / PATH_STEPS) for k in range(1, PATH_STEPS + 1)]
+        steps = [
+            gradient_at(lm, prompt, 0, target, layer, a * (k - 0.5) / PATH_STEPS) for k in range(1, PATH_STEPS + 1)
+        ]
         return a * sum(steps) / PATH_STEPS
 
     assert_close(scores[0], by_loop(lm, 0, path))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "distilbert"])
-def test_along_a_fine_path_the_integrated_gradients_of_a_layer_add_up_to_its_contribution(family, monkeypatch):
-    monkeypatch.setattr("negcore.measure.estimators.PATH_STEPS", 1000)
+@pytest.mark.parametrize(("n_steps", "error"), [(20, 2e-2), (100, 1e-3)])
+@pytest.mark.parametrize("family", ["gpt2", "distilbert", "llama"])
+def test_the_integrated_gradients_of_a_layer_add_up_to_its_contribution(family, n_steps, error, monkeypatch):
+    monkeypatch.setattr("negcore.measure.estimators.PATH_STEPS", n_steps)
     lm = tiny_model(family)
     prompt = prompts_for(lm)[0]
-    layer_2 = [(2, neuron) for neuron in range(lm.layer_width)]
-    scores = scores_of(lm, "integrated_gradients", "log_probability", neurons=layer_2)[0]
-    with torch.no_grad():
-        whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log_probability")
-        silent = whole_pass(lm, prompt, lambda layer, values_N: values_N * (layer != 2))[0]
-    contributed = float(whole - target_of(lm, silent, 0, "log_probability"))
-    assert scores.sum() == pytest.approx(contributed, rel=0.01)
+    scores_LN = scores_of(lm, "integrated_gradients", "log_probability")[0]
+    for layer in range(lm.n_layers):
+        with torch.no_grad():
+            whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log_probability")
+            silent = whole_pass(lm, prompt, lambda at, values_N, layer=layer: values_N * (at != layer))[0]
+        contributed = float(whole - target_of(lm, silent, 0, "log_probability"))
+        assert scores_LN[layer].sum() == pytest.approx(contributed, rel=error)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -183,35 +188,110 @@ def test_unembedding_is_the_final_norm_and_the_head(family):
     assert not any(module._forward_hooks for module in lm.model.modules())
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("family", HEADS)
-def test_log_probability_increase_adds_one_neurons_vector_to_the_stream_that_enters_its_layer(family, target):
-    lm = tiny_model(family)
-    scores = scores_of(lm, "log_probability_increase", target)
-    tokens = encode_prompts(lm.card, prompts_for(lm)[:1])[0]
+def input_of(path):
+    return lambda layer, seen: seen[layer.get_submodule(path)][0]
+
+
+def input_plus(path):
+    return lambda layer, seen: seen[layer][0] + seen[layer.get_submodule(path)][1]
+
+
+# What the feed-forward's output is added to, written out for each family: layer input plus attention output.
+JOINED = {
+    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "phi3"], input_of("post_attention_layernorm")),
+    **dict.fromkeys(["gemma2", "gemma3", "gemma3_text"], input_of("pre_feedforward_layernorm")),
+    "olmo2": input_plus("post_attention_layernorm"),
+    "gpt2": input_of("ln_2"),
+    "gpt_neox": input_plus("attention.dense"),  # attention and feed-forward side by side
+    "opt": input_of("final_layer_norm"),
+    **dict.fromkeys(["bert", "roberta"], input_of("intermediate")),
+    "distilbert": input_of("ffn"),
+    "modernbert": input_of("mlp_norm"),
+}
+SUM_NORMS = {"bert": "output.LayerNorm", "roberta": "output.LayerNorm", "distilbert": "output_layer_norm"}
+
+
+def whole_pass_values(lm, prompt):
+    """Input and output of every module at the probed token, in a plain pass of one prompt."""
+    tokens = encode_prompts(lm.card, [prompt])[0]
     position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
-    acts, outputs = [], []
+    seen = {}
 
     def record(module, args, output):
-        acts.append(args[0])
-        outputs.append(output)
+        values = [one[0] if isinstance(one, tuple) else one for one in (args or (None,), output)]
+        if all(isinstance(one, torch.Tensor) and one.is_floating_point() for one in values):
+            seen[module] = [one.reshape(-1, one.shape[-1])[position] for one in values if one.numel() >= len(tokens)]
 
-    handles = [lm.down(layer).register_forward_hook(record) for layer in range(lm.n_layers)]
+    handles = [module.register_forward_hook(record) for layer in lm.layers for module in layer.modules()]
     with torch.no_grad():
-        streams = lm.model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states
-        for handle in handles:
-            handle.remove()
-        for layer, neuron in SOME:
-            h_H = streams[layer][0, position]
-            weight = lm.down(layer).weight
-            v_H = weight[neuron] if family == "gpt2" else weight[:, neuron]
-            added_H = acts[layer][0, position, neuron] * v_H
-            if family == "gemma2":
-                output_H = outputs[layer][0, position]
-                added_H = added_H * lm.layers[layer].post_feedforward_layernorm(output_H) / output_H
-            after, before = (target_of(lm, HEADS[family](lm, x), 0, target) for x in (h_H + added_H, h_H))
-            # RMSNorm rounds to float32, so a rounding of the sum may move one of its steps.
-            assert scores[0, layer, neuron] == pytest.approx(float(after - before), rel=1e-5, abs=1e-9)
+        lm.model(input_ids=torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("family", JOINED)
+def test_log_probability_increase_adds_one_neurons_vector_to_what_its_layers_output_joins(family):
+    lm, target = tiny_model(family), "log_probability"
+    scores = scores_of(lm, "log_probability_increase", target)
+    assert np.abs(scores[0]).max() > 1e-4
+    seen = whole_pass_values(lm, prompts_for(lm)[0])
+    for layer, neuron in SOME:
+        module = lm.layers[layer]
+        act_N, output_H = seen[lm.down(layer)]
+        weight = lm.down(layer).weight
+        added_H = act_N[neuron] * (weight[neuron] if family == "gpt2" else weight[:, neuron])
+        if lm.arch.post_norm:
+            added_H = added_H * seen[module.get_submodule(lm.arch.post_norm)][1] / output_H
+        h_H = JOINED[family](module, seen)
+        norm = module.get_submodule(SUM_NORMS[family]) if family in SUM_NORMS else lambda x: x
+        with torch.no_grad():
+            after, before = (target_of(lm, unembed(lm, norm(x)[None])[0], 0, target) for x in (h_H + added_H, h_H))
+        # RMSNorm rounds to float32, so a rounding of the sum may move one of its steps.
+        assert scores[0, layer, neuron] == pytest.approx(float(after - before), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_log_probability_increase_takes_every_target(target):
+    lm = tiny_model("gpt2")
+    scores = scores_of(lm, "log_probability_increase", target)
+    seen = whole_pass_values(lm, prompts_for(lm)[0])
+    h_H, act_N = seen[lm.layers[1].ln_2][0], seen[lm.down(1)][0]
+    with torch.no_grad():
+        x_2H = torch.stack([h_H, h_H + act_N[5] * lm.down(1).weight[5]])
+        before, after = (target_of(lm, logits_V, 0, target) for logits_V in unembed(lm, x_2H))
+    assert scores[0, 1, 5] == pytest.approx(float(after - before), rel=1e-8)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_stream_joined_by_all_its_layer_writes_is_what_leaves_the_layer(family):
+    lm = tiny_model(family)
+    tokens = encode_prompts(lm.card, prompts_for(lm)[:1])[0]
+    (batch,) = probed_batches(lm, [tokens], batch_size=1)
+    seen = whole_pass_values(lm, prompts_for(lm)[0])
+    with torch.no_grad():
+        of_layers = streams(batch, tokens)
+        for layer, stream in enumerate(of_layers):
+            act_N, output_H = seen[lm.down(layer)]
+            torch.testing.assert_close(stream.acts_N, act_N, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(stream.join(output_H[None])[0], seen[lm.layers[layer]][1], rtol=1e-5, atol=1e-7)
+            assert not torch.allclose(stream.joined_H, seen[lm.layers[layer]][0])  # attention has written too
+    assert not any(module._forward_hooks for module in lm.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [("opt", {"do_layer_norm_before": False}), ("gpt_neox", {"use_parallel_residual": False})]
+)
+def test_variants_of_a_family_have_their_own_streams(family, change):
+    lm = tiny_model(family, **change)
+    tokens = encode_prompts(lm.card, prompts_for(lm)[:1])[0]
+    (batch,) = probed_batches(lm, [tokens], batch_size=1)
+    seen = whole_pass_values(lm, prompts_for(lm)[0])
+    with torch.no_grad():
+        for layer, stream in enumerate(streams(batch, tokens)):
+            output_H = seen[lm.down(layer)][1]
+            torch.testing.assert_close(stream.join(output_H[None])[0], seen[lm.layers[layer]][1])
+            assert (stream.norm is not None) == (family == "opt")
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -206,7 +206,9 @@ def test_a_neuron_that_writes_nothing_changes_nothing_in_any_pass(family, method
     lm, silent = silenced(family, dtype, (0, 3), (2, 7)), [(0, 3), (2, 7)]
     monkeypatch.setattr(virtual_tokens, "_LOGIT_BYTES", 4 * 400 * 5)  # the head takes 5 rows at once
     for rows in (None, 1, 7):
-        result = sweep(lm, prompts_for(lm)[:2], " A", neurons=[*silent, (1, 1)], shifts=FEW, method=method, max_rows=rows)
+        result = sweep(
+            lm, prompts_for(lm)[:2], " A", neurons=[*silent, (1, 1)], shifts=FEW, method=method, max_rows=rows
+        )
         assert (result.changes_PKS[:, :2] == 0).all() and (result.changes_PKS[:, 2] != 0).all()
         assert np.array_equal(result.probs_PKS[:, 0], np.broadcast_to(result.base_probs_P[:, None], (2, len(FEW))))
     scores_PK = estimate(lm, prompts_for(lm)[:2], [" A"], estimator="ablation", neurons=[*silent, (1, 1)])

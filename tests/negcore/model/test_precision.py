@@ -41,9 +41,11 @@ def test_whatever_takes_differences_of_predictions_computes_in_float32(family, d
         lambda lm: estimate(lm, prompts, [" A"], estimator="ablation", neurons=2),
         lambda lm: estimate(lm, prompts, [" A"], estimator="log_probability_increase", neurons=2),
         lambda lm: intervene(lm, prompts, " A", sets=sets, shifts=[1.0], negs_PLN=ones).probs_PDM,
-        lambda lm: shift_sets(
-            lm, prompts, LABELS[:2], gold_P=[0, 1], gold_negs_PK=[[1, 2], [2, 1]], sets=skills, shifts=[1.0]
-        ).probs_PMO,
+        lambda lm: (
+            shift_sets(
+                lm, prompts, LABELS[:2], gold_P=[0, 1], gold_negs_PK=[[1, 2], [2, 1]], sets=skills, shifts=[1.0]
+            ).probs_PMO
+        ),
     ]
     for measure in measures:
         assert np.array_equal(measure(half), measure(wide))
