@@ -144,10 +144,16 @@ def _loss_as_error(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reporting_to(url: str, auth: str) -> Iterator[None]:
-    """Set the API for this thread, the threads that Prefect starts, and child processes."""
-    variables = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth}
+    """Set the API for this thread, the threads that Prefect starts, and child processes; no proxy is asked for it."""
+    variables = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth, **_past_proxies("127.0.0.1")}
     with environment(variables), temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: auth}):
         yield
+
+
+def _past_proxies(host: str) -> dict[str, str]:
+    """Return the variables that keep a host from being asked through a proxy, beside the hosts that they name now."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, [named, host])))
 
 
 class _PrivateServer:
