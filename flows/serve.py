@@ -70,7 +70,7 @@ def _deployment(run: RunFile, flow_name: str, name: str, cron: str | None) -> "R
 def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
     """Register deployments with the configured Prefect server and start their runs, one at a time, until interrupted.
 
-    A first SIGINT or SIGTERM cancels the run under way and pauses the schedules; a second one does not wait for that.
+    A first SIGINT, SIGTERM or SIGHUP cancels the run under way and pauses the schedules; a second one does not wait.
 
     Raises
     ------
@@ -107,7 +107,9 @@ async def _serve(served: "Sequence[RunnerDeployment]") -> None:
         else:
             serving.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:  # under nohup
+            continue
         asyncio.get_running_loop().add_signal_handler(number, lambda: asyncio.create_task(stop()))
     await serving
 

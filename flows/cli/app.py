@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
 
+from flows.cli.machine import check_machine
 from flows.cli.terminal import carry_out, console, errors, quiet_libraries, reading, show
 from flows.cli.terminal import repair as repair_shards
 from negcore import __version__
@@ -163,6 +164,7 @@ def serve(
     quiet_libraries()
     from flows.serve import deployments, serve_runs
 
+    check_machine()
     serve_runs(deployments(run_files, flow, cron=cron, name=name))
 
 

@@ -3,13 +3,14 @@
 import os
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flows.cli.machine import check_machine
 from tasks.config.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def carry_out(
     prefect_flow : callable, optional
         The flow to carry it out as, under the Prefect server that is configured or private. By default without one.
     """
+    check_machine()
     from prefect.exceptions import CancelledRun
 
     from flows.flow_run import IncompleteRun
@@ -71,7 +73,7 @@ def carry_out(
     from tasks.server import prefect_api
     from tasks.steps import PlainSteps
 
-    signal.signal(signal.SIGTERM, _terminated)
+    stop_on_signals()
     console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
         # Claimed before anything is started: a private server would get in the way of another driver's.
@@ -90,7 +92,8 @@ def carry_out(
         return results
     except (KeyboardInterrupt, CancelledRun) as end:
         what = "cancelled" if isinstance(end, CancelledRun) else "stopped"
-        errors.print(f"{what}; finished shards are kept, and the same command goes on from them")
+        with suppress(OSError):  # the terminal may be gone
+            errors.print(f"{what}; finished shards are kept, and the same command goes on from them")
         raise typer.Exit(130) from None
 
 
@@ -121,6 +124,16 @@ def show(results: "RunResults") -> None:
 def reading() -> AbstractContextManager[object]:
     """Show that tokenizers and datasets are being read."""
     return console.status("reading tokenizers and datasets") if console.is_terminal else nullcontext()
+
+
+def stop_on_signals() -> None:
+    """Have a request to end, and the loss of the terminal, end a run like Ctrl-C, so that nothing of it stays behind.
+
+    Where the loss of the terminal is ignored (nohup), it stays so.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _terminated)
 
 
 def _terminated(signum: int, frame: Any) -> None:

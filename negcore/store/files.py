@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from negcore.errors import RunError
+from negcore.errors import NegError, RunError
 from negcore.store import buckets
 
 _BUCKET = re.compile(r"s3://[^/*?\[\]]+(/[^*?\[\]]*)?")
@@ -59,10 +59,21 @@ def is_remote(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """Return the folder for copies on this machine: `$NEG_CACHE`, else `$XDG_CACHE_HOME/neg`, else `~/.cache/neg`."""
-    if "NEG_CACHE" in os.environ:
-        return Path(os.environ["NEG_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neg"
+    """Return the folder for copies on this machine: `$NEG_CACHE`, else `$XDG_CACHE_HOME/neg`, else `~/.cache/neg`.
+
+    Raises
+    ------
+    NegError
+        If neither variable is set and the user has no home directory.
+    """
+    if own := os.environ.get("NEG_CACHE"):
+        return Path(own)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "neg"
+    try:
+        return Path.home() / ".cache" / "neg"
+    except RuntimeError:
+        raise NegError("there is no home directory for the cache: set HOME, or NEG_CACHE to a folder for it") from None
 
 
 def local_directory(path: Path) -> Path:
