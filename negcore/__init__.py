@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from negcore.errors import NegError
     from negcore.measure.estimators import ESTIMATORS, estimate
     from negcore.measure.interventions import intervene
+    from negcore.measure.loading import as_language_model, load_model
+    from negcore.measure.model_check import check_model
     from negcore.measure.neurgrad import NeurGradBatch, neurgrad
     from negcore.measure.sweeps import SweepResult, sweep
-    from negcore.model.language_model import LanguageModel, ModelCard, as_language_model, describe_model, load_model
+    from negcore.model.language_model import LanguageModel, ModelCard, describe_model
     from negcore.probing.rankings import rank
     from negcore.probing.saved_probes import load_probe
     from negcore.store.reader import Negs, open_negs
@@ -38,6 +40,7 @@ __all__ = [
     "PromptSettings",
     "SweepResult",
     "as_language_model",
+    "check_model",
     "describe_model",
     "estimate",
     "intervene",
@@ -58,9 +61,11 @@ _HOMES = {
         "errors": ("NegError",),
         "measure.estimators": ("ESTIMATORS", "estimate"),
         "measure.interventions": ("intervene",),
+        "measure.loading": ("as_language_model", "load_model"),
+        "measure.model_check": ("check_model",),
         "measure.neurgrad": ("NeurGradBatch", "neurgrad"),
         "measure.sweeps": ("SweepResult", "sweep"),
-        "model.language_model": ("LanguageModel", "ModelCard", "as_language_model", "describe_model", "load_model"),
+        "model.language_model": ("LanguageModel", "ModelCard", "describe_model"),
         "probing.rankings": ("rank",),
         "probing.saved_probes": ("load_probe",),
         "store.reader": ("Negs", "open_negs"),

@@ -14,7 +14,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from negcore.model.language_model import LanguageModel, as_language_model
+from negcore.measure.loading import as_language_model
+from negcore.model.language_model import LanguageModel
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement

@@ -6,9 +6,10 @@ import torch
 
 from negcore.datasets import PromptSettings, load_dataset
 from negcore.errors import ModelError
+from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
-from negcore.model.language_model import describe_model, load_model
+from negcore.model.language_model import describe_model
 
 FACTS = {
     "The capital of France is": " Paris",

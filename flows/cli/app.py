@@ -214,8 +214,9 @@ def benchmark(
     from flows.show.linearity_tables import benchmark_table
     from negcore.datasets import PromptSettings, load_dataset
     from negcore.measure.benchmark import benchmark as compare
+    from negcore.measure.loading import load_model
     from negcore.model.encoding import encode_prompts
-    from negcore.model.language_model import describe_model, load_model
+    from negcore.model.language_model import describe_model
 
     card = describe_model(model)
     with reading():

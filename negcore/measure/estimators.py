@@ -113,7 +113,8 @@ def estimate(
     PromptError, LabelError
         As for `neurgrad`; LabelError too if the answers do not fit, or "logit_difference" is asked of one label.
     NegError
-        If the estimator or target is unknown, or a neuron does not exist.
+        If the estimator or target is unknown, or a neuron does not exist; ModelError if it needs gradients and the
+        model's failed its check at load.
     """
     if estimator not in ESTIMATORS:
         raise NegError(f"estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
@@ -322,6 +323,7 @@ def _gradients(
 
     `prompts` names the prompt of each row.
     """
+    batch.lm.require("neurgrad")
     with torch.enable_grad():
         logits_BV, activations_BLN = batch.predict(shifts)
         log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))

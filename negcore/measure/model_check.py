@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from negcore.errors import first_line
+from negcore.errors import NegError, first_line
 from negcore.measure.forward import (
     CausalBatch,
     MaskedBatch,
@@ -31,26 +31,8 @@ from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import label_gradients
 from negcore.measure.virtual_tokens import HookedPrompt, Shifts, VirtualPrompt
 from negcore.model.attention import ATTENTION_NAME
-from negcore.model.check import COMPARED, Compared, Comparison, ModelCheck
+from negcore.model.check import COMPARED, TOLERANCES, Compared, Comparison, ModelCheck
 from negcore.model.language_model import LanguageModel
-
-TOLERANCES: MappingProxyType[str, Mapping[Compared, float]] = MappingProxyType(
-    {
-        dtype: MappingProxyType(
-            {"logits": logits, "neurgrad": shifted, "batch": logits, "prefix": logits, "virtual": shifted}
-        )
-        for dtype, logits, shifted in (
-            ("float64", 1e-5, 1e-4),
-            ("float32", 1e-4, 1e-3),
-            ("float16", 0.02, 0.1),
-            ("bfloat16", 0.1, 0.5),
-        )
-    }
-)
-"""Largest relative difference between two ways to the same numbers, by number type.
-
-The reference attention of transformers rounds to float32 in float64 models, and many models' norms do so too.
-"""
 
 _TOKENS = 12
 # Longest prompt that is made in order to reach beyond a sliding window, and by how much it does.
@@ -181,10 +163,14 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # an unknown model can fail in any way, and that is what is asked here
-        return Comparison(name, tolerance, note=f"{first_line(error):.200}")
+        return Comparison(name, tolerance, note=f"{_reason(error):.200}")
     if not np.isfinite(difference):
         return Comparison(name, tolerance, note="numbers that are not finite")
     return Comparison(name, tolerance, difference)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, NegError) else first_line(error)
 
 
 def _logits_differ(trial: _Trial) -> float:
@@ -199,9 +185,10 @@ def _neurgrad_differs(trial: _Trial) -> float:
     """Compare gradients and activations layer by layer."""
     fast, plain = label_gradients(trial.alone, trial.plain.label_ids_O[None]), trial.plain.gradients
     by_layer_LON = torch.stack([grad_OBN[:, 0] for grad_OBN in fast.grads_LOBN])
+    plain_LON = plain.grads_OLN.transpose(0, 1)
     return max(
-        _difference(by_layer_LON, plain.grads_OLN.transpose(0, 1)),
-        _difference(fast.activations_BLN[0], plain.activations_LN),
+        _difference(by_layer_LON - plain_LON, plain_LON),
+        _difference(fast.activations_BLN[0] - plain.activations_LN, plain.activations_LN),
     )
 
 
@@ -222,7 +209,8 @@ def _virtual_differs(trial: _Trial) -> float:
     hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
     shifts = _telling_shifts(trial.plain.gradients)
     hooked_RO, unshifted_RO = hooked.measure(shifts)
-    return _difference(virtual.measure(shifts).shifted_RO, hooked_RO, scale=hooked_RO - unshifted_RO)
+    virtual_RO = virtual.measure(shifts).shifted_RO
+    return _difference((virtual_RO - hooked_RO)[None], (hooked_RO - unshifted_RO)[None])
 
 
 def _telling_shifts(plain: _Gradients) -> Shifts:
@@ -253,22 +241,19 @@ _DIFFERENCES: Mapping[Compared, Callable[[_Trial], float]] = MappingProxyType(
 )
 
 
-def _difference(one: Tensor, other: Tensor, scale: Tensor | None = None) -> float:
-    """Return the largest difference of two tensors' first-axis entries, relative to the norm of the second or `scale`.
+def _difference(errors: Tensor, scale: Tensor) -> float:
+    """Return the largest norm of the first-axis entries of some errors, relative to those of a scale.
 
     An entry that is next to nothing beside the largest is measured by a thousandth of that one's norm.
     """
-    norms, errors = (
-        tensor.double().flatten(1).norm(dim=1).cpu() for tensor in (other if scale is None else scale, one - other)
-    )
-    floor = norms.max().clamp(min=1e-30) * 1e-3
-    return float((errors / norms.clamp(min=floor)).max())
+    errors, scale = (tensor.double().flatten(1).norm(dim=1).cpu() for tensor in (errors, scale))
+    return float((errors / scale.clamp(min=scale.max().clamp(min=1e-30) * 1e-3)).max())
 
 
 def _logit_difference(one_BC: Tensor, other_BC: Tensor) -> float:
     """Compare logits but for a constant, which changes no probability."""
-    centred = [logits.double() - logits.double().mean(1, keepdim=True) for logits in (one_BC, other_BC)]
-    return _difference(*centred)
+    one_BC, other_BC = (logits.double() - logits.double().mean(1, keepdim=True) for logits in (one_BC, other_BC))
+    return _difference(one_BC - other_BC, other_BC)
 
 
 def _telling_labels(logits_C: Tensor) -> Tensor:

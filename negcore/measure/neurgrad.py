@@ -92,6 +92,8 @@ def neurgrad(
         If a prompt is empty or too long, or a masked model's prompt does not hold exactly one mask.
     LabelError
         If a label is not exactly one token, or two labels of a prompt are the same token.
+    ModelError
+        If the model's gradients failed its check at load.
     RuntimeError
         If memory does not suffice for a single prompt (for CUDA, `torch.OutOfMemoryError`).
 
@@ -137,7 +139,14 @@ class LabelGradients(NamedTuple):
 
 
 def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
-    """Differentiate the probability of every label by every neuron at the probed token, in one backward pass."""
+    """Differentiate the probability of every label by every neuron at the probed token, in one backward pass.
+
+    Raises
+    ------
+    ModelError
+        If the model's gradients failed its check at load.
+    """
+    batch.lm.require("neurgrad")
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows)
     with torch.enable_grad():

@@ -188,7 +188,7 @@ def shifted_prompts(
     ----------
     prompts : EncodedPrompts
     method : {"auto", "virtual", "hooks"}
-        `auto` uses virtual tokens where the model is causal.
+        `auto` uses virtual tokens where the model is causal and they passed its check at load.
     max_rows : int, optional
         Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out.
 
@@ -200,14 +200,16 @@ def shifted_prompts(
     Raises
     ------
     ModelError
-        If the method is unknown, or virtual tokens are asked of a masked model.
+        If the method is unknown, or virtual tokens are asked of a masked model or of one whose check they failed.
     """
     if method not in ("auto", "virtual", "hooks"):
         raise ModelError(f"method {method!r} is not known; choose one of auto, virtual, hooks")
     if method == "virtual" and lm.arch.masked:
         raise ModelError(f"method 'virtual' needs a causal model and {lm.card.name} is masked; choose auto or hooks")
+    if method == "virtual":
+        lm.require("virtual")
     limit = BatchLimit("shifted rows")
-    if method == "hooks" or lm.arch.masked:
+    if method == "hooks" or lm.arch.masked or not lm.allows("virtual"):
         for index, (tokens, label_ids_O) in enumerate(zip(prompts.ids, prompts.label_ids_PO, strict=True)):
             yield index, HookedPrompt(lm, tokens, label_ids_O, max_rows, limit)
         return

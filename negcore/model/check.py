@@ -1,12 +1,14 @@
 """Result of the check that every model passes before it is measured: one row a comparison of two ways to one number."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from negcore.errors import ModelError
 
 Compared = Literal["logits", "neurgrad", "batch", "prefix", "virtual"]
+Verdict = Literal["passed", "failed", "not applicable"]
 
 COMPARED: MappingProxyType[Compared, str] = MappingProxyType(
     {
@@ -17,11 +19,31 @@ COMPARED: MappingProxyType[Compared, str] = MappingProxyType(
         "virtual": "virtual sweep against hooks",
     }
 )
-"""Title of every comparison; the first three decide whether a model is measured at all, the others have a slower twin
-that stands in for them."""
+"""Title of every comparison."""
 
-REPLACEABLE: tuple[Compared, ...] = ("prefix", "virtual")
-"""Paths that a slower one stands in for where they fail."""
+_INSTEAD: MappingProxyType[Compared, str] = MappingProxyType(
+    {"prefix": "every prompt runs from its first token", "virtual": "single neurons are shifted by hooks, more slowly"}
+)
+"""What is done in place of a path that failed and can be done without."""
+
+TOLERANCES: MappingProxyType[str, Mapping[Compared, float]] = MappingProxyType(
+    {
+        dtype: MappingProxyType(
+            {"logits": logits, "neurgrad": shifted, "batch": logits, "prefix": logits, "virtual": shifted}
+        )
+        for dtype, logits, shifted in (
+            ("float64", 1e-5, 1e-4),
+            ("float32", 1e-4, 1e-3),
+            ("float16", 0.03, 0.1),
+            ("bfloat16", 0.2, 0.5),
+        )
+    }
+)
+"""Largest relative difference that rounding makes, by number type: ten times what right models show, or three times in
+half types, where only coarse faults can be told from rounding.
+
+The float64 ones are wide because the reference attention of transformers, and many models' norms, round to float32.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +52,7 @@ class Comparison:
 
     name: Compared
     tolerance: float
-    """Largest difference that rounding of the model's number type makes."""
+    """Largest difference that passes."""
     difference: float | None = None
     """Relative difference of the two ways; None where they were not compared."""
     note: str = ""
@@ -44,7 +66,8 @@ class Comparison:
         return not self.applies or (self.difference is not None and self.difference <= self.tolerance)
 
     @property
-    def verdict(self) -> Literal["passed", "failed", "not applicable"]:
+    def verdict(self) -> Verdict:
+        """What came out, in a word."""
         if not self.applies:
             return "not applicable"
         return "passed" if self.passed else "failed"
@@ -79,14 +102,46 @@ class ModelCheck:
         """True where every path of the model can be used."""
         return not self.failed
 
-    def require(self, model: str) -> None:
-        """Refuse a model for whose failed paths nothing stands in.
+    @property
+    def replaced(self) -> list[str]:
+        """One line for every path that failed and is done without."""
+        return [f"{one}; {_INSTEAD[one.name]}" for one in self.failed if one.name in _INSTEAD]
+
+    def require(self, model: str, names: Sequence[Compared]) -> None:
+        """Refuse a model whose path failed.
 
         Raises
         ------
         ModelError
-            If one of `logits`, `neurgrad` and `batch` failed; the message names the first.
+            If one of the comparisons of these names failed; the message tells by how much.
         """
         for one in self.failed:
-            if one.name not in REPLACEABLE:
-                raise ModelError(f"model {model!r} cannot be measured rightly, the check at load found: {one}")
+            if one.name in names:
+                raise ModelError(
+                    f"model {model!r} would be measured wrongly: the check at load found {one}{_hint(one)}"
+                )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a shard says of the check: verdicts and tolerances, which do not vary from worker to worker."""
+        return {one.name: {"tolerance": one.tolerance, "verdict": one.verdict} for one in self.comparisons}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> "ModelCheck":
+        """Return what `as_json` made JSON of.
+
+        Raises
+        ------
+        TypeError, KeyError
+            If the values are something else.
+        """
+        return cls(tuple(Comparison(**one) for one in values["comparisons"]), tuple(values["notes"]))
+
+
+def _hint(one: Comparison) -> str:
+    is_half = one.tolerance > TOLERANCES["float32"][one.name]
+    return "; in half types rounding alone can do that: load it as float32" if is_half else ""

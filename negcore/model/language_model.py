@@ -27,6 +27,7 @@ from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
 from negcore.model.attention import ATTENTION_NAME, register_attention
+from negcore.model.check import Compared, ModelCheck
 from negcore.model.model_files import (
     HARMLESS,
     check_directory,
@@ -150,6 +151,8 @@ class LanguageModel:
     """Model of transformers, frozen and in evaluation mode."""
     card: ModelCard
     site: Site
+    check: ModelCheck | None = None
+    """What the check at load found; None only while it is being made."""
 
     def __repr__(self) -> str:
         family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.layer_width} neurons"
@@ -196,6 +199,21 @@ class LanguageModel:
         layers = self.model.get_submodule(self.arch.layers)
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+    def allows(self, name: Compared) -> bool:
+        """Tell whether a way to measure passed the check at load."""
+        return self.check is None or self.check[name].passed
+
+    def require(self, *names: Compared) -> None:
+        """Refuse a way to measure that failed the check at load.
+
+        Raises
+        ------
+        ModelError
+            If one of these comparisons failed.
+        """
+        if self.check is not None:
+            self.check.require(self.card.name, names)
 
     def down(self, layer: int) -> Any:
         """Return the down projection of a layer."""
@@ -248,21 +266,8 @@ def describe_model(ref: str) -> ModelCard:
     return _describe(name, name, _hub_commit(name, revision or None))
 
 
-def load_model(
-    ref: str | ModelCard, *, dtype: Dtype = "float32", device: str | None = None, site: SiteChoice = "paper"
-) -> LanguageModel:
-    """Load a model for measuring: frozen, in evaluation mode, with exact attention.
-
-    Parameters
-    ----------
-    ref : str or ModelCard
-        As for `describe_model`, or its result.
-    dtype : {"float32", "bfloat16", "float16", "float64"}
-        Type of weights and activations. Half types lose the sign of small gradients.
-    device : str, optional
-        A torch device; by default the first GPU if there is one, else the CPU.
-    site : {"paper", "up", "act", "gate"}
-        Vector whose coordinates are the neurons; `paper` is `up` in gated models and `act` in the others.
+def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: SiteChoice) -> LanguageModel:
+    """Load a model without its check: see `negcore.measure.loading.load_model`.
 
     Raises
     ------
@@ -287,22 +292,8 @@ def load_model(
     return LanguageModel(_prepared(model), card, resolved)
 
 
-def as_language_model(
-    model: Any, tokenizer: Any, *, name: str, revision: str = "memory", site: SiteChoice = "paper"
-) -> LanguageModel:
-    """Wrap a transformers model that is already in memory, such as one you trained or changed.
-
-    The model itself is changed: it is frozen, put in evaluation mode and given the attention of `negcore`.
-
-    Parameters
-    ----------
-    model : transformers model
-        Of a family in `negcore.model.architectures`.
-    tokenizer : transformers tokenizer
-    name, revision : str
-        Recorded with every result. Give another revision to other weights of the same name.
-    site : {"paper", "up", "act", "gate"}
-        As for `load_model`.
+def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: SiteChoice) -> LanguageModel:
+    """Wrap a model without its check: see `negcore.measure.loading.as_language_model`.
 
     Raises
     ------

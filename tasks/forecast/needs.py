@@ -16,8 +16,9 @@ import transformers
 
 from negcore.errors import RunError
 from negcore.measure.forward import TOKEN_BUDGET, common_prefix_length
+from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.language_model import DTYPES, ModelCard, load_model
+from negcore.model.language_model import DTYPES, ModelCard
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile

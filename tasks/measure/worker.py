@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from negcore.measure.loading import load_model
 from negcore.model.architectures import Dtype, SiteChoice
-from negcore.model.language_model import ModelCard, load_model
+from negcore.model.language_model import ModelCard
 from negcore.store.publish import Receipt
 from negcore.store.study import write_seconds
 from tasks.config.run_file import RunFile

@@ -17,8 +17,8 @@ from flows.linearity import run_linearity
 from negcore.errors import DatasetError, NegError
 from negcore.measure.estimators import ESTIMATORS, estimate
 from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.loading import load_model
 from negcore.measure.sweeps import sweep
-from negcore.model.language_model import load_model
 from tasks.config.linearity_run import EstimatorName, LinearityRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file

@@ -9,8 +9,8 @@ from support import save_tiny_model, write_questions
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from negcore.errors import DatasetError, LabelError, NegError, ShardError
+from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.language_model import load_model
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file

@@ -18,7 +18,8 @@ from support import tiny_tokenizer
 from negcore.datasets import PromptSettings, load_dataset, load_facts
 from negcore.errors import NegError
 from negcore.hub import commit_of, file_of
-from negcore.model.language_model import describe_model, load_model
+from negcore.measure.loading import load_model
+from negcore.model.language_model import describe_model
 
 logging.basicConfig(format="%(name)s: %(message)s")
 LOADERS = {

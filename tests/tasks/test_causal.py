@@ -11,8 +11,8 @@ from support import save_tiny_model, write_negs
 
 from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
 from negcore.errors import ShardError
+from negcore.measure.loading import load_model
 from negcore.measure.votes import Ranking
-from negcore.model.language_model import load_model
 from negcore.probing.rankings import Vote, rank_layers
 from negcore.store.publish import SetAside
 from negcore.store.reader import open_negs

@@ -10,6 +10,7 @@ from negcore.errors import LabelError, ModelError, NegError
 from negcore.measure import interventions, virtual_tokens
 from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import (
     DEFAULT_SHIFTS,
@@ -21,7 +22,6 @@ from negcore.measure.sweeps import (
     sweep,
 )
 from negcore.model.encoding import encode, encode_prompts
-from negcore.model.language_model import as_language_model
 
 FEW = [-2.0, -0.2, 0.2, 2.0]
 # Of different lengths, with and without a common beginning, one of them a single token.

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from support import CONFIGS, save_tiny_model, tiny_model, tiny_tokenizer
 
 from negcore.errors import ModelError
-from negcore.model.language_model import describe_model, load_model
+from negcore.measure.loading import load_model
+from negcore.model.language_model import describe_model
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
 

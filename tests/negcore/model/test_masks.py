@@ -6,10 +6,10 @@ from support import CAUSAL, CONFIGS, LABELS, PROMPTS, tiny_config, tiny_tokenize
 from transformers.masking_utils import chunked_causal_mask_function
 
 from negcore.errors import ModelError
+from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
 from negcore.model.encoding import encode
-from negcore.model.language_model import as_language_model
 from negcore.model.masks import Layout, laid_out, mask_by_position
 
 OPTIONS = LABELS[:3]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from support import save_tiny_model, tiny_tokenizer
 
 from negcore.errors import ModelError
-from negcore.model.language_model import describe_model, load_model
+from negcore.measure.loading import load_model
+from negcore.model.language_model import describe_model
 from negcore.model.model_files import HARMLESS, reading, unused_gguf_weights
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"

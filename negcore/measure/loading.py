@@ -1,0 +1,75 @@
+"""Load models for measuring. Every model is checked on the way, known or not, and knows what its check found."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from negcore.measure.model_check import check_model
+from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    ref: str | ModelCard, *, dtype: Dtype = "float32", device: str | None = None, site: SiteChoice = "paper"
+) -> LanguageModel:
+    """Load a model for measuring, frozen, in evaluation mode and with exact attention, and check it on one prompt.
+
+    Parameters
+    ----------
+    ref : str or ModelCard
+        As for `describe_model`, or its result.
+    dtype : {"float32", "bfloat16", "float16", "float64"}
+        Type of weights and activations. Half types lose the sign of small gradients.
+    device : str, optional
+        A torch device; by default the first GPU if there is one, else the CPU.
+    site : {"paper", "up", "act", "gate"}
+        Vector whose coordinates are the neurons; `paper` is `up` in gated models and `act` in the others.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found or loaded, has no such site, or fails the check: see `check_model`.
+    """
+    return checked(read_model(ref, dtype=dtype, device=device, site=site))
+
+
+def as_language_model(
+    model: Any, tokenizer: Any, *, name: str, revision: str = "memory", site: SiteChoice = "paper"
+) -> LanguageModel:
+    """Wrap a transformers model that is already in memory, such as one you trained or changed, and check it.
+
+    The model itself is changed: it is frozen, put in evaluation mode and given the attention of `negcore`.
+
+    Parameters
+    ----------
+    model : transformers model
+        Of a family in `negcore.model.architectures`.
+    tokenizer : transformers tokenizer
+    name, revision : str
+        Recorded with every result. Give another revision to other weights of the same name.
+    site : {"paper", "up", "act", "gate"}
+        As for `load_model`.
+
+    Raises
+    ------
+    ModelError
+        If its architecture is not in the table or has no such site, or it fails the check: see `check_model`.
+    """
+    return checked(wrap_model(model, tokenizer, name=name, revision=revision, site=site))
+
+
+def checked(lm: LanguageModel) -> LanguageModel:
+    """Return a model with what its check found.
+
+    Raises
+    ------
+    ModelError
+        If its logits are not those of the untouched model, or its prompts change each other: then no number is right.
+    """
+    check = check_model(lm)
+    check.require(lm.card.name, ("logits", "batch"))
+    for line in check.replaced:
+        logger.warning("model %s: %s", lm.card.name, line)
+    return replace(lm, check=check)
