@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from negcore.measure.loading import as_language_model
-from negcore.model.language_model import LanguageModel
+from negcore.measure.loading import checked
+from negcore.model.check import ModelCheck
+from negcore.model.language_model import LanguageModel, wrap_model
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
@@ -79,6 +81,9 @@ MASKED = ["bert", "roberta", "distilbert", "modernbert"]
 CAUSAL = [name for name in CONFIGS if name not in MASKED]
 
 
+_CHECKS: dict[Any, ModelCheck | None] = {}
+
+
 @cache
 def tiny_tokenizer() -> Any:
     """A byte-level BPE tokenizer in which " A" to " E" are one token each."""
@@ -125,7 +130,11 @@ def tiny_model(
     config = tiny_config(family, **changes)
     kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
     model = kind.from_config(config).to(dtype)
-    return as_language_model(model, tiny_tokenizer(), name=f"tiny-{family}", site=site)
+    lm = wrap_model(model, tiny_tokenizer(), name=f"tiny-{family}", revision="memory", site=site)
+    # The same weights every time: one check serves all tests.
+    if (family, dtype, site) not in _CHECKS:
+        _CHECKS[family, dtype, site] = checked(lm).check
+    return replace(lm, check=_CHECKS[family, dtype, site])
 
 
 def prompts_for(lm: LanguageModel) -> list[str]:

@@ -59,7 +59,9 @@ def check_model(lm: LanguageModel) -> ModelCheck:
         If memory does not suffice (for CUDA, `torch.OutOfMemoryError`).
     """
     trial = _Trial(lm)
-    return ModelCheck(tuple(_compare(trial, name) for name in COMPARED), tuple(_notes(trial)))
+    comparisons = tuple(_compare(trial, name) for name in COMPARED)
+    runs = comparisons[0].difference is not None
+    return ModelCheck(comparisons, tuple(_notes(trial)) if runs else ())
 
 
 class _Gradients(NamedTuple):

@@ -88,8 +88,6 @@ def test_a_rule_is_asked_about_positions_not_slots():
     ids=str,
 )
 def test_attention_that_looks_ahead_is_refused_in_one_line(family, change):
-    lm = as_language_model(untouched(family, change), tiny_tokenizer(), name="both-ways")
-    for measure in (lambda: neurgrad(lm, MIXED, OPTIONS), lambda: sweep(lm, MIXED, " A", neurons=1)):
-        with pytest.raises(ModelError, match="attention looks at later tokens too") as caught:
-            measure()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="attention looks at later tokens too") as caught:
+        as_language_model(untouched(family, change), tiny_tokenizer(), name="both-ways")
+    assert "\n" not in str(caught.value)
