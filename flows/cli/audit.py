@@ -14,7 +14,8 @@ from flows.show.audit_tables import audit_tables, check_audit_file, write_audit
 from flows.show.text import printable
 from negcore.datasets import PromptSettings
 from negcore.errors import NegError
-from negcore.model.language_model import describe_model, load_model
+from negcore.measure.loading import load_model
+from negcore.model.language_model import describe_model
 from tasks.audit import DatasetAudit, audit_dataset
 
 

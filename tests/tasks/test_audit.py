@@ -9,8 +9,9 @@ from support import save_tiny_model
 from negcore.datasets import PromptSettings, load_dataset
 from negcore.errors import NegError
 from negcore.measure.label_probs import label_probs
+from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.language_model import describe_model, load_model
+from negcore.model.language_model import describe_model
 from tasks.audit import audit_dataset
 
 
