@@ -33,6 +33,7 @@ from negcore.measure.virtual_tokens import HookedPrompt, Shifts, VirtualPrompt
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.check import COMPARED, TOLERANCES, Compared, Comparison, ModelCheck
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
 
 _TOKENS = 12
 # Longest prompt that is made in order to reach beyond a sliding window, and by how much it does.
@@ -128,24 +129,25 @@ class _Trial:
     @cached_property
     def alone(self) -> ProbedBatch:
         """The first prompt."""
-        return self._batch([0], 0)
+        return self.batch([0])
 
     @cached_property
     def alone_logits_BC(self) -> Tensor:
         """Of the prompts one by one."""
-        return torch.cat([self._logits(self.alone), self._logits(self._batch([1], 0))])
+        return torch.cat([self._logits(self.alone), self._logits(self.batch([1]))])
 
     @cached_property
     def together_logits_BC(self) -> Tensor:
         """Of both prompts side by side."""
-        return self._logits(self._batch([0, 1], 0))
+        return self._logits(self.batch([0, 1]))
 
     @cached_property
     def shared_logits_BC(self) -> Tensor:
         """Of both prompts after the tokens they share."""
-        return self._logits(self._batch([0, 1], self.n_prefix))
+        return self._logits(self.batch([0, 1], self.n_prefix))
 
-    def _batch(self, rows: Sequence[int], n_prefix: int) -> ProbedBatch:
+    def batch(self, rows: Sequence[int], n_prefix: int = 0) -> ProbedBatch:
+        """Run some of the prompts up to their probed tokens, with or without a cache of the tokens they share."""
         ids = [self.ids[row] for row in rows]
         if self.lm.arch.masked:
             return MaskedBatch(self.lm, rows, ids)
@@ -203,15 +205,15 @@ def _prefix_differs(trial: _Trial) -> float:
 
 
 def _virtual_differs(trial: _Trial) -> float:
-    """Compare the labels' log-probabilities under shifts, relative to what the shifts change."""
+    """Compare the labels' log-probabilities under shifts, relative to what the shifts change; as sweeps, in float32."""
     label_ids_O = trial.plain.label_ids_O.cpu().numpy()
-    limit = BatchLimit("shifted rows")
-    assert isinstance(trial.alone, CausalBatch)
-    virtual = VirtualPrompt(trial.alone, label_ids_O, None, limit)
-    hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
-    shifts = _telling_shifts(trial.plain.gradients)
-    hooked_RO, unshifted_RO = hooked.measure(shifts)
-    virtual_RO = virtual.measure(shifts).shifted_RO
+    limit, shifts = BatchLimit("shifted rows"), _telling_shifts(trial.plain.gradients)
+    with in_float32(trial.lm):
+        batch = trial.batch([0])
+        assert isinstance(batch, CausalBatch)
+        virtual_RO = VirtualPrompt(batch, label_ids_O, None, limit).measure(shifts).shifted_RO
+        hooked = HookedPrompt(trial.lm, trial.ids[0], label_ids_O, None, limit)
+        hooked_RO, unshifted_RO = hooked.measure(shifts)
     return _difference((virtual_RO - hooked_RO)[None], (hooked_RO - unshifted_RO)[None])
 
 

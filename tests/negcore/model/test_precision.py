@@ -8,8 +8,8 @@ from support import CONFIGS, LABELS, prompts_for, tiny_model, tiny_tokenizer
 from negcore.analysis.causal import SkillSet, shift_sets
 from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.loading import as_language_model
 from negcore.measure.sweeps import sweep
-from negcore.model.language_model import as_language_model
 from negcore.model.precision import in_float32
 
 FEW = [-2.0, -0.2, 0.2, 2.0]
