@@ -1,10 +1,6 @@
 import json
 import os
-import re
-import subprocess
-import sys
 from collections import Counter
-from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
 
@@ -12,11 +8,11 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-from support import REPOSITORY, SHARED, tiny_tokenizer
+from support import SHARED, tiny_tokenizer
 
 from negcore.datasets import SPLITS, PromptSettings, Wording, list_datasets, load_dataset, load_facts
 from negcore.datasets.mceval8k import SPECS, read_mceval8k
-from negcore.datasets.mini import MINI_ROWS, MINI_SPECS, read_mini
+from negcore.datasets.mini import MINI_SPECS, read_mini
 from negcore.datasets.splits import cut_splits
 from negcore.errors import DatasetError
 
@@ -346,26 +342,14 @@ def test_an_unknown_wording_and_an_unknown_field_are_refused():
 # Mini datasets
 
 
-@pytest.mark.parametrize("name", MINI_SPECS)
-def test_mini_datasets_are_balanced_and_disjoint(name):
-    rows = read_mini(name).rows
-    assert 150 <= sum(map(len, rows.values())) <= 240
-    contents = [row.content for split in SPLITS for row in rows[split]]
-    assert len(set(contents)) == len(contents)
-    for split in SPLITS:
-        sizes = Counter(row.answer for row in rows[split])
-        assert len(sizes) == MINI_SPECS[name].n_options and max(sizes.values()) - min(sizes.values()) <= 1
-        assert all(len(set(row.options)) == len(row.options) for row in rows[split])
-
-
-# Computed while the rows were still generated at every start, with Babel 2.18.0.
+# Runs rest on them: a change of rows or wordings must be meant.
 MINI_FINGERPRINTS = {
-    "mini/classification": "243630384d8e7c5ffcbac1a43b313721",
-    "mini/fact": "9ba513f81e79958707b9aa35bdd9650e",
-    "mini/linguistic": "a0284a674210fdc78ae0048b4acfc0b0",
-    "mini/multilingual": "2d7e4a549a363dcb1607b5e9f7917772",
-    "mini/nli": "ba37f3ce429a04a804d2d28086ed2b85",
-    "mini/self-reflection": "4b56ed6fd64a309a35f1ffca86a39fa0",
+    "mini/classification": "ff0a32480ed0858a43f6aaea65228fb1",
+    "mini/fact": "0d24cc57340da08798df8befaab99454",
+    "mini/linguistic": "87699e35398a50c453c979410d842512",
+    "mini/multilingual": "5df15e50ecef285c3437e8effbf67a85",
+    "mini/nli": "e914b592fbdb02128522cbc17d82b54e",
+    "mini/self-reflection": "0c50bebbc1159b5b7e95b240aa4075fb",
 }
 MINI_FACTS_FINGERPRINT = "47dbbd3fe4f709169627b7fcdde5e630"
 
@@ -375,23 +359,12 @@ def test_mini_datasets_never_change():
     assert load_facts("mini/facts", tiny_letters()).fingerprint == MINI_FACTS_FINGERPRINT
 
 
-def test_the_rows_that_ship_are_those_that_the_pinned_babel_generates_in_any_process(tmp_path):
-    (pinned,) = re.findall(r"^babel==(\S+)$", (REPOSITORY / "infra" / "constraints.txt").read_text(), re.MULTILINE)
-    if version("babel") != pinned:
-        pytest.skip(f"Babel {version('babel')} is installed and {pinned} is pinned")
-    command = [sys.executable, REPOSITORY / "tests" / "mini_generator.py", tmp_path]
-    subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, check=True)
-    generated = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert len(generated) == len(MINI_SPECS) + 1
-    assert generated == {path.name: path.read_bytes() for path in MINI_ROWS.glob("*.jsonl")}
-
-
 def test_mini_answers_are_right():
     rows = [row for split in read_mini("mini/fact").rows.values() for row in split]
     gold = {row.fields["text"]: row.options[row.answer] for row in rows}
-    assert gold["What is the currency of Japan?"] == "Japanese Yen"
-    assert gold["On which continent is Kenya?"] == "Africa"
-    assert gold["What is the official language of Hungary?"] == "Hungarian"
+    assert gold["What is the capital of Japan?"] == "Tokyo"
+    assert gold["In which part of the world is Kenya?"] == "Africa"
+    assert gold["In which part of the world is the Netherlands?"] == "Europe"
 
 
 # Files of one's own

@@ -37,12 +37,12 @@ DIGESTS = {
     "mceval8k/halueval": "10e60e00a3338538",
     "mceval8k/stereoset": "ff82debc2026faca",
     "mceval8k/toxicity": "0ba48cb2cdce16cf",
-    "mini/classification": "5f73a3484466de74",
-    "mini/fact": "87e17b54d2e2b6d6",
-    "mini/linguistic": "27327d80cea412bf",
-    "mini/multilingual": "db54e63fde703728",
-    "mini/nli": "c34599a02a79c7ee",
-    "mini/self-reflection": "8b8738a2a26aceca",
+    "mini/classification": "2632934dc4fcee9e",
+    "mini/fact": "dca3904e12c6ec19",
+    "mini/linguistic": "d67069c2897e95a1",
+    "mini/multilingual": "433fc19c4cf31027",
+    "mini/nli": "bcaad6bbceeff295",
+    "mini/self-reflection": "93631342d5451509",
 }
 
 
