@@ -1,10 +1,11 @@
 """Six small datasets, one for each genre of MCEval8K, and a set of facts, that need no download.
 
-Their specs are in `mini.toml`. Their rows ship in `mini_rows/`, so that a fingerprint never changes; the facts were made
-from the Unicode Common Locale Data Repository. They are for trying the software out, not for conclusions about models.
+Their specs are in `mini.toml`. Their rows ship in `mini_rows/`, so that a fingerprint never changes; the facts were
+made from the Unicode Common Locale Data Repository. They are for trying the software out, not for conclusions about
+models.
 
-Beside its content a row names its `split`, its `unit` and, where sentences are alike, its `template`. The rows of a unit
-are made of words that no other unit asks about, and stand in one split. Within a unit every answer is gold equally
+Beside its content a row names its `split`, its `unit` and, where sentences are alike, its `template`. The rows of a
+unit are made of words that no other unit asks about, and stand in one split. Within a unit every answer is gold equally
 often, together with every template, language, premise, note and so on: no part of a prompt alone tells the answer.
 """
 
