@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.casefold())
 
 
-def by_unit(rows: Iterable[Record]) -> dict[int, list[Record]]:
+def by_unit(rows: Iterable[Record]) -> dict[str, list[Record]]:
     units = defaultdict(list)
     for row in rows:
         units[row["unit"]].append(row)
@@ -284,6 +284,6 @@ def test_units_on_both_sides_are_found_because_memory_then_answers_wrongly():
 def test_options_that_stand_in_a_fixed_order_of_length_are_found():
     def longest_first(row: Record) -> Record:
         options = sorted(row["options"], key=len, reverse=True)
-        return {**row, "options": options, "label": 0 if row["unit"] % 4 else row["label"]}
+        return {**row, "options": options, "label": 0 if int(row["unit"]) % 4 else row["label"]}
 
     assert "nuisances" in found_in("mini/fact", longest_first)
