@@ -119,7 +119,9 @@ def test_every_level_keeps_the_probability_of_all_options_together(storage, neur
     values = numbers()
     digest = None if neurons is None else choice_digest(neurons)
     identity, rows = identity_with(storage=storage, neurons=digest), [Row(str(row)) for row in range(N_ROWS)]
-    publish_negs(tmp_path, negs_place(), 0, 1, identity=identity, examples=rows, neurons=neurons, **values)
+    publish_negs(
+        tmp_path, negs_place("m", "d", "test"), 0, 1, identity=identity, examples=rows, neurons=neurons, **values
+    )
     (split,) = open_negs(tmp_path)
     slow = [sum(float(prob) for prob in probs) for probs in values["probs_PO"]]
     assert split.label_mass_P.tolist() == pytest.approx(slow, abs=1e-15)
