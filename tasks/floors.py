@@ -45,10 +45,11 @@ class Floor(NamedTuple):
     accuracy: float
 
 
-def best_floor(row: Floored) -> Floor:
-    """Return the highest floor of a row; of equal ones the first in `FLOORS`."""
-    known = ((name, getattr(row, name)) for name in FLOORS)
-    return max((Floor(name, value) for name, value in known if value is not None), key=lambda floor: floor.accuracy)
+def best_floor(row: Floored, names: Sequence[str] = FLOORS) -> Floor | None:
+    """Return the highest of some floors of a row, of equal ones the first; None if none of them is known."""
+    known = ((name, getattr(row, name)) for name in names)
+    floors = [Floor(name, value) for name, value in known if value is not None]
+    return max(floors, key=lambda floor: floor.accuracy, default=None)
 
 
 class FloorAnswers:

@@ -224,10 +224,15 @@ def _accuracy_columns(probes: Sequence[str]) -> list[Column]:
 
 
 def floor_cell(row: Floored, names: Sequence[str] = FLOORS) -> Cell:
-    """Return floors in a line each, the best of all in bold; those that are unknown are a dash."""
-    best = best_floor(row).name
+    """Return floors in a line each, the best of them in bold; one that is unknown is a dash."""
+    best = best_floor(row, names)
     values = {name: getattr(row, name) for name in names}
-    return lines(*(Words("-" if v is None else share(v), "bold" if name == best else "") for name, v in values.items()))
+    return lines(
+        *(
+            Words("-" if v is None else share(v), "bold" if best and name == best.name else "")
+            for name, v in values.items()
+        )
+    )
 
 
 def mass_cell(row: Floored) -> Cell:
@@ -243,7 +248,8 @@ def beside(row: Floored) -> list[Cell]:
 
 def floor_mark(accuracy: Measured, floors: Floored) -> Words:
     """Return the mark of an accuracy whose interval reaches down to the best floor, or lies below it."""
-    return Words("" if accuracy.low > best_floor(floors).accuracy else "\n<= floor", "yellow")
+    best = best_floor(floors)
+    return Words("\n<= floor" if best and accuracy.low <= best.accuracy else "", "yellow")
 
 
 def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:

@@ -15,6 +15,7 @@ from support import neg, save_tiny_model
 
 from flows.campaign import count_campaign_steps, plan_campaign, run_campaign
 from flows.show.campaign_tables import campaign_tables
+from flows.show.text import share
 from negcore.errors import RunError
 from tasks.campaign import by_depth, gains
 from tasks.config.campaign_run import CampaignRun
@@ -429,6 +430,26 @@ def test_tables_fit_the_screen_and_have_every_model(results):
     assert "unheard-of" in text
 
 
+def test_floors_without_a_model_stand_once_and_those_of_models_for_each(results, whole_models):
+    tables = campaign_tables(results.comparison)
+    (table,) = [table for table in tables if table.key == "campaign-accuracy-zero-shot"]
+    rows = [["".join(piece.text for piece in cell) for cell in row] for block in table.pieces for row in block]
+    names = [results.comparison.names[model] for model in whole_models]
+    labels = [row[0] for row in rows]
+    assert labels[:2] == ["floors", "random\nmajority\noptions"]
+    assert labels[2 : 2 * len(names) + 4] == ["calibrated LM-Prob", *names, "label mass", *names]
+    for mean in results.comparison.accuracy:
+        if (mean.shots, mean.genre, mean.probe, mean.model) == (0, "", "lm", whole_models[0]):
+            shown = [rows[1], rows[3], rows[4 + len(names)]]
+            assert [row[-1] for row in shown] == [
+                "\n".join(map(share, (mean.random, mean.majority, mean.options_only))),
+                share(mean.calibrated),
+                share(mean.label_mass),
+            ]
+    for row in results.comparison.gains:
+        assert None not in (row.options_only, row.calibrated, row.label_mass)
+
+
 def test_averages_over_fewer_datasets_than_another_models_say_so(results):
     comparison = results.comparison
     assert "(1)" not in printed(campaign_tables(comparison))
@@ -468,7 +489,10 @@ def test_the_command_ends_in_the_comparison_and_exit_code_1(run, results, tmp_pa
     )
     assert f"written to {copy}" in ran.stdout
     missing = [problem for problem in results.problems if ", mceval8k: " in problem]
-    assert ran.stderr.splitlines() == [f"missing: {problem}" for problem in missing] != []
+    warned = [warning for warning in results.warnings if ", mceval8k: " in warning]
+    expected = [*(f"missing: {problem}" for problem in missing), *(f"warning: {warning}" for warning in warned)]
+    assert ran.stderr.splitlines() == expected
+    assert missing and warned
 
 
 def test_the_help_shows_a_run_file():

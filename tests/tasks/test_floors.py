@@ -127,3 +127,7 @@ def test_a_table_has_a_column_for_every_floor_and_the_label_mass(tmp_path):
     write_table(tmp_path / "accuracy.arrow", AccuracyRow, [vars(row(options_only=0.5, label_mass=0.9))])
     (read,) = pa.ipc.open_file(pa.memory_map(str(tmp_path / "accuracy.arrow"))).read_all().to_pylist()
     assert (read["options_only"], read["calibrated"], read["label_mass"]) == (0.5, None, 0.9)
+
+
+def test_no_floor_is_best_where_none_is_known():
+    assert best_floor(row(), ["options_only", "calibrated"]) is None
