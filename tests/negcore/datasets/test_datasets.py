@@ -347,7 +347,7 @@ MINI_FINGERPRINTS = {
     "mini/classification": "ff0a32480ed0858a43f6aaea65228fb1",
     "mini/fact": "0d24cc57340da08798df8befaab99454",
     "mini/linguistic": "87699e35398a50c453c979410d842512",
-    "mini/multilingual": "5df15e50ecef285c3437e8effbf67a85",
+    "mini/multilingual": "dffc38f56888760d5e0f011228f9bff7",
     "mini/nli": "e914b592fbdb02128522cbc17d82b54e",
     "mini/self-reflection": "0c50bebbc1159b5b7e95b240aa4075fb",
 }
