@@ -40,6 +40,7 @@ from negcore.model.model_files import (
     reading,
     unused_gguf_weights,
 )
+from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.store.files import cache_directory
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
@@ -280,15 +281,16 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     reason = plain_reason if card.revision.startswith("xxh3:") else download_problem
-    with reading(f"model {card.name!r} could not be loaded", reason):
+    with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
         model = _whole(
             _auto_class(card.arch),
             card.source,
-            config=card.config,
+            config=plain_config(card.config),
             dtype=DTYPES[dtype],
             use_safetensors=True,
             revision=card.ref.partition("@")[2] or "main",
-        ).to(target)
+        )
+        model = plain_model(model, card.config, DTYPES[dtype]).to(target)
     return LanguageModel(_prepared(model), card, resolved)
 
 
@@ -373,6 +375,7 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
         config = transformers.AutoConfig.from_pretrained(source, **options)
     with reading(f"model {name!r}"):
         arch = architecture(config.model_type)
+        plain_config(config)
     with reading(f"model {name!r} could not be read: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         _check_tokenizer(tokenizer)
