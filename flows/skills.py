@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.pipeline import Results, extract_planned
 from flows.prefect_flows import prefect_flow
-from flows.show.accuracy_tables import model_title, short
+from flows.show.accuracy_tables import short
 from flows.show.report import RunResults, Section
 from flows.show.skill_figures import write_figures
 from flows.show.skill_tables import skill_tables, summary
@@ -84,7 +84,7 @@ def run_skills(run: SkillsRun, steps: Steps) -> SkillResults:
         with noted(results):
             _publish(run, results)
     results.warnings += mass_warnings(
-        (model_title(of_model.model), short(one.dataset), one.reference.label_mass)
+        (of_model.model, short(one.dataset), one.reference.label_mass)
         for of_model in results.findings
         for one in of_model.datasets
     )

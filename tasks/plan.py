@@ -4,12 +4,14 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from negcore.datasets import Dataset, Example, PromptSettings, load_dataset
+from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_name, load_dataset
+from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, NegError
-from negcore.model.language_model import ModelCard, describe_model
+from negcore.model.language_model import ModelCard, describe_model, model_name
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.publish import ShardPlace
@@ -17,11 +19,12 @@ from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import n_stored, reads_training_values
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
-from tasks.measure.examples import EncodedExample, encode_examples
+from tasks.measure.examples import EncodedExample, encode_examples, unreadable
 from tasks.measure.measurement import study_settings
 from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, plan_models
+from tasks.names import check_distinct
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
 
@@ -74,6 +77,8 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
         label not one token.
     """
     known: _Known = {}
+    check_distinct("datasets", run.dataset, dataset_name)
+    check_distinct("models", run.model, model_name)
     return plan_models(run.model, lambda ref: _plan_model(run, ref, tolerant, known))
 
 
@@ -117,7 +122,7 @@ def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> Plann
 
 
 def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> PlannedDataset:
-    dataset = load_dataset(name, card.tokenizer, settings=run.prompts(name), root=run.mceval8k, masked=card.arch.masked)
+    dataset, encoded = read_dataset(card, name, run.prompts(name), run.mceval8k)
     dataset = known.setdefault((dataset.name, dataset.fingerprint), dataset)
     chosen = wording_for(run.wording, name)
     wording = chosen if isinstance(chosen, str) else chosen.model_dump()
@@ -125,14 +130,46 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     prompt["split_rules"] = SPLIT_RULES
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
     splits: list[ShardSet] = []
-    for split, examples in dataset.splits.items():
-        encoded = _encoded_rows(card, dataset.name, split, examples)
+    for split, examples in encoded.items():
         _check(dataset.name, run.level.check_n_options, len(examples[0].labels))
-        splits += [_shard_set(run, identity, dataset, part, encoded, k) for part, k in _passes(run, identity, split)]
+        splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
     if "tree" in run.probe:
         n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
         _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)
     return PlannedDataset(card.name, dataset, tuple(splits))
+
+
+def read_dataset(
+    card: ModelCard, name: str, settings: PromptSettings, root: Path | None = None
+) -> tuple[Dataset, dict[str, tuple[EncodedExample, ...]]]:
+    """Read a dataset as a model will: its prompts and labels, checked, and their token ids by split.
+
+    Raises
+    ------
+    NegError
+        If the dataset cannot be used by this model; the first row at fault is named, with its place.
+    """
+    dataset = load_dataset(name, card.tokenizer, settings=settings, root=root, masked=card.arch.masked)
+    ShardPlace("negs", card.name, dataset.name, "train").check()
+    if settings.unreadable == "skip":
+        dataset = _readable(card, dataset)
+    return dataset, {split: _encoded_rows(card, dataset.name, split, rows) for split, rows in dataset.splits.items()}
+
+
+def _readable(card: ModelCard, dataset: Dataset) -> Dataset:
+    """Return the dataset without the rows that the model cannot read, and with their number in its report."""
+    odd = {split: unreadable(card, examples) for split, examples in dataset.splits.items()}
+    if not any(odd.values()):
+        return dataset
+    splits = {
+        split: tuple(example for example in examples if example.id not in odd[split])
+        for split, examples in dataset.splits.items()
+    }
+    left_out = [Change(split, len(reasons), in_one_line(reasons)) for split, reasons in odd.items() if reasons]
+    report = dataset.split_report
+    used = {split: len(examples) for split, examples in splits.items()}
+    report = replace(report, n_used=used, dropped=(*report.dropped, *left_out))
+    return replace(dataset, splits=splits, split_report=report)
 
 
 def _passes(run: SkillRun, identity: RunIdentity, split: str) -> Iterator[tuple[str, int | None]]:
@@ -241,4 +278,4 @@ def _encoded_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[
         raise DatasetError(
             f"{dataset}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
         )
-    return encode_examples(card, f"{dataset}, split {split!r}", examples)
+    return encode_examples(card, f"{dataset}, split {split!r}", examples, f"; {REMEDY}")

@@ -10,7 +10,7 @@ from negcore.datasets import Example, FactSet, load_facts
 from negcore.errors import NegError
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
-from negcore.model.language_model import ModelCard, describe_model
+from negcore.model.language_model import ModelCard, describe_model, model_name
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.examples import EncodedExample, encode_examples
@@ -18,6 +18,7 @@ from tasks.measure.measurement import Measurement
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Sweeps
 from tasks.model_plans import ModelPlans, plan_models
+from tasks.names import check_distinct
 from tasks.plan import run_identity
 
 
@@ -48,6 +49,7 @@ def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
         If no model can be used: it or the facts are unknown or malformed, a prompt is too long, or it has too few
         neurons.
     """
+    check_distinct("models", run.model, model_name)
     return plan_models(run.model, lambda ref: _plan_study(run, ref))
 
 

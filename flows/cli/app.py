@@ -277,7 +277,7 @@ def datasets(
     """
     quiet_libraries()
     from flows.show.display import dataset_table, describe_dataset
-    from negcore.datasets import PromptSettings, list_datasets, load_dataset
+    from negcore.datasets import PromptSettings, list_datasets
 
     settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
     if audit:
@@ -291,10 +291,11 @@ def datasets(
         console.print(dataset_table(list_datasets()))
         return
     from negcore.model.language_model import describe_model
+    from tasks.plan import read_dataset
 
     card = describe_model(model)
     for name in names:
-        dataset = load_dataset(name, card.tokenizer, settings=settings, root=mceval8k, masked=card.arch.masked)
+        dataset, _ = read_dataset(card, name, settings, mceval8k)
         describe_dataset(console, dataset)
 
 

@@ -1,7 +1,6 @@
 """Tables of the probes' accuracies, at most 100 columns wide in a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
@@ -257,14 +256,9 @@ def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:
     return name, Words("\noverlapping" if overlapping else "", "red")
 
 
-def model_title(model: str) -> str:
-    """Return a model's name for a title; of a folder only the last part."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
 def asked(model: str, shots: int) -> str:
     """Return a model and the number of demonstrations it is shown, for people."""
-    return f"{model_title(model)}, {SHOTS[shots]}"
+    return f"{model}, {SHOTS[shots]}"
 
 
 def probe_title(probe: str) -> str:

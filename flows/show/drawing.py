@@ -8,7 +8,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from flows.show.text import printable
-from negcore.store.files import output
+from negcore.store.files import output, shortened
+from negcore.store.identity import content_digest
 from tasks.steps import artifact_key
 
 Axes = Any
@@ -40,10 +41,16 @@ def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path, mod
         for name, draw in drawings.items():
             figure = draw()
             for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-                paths.append(folder / f"{artifact_key(model)}-{name}.{kind}")
+                paths.append(folder / f"{_file_name(model)}-{name}.{kind}")
                 with output(paths[-1]) as file:
                     figure.savefig(file, format=kind, metadata=metadata, dpi=150)
     return paths
+
+
+def _file_name(model: str) -> str:
+    """Return the beginning of a model's file names; a digest tells models apart whose names are alike but for signs."""
+    key = shortened(artifact_key(model))
+    return key if key == model else f"{key}-{content_digest(model)[:8]}"
 
 
 def panel_grid(body: Any, n: int, columns: int) -> list[Axes]:

@@ -14,7 +14,7 @@ from negcore.datasets.base import (
     fingerprint,
 )
 from negcore.datasets.facts import FactSet, load_facts
-from negcore.datasets.load import DatasetInfo, list_datasets, load_dataset
+from negcore.datasets.load import DatasetInfo, dataset_name, list_datasets, load_dataset
 from negcore.datasets.render import choose_label_prefix, label_token
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Tokenizer",
     "Wording",
     "choose_label_prefix",
+    "dataset_name",
     "fingerprint",
     "label_token",
     "list_datasets",

@@ -44,6 +44,13 @@ class Example:
     """Language in a multilingual set, template in a factual one; empty if there is none or it gives the answer away."""
     options: tuple[str, ...] = ()
     """Texts that the labels stand for, as the prompt shows them; empty where the labels are all there is."""
+    place: str = field(default="", compare=False)
+    """File and line of the row, for messages; empty for a released dataset, whose ids say it."""
+
+    @property
+    def named(self) -> str:
+        """Name of the row in a message: its id, and where it stands."""
+        return f"row {self.id!r}" + f" ({self.place})" * bool(self.place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +113,9 @@ class PromptSettings:
     split_policy: SplitPolicy = "clean"
     """`clean` removes doubles and what splits share, and keeps units (sentences) whole; `clean-rows` lets splits share
     units; `released` leaves the files as they are."""
+
+    unreadable: Literal["fail", "skip"] = "fail"
+    """`skip` leaves out rows that the model cannot read, and counts them; `fail` refuses the dataset."""
 
     def most_rows(self, split: str) -> int | None:
         """Return the most rows of a split; None means all."""
@@ -231,6 +241,20 @@ class Dataset:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fingerprint", fingerprint(self.splits))
+
+
+REMEDY = "mend such rows, or leave them out with --unreadable skip"
+
+
+def in_file_order(examples: Iterable[Example]) -> list[Example]:
+    """Return examples of one file by line; those of a released dataset stay in their order."""
+    return sorted(examples, key=lambda example: (len(example.place), example.place))
+
+
+def in_one_line(reasons: Mapping[str, str]) -> str:
+    """Return the first of some rows' reasons, and the number of the others."""
+    more = len(reasons) - 1
+    return f"{next(iter(reasons.values()))}{f' (and {more} rows more)' if more else ''}"
 
 
 def fingerprint(splits: Mapping[str, Iterable[Example]]) -> str:

@@ -105,7 +105,7 @@ def load_facts(
 
 
 def _example(row: Row, prefix: str, mask: str | None) -> Example:
-    return Example(row.id, _prompt(row, mask), (prefix + row.options[0],), 0, row.group)
+    return Example(row.id, _prompt(row, mask), (prefix + row.options[0],), 0, row.group, (), row.place)
 
 
 def _prompt(row: Row, mask: str | None) -> str:
@@ -176,4 +176,6 @@ def _read(path: Path) -> list[tuple[str, Record]]:
 def _row(record: Record, row_id: str, place: str) -> Row:
     text = {name: text_field(record, name, place) for name in COLUMNS}
     prompt, answer = text["prompt"].rstrip(" "), text["answer"].strip()
-    return Row(f"{row_id}/{text['uuid']}", {"prompt": prompt}, (answer,), 0, text["tpl"], content="", whole="")
+    return Row(
+        f"{row_id}/{text['uuid']}", {"prompt": prompt}, (answer,), 0, text["tpl"], content="", whole="", place=place
+    )

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from negcore.datasets.base import (
+    REMEDY,
     SPLITS,
+    Change,
     Dataset,
     Demonstration,
+    Example,
     PromptSettings,
     SplitReport,
     Tokenizer,
     Wording,
     check_template,
     describe_label_prefix,
+    in_file_order,
+    in_one_line,
 )
 from negcore.datasets.chat import Chat
 from negcore.datasets.local import read_local
@@ -41,7 +47,7 @@ from negcore.datasets.splits import (
     stratified_sample,
     without,
 )
-from negcore.errors import DatasetError, PromptError
+from negcore.errors import DatasetError, NegError, PromptError
 from negcore.model.prompt_ids import PromptReader
 
 
@@ -110,7 +116,12 @@ def load_dataset(
     defuser = Defuser(special_token_pattern(tokenizer) if wording else None)
     used = {split: [defuser.row(row) for row in raw[split]] for split in SPLITS}
     plain = Renderer(wording=wording, mask=mask, chat=_chat(settings, tokenizer, masked))
-    prefix, labels = _label_prefix(plain, used, PromptReader(tokenizer, masked=masked))
+    reader = PromptReader(tokenizer, masked=masked)
+    examples = in_file_order(plain.example(row) for split in SPLITS for row in used[split])
+    odd = _unreadable(canonical, plain, examples, reader, settings)
+    cut = replace(cut, dropped=(*cut.dropped, *_left_out(used, odd)))
+    raw, used = _kept(raw, odd), _kept(used, odd)
+    prefix, labels = _label_prefix(plain, [example for example in examples if example.id not in odd], reader)
     renderer = replace(plain, label_prefix=prefix).with_demonstrations(map(defuser.row, shots))
     return Dataset(
         name=canonical,
@@ -157,15 +168,28 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
 
 def read_source(name: str, seed: int, root: str | Path | None = None) -> tuple[str, Source]:
     """Return a dataset's canonical name and its rows, before any policy; arguments and errors as of `load_dataset`."""
-    if name.lower().endswith(".jsonl"):
-        return f"local/{Path(name).stem}", read_local(Path(name), seed).with_telling_groups()
-    canonical = _canonical(name)
+    canonical = dataset_name(name)
+    if _is_file(name):
+        return canonical, read_local(Path(name), seed).with_telling_groups()
     if canonical in MINI_SPECS:
         return canonical, read_mini(canonical).with_telling_groups()
     return canonical, read_mceval8k(SPECS[canonical], Path(root) if root is not None else None).with_telling_groups()
 
 
-def _canonical(name: str) -> str:
+def _is_file(name: str) -> bool:
+    return name.lower().endswith(".jsonl")
+
+
+def dataset_name(name: str) -> str:
+    """Return the name that a dataset has in every output.
+
+    Raises
+    ------
+    DatasetError
+        If there is no dataset of this name.
+    """
+    if _is_file(name):
+        return f"local/{Path(name).stem}"
     specs: Mapping[str, Spec] = {**SPECS, **MINI_SPECS}
     spellings = {canonical: canonical for canonical in specs}
     for canonical, spec in SPECS.items():
@@ -201,13 +225,68 @@ def _chat(settings: PromptSettings, tokenizer: Tokenizer, masked: bool) -> Chat 
     return Chat(tokenizer, settings.system_prompt)
 
 
-def _label_prefix(plain: Renderer, rows: Rows, reader: PromptReader) -> tuple[str, tuple[str, ...]]:
+def _unreadable(
+    name: str, plain: Renderer, examples: Sequence[Example], reader: PromptReader, settings: PromptSettings
+) -> dict[str, str]:
+    """Return the rows that are to be left out because no model, or not this one, can read them: reasons by id.
+
+    Raises
+    ------
+    DatasetError
+        If there are some and they are not to be left out, or none is left.
+    """
+    usual = Counter(len(example.labels) for example in examples).most_common(1)[0][0]
+    odd = {
+        example.id: f"{example.named} has {len(example.labels)} labels, but most rows have {usual}"
+        for example in examples
+        if len(example.labels) != usual
+    }
+    if odd and settings.unreadable == "fail":
+        raise DatasetError(f"{name}: {in_one_line(odd)}; {REMEDY}")
+    if settings.unreadable == "skip":
+        odd |= _misread(plain, [example for example in examples if example.id not in odd], reader)
+    if len(odd) == len(examples):
+        raise DatasetError(f"{name}: no row can be read: {in_one_line(odd)}")
+    return odd
+
+
+def _misread(plain: Renderer, examples: Sequence[Example], reader: PromptReader) -> dict[str, str]:
+    """Return the rows whose labels fit neither with a space before them nor without, and why."""
+    wrong: dict[tuple[str, tuple[str, ...]], str] = {}
+    for ending, example in {_ending(example): example for example in examples}.items():
+        try:
+            _label_prefix(plain, [example], reader)
+        except NegError as error:
+            wrong[ending] = str(error)
+    return {example.id: wrong[_ending(example)] for example in examples if _ending(example) in wrong}
+
+
+def _left_out(rows: Rows, odd: Mapping[str, str]) -> list[Change]:
+    """Return how many rows each split loses, with the first one's reason."""
+    by_split = {split: {row.id: odd[row.id] for row in rows[split] if row.id in odd} for split in SPLITS}
+    return [Change(split, len(reasons), in_one_line(reasons)) for split, reasons in by_split.items() if reasons]
+
+
+def _kept(rows: Rows, odd: Mapping[str, str]) -> dict[str, list[Row]]:
+    return {split: [row for row in of_split if row.id not in odd] for split, of_split in rows.items()}
+
+
+def _label_prefix(plain: Renderer, examples: Sequence[Example], reader: PromptReader) -> tuple[str, tuple[str, ...]]:
     """Return the prefix that fits every prompt, and one row's labels as an example.
 
     Prompts that end alike stand for each other: the encoding checks all of them.
     """
-    examples = (plain.example(row) for split in SPLITS for row in rows[split])
-    first = {(prompt_end(example.prompt), example.labels): example for example in reversed(list(examples))}
-    asked = {example.id: (example.prompt, example.labels) for example in reversed(first.values())}
-    prefix = common_label_prefix(reader, asked, plain.chat.label_prefix if plain.chat else None)
+    first = {_ending(example): example for example in reversed(examples)}
+    asked = {example.named: (example.prompt, example.labels) for example in reversed(first.values())}
+    try:
+        prefix = common_label_prefix(reader, asked, plain.chat.label_prefix if plain.chat else None)
+    except NegError as error:
+        for example in first.values() if len(asked) > 1 else ():
+            _label_prefix(plain, [example], reader)  # the row at fault is named
+        name = next(iter(asked)) if len(asked) == 1 else ""
+        raise type(error)(f"{error}; {REMEDY}" if name in str(error) else f"{name}: {error}; {REMEDY}") from None
     return prefix, next(iter(asked.values()))[1]
+
+
+def _ending(example: Example) -> tuple[str, tuple[str, ...]]:
+    return prompt_end(example.prompt), example.labels

@@ -91,6 +91,7 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
         content=normalised(prompt),
         whole=json.dumps(record, sort_keys=True),
         unit=normalised(text_field(record, "unit", place)) if "unit" in record else "",
+        place=place,
     )
 
 

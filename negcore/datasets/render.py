@@ -80,11 +80,11 @@ def common_label_prefix(
     for name in asked:
         if name in wrong[" "] and name in wrong[""]:
             raise LabelError(
-                f"labels of {name!r}, which ends in {prompt_end(asked[name][0])!r}, fit neither with a space before "
+                f"labels of {name}, which ends in {prompt_end(asked[name][0])!r}, fit neither with a space before "
                 f"them ({wrong[' '][name]}) nor without ({wrong[''][name]})"
             )
     raise LabelError(
-        f"labels of {next(iter(wrong['']))!r} need a leading space and those of {next(iter(wrong[' ']))!r} must not "
+        f"labels of {next(iter(wrong['']))} need a leading space and those of {next(iter(wrong[' ']))} must not "
         "have one; choose labels, or prompt endings, that are alike"
     )
 
@@ -135,7 +135,8 @@ class Renderer:
         """Return the row as a prompt with its labels."""
         labels = tuple(self.label_prefix + label for label in self.labels(row))
         shown = row.options if self.wording else ()
-        return Example(row.id, self._prompt(self._question(row)), labels, row.answer, row.group, shown)
+        prompt = self._prompt(self._question(row))
+        return Example(row.id, prompt, labels, row.answer, row.group, shown, row.place)
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
         """Return a renderer that puts these rows, solved, into every prompt."""

@@ -30,6 +30,8 @@ class Row:
     """Unchanged record as JSON with sorted keys."""
     unit: str = ""
     """Normalised text of the sentence, premise or other unit that rows may share; empty if there is none."""
+    place: str = ""
+    """File and line, for messages; empty for a released dataset, whose ids say it."""
 
     @property
     def gold(self) -> str:

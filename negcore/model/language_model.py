@@ -260,11 +260,16 @@ def describe_model(ref: str) -> ModelCard:
         return _describe(ref, Path(ref))
     if is_gguf(ref):
         return _describe(ref, _convert_gguf(Path(ref)))
-    name, _, revision = ref.partition("@")
+    name, revision = model_name(ref), ref.partition("@")[2]
     looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
     if looks_local or not name.strip("/"):
         raise ModelError(f"model {ref!r}: {_no_directory(ref)}; {_allowed_refs()}")
     return _describe(name, name, _hub_commit(name, revision or None))
+
+
+def model_name(ref: str) -> str:
+    """Return the name that a model has in every output: its reference, for one of the hub without the revision."""
+    return ref if ref in EMBEDDED or is_directory(ref) or is_gguf(ref) else ref.partition("@")[0]
 
 
 def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: SiteChoice) -> LanguageModel:

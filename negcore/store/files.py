@@ -80,7 +80,12 @@ def local_directory(path: Path) -> Path:
     """Return the directory itself, or a bucket's counterpart on this machine for whatever needs local files."""
     if not is_remote(path):
         return path
-    return cache_directory() / "runs" / f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return cache_directory() / "runs" / f"{shortened(path.name)}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def shortened(name: str, most_bytes: int = 120) -> str:
+    """Return a name without what makes it too long for a part of a file's name."""
+    return name.encode()[:most_bytes].decode(errors="ignore")
 
 
 # Reading

@@ -33,7 +33,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 import xxhash
 
-from negcore.errors import ShardError
+from negcore.errors import RunError, ShardError
 from negcore.store.buckets import create, objects, remove, replace, upload
 from negcore.store.files import hidden, is_remote, location, n_bytes, read_all, read_bytes, sizes
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
@@ -54,6 +54,14 @@ _PART_KEYS: Mapping[str, str] = {
 """Key that divides the shards of one kind, model and dataset; "part" for every other kind."""
 
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
+
+
+def _pair(key: str, value: str) -> str:
+    return f"{key}={quote(value, safe='')}"
+
+
 class ShardPlace(NamedTuple):
     """One directory of shards that belong together: the unit of resuming and of reading."""
 
@@ -69,10 +77,26 @@ class ShardPlace(NamedTuple):
         """The hive pairs of the directory's name, which are in every file's metadata too."""
         return {"model": self.model, "dataset": self.dataset, _PART_KEYS.get(self.kind, "part"): self.part}
 
+    def check(self) -> None:
+        """Refuse names that are too long for directories, before anything is computed for them.
+
+        Raises
+        ------
+        RunError
+        """
+        for key, name in self.names.items():
+            n_bytes = len(_pair(key, name))
+            if n_bytes > _LONGEST_NAME:
+                raise RunError(
+                    f"{key} {name!r:.80} takes {n_bytes} bytes as the name of a directory ({_pair(key, name):.40}...), "
+                    f"but at most {_LONGEST_NAME} are possible; a slash takes 3 and a letter that is not ASCII 6 or "
+                    "more: give a shorter name, or a shorter path, such as that of a link"
+                )
+
     def path(self, root: str | Path) -> Path:
         """Return the directory under the run directory `root`."""
         assert all(self), self
-        pairs = (f"{key}={quote(value, safe='')}" for key, value in self.names.items())
+        pairs = (_pair(key, value) for key, value in self.names.items())
         return location(root).joinpath(self.kind, *pairs)
 
     @classmethod

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from negcore.store.files import shortened
 from negcore.store.identity import content_digest
 from tasks.config.kinds import studies
 from tasks.config.problems import problem_lines
@@ -113,8 +114,9 @@ class CampaignRun(RunFile):
         folders: dict[str, str] = {}
         for model in dict.fromkeys(self.model):
             folder = Path(model).name
-            is_taken = folder in _RESERVED_FOLDERS or folder in folders.values()
-            folders[model] = f"{folder}-{content_digest(model)[:8]}" if is_taken else folder
+            taken = {name.casefold() for name in (*_RESERVED_FOLDERS, *folders.values())}
+            is_taken = folder.casefold() in taken
+            folders[model] = f"{shortened(folder)}-{content_digest(model)[:8]}" if is_taken else folder
         return folders
 
     @property

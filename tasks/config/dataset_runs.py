@@ -55,6 +55,11 @@ class _PromptedRun(RunFile):
         description="clean removes double rows, and rows that share their text or unit (a sentence) with another "
         "split; clean-rows lets splits share units; released leaves the files as they are.",
     )
+    unreadable: Literal["fail", "skip"] = Field(
+        "fail",
+        description="Rows that a model cannot read (prompt too long, labels of another number or of several tokens): "
+        "refuse the dataset, or skip them; they are counted.",
+    )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
     tree_neurons: int = Field(
@@ -81,6 +86,8 @@ class _PromptedRun(RunFile):
         science = super().science
         if self.storage == DEFAULT_STORAGE:
             del science["storage"]  # runs have the names from before there was a choice
+        if self.unreadable == "fail":
+            del science["unreadable"]
         return science
 
     @property
@@ -158,6 +165,7 @@ class SkillRun(_ProbedRun):
             limit=self.limit,
             eval_limit=self.eval_limit,
             split_policy=self.split_policy,
+            unreadable=self.unreadable,
         )
 
 

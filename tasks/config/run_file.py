@@ -21,7 +21,7 @@ from pydantic import (
 
 from negcore.errors import RunError
 from negcore.model.architectures import Dtype, SiteChoice
-from negcore.store.files import draft, local_directory, location
+from negcore.store.files import draft, local_directory, location, shortened
 from negcore.store.identity import content_digest
 from tasks.config.provenance import written_by
 from tasks.pool.base import Resources
@@ -158,7 +158,7 @@ class RunFile(BaseModel):
     @property
     def name(self) -> str:
         """A name that is the same whenever the same numbers are asked for."""
-        first = Path(self.model[0]).name.split("@")[0]
+        first = shortened(Path(self.model[0]).name.split("@")[0])
         return f"{first}-{content_digest(self.science)[:8]}"
 
     @property

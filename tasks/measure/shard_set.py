@@ -34,6 +34,9 @@ class ShardSet:
     title: str
     """Name for people."""
 
+    def __post_init__(self) -> None:
+        self.place.check()
+
     @cached_property
     def shards(self) -> list[Sequence[EncodedExample]]:
         """The examples of every shard, in order."""
