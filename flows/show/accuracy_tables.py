@@ -31,13 +31,13 @@ FLOOR_TITLES = MappingProxyType(
     {"random": "random", "majority": "majority", "options_only": "options", "calibrated": "calibrated"}
 )
 """Short titles of the floors, in the order of `FLOORS`."""
-BESIDE_TITLES = ("\n".join(FLOOR_TITLES[name] for name in FLOORS), "label\nmass")
+FLOORS_TITLE = "\n".join(FLOOR_TITLES[name] for name in FLOORS)
 SHOTS = ("zero-shot", "one-shot")
 _PROBES_A_TABLE = 5
 BESIDE_CAPTION = (
     "Floors, the best in bold: guessing; the commonest training answer; a forest that sees options, lengths and "
     "group, no word of the question; logistic regression on the options' probabilities. <= floor: the interval "
-    "reaches down to the best floor. Label mass: probability of all options together."
+    "reaches down to the best floor. mass: probability of all options together."
 )
 _CAPTION = f"After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson). {BESIDE_CAPTION}"
 _OF_AVERAGES = (
@@ -108,18 +108,13 @@ def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[Cel
     first, by_probe = scores[0], {score.probe: score for score in scores}
     cells = [_score_cell(by_probe[probe]) for probe in probes]
     if first.group:
-        return [f"  {first.group}", f"\n{first.n_test}", *beside(first), *cells]
-    return [
-        _marked(short(first.dataset), first.overlapping),
-        f"{first.n_train}\n{first.n_test}",
-        *beside(first),
-        *cells,
-    ]
+        return [f"  {first.group}", rows_cell(first, "", f"{first.n_test}"), floor_cell(first), *cells]
+    return [_marked(short(first.dataset), first.overlapping), *_beside(first), *cells]
 
 
 def _average_row(means: Sequence[Average], name: str, *heading: Words) -> list[Cell]:
     marked = _marked(Words(name, "italic"), means[0].overlapping)
-    return [(*heading, *marked), "", *beside(means[0]), *map(probe_cell, means)]
+    return [(*heading, *marked), rows_cell(means[0], "", ""), floor_cell(means[0]), *map(probe_cell, means)]
 
 
 def _score_cell(score: AccuracyRow) -> Cell:
@@ -156,7 +151,7 @@ def _question(model: str, shots: int, dataset: str, *, several: bool) -> Cell:
 def _run_row(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[str]) -> list[Cell]:
     first = next(iter(by_probe.values()))
     cells: list[Cell] = [_score_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
-    return [_marked(name, first.overlapping), f"{first.n_train}\n{first.n_test}", *beside(first), *cells]
+    return [_marked(name, first.overlapping), *_beside(first), *cells]
 
 
 def rows_table(accounts: Sequence[SplitAccount]) -> Table:
@@ -219,7 +214,7 @@ def kept(n_neurons: int) -> Words:
 
 
 def _accuracy_columns(probes: Sequence[str]) -> list[Column]:
-    return numbers("train\ntest", *BESIDE_TITLES, *(PROBE_TITLES[probe] for probe in probes))
+    return numbers("train\ntest\nmass", FLOORS_TITLE, *(PROBE_TITLES[probe] for probe in probes))
 
 
 def floor_cell(row: Floored, names: Sequence[str] = FLOORS) -> Cell:
@@ -234,15 +229,20 @@ def floor_cell(row: Floored, names: Sequence[str] = FLOORS) -> Cell:
     )
 
 
-def mass_cell(row: Floored) -> Cell:
+def mass_cell(row: Floored) -> Piece:
     """Return the label mass, marked if it is small; empty if it is unknown."""
     mass = row.label_mass
     return "" if mass is None else Number(mass, share, "red" if mass < SMALL_MASS else "")
 
 
-def beside(row: Floored) -> list[Cell]:
-    """Return the cells that stand before accuracies, in columns called `BESIDE_TITLES`."""
-    return [floor_cell(row), mass_cell(row)]
+def rows_cell(row: Floored, *sizes: str) -> Cell:
+    """Return numbers of rows in a line each, and below them the label mass."""
+    return lines(*sizes, mass_cell(row))
+
+
+def _beside(row: AccuracyRow) -> list[Cell]:
+    """Return what stands between a dataset and its accuracies."""
+    return [rows_cell(row, f"{row.n_train}", f"{row.n_test}"), floor_cell(row)]
 
 
 def floor_mark(accuracy: Measured, floors: Floored) -> Words:

@@ -12,12 +12,13 @@ import numpy as np
 
 from flows.show.accuracy_tables import (
     BESIDE_CAPTION,
-    BESIDE_TITLES,
+    FLOORS_TITLE,
     PROBE_TITLES,
     accuracy_cell,
-    beside,
+    floor_cell,
     floor_mark,
     kept,
+    rows_cell,
     short,
 )
 from flows.show.table import Block, Cell, Number, Piece, Style, Table, Words, by, interval, numbers, texts
@@ -144,11 +145,11 @@ def _change_cell(value: float, low: float, high: float) -> Cell:
 def _accuracies(findings: SkillFindings) -> Table:
     def rows(one: DatasetFindings) -> Rows:
         known, chosen = one.reference, [fitted(one, probe) for probe in probes(findings)]
-        sizes = f"{known.n_train}\n{known.n_valid}, {known.n_test}"
+        sizes = rows_cell(known, f"{known.n_train}", f"{known.n_valid}, {known.n_test}")
         lm: Cell = (Number(known.lm, share, "bold"), interval(known.low, known.high))
-        return [[known.genre, sizes, *beside(known), lm, *((*_kept(row), floor_mark(row, known)) for row in chosen)]]
+        return [[known.genre, sizes, floor_cell(known), lm, *((*_kept(row), floor_mark(row, known)) for row in chosen)]]
 
-    names = ["train\nvalid, test", *BESIDE_TITLES, "LM-Prob", *_titles(probes(findings))]
+    names = ["train\nvalid, test\nmass", FLOORS_TITLE, "LM-Prob", *_titles(probes(findings))]
     title, caption = f"Accuracy on test: {findings.model}", f"{_KEPT} {_INTERVALS} {BESIDE_CAPTION}"
     return _over_datasets(findings, "accuracy", title, caption, ["genre"], names, rows)
 

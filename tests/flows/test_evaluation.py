@@ -3,7 +3,7 @@
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pyarrow as pa
 import pytest
@@ -486,13 +486,28 @@ def test_the_best_floor_is_bold_and_a_probe_that_does_not_pass_it_is_marked():
         for probe, share in (("lm", 0.5), ("polar", 0.65), ("magn", 0.75), ("act", 0.3))
     ]
     (table,) = accuracy_tables(rows, [], n_datasets=1)
-    (((_, _, shown, mass, *cells),),) = table.pieces
+    (((_, beside, shown, *cells),),) = table.pieces
     assert [(piece.text, piece.style) for piece in shown if piece.text.strip()] == [
         (".250", ""), (".300", ""), (".600", "bold"), (".400", "")
     ]  # fmt: skip
-    assert [(piece.text, piece.style) for piece in mass] == [(".043", "red")]
+    assert [(piece.text, piece.style) for piece in beside if piece.text.strip()] == [
+        ("20", ""),
+        ("10", ""),
+        (".043", "red"),
+    ]
     marked = ["<= floor" in "".join(piece.text for piece in cell) for cell in cells]
     assert marked == [False, True, False, True]  # LM-Prob is no probe of neurons
+
+
+def test_the_widest_comparison_fits_a_terminal_of_100_columns():
+    probes = ("lm", "polar", "magn", "act", "tree")
+    rows = [
+        answered("mceval8k/amazon-review-multi", probe, 0.25, n_neurons=16384 if probe != "lm" else None, n_train=6000)
+        for probe in probes
+    ]
+    text = printed([comparison_table({"clean": rows, "released": [replace(one, overlapping=True) for one in rows]})])
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
 
 
 def test_tables_of_earlier_versions_can_be_compared(tmp_path):
