@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from flows.cancellation import stopped_by_cancellation
+from flows.show.check_tables import check_section, check_warnings
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
 from flows.show.text import printable
@@ -18,6 +19,7 @@ from negcore.errors import RunError, typed_line
 from tasks.config.run_file import RunFile
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
+from tasks.rundir.checks import read_checks
 from tasks.rundir.claim import claim
 from tasks.steps import PrefectSteps, Steps
 
@@ -48,6 +50,9 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
         is_claimed = steps.has_claimed(run.directory)
         with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
             results = work(run, steps)
+            noted_checks = list(read_checks(run.directory))
+            results.checks = check_section(noted_checks)
+            results.warnings += check_warnings(noted_checks)
             for table in (table for section in results.sections for table in section.tables):
                 steps.table(table.key, table.records(), described(table))
             with noted(results):

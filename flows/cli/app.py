@@ -18,6 +18,7 @@ from flows.cli.terminal import carry_out, console, errors, quiet_libraries, read
 from flows.cli.terminal import repair as repair_shards
 from negcore import __version__
 from negcore.errors import NegError, RunError
+from negcore.model.architectures import Dtype, SiteChoice
 from negcore.store.files import location
 from tasks.config.kinds import RUN_KINDS, RunKind, load
 from tasks.config.reading import read_run_file, recorded_run
@@ -231,11 +232,24 @@ def benchmark(
 
 
 @app.command()
-def models() -> None:
-    """List the models that ship as packages and the model families that can be measured.
+def models(
+    ref: Annotated[str | None, typer.Argument(help="A model to load, describe and check.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number type to check it in.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
+    site: Annotated[SiteChoice, typer.Option(help="Site of the neurons to check.")] = "paper",
+) -> None:
+    """List the models that ship as packages and the families that can be measured, or load one model and check it.
 
-    Example: `neg models`
+    Examples: `neg models`, `neg models smollm2-135m`, `neg models org/name --dtype bfloat16`
+
+    A model that cannot be measured rightly is refused in its last line.
     """
+    quiet_libraries()
+    if ref is not None:
+        from flows.cli.model_check import show_model
+
+        show_model(ref, dtype=dtype, device=device, site=site)
+        return
     from negcore.model.architectures import ARCHITECTURES
     from negcore.model.language_model import EMBEDDED
 

@@ -27,6 +27,7 @@ KNOWN_FILES = MappingProxyType(
         "accuracy.arrow": "accuracy of every probe on test",
         "averages.arrow": "mean accuracy over datasets",
         "campaign": "comparison of the models",
+        "checks": "check of every model where it was loaded",
         "confusion.arrow": "answers by gold option",
         "linearity": "tables and figures",
         "negs": "NEG shards",
@@ -64,6 +65,8 @@ class RunResults:
     """One line for everything that is missing; empty if the run is whole."""
     warnings: list[str] = field(default_factory=list)
     """One line for everything that is there and must be read with care; the run is whole all the same."""
+    checks: Section | None = None
+    """The checks of the run's models, for its page alone."""
     report: Path | None = None
     """The page of this run; None until it is written."""
 
@@ -135,13 +138,14 @@ def _page(results: RunResults) -> str:
     template = environment.from_string(Path(__file__).with_name(REPORT_FILE).read_text(encoding="utf-8"))
     directory = results.directory
     data = [path for path in files_of(directory) if path.name != REPORT_FILE]
+    sections = [*results.sections, *([results.checks] if results.checks else [])]
     return template.render(
         title=directory.name,
         counted=counted(results.extracted) if results.extracted else "",
         problems=results.problems,
         warnings=results.warnings,
         set_aside=results.set_aside,
-        sections=[(section, _figures(section, directory)) for section in results.sections],
+        sections=[(section, _figures(section, directory)) for section in sections],
         parts=[_link(path, directory) for path in find(directory, _REPORTS_OF_PARTS)],
         data=[_link(path, directory, KNOWN_FILES.get(path.name, "")) for path in data],
     )

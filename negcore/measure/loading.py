@@ -6,6 +6,7 @@ from typing import Any
 
 from negcore.measure.model_check import check_model
 from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.check import ModelCheck
 from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,20 @@ def checked(lm: LanguageModel) -> LanguageModel:
     ModelError
         If its logits are not those of the untouched model, or its prompts change each other: then no number is right.
     """
-    check = check_model(lm)
-    check.require(lm.card.name, ("logits", "batch"))
-    for line in check.replaced:
+    lm = usable(lm, check_model(lm))
+    assert lm.check is not None
+    for line in lm.check.replaced:
         logger.warning("model %s: %s", lm.card.name, line)
+    return lm
+
+
+def usable(lm: LanguageModel, check: ModelCheck) -> LanguageModel:
+    """Return a model with its check.
+
+    Raises
+    ------
+    ModelError
+        As for `checked`.
+    """
+    check.require(lm.card.name, ("logits", "batch"))
     return replace(lm, check=check)

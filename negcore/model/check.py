@@ -8,7 +8,8 @@ from typing import Any, Literal
 from negcore.errors import ModelError
 
 Compared = Literal["logits", "neurgrad", "batch", "prefix", "virtual"]
-Verdict = Literal["passed", "failed", "not applicable"]
+Verdict = Literal["passed", "failed", "absent"]
+"""`absent`: the model has no such way. All are of one length, so that the bytes of a shard can be foreseen."""
 
 COMPARED: MappingProxyType[Compared, str] = MappingProxyType(
     {
@@ -70,7 +71,7 @@ class Comparison:
     def verdict(self) -> Verdict:
         """What came out, in a word."""
         if not self.applies:
-            return "not applicable"
+            return "absent"
         return "passed" if self.passed else "failed"
 
     def __str__(self) -> str:
@@ -126,6 +127,11 @@ class ModelCheck:
     def metadata(self) -> dict[str, Any]:
         """What a shard says of the check: verdicts and tolerances, which do not vary from worker to worker."""
         return {one.name: {"tolerance": one.tolerance, "verdict": one.verdict} for one in self.comparisons}
+
+    @classmethod
+    def expected(cls, dtype: str) -> "ModelCheck":
+        """Return a check that found no difference; a shard's metadata are as long with any other."""
+        return cls(tuple(Comparison(name, tolerance, 0.0) for name, tolerance in TOLERANCES[dtype].items()))
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""

@@ -9,6 +9,7 @@ from functools import cache
 import pyarrow as pa
 
 from negcore.datasets import Example
+from negcore.model.check import ModelCheck
 from negcore.store.identity import canonical_json, choice_digest
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.schema import ALIGNMENT_BYTES, aligned_schema, lists
@@ -66,6 +67,7 @@ def _metadata(split: ShardSet, index: int) -> dict[str, object]:
         "digest": split.identity.digest,
         "partition": split.place.names,
         "axes": split.measurement.axes,
+        "check": ModelCheck.expected(split.identity.dtype).metadata,
         "n_options": split.n_options,
         "index": index,
         "n_shards": len(split.shards),

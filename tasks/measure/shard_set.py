@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from negcore.errors import NegError
+from negcore.model.check import ModelCheck
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, SetAside, ShardPlace, publish_shard
 from tasks.measure.examples import EncodedExample
@@ -88,7 +89,7 @@ class ShardJob:
         """Options of every example."""
         return len(self.examples[0].labels)
 
-    def publish(self, columns: Columns, set_aside: Sequence[SetAside]) -> Receipt:
+    def publish(self, columns: Columns, set_aside: Sequence[SetAside], check: ModelCheck | None = None) -> Receipt:
         """Publish what was measured, as the policy for numbers that are not finite wants it.
 
         Parameters
@@ -96,6 +97,8 @@ class ShardJob:
         columns : mapping of name to array (P, ...)
             Of the examples that are not set aside.
         set_aside : sequence of SetAside
+        check : ModelCheck, optional
+            Of the model that measured them; shards of earlier versions say nothing of it.
 
         Raises
         ------
@@ -121,7 +124,7 @@ class ShardJob:
             self.n_shards,
             identity=self.identity,
             batch=self.measurement.record_batch([measured[row] for row in kept], columns),
-            about=self.measurement.about(self.n_options),
+            about=self.measurement.about(self.n_options) | ({"check": check.metadata} if check else {}),
             set_aside=[by_id[example.id] for example in self.examples if example.id in by_id],
             n_nonfinite=sum(one.n_values for one in found if one.row not in skipped),
         )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from tasks.measure.measurement import Columns
 from tasks.measure.shard_set import ShardJob
 from tasks.pool.base import Pool
 from tasks.pool.opening import open_pool
+from tasks.rundir.checks import note_check
 
 
 class ModelWorker:
@@ -26,6 +28,7 @@ class ModelWorker:
         # The number of threads decides how sums are split, so it is part of what makes results repeatable.
         torch.set_num_threads(threads)
         self._lm = load_model(model, dtype=dtype, device=device, site=site)
+        self._noted_in: set[Path] = set()
 
     def run(self, job: ShardJob) -> Receipt | int:
         """Measure one shard, publish it and return its receipt; of a trial, return the number of its rows.
@@ -43,7 +46,10 @@ class ModelWorker:
         seconds = time.perf_counter() - started
         if job.is_trial:
             return len(chosen)
-        receipt = job.publish(columns, set_aside)
+        receipt = job.publish(columns, set_aside, self._lm.check)
+        if job.root not in self._noted_in:
+            note_check(job.root, self._lm)
+            self._noted_in.add(job.root)
         if job.measurement.notes_seconds:
             write_seconds(job.place.path(job.root), job.index, seconds)
         return receipt

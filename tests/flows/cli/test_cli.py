@@ -47,6 +47,16 @@ def test_the_version_is_shown_without_a_command():
     assert (shown.returncode, shown.stdout) == (0, f"neg-at-scale {version('neg-at-scale')}\n")
 
 
+def test_a_model_is_shown_with_its_check(model):
+    shown = neg("models", model, "--dtype", "float64")
+    assert shown.returncode == 0, shown.stderr
+    assert "3 layers x 24" in shown.stdout
+    assert "Check at load, site act, float64" in shown.stdout
+    assert [line.split()[-1] for line in shown.stdout.splitlines() if "against" in line] == ["passed"] * 5
+    refused = neg("models", model, "--site", "up")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
 def test_every_problem_of_a_run_file_is_a_line_and_the_exit_code_is_2(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("kind: linearity\nmodel: m\nprompts: 0\npoint: 3\n")

@@ -184,7 +184,7 @@ def test_a_check_tells_its_outcome_in_a_line_a_comparison():
     assert [str(line) for line in lines] == [
         "last-token logits against the untouched model: passed (difference 2.0e-06, tolerance 1e-04)",
         "a batch of two prompts against one prompt: failed (difference 5.0e-01, tolerance 1e-04)",
-        "a shared prefix against none: not applicable (a masked model sees both sides of its mask)",
+        "a shared prefix against none: absent (a masked model sees both sides of its mask)",
         "virtual sweep against hooks: failed (TypeError: no)",
     ]
 
