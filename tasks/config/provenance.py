@@ -1,4 +1,4 @@
-"""The origin of a file that this process writes: the command, the version of this package, and its git revision."""
+"""The origin of a file that this process writes: command, directory, version of this package and git revision."""
 
 import re
 import shlex
@@ -13,8 +13,8 @@ _CHECKOUT = Path(__file__).parents[2]
 
 
 def written_by() -> dict[str, str]:
-    """Return the command of this process, the package's version and, in a git checkout, its revision."""
-    found = {"command": this_command(), "version": __version__, "revision": _revision()}
+    """Return the command and directory of this process, the package's version and, in a git checkout, its revision."""
+    found = {"command": this_command(), "directory": _directory(), "version": __version__, "revision": _revision()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -22,6 +22,14 @@ def this_command() -> str:
     """Return the command line of this process as one line of shell, without the passwords of addresses."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return re.sub(r"//[^/@\s]+@", "//***@", command)
+
+
+def _directory() -> str | None:
+    """Return the working directory, which relative paths are relative to; None if it was deleted."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return None
 
 
 @cache

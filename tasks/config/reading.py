@@ -12,6 +12,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from negcore.errors import RunError
 from negcore.store.files import is_dir, location, read_bytes
 from tasks.config.kinds import run_classes
+from tasks.config.places import check_relative_paths, moved_here
+from tasks.config.plain_yaml import PlainLoader
 from tasks.config.problems import problem_lines
 from tasks.config.run_file import RUN_FILE, RunFile, kind_of
 
@@ -44,15 +46,22 @@ def read_run_file(run_class: type[R], path: str | Path | None, overrides: Mappin
     return _validated(run_class, values, str(path))
 
 
-def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunFile:
+def recorded_run(path: str | Path, overrides: Mapping[str, Any] | None = None, *, to_look_at: bool = False) -> RunFile:
     """Read the run file of a run directory, or a file, as the kind of run that it says it is.
+
+    Parameters
+    ----------
+    path, overrides
+        As for `read_run_file`.
+    to_look_at : bool
+        True if the run is not to be carried out: it does not matter where its models and data are, and `out` is left.
 
     Raises
     ------
     RunError
         If it cannot be read, or no kind is the file's.
     """
-    values = _read_values(path, overrides or {})
+    values = _read_values(path, overrides or {}, to_look_at=to_look_at)
     classes = run_classes()
     any_class: Any = Annotated[Union[tuple(classes.values())], Field(discriminator="kind")]  # noqa: UP007
     any_run: TypeAdapter[RunFile] = TypeAdapter(any_class)
@@ -74,11 +83,17 @@ def _refusal(place: str, lines: Iterable[str]) -> RunError:
     return RunError("\n".join(f"{place}: {line}" for line in lines))
 
 
-def _read_values(path: str | Path, overrides: Mapping[str, Any], first: str | None = None) -> dict[str, Any]:
+def _read_values(
+    path: str | Path, overrides: Mapping[str, Any], first: str | None = None, *, to_look_at: bool = False
+) -> dict[str, Any]:
     """Return what a file holds, overridden; the kind of a file that names none is guessed."""
     place = location(path)
     file = place / RUN_FILE if is_dir(place) else place
-    values = _read_yaml(file) | dict(overrides)
+    found = _read_yaml(file)
+    if not to_look_at:
+        check_relative_paths(file, found, overrides)
+        found = found if file.name != RUN_FILE or "out" in overrides else moved_here(file, found)
+    values = found | dict(overrides)
     if "kind" not in values:
         values["kind"] = _guessed_kind(file, values, first)
     if values["kind"] not in list(run_classes()):
@@ -107,10 +122,10 @@ def _tell_missing_kind(file: Path, kind: str) -> None:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(read_bytes(file).decode("utf-8"))
+        values = yaml.load(read_bytes(file).decode("utf-8"), PlainLoader)
     except OSError as error:
         raise RunError(f"run file {str(file)!r} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"run file {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RunError(f"run file {str(file)!r} must hold a mapping of fields, but holds {type(values).__name__}")

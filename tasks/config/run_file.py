@@ -130,12 +130,25 @@ class RunFile(BaseModel):
         for key in FORMER_KEYS.keys() & cls.model_fields.keys():
             if FORMER_KEYS[key] in values:
                 values.setdefault(key, values.pop(FORMER_KEYS[key]))
+        cls._check_truth_values(values)
         if values.get("format", FORMAT) != FORMAT:
             raise ValueError(
                 f"format is {values['format']!r}, but this version of neg reads {FORMAT} only: use the version that "
                 "the file names under written_by, or write the file anew"
             )
         return values
+
+    @classmethod
+    def _check_truth_values(cls, values: dict[str, Any]) -> None:
+        """Refuse true and false where something else is wanted: they would be taken for the numbers 1 and 0."""
+        wanted = {field.alias or name for name, field in cls.model_fields.items() if field.annotation is not bool}
+        for name in values.keys() & wanted:
+            for value in values[name] if isinstance(values[name], (list, tuple)) else [values[name]]:
+                if isinstance(value, bool):
+                    raise ValueError(
+                        f"{name} is {str(value).lower()}, but is neither true nor false; YAML reads yes, no, on and "
+                        "off so: put text in quotes"
+                    )
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())

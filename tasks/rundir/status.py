@@ -130,7 +130,7 @@ def _not_planned(directory: Path, folders: Sequence[FolderStatus]) -> Iterator[t
         holds_others = any(root in other.parents for other in roots)
         if holds_others or n_bytes(root / PLAN_FILE) is not None:
             continue
-        run = recorded_run(root)
+        run = recorded_run(root, to_look_at=True)
         for model, subject in product((name.partition("@")[0] for name in run.model), run.subjects):
             if (root, model, Path(subject).stem) not in begun:
                 yield model, subject
@@ -149,7 +149,7 @@ def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:
         return None
     newest = max(published, key=lambda one: one.time_s).folder
     alike = [one for one in published if (one.folder.kind, one.folder.names[0]) == (newest.kind, newest.names[0])]
-    workers = recorded_run(newest.root).workers if n_bytes(newest.root / RUN_FILE) is not None else 1
+    workers = recorded_run(newest.root, to_look_at=True).workers if n_bytes(newest.root / RUN_FILE) is not None else 1
     started = [file.stat().st_mtime for file in find(directory, f"**/{PLAN_FILE}")]
     return pace([(one.time_s, one.n_rows) for one in alike], max(started, default=None), workers)
 

@@ -107,7 +107,7 @@ def test_without_git_the_file_names_no_revision(values, monkeypatch):
         written = yaml.safe_load(write_run_file(SkillRun(**values)).read_text())["written_by"]
     finally:
         provenance._revision.cache_clear()
-    assert set(written) == {"command", "version"}
+    assert set(written) == {"command", "directory", "version"}
 
 
 @pytest.mark.parametrize("command", ["extract", "probe", "pipeline"])
