@@ -1,9 +1,12 @@
-"""Write the documents that are made from other files: run-files.md from the run file classes, way.svg from way.dot.
+"""Write the documents that are made from other files.
+
+These are run-files.md from the run file classes, the families in README.md from their rows, and way.svg from way.dot.
 
 Run it from the repository: `make docs`. The picture needs graphviz (`apt-get install graphviz`).
 """
 
 import subprocess
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel
 
+from negcore.model.architectures import ARCHITECTURES
 from tasks.config.kinds import RUN_KINDS
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import OwnWording
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 PICTURE = DOCS / "pictures" / "way.dot"
+FAMILIES_BEGIN = "<!-- families: written by `make docs` -->"
+FAMILIES_END = "<!-- end of families -->"
 
 HEAD = """# Run files
 
@@ -51,6 +58,23 @@ def run_files() -> str:
         sections.append(_section(", ".join(names), run_class, own))
     sections.append(_section("A wording of your own", OwnWording, list(OwnWording.model_fields)))
     return "\n".join(sections)
+
+
+def readme() -> str:
+    """Return the text of README.md with the families of now."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(FAMILIES_BEGIN)
+    return f"{before}{FAMILIES_BEGIN}\n{_families()}\n{FAMILIES_END}{rest.partition(FAMILIES_END)[2]}"
+
+
+def _families() -> str:
+    next_token = sorted(name for name, arch in ARCHITECTURES.items() if not arch.masked)
+    masked = sorted(name for name, arch in ARCHITECTURES.items() if arch.masked)
+    sentences = (
+        f"{len(ARCHITECTURES)} types are known by name. Of the next token: {', '.join(next_token)}. "
+        f"Of a masked token: {', '.join(masked)}."
+    )
+    return textwrap.fill(sentences, 120, break_on_hyphens=False)
 
 
 def picture() -> str:
@@ -112,4 +136,5 @@ def _bounds(schema: Mapping[str, Any]) -> str:
 
 if __name__ == "__main__":
     (DOCS / "run-files.md").write_text(run_files(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
     PICTURE.with_suffix(".svg").write_text(picture(), encoding="utf-8")

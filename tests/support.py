@@ -16,8 +16,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from negcore.measure.loading import checked
+from negcore.model.architectures import ARCHITECTURES
 from negcore.model.check import ModelCheck
 from negcore.model.language_model import LanguageModel, wrap_model
+from negcore.model.skeleton import auto_class
 from negcore.store.identity import RunIdentity
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
@@ -52,33 +54,196 @@ _GROUPED = {**_SIZE, "num_key_value_heads": 2, "intermediate_size": 24, "max_pos
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 # A window shorter than the prompts, so that a mask that counts wrongly shows.
 _WINDOW = {"sliding_window": 7}
+_HEADS = {"head_dim": 4}
+_WINDOWED_HEADS = {**_GROUPED, **_WINDOW, **_HEADS}
+_GEMMA = {**_WINDOWED_HEADS, "query_pre_attn_scalar": 4, "sliding_window_pattern": 2}
+_GPT = {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 128, "vocab_size": 400}
+_WIDE = {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128}
+_WIDE_ROBERTA = {**_WIDE, "max_position_embeddings": 130}
+_LATENT = {
+    **_GROUPED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
+# Two dense layers before one of experts.
+_DEEPSEEK = {
+    **_LATENT,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LINEAR = {
+    **_GROUPED,
+    **_HEADS,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
+# Multiples of logits, of embeddings, of what a layer adds and of scores.
+_GRANITE = {
+    **_GROUPED,
+    "logits_scaling": 8.0,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
+_GEMMA4 = {
+    **_WINDOWED_HEADS,
+    "global_head_dim": 4,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 400,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+_SIGHT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+_QWEN_SIGHT = {"depth": 1, "embed_dim": 8, "intermediate_size": 8, "num_heads": 2}
+_MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}}
+
+
+def _seeing(text: dict[str, Any], sight: dict[str, Any] = _SIGHT) -> dict[str, Any]:
+    """A model that also sees, whose language part is measured."""
+    return {"text_config": text, "vision_config": sight}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": {**_GROUPED, **_WINDOW},
     "qwen2": {**_GROUPED, **_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {**_GROUPED, "head_dim": 4},
-    "gemma2": {**_GROUPED, **_WINDOW, "head_dim": 4, "query_pre_attn_scalar": 4},
-    "gemma3": {**_GROUPED, **_WINDOW, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window_pattern": 2},
-    "gemma3_text": {
-        **_GROUPED,
-        **_WINDOW,
-        "head_dim": 4,
-        "query_pre_attn_scalar": 4,
-        "sliding_window_pattern": 2,
-    },
+    "qwen3": {**_GROUPED, **_HEADS},
+    "gemma2": {**_WINDOWED_HEADS, "query_pre_attn_scalar": 4},
+    "gemma3": _seeing(_GEMMA),
+    "gemma3_text": _GEMMA,
     "olmo2": _GROUPED,
     "phi3": {**_GROUPED, **_WINDOW},
-    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 128, "vocab_size": 400},
-    "gpt_neox": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128},
+    "gpt2": _GPT,
+    "gpt_neox": _WIDE,
     "opt": {**_SIZE, "ffn_dim": 24, "max_position_embeddings": 128, "word_embed_proj_dim": 16},
-    "bert": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128},
-    "roberta": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 130},
+    "bert": _WIDE,
+    "roberta": _WIDE_ROBERTA,
     "distilbert": {"dim": 16, "n_layers": 3, "n_heads": 4, "hidden_dim": 24, "vocab_size": 400},
-    "modernbert": {**_SIZE, "intermediate_size": 24, "max_position_embeddings": 128, "local_attention": 8},
+    "modernbert": {**_WIDE, "local_attention": 8},
+    "apertus": _GROUPED,
+    "arcee": _GROUPED,
+    "biogpt": _WIDE,
+    "bitnet": _GROUPED,
+    "bloom": {"hidden_size": 16, "n_layer": 3, "n_head": 4, "vocab_size": 400},
+    "codegen": {**_GPT, "rotary_dim": 4},
+    "cohere": {**_GROUPED, "logit_scale": 0.5, "use_qk_norm": True},
+    "cohere2": {**_GROUPED, **_WINDOW, "logit_scale": 0.5},
+    "cwm": _WINDOWED_HEADS,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "diffllama": _GROUPED,
+    "ernie4_5": {**_GROUPED, **_HEADS},
+    "exaone4": {**_GROUPED, **_WINDOW, "sliding_window_pattern": 3},
+    "falcon": {**_SIZE, "ffn_hidden_size": 24, "alibi": True, "new_decoder_architecture": False},
+    "gemma": {**_GROUPED, **_HEADS},
+    "gemma3n_text": {
+        **_GEMMA4,
+        "intermediate_size": [24, 24, 24],
+        "laurel_rank": 4,
+        "num_kv_shared_layers": 1,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+        "altup_num_inputs": 2,
+    },
+    "gemma4": _seeing(_GEMMA4),
+    "gemma4_text": _GEMMA4,
+    "glm": {**_GROUPED, **_HEADS},
+    "glm4": {**_GROUPED, **_HEADS},
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": 3,
+        "num_heads": 4,
+        "intermediate_size": 24,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 7,
+        "vocab_size": 400,
+        "max_position_embeddings": 128,
+    },
+    "gptj": {**_GPT, "rotary_dim": 4},
+    "granite": _GRANITE,
+    "helium": {**_GROUPED, **_HEADS},
+    "hunyuan_v1_dense": {**_GROUPED, **_HEADS},
+    "hyperclovax": _GRANITE,
+    "idefics3": _seeing({**_GROUPED, "model_type": "llama"}),
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "llama4_text": {
+        **_GROUPED,
+        **_HEADS,
+        "moe_layers": [1],
+        "intermediate_size_mlp": 24,
+        "num_local_experts": 2,
+        "attention_chunk_size": 7,
+    },
+    "llava": _seeing({**_GROUPED, "model_type": "llama"}, {**_SIGHT, "model_type": "clip_vision_model"}),
+    "minicpm3": _LATENT,
+    "ministral": _WINDOWED_HEADS,
+    "ministral3": {**_GROUPED, **_HEADS},
+    "mistral3": _seeing({**_WINDOWED_HEADS, "model_type": "mistral"}, {**_SIGHT, "model_type": "pixtral"}),
+    "mpt": {"d_model": 16, "n_heads": 4, "n_layers": 3, "expansion_ratio": 2, "max_seq_len": 128, "vocab_size": 400},
+    "nanochat": _GROUPED,
+    "nemotron": _GROUPED,
+    "olmo": _GROUPED,
+    "olmo3": {**_GROUPED, **_WINDOW},
+    "phi": _GROUPED,
+    "qwen2_5_vl": _seeing({**_GROUPED, **_MROPE}, {**_QWEN_SIGHT, "hidden_size": 8, "out_hidden_size": 16}),
+    "qwen2_vl": _seeing({**_GROUPED, **_MROPE}, {**_QWEN_SIGHT, "hidden_size": 16}),
+    "qwen3_5_text": _LINEAR,
+    "qwen3_vl": _seeing(
+        {**_GROUPED, **_HEADS, **_MROPE},
+        {**_QWEN_SIGHT, "hidden_size": 8, "out_hidden_size": 16, "deepstack_visual_indexes": [0]},
+    ),
+    "seed_oss": {**_GROUPED, **_HEADS},
+    "smollm3": _GROUPED,
+    "smolvlm": _seeing({**_GROUPED, "model_type": "llama"}),
+    "stablelm": {**_GROUPED, "qk_layernorm": True},
+    "starcoder2": {**_GROUPED, **_WINDOW},
+    "vaultgemma": {**_WINDOWED_HEADS, "query_pre_attn_scalar": 4},
+    "youtu": _LATENT,
+    "camembert": _WIDE_ROBERTA,
+    "deberta": {**_WIDE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "deberta-v2": {**_WIDE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "electra": {**_WIDE, "embedding_size": 12},
+    "ernie": _WIDE,
+    "eurobert": _GROUPED,
+    "megatron-bert": _WIDE,
+    "rembert": {**_WIDE, "input_embedding_size": 12, "output_embedding_size": 12},
+    "roformer": {**_WIDE, "embedding_size": 12},
+    "xlm-roberta": _WIDE_ROBERTA,
+    "xlm-roberta-xl": _WIDE_ROBERTA,
 }
-_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-MASKED = ["bert", "roberta", "distilbert", "modernbert"]
-CAUSAL = [name for name in CONFIGS if name not in MASKED]
+CORE = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "bert",
+    "roberta",
+    "distilbert",
+    "modernbert",
+]
+"""Families that every measurement is tested on; tests/negcore/measure/test_families.py has them all."""
+MASKED = [name for name in CORE if ARCHITECTURES[name].masked]
+CAUSAL = [name for name in CORE if name not in MASKED]
 
 
 _CHECKS: dict[Any, ModelCheck | None] = {}
@@ -108,18 +273,12 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_config(family: str, **changes: Any) -> Any:
-    """The configuration of a tiny model, with some values changed."""
-    settings = {
-        **_SPECIAL,
-        **CONFIGS[family],
-        "initializer_range": 0.5,
-        "init_std": 0.5,
-        "tie_word_embeddings": False,
-        **changes,
-    }
-    if family == "gemma3":  # the language part of a model that also sees
-        settings = {"text_config": settings, "vision_config": _VISION, "initializer_range": 0.5}
-    return transformers.AutoConfig.for_model(family, **settings)
+    """The configuration of a tiny model, with some values of its language part changed."""
+    settings, loud = dict(CONFIGS[family]), {"initializer_range": 0.5, "init_std": 0.5}
+    language = {**_SPECIAL, **settings.get("text_config", settings), **loud, "tie_word_embeddings": False, **changes}
+    if "text_config" in settings:
+        return transformers.AutoConfig.for_model(family, **settings | {"text_config": language} | loud)
+    return transformers.AutoConfig.for_model(family, **language)
 
 
 def tiny_model(
@@ -128,8 +287,7 @@ def tiny_model(
     """A tiny random model whose activations and gradients are far from zero, some of its configuration changed."""
     torch.manual_seed(0)
     config = tiny_config(family, **changes)
-    kind = transformers.AutoModelForMaskedLM if family in MASKED else transformers.AutoModelForCausalLM
-    model = kind.from_config(config).to(dtype)
+    model = auto_class(config, masked=ARCHITECTURES[family].masked).from_config(config).to(dtype)
     lm = wrap_model(model, tiny_tokenizer(), name=f"tiny-{family}", revision="memory", site=site)
     # The same weights every time: one check serves all tests.
     if (family, dtype, site) not in _CHECKS:

@@ -256,12 +256,13 @@ def models(
     for alias, embedded in EMBEDDED.items():
         console.print(f"[bold]{alias}[/bold]  embedded: {embedded.command}", highlight=False)
     table = Table(
-        "family", "prediction", "sites (paper = first)", title="Families: any safetensors model of these types"
+        "family", "prediction", "sites (paper = first)", "way", title="Families: any safetensors model of these types"
     )
     for name, arch in sorted(ARCHITECTURES.items()):
-        sites = "up, act, gate" if arch.gated else "act"
-        table.add_row(name, "masked token" if arch.masked else "next token", sites)
+        way = "whole" if arch.whole else arch.way
+        table.add_row(name, "masked token" if arch.masked else "next token", ", ".join(arch.sites), way)
     console.print(table)
+    console.print("A type that is not listed is searched for its feed-forward layers when a model of it is described.")
 
 
 @app.command()

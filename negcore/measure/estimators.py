@@ -237,7 +237,7 @@ def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
         return (hidden_RH[None], *output[1:]) if isinstance(output, tuple) else hidden_RH[None]
 
     # Everything after the layers treats tokens alike, so the pass of one token is enough: its last stream is replaced.
-    handle = lm.layers[-1].register_forward_hook(replace)
+    handle = lm.last_block.register_forward_hook(replace)
     try:
         token = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
         output = lm.model(input_ids=token, attention_mask=torch.ones_like(token))

@@ -102,27 +102,25 @@ class CausalBatch(ProbedBatch):
         slots_K = torch.arange(n_prefix + n_slots, device=self.lm.device)
         with torch.no_grad():
             self._run(
-                self.lm.model.base_model,
+                self.lm.body,
                 padded_BT.to(self.lm.device),
                 slots_K[n_prefix:].expand(len(own), -1),
                 slots_K < self._lengths_B[:, None],
-                past_key_values=self._cache,
-                use_cache=True,
+                self._cache,
             )
 
-    def run_last(self, module: nn.Module, **options: Any) -> Any:
+    def run_last(self, module: nn.Module) -> Any:
         """Run the last tokens, at their positions after the cache, through the model or its part without a head."""
         n_slots = self._cache.get_seq_length()
         slots_K = torch.arange(n_slots + 1, device=self.lm.device)
         used_BK = (slots_K < self._lengths_B[:, None]) | (slots_K == n_slots)
-        return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, **options)
+        return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, _shared(self._cache))
 
     def _logits(self) -> Tensor:
-        output = self.run_last(self.lm.model, past_key_values=_shared(self._cache), use_cache=True)
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = self.run_last(self.lm.model).logits[:, -1]
         return logits
 
-    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, **options: Any) -> Any:
+    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, cache: Any) -> Any:
         """Run tokens in the newest slots; each sees used slots as the model lets it, and itself, padding or not."""
         n_keys, n_queries = used_BK.shape[1], ids_BT.shape[1]
         slots_K = torch.arange(n_keys, device=self.lm.device)
@@ -130,28 +128,35 @@ class CausalBatch(ProbedBatch):
         itself_TK = slots_K == slots_K[-n_queries:, None]
         with laid_out(Layout(positions_BT, keys_BK, used_BK[:, None] | itself_TK)):
             # Masks come from the layout; some models count positions by the tokens that are no padding.
-            return module(input_ids=ids_BT, attention_mask=used_BK.long(), position_ids=positions_BT, **options)
+            return module(
+                input_ids=ids_BT,
+                attention_mask=used_BK.long(),
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
 
 
-class MaskedBatch(ProbedBatch):
-    """Prompts of a masked model, padded at their ends."""
+class WholeBatch(ProbedBatch):
+    """Whole prompts, padded at their ends, where the probed token of a causal model does not see the padding."""
 
     def __init__(self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         super().__init__(lm, rows)
-        pad = lm.tokenizer.pad_token_id
+        pad = lm.tokenizer.pad_token_id if lm.arch.masked else 0
         longest = max(map(len, ids))
         padded_BT = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in ids])
         lengths_B = torch.tensor([len(tokens) for tokens in ids])
         self._ids_BT = padded_BT.to(lm.device)
         self._used_BT = (torch.arange(longest) < lengths_B[:, None]).long().to(lm.device)
-        self._positions_B: Tensor = (self._ids_BT == lm.tokenizer.mask_token_id).long().argmax(1)
+        self._positions_B = torch.tensor([probed_position(lm, tokens) for tokens in ids], device=lm.device)
 
     @property
     def positions_B(self) -> Tensor:
         return self._positions_B
 
     def _logits(self) -> Tensor:
-        output = self.lm.model(input_ids=self._ids_BT, attention_mask=self._used_BT)
+        options = {"attention_mask": self._used_BT} if self.lm.arch.masked else {"use_cache": False}
+        output = self.lm.model(input_ids=self._ids_BT, **options)
         logits: Tensor = output.logits[torch.arange(len(self.rows)), self._positions_B]
         return logits
 
@@ -174,9 +179,9 @@ def probed_batches(
         Most prompts of a batch of default size, for callers whose own memory grows with rows.
     """
     groups = _by_length([len(tokens) for tokens in ids], batch_size, max_rows)
-    if lm.arch.masked:
+    if lm.way == "whole":
         for rows in groups:
-            yield MaskedBatch(lm, rows, [ids[row] for row in rows])
+            yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
     n_prefix = common_prefix_length(ids) if lm.allows("prefix") else 0
     prefix = run_prefix(lm, ids[0][:n_prefix])
@@ -189,7 +194,7 @@ def copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBat
     ids = [tokens] * n_rows
     if isinstance(prompt, CausalBatch):
         return CausalBatch(prompt.lm, range(n_rows), ids, prompt.cache, len(tokens) - 1)
-    return MaskedBatch(prompt.lm, range(n_rows), ids)
+    return WholeBatch(prompt.lm, range(n_rows), ids)
 
 
 def measure_batches(
@@ -254,7 +259,7 @@ def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
     if tokens:
         with torch.no_grad():
             ids_1T = torch.tensor([list(tokens)], device=lm.device)
-            lm.model.base_model(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+            lm.body(input_ids=ids_1T, past_key_values=cache, use_cache=True)
     return cache
 
 

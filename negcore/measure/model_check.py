@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from negcore.errors import NegError, first_line
 from negcore.measure.forward import (
     CausalBatch,
-    MaskedBatch,
     ProbedBatch,
+    WholeBatch,
     label_probabilities,
     probed_position,
     run_prefix,
@@ -149,8 +149,8 @@ class _Trial:
     def batch(self, rows: Sequence[int], n_prefix: int = 0) -> ProbedBatch:
         """Run some of the prompts up to their probed tokens, with or without a cache of the tokens they share."""
         ids = [self.ids[row] for row in rows]
-        if self.lm.arch.masked:
-            return MaskedBatch(self.lm, rows, ids)
+        if self.lm.way == "whole":
+            return WholeBatch(self.lm, rows, ids)
         return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]), n_prefix)
 
     def _logits(self, batch: ProbedBatch) -> Tensor:
@@ -160,8 +160,9 @@ class _Trial:
 
 def _compare(trial: _Trial, name: Compared) -> Comparison:
     tolerance = TOLERANCES[trial.lm.dtype][name]
-    if trial.lm.arch.masked and name in ("prefix", "virtual"):
-        return Comparison(name, tolerance, note="a masked model sees both sides of its mask", applies=False)
+    absent = _absent(trial.lm, name)
+    if absent:
+        return Comparison(name, tolerance, note=absent, applies=False)
     try:
         difference = _DIFFERENCES[name](trial)
     except (torch.OutOfMemoryError, MemoryError):
@@ -175,6 +176,14 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, NegError) else first_line(error)
+
+
+def _absent(lm: LanguageModel, name: Compared) -> str:
+    """Tell why a model has no such way, if it has none."""
+    if name == "prefix" and lm.way == "whole" or name == "virtual" and lm.way != "virtual":
+        way = "runs whole prompts" if lm.way == "whole" else "runs no virtual tokens"
+        return "a masked model sees both sides of its mask" if lm.arch.masked else f"this family {way}"
+    return ""
 
 
 def _logits_differ(trial: _Trial) -> float:
@@ -270,6 +279,9 @@ def _telling_labels(logits_C: Tensor) -> Tensor:
 @contextmanager
 def _untouched(lm: LanguageModel) -> Iterator[None]:
     """Give the model the attention of transformers' own reference implementation."""
+    if not lm.takes_attention:
+        yield
+        return
     lm.model.set_attn_implementation("eager")
     try:
         yield

@@ -154,7 +154,7 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
         probs_BO = label_probabilities(logits_BV, label_ids_BO)
         # Rows do not see each other, so one unit vector for each option gives every row's gradient at once.
         unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
-        grads = torch.autograd.grad(probs_BO, list(shifts.values()), unit_OBO, is_grads_batched=True)
+        grads = _gradients(batch.lm, probs_BO, list(shifts.values()), unit_OBO)
     return LabelGradients(grads, activations_BLN, probs_BO.detach())
 
 
@@ -167,6 +167,14 @@ def _fill(result: NeurGradBatch, rows: Sequence[int], batch: ProbedBatch) -> Non
         result.negs_POLN[rows, :, layer] = _numpy(negs_BON)
     result.activations_PLN[rows] = _numpy(activations_BLN)
     result.probs_PO[rows] = _numpy(probs_BO)
+
+
+def _gradients(lm: LanguageModel, probs_BO: Tensor, inputs: list[Tensor], unit_OBO: Tensor) -> tuple[Tensor, ...]:
+    """Differentiate in one backward pass, or in one for each option where a model's code may not be batched."""
+    if lm.batched_backward:
+        return torch.autograd.grad(probs_BO, inputs, unit_OBO, is_grads_batched=True)
+    by_option = [torch.autograd.grad(probs_BO, inputs, unit_BO, retain_graph=True) for unit_BO in unit_OBO]
+    return tuple(torch.stack(grads) for grads in zip(*by_option, strict=True))
 
 
 def _numpy(tensor: Tensor) -> Floats:

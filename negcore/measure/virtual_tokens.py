@@ -24,6 +24,7 @@ from negcore.errors import ModelError
 from negcore.measure.forward import CausalBatch, probed_batches, probed_position
 from negcore.measure.hooks import hook_site, tapped
 from negcore.measure.memory import BatchLimit
+from negcore.model.attention import side_by_side
 from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import LanguageModel
 
@@ -82,6 +83,27 @@ def head_rows(lm: LanguageModel) -> int:
     return max(1, _LOGIT_BYTES // (4 * lm.card.vocab_size))
 
 
+def head_logits(lm: LanguageModel, output: Any, hidden_RH: Tensor) -> Tensor:
+    """Return the logits (R, V) that the model's own code makes of hidden values, whatever it does beside its head.
+
+    Parameters
+    ----------
+    output : result of a pass of the model without its head, from which the rest is taken
+    hidden_RH : Tensor of shape (R, H), normalised as in `output`
+    """
+    answer = type(output)(**{**output, "last_hidden_state": hidden_RH[None]})
+    token_11 = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
+    # The whole model runs, but for its body, which answers at once: the part that its head asks, whichever that is.
+    for part in lm.body_parts:
+        part.forward = lambda *_, **__: answer
+    try:
+        logits: Tensor = lm.model(input_ids=token_11, use_cache=False).logits[0]
+    finally:
+        for part in lm.body_parts:
+            del part.forward
+    return logits
+
+
 class ShiftedPrompt(ABC):
     """Prompt whose neurons can be shifted, one neuron a row."""
 
@@ -130,17 +152,12 @@ class VirtualPrompt(ShiftedPrompt):
         self.log_probs_O = self._log_probs(logits_1V)[0]
 
     def _measure(self, shifts: Shifts) -> Measured:
-        with _joining(self.lm, shifts):
-            output = self._batch.run_last(self.lm.model.base_model, use_cache=False, virtual_prompt=self._batch.cache)
+        with _joining(self.lm, shifts), side_by_side():
+            output = self._batch.run_last(self.lm.body)
         hidden_RH = output.last_hidden_state.reshape(-1, output.last_hidden_state.shape[-1])
         parts = hidden_RH[1:].split(head_rows(self.lm))
-        passes = [self._compared(self._head(torch.cat([hidden_RH[:1], part]))) for part in parts]
+        passes = [self._compared(head_logits(self.lm, output, torch.cat([hidden_RH[:1], part]))) for part in parts]
         return Measured(*map(torch.cat, zip(*passes, strict=True)))
-
-    def _head(self, hidden_RH: Tensor) -> Tensor:
-        logits: Tensor = self.lm.model.get_output_embeddings()(hidden_RH)
-        cap = getattr(self.lm.card.text_config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class HookedPrompt(ShiftedPrompt):
@@ -188,7 +205,7 @@ def shifted_prompts(
     ----------
     prompts : EncodedPrompts
     method : {"auto", "virtual", "hooks"}
-        `auto` uses virtual tokens where the model is causal and they passed its check at load.
+        `auto` uses virtual tokens where the family's row says that they are right and they passed the check at load.
     max_rows : int, optional
         Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out.
 
@@ -200,16 +217,21 @@ def shifted_prompts(
     Raises
     ------
     ModelError
-        If the method is unknown, or virtual tokens are asked of a masked model or of one whose check they failed.
+        If the method is unknown, or virtual tokens are asked of a model that has none or whose check they failed.
     """
     if method not in ("auto", "virtual", "hooks"):
         raise ModelError(f"method {method!r} is not known; choose one of auto, virtual, hooks")
     if method == "virtual" and lm.arch.masked:
         raise ModelError(f"method 'virtual' needs a causal model and {lm.card.name} is masked; choose auto or hooks")
+    if method == "virtual" and lm.way != "virtual":
+        family = lm.card.config.model_type
+        raise ModelError(
+            f"method 'virtual' is not right for the family {family} of {lm.card.name}; choose auto or hooks"
+        )
     if method == "virtual":
         lm.require("virtual")
     limit = BatchLimit("shifted rows")
-    if method == "hooks" or lm.arch.masked or not lm.allows("virtual"):
+    if method == "hooks" or lm.way != "virtual" or not lm.allows("virtual"):
         for index, (tokens, label_ids_O) in enumerate(zip(prompts.ids, prompts.label_ids_PO, strict=True)):
             yield index, HookedPrompt(lm, tokens, label_ids_O, max_rows, limit)
         return

@@ -6,6 +6,9 @@ The implementations of transformers do not fit: `eager` rounds its softmax to fl
 fused kernels have no rule for a batched backward pass.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +20,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from negcore.model.masks import mask_by_position, refuse_lookahead
 
 ATTENTION_NAME = "negcore"
+
+
+_side_by_side: ContextVar[bool] = ContextVar("side_by_side", default=False)
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Make the newest tokens of every pass inside virtual: at one position, each sees only the prompt and itself."""
+    token = _side_by_side.set(True)
+    try:
+        yield
+    finally:
+        _side_by_side.reset(token)
 
 
 def register_attention() -> None:
@@ -34,7 +50,6 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    virtual_prompt: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
@@ -45,9 +60,8 @@ def attention(
     key, value : Tensor of shape (B, G, K, D)
     attention_mask : bool Tensor of shape (B or 1, 1, Q, K), or None
         True where a query may look. Without a mask, causal modules look back and the others look everywhere.
-    virtual_prompt : cache of one prompt, optional
-        An argument of the model's forward pass that makes the Q tokens virtual: all stand at the position after this
-        prompt, and each looks only at the prompt and itself. The mask is then that of this position, (1, 1, 1, K + 1).
+        Inside `side_by_side` it is the mask of one token after the prompt's, and the keys are those of the prompt, then
+        those of the Q virtual tokens.
 
     Returns
     -------
@@ -59,12 +73,9 @@ def attention(
         If a causal model's module looks at later tokens too.
     """
     refuse_lookahead(not _looks_back_only(module, is_causal))
-    if virtual_prompt is not None:
+    if _side_by_side.get():
         assert attention_mask is not None
-        visible_K = attention_mask[0, 0, 0, :-1]
-        keys, values = _prompt_keys(module, virtual_prompt, key, value)
-        prompt = keys[:, :, visible_K], values[:, :, visible_K]
-        return _virtual(query, key, value, *prompt, scaling, softcap), None
+        return _virtual(query, key, value, attention_mask[0, 0, 0, :-1], scaling, softcap), None
     if softcap is None and not torch.is_grad_enabled():
         # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
@@ -112,33 +123,28 @@ def _virtual(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    prompt_keys: Tensor,
-    prompt_values: Tensor,
+    visible_K: Tensor,
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Let each query attend to the prompt's keys and its own.
+    """Let each query attend to the visible keys of the prompt and its own.
 
     Its own key is one more column of scores; a mask over all virtual tokens would cost queries squared.
     """
     _, n_heads, n_queries, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
-    n_groups = key.shape[1]
+    n_groups, n_prompt = key.shape[1], key.shape[2] - n_queries
+    prompt_keys, prompt_values = (one[:, :, :n_prompt][:, :, visible_K] for one in (key, value))
+    own_keys, own_values = (one[:, :, None, n_prompt:] for one in (key, value))
     folded = grouped(query * scale, n_groups)
     per_head = folded.view(1, n_groups, -1, n_queries, width)
-    own_scores = (per_head * key[:, :, None]).sum(-1).view(1, n_groups, -1, 1)
+    own_scores = (per_head * own_keys).sum(-1).view(1, n_groups, -1, 1)
     scores = torch.cat([folded @ prompt_keys.transpose(-1, -2), own_scores], dim=-1)
     weights = capped(scores, softcap).softmax(-1)
     own_weights = weights[..., -1].view(1, n_groups, -1, n_queries, 1)
-    output = (weights[..., :-1] @ prompt_values).view_as(per_head) + own_weights * value[:, :, None]
+    from_prompt = (weights[..., :-1] @ prompt_values).view(1, n_groups, -1, n_queries, value.shape[-1])
+    output = from_prompt + own_weights * own_values
     return output.reshape(1, n_heads, n_queries, -1).transpose(1, 2)
-
-
-def _prompt_keys(module: nn.Module, cache: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    if cache.get_seq_length() == 0:  # a prompt of one token has no earlier ones
-        return key[:, :, :0], value[:, :, :0]
-    layer = cache.layers[module.layer_idx]
-    return layer.keys, layer.values
 
 
 def _looks_back_only(module: nn.Module, is_causal: bool | None) -> bool:

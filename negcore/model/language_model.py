@@ -25,9 +25,10 @@ from xxhash import xxh3_128
 
 from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
-from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, architecture
+from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
+from negcore.model.discovery import find_architecture
 from negcore.model.model_files import (
     HARMLESS,
     check_directory,
@@ -41,6 +42,7 @@ from negcore.model.model_files import (
     unused_gguf_weights,
 )
 from negcore.model.quantised import plain_config, plain_model, storage_note
+from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
 from negcore.store.files import cache_directory
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
@@ -111,7 +113,13 @@ class ModelCard:
 
     @property
     def n_layers(self) -> int:
-        return int(self.text_config.num_hidden_layers)
+        """Layers with feed-forward neurons."""
+        return len(self.places)
+
+    @cached_property
+    def places(self) -> tuple[int, ...]:
+        """Place of each such layer among all layers of the model: 0, 1, 2 ... where every layer has neurons."""
+        return tuple(feed_forwards(self._skeleton, self.arch))
 
     @property
     def vocab_size(self) -> int:
@@ -120,16 +128,20 @@ class ModelCard:
     @cached_property
     def layer_width(self) -> int:
         """Neurons of a layer, read from a model without weights."""
-        with torch.device("meta"):
-            model = _auto_class(self.arch).from_config(self.config)
-        return int(_down_rows(model.get_submodule(f"{self.arch.layers}.0.{self.arch.down}")).shape[0])
+        return common_width(feed_forwards(self._skeleton, self.arch).values(), self.arch)
+
+    @cached_property
+    def _skeleton(self) -> Any:
+        return skeleton(self.config, masked=self.arch.masked)
 
     @cached_property
     def context_tokens(self) -> int:
         """Most tokens of a prompt."""
-        limits = [getattr(self.text_config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        if self.text_config.model_type == "roberta":  # its positions begin after the padding index
-            limits[0] -= self.text_config.pad_token_id + 1
+        config = self.text_config
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        if positions:
+            positions -= unused_positions(self._skeleton)
+        limits = [positions, self.tokenizer.model_max_length]
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("longrope", "dynamic"):
             # Beyond this length these rescale positions that a cache already holds.
@@ -175,6 +187,7 @@ class LanguageModel:
 
     @property
     def n_layers(self) -> int:
+        """Layers with feed-forward neurons."""
         return len(self.layers)
 
     @cached_property
@@ -196,10 +209,42 @@ class LanguageModel:
         return np.float64 if self.dtype == "float64" else np.float32
 
     @cached_property
-    def layers(self) -> nn.ModuleList:
-        layers = self.model.get_submodule(self.arch.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+    def layers(self) -> list[nn.Module]:
+        """The layers with feed-forward neurons."""
+        return list(feed_forwards(self.model, self.arch).values())
+
+    @property
+    def last_block(self) -> nn.Module:
+        """The last of all layers, whether it has neurons or not."""
+        blocks = self.model.get_submodule(self.arch.layers)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks[-1]
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its language head."""
+        return self.body_parts[0]
+
+    @cached_property
+    def body_parts(self) -> list[nn.Module]:
+        """The modules around the layers, the outermost first: the body, and its decoder or language part if any."""
+        path = self.arch.layers.split(".")[:-1]
+        return [self.model.get_submodule(".".join(path[: depth + 1])) for depth in range(len(path))]
+
+    @property
+    def way(self) -> Way:
+        """Way through the model: that of its family, or `whole` for a masked model or one with its own attention."""
+        return "whole" if self.arch.masked or not self.takes_attention else self.arch.way
+
+    @property
+    def batched_backward(self) -> bool:
+        """True if one backward pass may serve several options: a model's own attention or scan may not be batched."""
+        return self.takes_attention and (self.arch.masked or self.arch.way != "whole")
+
+    @property
+    def takes_attention(self) -> bool:
+        """True if the model runs with the attention of `negcore`; some families keep their own."""
+        return bool(self.model.config._attn_implementation == ATTENTION_NAME)
 
     def allows(self, name: Compared) -> bool:
         """Tell whether a way to measure passed the check at load."""
@@ -222,22 +267,13 @@ class LanguageModel:
 
     def down_rows(self, layer: int) -> Tensor:
         """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
-        return _down_rows(self.down(layer))
+        return down_rows(self.down(layer))
 
     def site_module(self, layer: int) -> nn.Module:
         """Return the module whose output (for `act`: input) is the site."""
         path = {"up": self.arch.up, "gate": self.arch.gate, "act": self.arch.down}[self.site]
         assert path is not None
         return self.layers[layer].get_submodule(path)
-
-
-def _auto_class(arch: Architecture) -> Any:
-    return transformers.AutoModelForMaskedLM if arch.masked else transformers.AutoModelForCausalLM
-
-
-def _down_rows(down: Any) -> Tensor:
-    weight: Tensor = down.weight
-    return weight if isinstance(down, transformers.pytorch_utils.Conv1D) else weight.T  # GPT-2 stores (in, out)
 
 
 def describe_model(ref: str) -> ModelCard:
@@ -288,7 +324,7 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
     reason = plain_reason if card.revision.startswith("xxh3:") else download_problem
     with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
         model = _whole(
-            _auto_class(card.arch),
+            auto_class(card.config, masked=card.arch.masked),
             card.source,
             config=plain_config(card.config),
             dtype=DTYPES[dtype],
@@ -307,7 +343,7 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
     ModelError
         If its architecture is not in the table or has no such site.
     """
-    arch = architecture(model.config.model_type)
+    arch = find_architecture(model.config)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
     return LanguageModel(_prepared(model), card, arch.site(site))
 
@@ -355,7 +391,10 @@ def _and_more(names: Collection[Any]) -> str:
 
 def _prepared(model: Any) -> Any:
     register_attention()
-    model.set_attn_implementation(ATTENTION_NAME)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(ATTENTION_NAME)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the fast ones know no float64
     return model.eval().requires_grad_(False)
 
 
@@ -379,7 +418,7 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
     with reading(f"model {name!r} could not be read"):
         config = transformers.AutoConfig.from_pretrained(source, **options)
     with reading(f"model {name!r}"):
-        arch = architecture(config.model_type)
+        arch = find_architecture(config)
         plain_config(config)
     with reading(f"model {name!r} could not be read: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -404,8 +443,8 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 
 def _check_shape(card: ModelCard) -> None:
-    if card.n_layers < 1:
-        raise ValueError(f"num_hidden_layers is {card.n_layers}; a whole number from 1 is needed")
+    if card.text_config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers is {card.text_config.num_hidden_layers}; a whole number from 1 is needed")
     if card.layer_width < 1 or card.context_tokens < 1:
         raise ValueError(f"layers of {card.layer_width} neurons and prompts of {card.context_tokens} tokens: too few")
 

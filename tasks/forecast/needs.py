@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 
 from negcore.errors import RunError
 from negcore.measure.forward import TOKEN_BUDGET, common_prefix_length
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import DTYPES, ModelCard
+from negcore.model.skeleton import skeleton
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile
@@ -170,9 +170,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def count_parameters(card: ModelCard) -> ParameterCounts:
     """Count a model's parameters without loading its weights."""
-    kind = transformers.AutoModelForMaskedLM if card.arch.masked else transformers.AutoModelForCausalLM
-    with torch.device("meta"):
-        model = kind.from_config(card.config)
+    model = skeleton(card.config, masked=card.arch.masked)
     return ParameterCounts(
         n_all=_count(model),
         n_in_layers=_count(model.get_submodule(card.arch.layers)),
@@ -264,7 +262,7 @@ def _with_values(split: ShardSet) -> ShardSet:
 def _operations(card: ModelCard, parameters: ParameterCounts, ids: Sequence[Sequence[int]], n_options: int) -> float:
     """Count the operations of one shard; the tokens that all prompts begin with run once, without a gradient."""
     n_rows, n_tokens, passes = len(ids), sum(map(len, ids)), 1 + n_options
-    if card.arch.masked:
+    if card.arch.whole:
         return 2.0 * passes * (parameters.n_in_layers * n_tokens + parameters.n_in_head * n_rows)
     n_prefix = common_prefix_length(ids)
     n_before = n_prefix + n_tokens - n_rows * (n_prefix + 1)
@@ -277,7 +275,7 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) 
     n_rows = min(run.batch_size or max(1, TOKEN_BUDGET // n_tokens), run.shard_rows)
     gradients = n_options * n_rows * (card.n_layers * card.layer_width + 3 * config.vocab_size) * width
     a_token = 3 * card.layer_width + 6 * config.hidden_size
-    if card.arch.masked:
+    if card.arch.whole:
         heads = config.num_attention_heads * n_tokens
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

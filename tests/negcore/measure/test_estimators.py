@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import CONFIGS, LABELS, PROMPTS, prompts_for, tiny_model
+from support import CORE, LABELS, PROMPTS, prompts_for, tiny_model
 
 from negcore.errors import LabelError, NegError
 from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, Question, estimate, unembed
@@ -263,7 +263,7 @@ def test_log_probability_increase_takes_every_target(target):
     assert scores[0, 1, 5] == pytest.approx(float(after - before), rel=1e-8)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 def test_a_stream_joined_by_all_its_layer_writes_is_what_leaves_the_layer(family):
     lm = tiny_model(family)
     tokens = encode_prompts(lm.card, prompts_for(lm)[:1])[0]
@@ -304,7 +304,7 @@ def test_chosen_neurons_are_scored_as_among_all(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 def test_every_estimator_runs_on_every_family(family, name):
     lm = tiny_model(family, dtype=torch.float32)
     scores = scores_of(lm, name, "probability", neurons=2)

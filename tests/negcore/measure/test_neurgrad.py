@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from support import CAUSAL, CONFIGS, LABELS, MASKED, PROMPTS, prompts_for, tiny_model
+from support import CAUSAL, CORE, LABELS, MASKED, PROMPTS, prompts_for, tiny_model
 from torch import nn
 
 from negcore.errors import LabelError, PromptError
@@ -56,7 +56,7 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_neurgrad_is_plain_autograd_times_direction(family, batch_size):
     lm = tiny_model(family)
@@ -207,7 +207,7 @@ def test_float32_results_are_close_to_float64(family):
     np.testing.assert_allclose(single.negs_POLN, exact.negs_POLN, atol=1e-4 * np.abs(exact.negs_POLN).max())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 def test_a_prediction_is_the_same_with_and_without_a_graph(family):
     lm = tiny_model(family)
     for batch in probed_batches(lm, encode_prompts(lm.card, prompts_for(lm)), batch_size=7):

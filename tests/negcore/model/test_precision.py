@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support import CONFIGS, LABELS, prompts_for, tiny_model, tiny_tokenizer
+from support import CORE, LABELS, prompts_for, tiny_model, tiny_tokenizer
 
 from negcore.analysis.causal import SkillSet, shift_sets
 from negcore.measure.estimators import estimate
@@ -22,7 +22,7 @@ def both(family, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("method", ["auto", "hooks"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 def test_a_sweep_of_half_weights_is_that_of_the_same_weights_in_float32(family, method):
     half, wide = both(family)
     results = [sweep(lm, prompts_for(lm)[:3], " A", neurons=2, shifts=FEW, method=method) for lm in (half, wide)]

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from support import CONFIGS, SHARED, save_tiny_model, tiny_model, tiny_tokenizer
+from support import CONFIGS, CORE, SHARED, save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from flows.cli.app import app
@@ -102,21 +102,21 @@ def test_other_settings_count_nothing_of_what_is_there(run):
 # Memory and operations
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", CORE)
 def test_parameters_are_counted_without_weights(family):
     lm = tiny_model(family)
     size = count_parameters(lm.card)
     assert size.n_all == sum(one.numel() for one in lm.model.parameters())
-    assert size.n_in_layers == sum(one.numel() for one in lm.layers.parameters())
+    assert size.n_in_layers == sum(one.numel() for one in lm.model.get_submodule(lm.arch.layers).parameters())
     assert size.n_in_head == lm.model.get_output_embeddings().weight.numel()
 
 
 def test_operations_of_two_prompts_that_fit_on_paper():
     # Tokens 1 2 run once for both, token 4 once; then the last tokens: forward and a gradient for each of 2 options.
-    causal = SimpleNamespace(arch=SimpleNamespace(masked=False))
+    causal = SimpleNamespace(arch=SimpleNamespace(whole=False))
     size = ParameterCounts(n_all=999, n_in_layers=10, n_in_head=100)
     assert forecasting._operations(causal, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 10 * (3 + 2 * 3) + 2 * 100 * 2 * 3
-    masked = SimpleNamespace(arch=SimpleNamespace(masked=True))
+    masked = SimpleNamespace(arch=SimpleNamespace(whole=True))
     assert forecasting._operations(masked, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 3 * (10 * 7 + 100 * 2)
 
 

@@ -1,0 +1,87 @@
+"""Models without weights, and where the feed-forward layers are in a model, with weights or without."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
+
+from negcore.errors import ModelError
+from negcore.model.architectures import Architecture
+
+
+def auto_class(config: Any, *, masked: bool) -> Any:
+    """Return the class of transformers that loads a model with its language head."""
+    if masked:
+        return transformers.AutoModelForMaskedLM
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText  # its language part is measured
+
+
+def has_language_head(config: Any) -> bool:
+    """Tell whether transformers knows a model of this type that predicts tokens."""
+    known = (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return any(config.model_type in names for names in known)
+
+
+def skeleton(config: Any, *, masked: bool, **options: Any) -> Any:
+    """Make a model without weights: it takes no memory, and shows shapes and modules."""
+    with torch.device("meta"):
+        return auto_class(config, masked=masked).from_config(config, **options)
+
+
+def feed_forwards(model: Any, arch: Architecture) -> dict[int, nn.Module]:
+    """Return the layers that have feed-forward neurons, by their place among all layers.
+
+    Layers of state spaces alone, or of experts, have none.
+    """
+    layers = enumerate(model.get_submodule(arch.layers))
+    return {place: layer for place, layer in layers if _has_down(layer, arch.down)}
+
+
+def unused_positions(model: nn.Module) -> int:
+    """Return how many learned positions no token stands at: in RoBERTa they begin after the padding's."""
+    tables = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    padded = [table.padding_idx for name, table in tables if "position" in name and table.padding_idx is not None]
+    return max(padded, default=-1) + 1
+
+
+def common_width(layers: Iterable[nn.Module], arch: Architecture) -> int:
+    """Return the number of neurons of each layer.
+
+    Raises
+    ------
+    ModelError
+        If no layer has neurons, or they differ in their number.
+    """
+    widths = sorted({len(down_rows(layer.get_submodule(arch.down))) for layer in layers})
+    if not widths:
+        raise ModelError(f"none of its layers has the feed-forward {arch.down!r}; layers of experts are not measured")
+    if len(widths) > 1:
+        raise ModelError(f"its layers have {widths[0]} to {widths[-1]} neurons; only layers of one width are measured")
+    return widths[0]
+
+
+def down_rows(down: Any) -> Tensor:
+    """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
+    weight: Tensor = down.weight
+    return weight if isinstance(down, Conv1D) else weight.T  # GPT-2 stores (in, out)
+
+
+def _has_down(layer: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(layer.get_submodule(path), nn.Linear | Conv1D)
+    except AttributeError:
+        return False
