@@ -346,10 +346,10 @@ def test_an_unknown_wording_and_an_unknown_field_are_refused():
 MINI_FINGERPRINTS = {
     "mini/classification": "ff0a32480ed0858a43f6aaea65228fb1",
     "mini/fact": "0d24cc57340da08798df8befaab99454",
-    "mini/linguistic": "87699e35398a50c453c979410d842512",
+    "mini/linguistic": "567a8028bf64fb1bae3426acd733714b",
     "mini/multilingual": "dffc38f56888760d5e0f011228f9bff7",
     "mini/nli": "e914b592fbdb02128522cbc17d82b54e",
-    "mini/self-reflection": "0c50bebbc1159b5b7e95b240aa4075fb",
+    "mini/self-reflection": "849689a7d861b8f4d62f2d316ca792ce",
 }
 MINI_FACTS_FINGERPRINT = "47dbbd3fe4f709169627b7fcdde5e630"
 

@@ -40,7 +40,7 @@ DIGESTS = {
     "mceval8k/toxicity": "0ba48cb2cdce16cf",
     "mini/classification": "7e0d8b6e311a472f",
     "mini/fact": "87e17b54d2e2b6d6",
-    "mini/linguistic": "9504af4e316b4105",
+    "mini/linguistic": "0db843699015788f",
     "mini/multilingual": "8cc31749f867b55d",
     "mini/nli": "c34599a02a79c7ee",
     "mini/self-reflection": "8b8738a2a26aceca",
