@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.machine import check_machine
+from flows.cli.standard_output import OutputLost, output_kept
 from flows.cli.terminal import carry_out, console, errors, quiet_libraries, reading, show
 from flows.cli.terminal import repair as repair_shards
 from negcore import __version__
@@ -48,9 +49,13 @@ RunPath = Annotated[
 
 
 def main() -> None:
-    """Run the command line; errors that the user can correct are a line each, and exit code 2."""
+    """Run the command line; what the user can correct is a line and exit code 2, lost output code 1."""
     try:
-        app()
+        with output_kept():
+            app()
+    except OutputLost as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
     except NegError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
