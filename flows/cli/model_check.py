@@ -4,8 +4,7 @@ from rich.markup import escape
 
 from flows.cli.terminal import console
 from flows.show.check_tables import check_table, facts_table
-from negcore.measure.loading import usable
-from negcore.measure.model_check import check_model
+from negcore.measure.loading import check_ways, usable
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import read_model
 
@@ -19,7 +18,7 @@ def show_model(ref: str, *, dtype: Dtype, device: str | None, site: SiteChoice) 
         If it cannot be loaded, or its check refuses it.
     """
     lm = read_model(ref, dtype=dtype, device=device, site=site)
-    check = check_model(lm)
+    lm, check = check_ways(lm)
     console.print(facts_table(lm))
     console.print(check_table(check, f"site {lm.site}, {lm.dtype} on {lm.device.type}"))
     for line in check.replaced:

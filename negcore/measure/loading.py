@@ -69,11 +69,22 @@ def checked(lm: LanguageModel) -> LanguageModel:
     ModelError
         If its logits are not those of the untouched model, or its prompts change each other: then no number is right.
     """
-    lm = usable(lm, check_model(lm))
+    lm = usable(*check_ways(lm))
     assert lm.check is not None
     for line in lm.check.replaced:
         logger.warning("model %s: %s", lm.card.name, line)
     return lm
+
+
+def check_ways(lm: LanguageModel) -> tuple[LanguageModel, ModelCheck]:
+    """Check a model; one that no row names is given the fastest way through it that passes, at worst `whole`."""
+    if lm.arch.discovered and not lm.arch.masked:
+        for way in ("virtual", "cached"):
+            faster = replace(lm, card=replace(lm.card, arch=replace(lm.arch, way=way)))
+            check = check_model(faster)
+            if check.passed:
+                return faster, check
+    return lm, check_model(lm)
 
 
 def usable(lm: LanguageModel, check: ModelCheck) -> LanguageModel:

@@ -339,7 +339,13 @@ def _reach(lm: LanguageModel) -> int:
 
 
 def _notes(trial: _Trial) -> Iterator[str]:
-    n_tokens = len(trial.ids[0])
+    n_tokens, lm = len(trial.ids[0]), trial.lm
+    if lm.arch.discovered:
+        yield f"discovered: its type is in no row, and a search found its feed-forward layers ({lm.arch.found})"
+    n_blocks = len(lm.model.get_submodule(lm.arch.layers))
+    if lm.n_layers < n_blocks:
+        places = ", ".join(map(str, lm.card.places))
+        yield f"its layers with neurons, numbered from 0, are layers {places} of {n_blocks}; the others have none"
     for size in sorted(_windows(trial.lm)):
         if size >= n_tokens:
             yield f"the check's prompt of {n_tokens} tokens does not reach beyond the attention window of {size}"

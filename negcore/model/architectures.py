@@ -57,6 +57,12 @@ class Architecture:
         return self.masked or self.way == "whole"
 
     @property
+    def found(self) -> str:
+        """The places as parts of a row."""
+        names = ("layers", "down", "up", "gate", "post_norm")
+        return ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name))
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """The sites that there are; the first is the paper's: `up` in gated models, `act` in the others."""
         gate: tuple[Site, ...] = ("gate",) if self.gate is not None else ()
@@ -104,7 +110,7 @@ ARCHITECTURES = MappingProxyType(
         "granite": _GATED,
         "helium": _GATED,
         "hunyuan_v1_dense": _GATED,
-        "hyperclovax": _GATED,
+        "hyperclovax": replace(_GATED, post_norm="post_norm2"),
         "minicpm3": _GATED,
         "ministral": _GATED,
         "ministral3": _GATED,

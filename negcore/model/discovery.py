@@ -65,6 +65,7 @@ class _Place(NamedTuple):
     up: str | None
     gate: str | None
     fused: bool
+    post_norm: str | None
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value}" for name, value in self._asdict().items() if value)
@@ -126,7 +127,8 @@ def _predicts_masks(config: Any) -> bool:
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    entering = _trace(model)
+    trace = _trace(model)
+    entering = trace.entering
     for down, value in entering.items():
         try:
             sources = _sources(value)
@@ -137,14 +139,15 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         if len(read) == 1 and together and _width_out(model, down) == entering[next(iter(sources)).projection].width:
             place = _place(down, value, sources)
             if place is not None:
-                yield place
+                norm = trace.norms.get(down)
+                yield place._replace(post_norm=_below(norm) if norm else None)
 
 
 def _place(down: str, value: _Value, sources: set[_Source]) -> _Place | None:
     """Return the place of a feed-forward with one source behind a nonlinearity, or with a gate and an up source."""
     layers, _, below = _parts(down)
     if len(sources) == 1:
-        return _Place(layers, below, None, None, False) if _bent(value) else None
+        return _Place(layers, below, None, None, False, None) if _bent(value) else None
     factors = _factors(value) if len(sources) == 2 else None
     if factors is None or _bent(factors[0]) == _bent(factors[1]):
         return None
@@ -152,9 +155,10 @@ def _place(down: str, value: _Value, sources: set[_Source]) -> _Place | None:
     (up_source,), (gate_source,) = _sources(up), _sources(gate)
     fused = up_source.projection == gate_source.projection
     if fused and up_source.offset < gate_source.offset:
-        return _Place(layers, below, None, None, False)  # `up` is read from the last columns
-    functions = [path for path in gate.modules if _block(path) == _block(down)]
-    return _Place(layers, below, _below(up_source.projection), _below(functions[0]) if functions else None, fused)
+        return _Place(layers, below, None, None, False, None)  # `up` is read from the last columns
+    functions = [_below(path) for path in gate.modules if _block(path) == _block(down)]
+    function = functions[0] if functions else None
+    return _Place(layers, below, _below(up_source.projection), function, fused, None)
 
 
 def _factors(value: _Value) -> tuple[_Value, _Value] | None:
@@ -195,8 +199,8 @@ def _width_out(model: nn.Module, path: str) -> int:
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
-def _trace(model: nn.Module) -> dict[str, _Value]:
-    """Run a few tokens; return what enters every projection inside a list of layers."""
+def _trace(model: nn.Module) -> "_Trace":
+    """Run a few tokens."""
     tokens = torch.zeros(1, _N_TOKENS, dtype=torch.long, device="meta")
     trace = _Trace()
     try:
@@ -204,7 +208,7 @@ def _trace(model: nn.Module) -> dict[str, _Value]:
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     except Exception as error:  # any code of any model
         raise ModelError(f"a traced pass of it failed: {one_line(error):.200}") from error
-    return trace.entering
+    return trace
 
 
 class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -213,6 +217,9 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.entering: dict[str, _Value] = {}
+        """What enters every projection inside a list of layers."""
+        self.norms: dict[str, str] = {}
+        """Normalisation of a projection's output, for projections that have one right behind them."""
         self._values: dict[int, _Value] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's own only while the tensor lives
 
@@ -243,7 +250,10 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise ModelError(f"{path} runs more than once in a pass, so its neurons belong to no single layer")
         self.entering[path] = self._values[id(args[0])]
 
-    def _leave(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        given = self._values.get(id(args[0])) if args else None
+        if given is not None and given.projection and "norm" in type(module).__name__.lower() and _IN_LIST.match(path):
+            self.norms.setdefault(given.projection, path)
         value = self._values.get(id(output))
         if value is None:
             return

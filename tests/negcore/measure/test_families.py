@@ -115,7 +115,7 @@ def test_the_search_finds_what_the_row_says(family, monkeypatch):
     monkeypatch.setattr(discovery, "ARCHITECTURES", {})
     found = discovery.find_architecture(config)
     assert found.discovered and found.masked == row.masked
-    for name in ("layers", "down", "up", "gate", "fused"):
+    for name in ("layers", "down", "up", "gate", "fused", "post_norm"):
         assert getattr(found, name) == getattr(row, name), name
 
 
@@ -124,6 +124,7 @@ def test_a_family_in_no_row_is_searched_and_passes_the_check(family):
     lm = searched(family)
     assert family not in ARCHITECTURES and lm.arch.discovered
     assert lm.check.failed == ()
+    assert any("discovered" in note for note in lm.check.notes)
     negs_POLN = neurgrad(lm, prompts_for(lm)[:2], LABELS[:2]).negs_POLN
     assert (abs(negs_POLN).max(axis=(0, 1, 3)) > 0).all()
 
@@ -131,10 +132,18 @@ def test_a_family_in_no_row_is_searched_and_passes_the_check(family):
 def test_layers_without_a_feed_forward_are_absent_and_the_others_keep_their_place():
     lm = searched("nemotron_h")
     assert lm.n_layers == 2 and lm.card.places == (1, 3)
+    assert "its layers with neurons, numbered from 0, are layers 1, 3 of 4; the others have none" in lm.check.notes
     estimated_N = neurgrad(lm, prompts_for(lm)[:1], LABELS[:1]).negs_POLN[0, 0, 1]
     neuron = int(abs(estimated_N).argmax())
     result = sweep(lm, prompts_for(lm)[:1], LABELS[0], neurons=[(1, neuron)], shifts=[-1e-3, 1e-3])
     assert result.negs_PK[0, 0] == pytest.approx(estimated_N[neuron], rel=1e-2)
+
+
+def test_a_family_in_no_row_is_given_the_fastest_way_that_is_right():
+    assert {family: searched(family).way for family in ("jais2", "falcon_h1")} == {
+        "jais2": "virtual",
+        "falcon_h1": "whole",
+    }
 
 
 def test_layers_of_experts_are_absent_and_dense_ones_keep_their_place():
