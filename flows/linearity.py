@@ -50,6 +50,7 @@ def run_linearity(run: LinearityRun, steps: Steps) -> LinearityResults:
     write_plan_file(run.directory, [one for study in studies for one in study.shard_sets])
     results = LinearityResults(run.directory)
     results.problems += studies.problems
+    results.warnings += [study.warning for study in studies if study.warning]
     with run_session(run):
         measured = [study for study in studies if _measure_study(run, steps, results, study)]
     for study in measured:

@@ -3,7 +3,7 @@
 The functions that do the work take their `Steps`, so that the same steps run under Prefect and without it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -141,6 +141,12 @@ def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
     return results
 
 
+def _warnings(planned: Planned) -> Iterable[str]:
+    """Return what must be read with care of the datasets, each line once."""
+    datasets = (dataset for _, models in planned for model in models for dataset in model.datasets)
+    return dict.fromkeys(warning for dataset in datasets for warning in dataset.warnings)
+
+
 Probe = Callable[[SkillRun, PlannedDataset], None]
 
 
@@ -162,6 +168,7 @@ def extract_planned(planned: Planned, steps: Steps, results: Results, *, when_ex
     """Extract every missing NEG shard; losses become problems of the results, and whole datasets are handed on."""
     results.problems += all_problems(models for _, models in planned)
     check_disk(planned)
+    results.warnings += _warnings(planned)
     for run, models in planned:
         write_run_file(run)
         write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])

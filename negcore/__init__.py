@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from negcore.datasets import Dataset, PromptSettings, list_datasets, load_dataset
+    from negcore.datasets import Dataset, PromptSettings, chat_prompts, list_datasets, load_dataset
     from negcore.errors import NegError
     from negcore.measure.estimators import ESTIMATORS, estimate
     from negcore.measure.interventions import intervene
@@ -40,6 +40,7 @@ __all__ = [
     "PromptSettings",
     "SweepResult",
     "as_language_model",
+    "chat_prompts",
     "check_model",
     "describe_model",
     "estimate",
@@ -57,7 +58,7 @@ __all__ = [
 _HOMES = {
     name: f"negcore.{module}"
     for module, names in {
-        "datasets": ("Dataset", "PromptSettings", "list_datasets", "load_dataset"),
+        "datasets": ("Dataset", "PromptSettings", "chat_prompts", "list_datasets", "load_dataset"),
         "errors": ("NegError",),
         "measure.estimators": ("ESTIMATORS", "estimate"),
         "measure.interventions": ("intervene",),

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_name, load_dataset
 from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
-from negcore.errors import DatasetError, NegError
+from negcore.errors import DatasetError, LabelError, NegError, PromptError
 from negcore.model.language_model import ModelCard, describe_model, model_name
+from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.publish import ShardPlace
@@ -40,6 +42,8 @@ class PlannedDataset:
     dataset: Dataset
     splits: tuple[ShardSet, ...]
     """In the order they are measured: what neurons are chosen by comes first."""
+    warnings: tuple[str, ...] = ()
+    """One line for everything that must be read with care."""
 
     @property
     def name(self) -> str:
@@ -126,8 +130,15 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     dataset = known.setdefault((dataset.name, dataset.fingerprint), dataset)
     chosen = wording_for(run.wording, name)
     wording = chosen if isinstance(chosen, str) else chosen.model_dump()
-    prompt = {"shots": run.shots, "wording": wording, "seed": run.seed, "split_policy": run.split_policy}
-    prompt["split_rules"] = SPLIT_RULES
+    prompt = {
+        "shots": run.shots,
+        "wording": wording,
+        "prompt_format": run.prompt_format,
+        "system_prompt": run.system_prompt,
+        "seed": run.seed,
+        "split_policy": run.split_policy,
+        "split_rules": SPLIT_RULES,
+    }
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
     splits: list[ShardSet] = []
     for split, examples in encoded.items():
@@ -136,7 +147,14 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     if "tree" in run.probe:
         n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
         _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)
-    return PlannedDataset(card.name, dataset, tuple(splits))
+    return PlannedDataset(card.name, dataset, tuple(splits), prompt_warnings(card, dataset))
+
+
+def prompt_warnings(card: ModelCard, dataset: Dataset) -> tuple[str, ...]:
+    """Return what must be read with care of a dataset's prompts, a line each."""
+    prompts = [example.prompt for examples in dataset.splits.values() for example in examples]
+    warning = tokenizer_warning(card, prompts)
+    return (f"{dataset.name}: {warning}",) if warning else ()
 
 
 def read_dataset(
@@ -149,7 +167,8 @@ def read_dataset(
     NegError
         If the dataset cannot be used by this model; the first row at fault is named, with its place.
     """
-    dataset = load_dataset(name, card.tokenizer, settings=settings, root=root, masked=card.arch.masked)
+    with _naming(f"{name}, model {card.name}"):
+        dataset = load_dataset(name, card.tokenizer, settings=settings, root=root, masked=card.arch.masked)
     ShardPlace("negs", card.name, dataset.name, "train").check()
     if settings.unreadable == "skip":
         dataset = _readable(card, dataset)
@@ -260,9 +279,19 @@ def n_chosen(split: ShardSet) -> int | None:
 def _asked(settings: PromptSettings) -> str:
     wording = settings.wording if isinstance(settings.wording, str) else settings.wording.name
     parts = ["one-shot"] * settings.shots
+    parts += ["chat"] * (settings.prompt_format == "chat")
     parts += [f"demonstrations {settings.demonstrations}"] if settings.demonstrations else []
     parts += [wording] if wording != "default" else []
     return "".join(f" {part}" for part in parts)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Name in an error about prompts or labels what they are of."""
+    try:
+        yield
+    except (LabelError, PromptError) as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _check(dataset: str, check: Callable[..., None], *args: Any) -> None:

@@ -11,6 +11,7 @@ from negcore.errors import NegError
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
 from negcore.model.language_model import ModelCard, describe_model, model_name
+from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.examples import EncodedExample, encode_examples
@@ -29,6 +30,8 @@ class PlannedStudy:
     card: ModelCard
     facts: FactSet
     shard_sets: tuple[ShardSet, ...]
+    warning: str | None = None
+    """What must be read with care, in one line."""
 
     def of_kind(self, kind: str) -> list[ShardSet]:
         """Return the sets of one kind: ``sweeps``, ``estimates`` or ``interventions``."""
@@ -65,7 +68,8 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
         *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
         ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
     ]
-    return PlannedStudy(card, facts, tuple(_shard_set(run, card, facts, examples, *one) for one in measurements))
+    shard_sets = tuple(_shard_set(run, card, facts, examples, *one) for one in measurements)
+    return PlannedStudy(card, facts, shard_sets, tokenizer_warning(card, [example.prompt for example in examples]))
 
 
 def _shard_set(

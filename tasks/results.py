@@ -66,6 +66,7 @@ class SplitAccount:
     genre: str
     dataset: str
     shots: int
+    prompt_format: str
     split: str
     policy: str
     n_released: int
@@ -87,6 +88,7 @@ def split_accounts(planned: PlannedDataset, shots: int) -> list[SplitAccount]:
             genre=dataset.genre,
             dataset=dataset.name,
             shots=shots,
+            prompt_format=dataset.settings.prompt_format,
             split=split,
             policy=report.policy,
             n_released=report.n_released[split],

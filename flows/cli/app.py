@@ -278,6 +278,8 @@ def datasets(
     model: Annotated[str, typer.Option(help="Model whose tokenizer makes the prompts.")] = "smollm2-135m",
     shots: Annotated[Literal["0", "1"], typer.Option(help="Demonstrations of each class.")] = "0",
     wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
+    prompt_format: Annotated[Literal["plain", "chat"], typer.Option(help="chat: by the model's template.")] = "plain",
+    system_prompt: Annotated[str | None, typer.Option(help="System text in front of a chat.")] = None,
     mceval8k: Annotated[Path | None, typer.Option(help="Folder with MCEval8K.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Audit the named datasets, or all: shared rows, floors, label mass.")
@@ -291,6 +293,8 @@ def datasets(
 
     Examples: `neg datasets`, `neg datasets mini/fact --shots 1`, `neg datasets --audit --out audit.md`
 
+    All prompts and labels of a dataset go through the checks of a run.
+
     An audit needs no run: it counts what splits share and repeat, fits floors that see no question, and asks the model
     how much of its probability lies on the options at all. A dataset that cannot be read is named at the end; the
     others go on, and the exit code is 1.
@@ -299,7 +303,9 @@ def datasets(
     from flows.show.display import dataset_table, describe_dataset
     from negcore.datasets import PromptSettings, list_datasets
 
-    settings = PromptSettings(shots=1 if shots == "1" else 0, wording=wording)
+    settings = PromptSettings(
+        shots=1 if shots == "1" else 0, wording=wording, prompt_format=prompt_format, system_prompt=system_prompt
+    )
     if audit:
         from flows.cli.audit import show_audit
 
@@ -311,12 +317,14 @@ def datasets(
         console.print(dataset_table(list_datasets()))
         return
     from negcore.model.language_model import describe_model
-    from tasks.plan import read_dataset
+    from tasks.plan import prompt_warnings, read_dataset
 
     card = describe_model(model)
     for name in names:
         dataset, _ = read_dataset(card, name, settings, mceval8k)
         describe_dataset(console, dataset)
+        for warning in prompt_warnings(card, dataset):
+            errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -410,8 +418,15 @@ def plan(
     for table in forecast_tables(models, rates):
         console.print(table)
     problems = (problem for _, of_run in planned for model in of_run for problem in model.problems)
+    warnings = {
+        f"warning: {warning}"
+        for _, of_run in planned
+        for model in of_run
+        for dataset in model.datasets
+        for warning in dataset.warnings
+    }
     left_out = {f"left out: {problem}" for problem in (*problems, *all_problems(of_run for _, of_run in planned))}
-    for line in (*sorted(left_out), *forecast_lines(models, rates, needed)):
+    for line in (*sorted(left_out), *sorted(warnings), *forecast_lines(models, rates, needed)):
         console.print(escape(line), soft_wrap=True, highlight=False)
     for requirement in needed:
         requirement.check()

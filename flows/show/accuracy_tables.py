@@ -162,7 +162,8 @@ def rows_table(accounts: Sequence[SplitAccount]) -> Table:
         sizes = [f"{split.n_released}\n{split.n_used}" for split in splits]
         notes = [f"{split.split}: {split.changes}" for split in splits if split.changes]
         rows.append([_marked(short(dataset), splits[0].overlapping), *sizes, "\n".join(notes)])
-    title = f"Rows released and used, {SHOTS[shots]}, split policy {accounts[0].policy}"
+    asked = SHOTS[shots] + ", chat" * (accounts[0].prompt_format == "chat")
+    title = f"Rows released and used, {asked}, split policy {accounts[0].policy}"
     columns = [*texts("dataset"), *numbers("train", "valid", "test"), *texts("left out, or drawn from elsewhere")]
     return Table("rows", title, columns, [rows])
 

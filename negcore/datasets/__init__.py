@@ -13,6 +13,7 @@ from negcore.datasets.base import (
     Wording,
     fingerprint,
 )
+from negcore.datasets.chat import chat_prompts
 from negcore.datasets.facts import FactSet, load_facts
 from negcore.datasets.load import DatasetInfo, dataset_name, list_datasets, load_dataset
 from negcore.datasets.render import choose_label_prefix, label_token
@@ -30,6 +31,7 @@ __all__ = [
     "SplitReport",
     "Tokenizer",
     "Wording",
+    "chat_prompts",
     "choose_label_prefix",
     "dataset_name",
     "fingerprint",

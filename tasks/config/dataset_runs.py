@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple,
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from negcore.datasets.base import PromptSettings, SplitPolicy
+from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
 from negcore.datasets.mceval8k import SPECS
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import PositiveFloat, RunFile, Several
@@ -46,6 +46,10 @@ class _PromptedRun(RunFile):
         description="Name of one of the dataset's wordings; in a run file also your own, see "
         "docs/own-data-and-models.md.",
     )
+    prompt_format: PromptFormat = Field(
+        "plain", description="plain: prompts as they are; chat: in the form of the model's own chat template."
+    )
+    system_prompt: str | None = Field(None, description="System text in front of a chat. By default none.")
     limit: int | None = Field(None, ge=1, description="Most rows of each split, sampled by answer. By default all.")
     eval_limit: int | None = Field(
         None, ge=1, description="Most rows of the valid and of the test split. By default as --limit."
@@ -84,10 +88,9 @@ class _PromptedRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        if self.storage == DEFAULT_STORAGE:
-            del science["storage"]  # runs have the names from before there was a choice
-        if self.unreadable == "fail":
-            del science["unreadable"]
+        for name in ("storage", "unreadable", "prompt_format", "system_prompt"):
+            if science[name] == type(self).model_fields[name].default:
+                del science[name]  # runs have the names from before there was a choice
         return science
 
     @property
@@ -102,6 +105,12 @@ class _PromptedRun(RunFile):
         if self.nonfinite == "keep" and not self.level.has_nonfinite:
             level = f"storage {self.storage!r}"
             raise ValueError(f"{level} has none for NaN and infinity: set nonfinite to fail or skip, not keep")
+        return self
+
+    @model_validator(mode="after")
+    def _check_system_prompt(self) -> Self:
+        if self.system_prompt is not None and self.prompt_format != "chat":
+            raise ValueError("system_prompt is for chats: set prompt_format to chat, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -161,6 +170,8 @@ class SkillRun(_ProbedRun):
             shots=self.shots,
             demonstrations=self.demonstrations,
             wording=wording if isinstance(wording, str) else wording.wording(),
+            prompt_format=self.prompt_format,
+            system_prompt=self.system_prompt,
             seed=self.seed,
             limit=self.limit,
             eval_limit=self.eval_limit,
