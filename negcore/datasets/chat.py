@@ -21,6 +21,13 @@ from negcore.datasets.markup import special_token_pattern
 from negcore.errors import PromptError, one_line
 
 _DAY = datetime(2024, 7, 26)
+_DIRECTIVES = ("%d", "%-d", "%e", "%a", "%A", "%b", "%B", "%m", "%y", "%Y", "%H", "%I", "%p", "%M", "%S", "%j")
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{directive}', '{_DAY.strftime(directive)}')" for directive in _DIRECTIVES)
+    + " }}{% endmacro %}\n"
+)
+"""Beginning of a template that asks for the date: transformers lets no function of ours in, but a macro is text."""
 _PROBE, _ANSWER = "Question 1", "Answer 1"
 
 
@@ -111,12 +118,13 @@ class Chat:
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         try:
+            template = self.tokenizer.get_chat_template()
             rendered = self.tokenizer.apply_chat_template(
                 messages,
+                chat_template=_CLOCK + template if "strftime_now" in template else template,
                 tokenize=False,
                 add_generation_prompt=messages[-1]["role"] == "user",
                 enable_thinking=False,
-                strftime_now=_DAY.strftime,
             )
         except Exception as error:  # a template is a program, and raises what it likes
             hint = "; leave system_prompt out, if that is what it refuses" if self.system is not None else ""

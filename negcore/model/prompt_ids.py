@@ -8,8 +8,8 @@ A label is what the tokenizer makes of it in its place. For a causal model
 
     ids(prompt + label) == ids(prompt) + [id of the label]
 
-and for a masked model, whose label takes the place of the mask, the other ids do not change either. Tokens of a label
-that is read alone are others with many tokenizers, and depend on the prompt's end.
+and for a masked model, whose label takes the place of the mask, the prompt is what stands in front of the mask. Tokens
+of a label that is read alone are others with many tokenizers, and depend on the prompt's end.
 """
 
 from __future__ import annotations
@@ -30,18 +30,15 @@ _LOCAL_MODELS = ("BPE", "WordPiece", "WordLevel")
 
 
 class _Place(NamedTuple):
-    """Text around a label, and its ids when the label is not there."""
+    """Text in front of a label, and its ids when the label is not there."""
 
     before: str
-    after: str
     ids_before: list[int]
-    ids_after: list[int]
 
     def id_of_label(self, ids: Sequence[int]) -> int | None:
-        """Return the only id that a label adds to those around it, or None if it changes more."""
-        start, stop = len(self.ids_before), len(ids) - len(self.ids_after)
-        is_kept = list(ids[:start]) == self.ids_before and list(ids[stop:]) == self.ids_after
-        return ids[start] if is_kept and stop == start + 1 else None
+        """Return the only id that a label adds to those in front of it, or None if it does more."""
+        start = len(self.ids_before)
+        return ids[start] if len(ids) == start + 1 and list(ids[:start]) == self.ids_before else None
 
 
 @dataclass(frozen=True)
@@ -137,18 +134,16 @@ class PromptReader:
         raise PromptError("the tokenizer reads a text otherwise where it adds special tokens; no prompt can be probed")
 
     def _place(self, text: str, ids: list[int]) -> _Place:
-        """Return the text and ids around the label of a prompt."""
+        """Return the text and ids in front of the label of a prompt."""
         if not self.masked:
-            return _Place(text, "", ids, [])
+            return _Place(text, ids)
         mask = self.tokenizer.mask_token
-        before, _, after = text.partition(mask)
+        before = text.partition(mask)[0]
         if ids.count(self._mask_id) != 1:
             raise PromptError(f"a prompt has {ids.count(self._mask_id)} masks; it needs exactly one {mask}")
-        slot, added = ids.index(self._mask_id), getattr(self.tokenizer, "added_tokens_decoder", {}).get(self._mask_id)
-        if added is not None:  # some masks swallow the spaces beside them
-            before = before.rstrip() if added.lstrip else before
-            after = after.lstrip() if added.rstrip else after
-        return _Place(before, after, ids[:slot], ids[slot + 1 :])
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).get(self._mask_id)
+        swallows = added is not None and added.lstrip  # the spaces in front of it
+        return _Place(before.rstrip() if swallows else before, ids[: ids.index(self._mask_id)])
 
     def _tails(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[_Place | None]:
         """Return the end of each prompt where what follows it is read as behind the whole prompt, else None.
@@ -195,7 +190,7 @@ class PromptReader:
         return max([_TAIL_CHARACTERS, *(len(str(token)) + 1 for token in added)])
 
     def _read_in_place(self, labels: Sequence[tuple[_Place | None, str]]) -> list[list[int]]:
-        return self.read([f"{place.before}{label}{place.after}" for place, label in labels if place is not None])
+        return self.read([f"{place.before}{label}" for place, label in labels if place is not None])
 
     def _checked(self, place: _Place, label: str, label_id: int | None) -> int | LabelError:
         if label_id is not None and label_id != self._unknown_id:
@@ -203,15 +198,15 @@ class PromptReader:
         if label_id is not None:
             return LabelError(f"label {label!r} is unknown to this model's tokenizer (id {label_id})")
         (ids,) = self._read_in_place([(place, label)])
-        start, stop = len(place.ids_before), len(ids) - len(place.ids_after)
-        if ids[:start] == place.ids_before and ids[stop:] == place.ids_after:
+        start = len(place.ids_before)
+        if ids[:start] == place.ids_before:
             return LabelError(
-                f"label {label!r} is {stop - start} tokens of this model (ids {ids[start:stop]}); "
+                f"label {label!r} is {len(ids) - start} tokens of this model (ids {ids[start:]}); "
                 "a label must be exactly one, and a leading space is part of it"
             )
         alone, joined = self._differing(place.ids_before, ids)
         return LabelError(
-            f"label {label!r} joins what stands beside it: the tokens before it end in {alone} without it and in "
+            f"label {label!r} joins what stands in front of it: the tokens before it end in {alone} without it and in "
             f"{joined} with it; use another label, or let the prompt end otherwise"
         )
 
