@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -57,14 +58,20 @@ REAL: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def real_tokenizer(name: str, folder: Path) -> Any:
-    """Load a tokenizer of `REAL`, or skip the test where its package is not installed."""
+def real_tokenizer(name: str) -> Any:
+    """Return a tokenizer of `REAL`, or skip the test where its package is not installed."""
     if "Mistral" in name and not MISTRAL.is_dir():
         pytest.skip(f"{MISTRAL} is absent: make test installs it")
     try:
-        return REAL[name](folder)
+        return _loaded(name)
     except ModelError as error:
         pytest.skip(f"{error} (or: make gemma)")
+
+
+@cache
+def _loaded(name: str) -> Any:
+    with TemporaryDirectory() as folder:
+        return REAL[name](Path(folder))
 
 
 def _trained(model: Any, trainer: Any, normalizer: Any, pre_tokenizer: Any) -> Tokenizer:

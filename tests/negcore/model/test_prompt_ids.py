@@ -37,8 +37,8 @@ def texts():
 
 
 @pytest.fixture(scope="module", params=[*REAL, *TINY])
-def tokenizer(request, tmp_path_factory):
-    return tiny(request.param) if request.param in TINY else real_tokenizer(request.param, tmp_path_factory.mktemp("t"))
+def tokenizer(request):
+    return tiny(request.param) if request.param in TINY else real_tokenizer(request.param)
 
 
 def slow_label_id(tokenizer, prompt, label):
@@ -71,8 +71,8 @@ def test_the_end_of_a_long_prompt_stands_for_it(tokenizer):
 
 
 @pytest.mark.parametrize("name", [name for name in REAL if name not in ("Mistral tekken", "GPT-2's kind")])
-def test_letters_are_one_token_behind_a_prompt_for_real_models(name, tmp_path):
-    tokenizer = real_tokenizer(name, tmp_path)
+def test_letters_are_one_token_behind_a_prompt_for_real_models(name):
+    tokenizer = real_tokenizer(name)
     (ids,) = found(PromptReader(tokenizer), ["Which one? A. one B. two\nAnswer:"], [" A", " B"])
     assert tokenizer.convert_ids_to_tokens(ids) in (["▁A", "▁B"], ["ĠA", "ĠB"])
 
@@ -129,7 +129,7 @@ def test_a_masked_prompt_keeps_its_special_tokens_once():
     assert (plain[0], plain[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
 
-@pytest.mark.parametrize("prompt", ["the capital of italy is [MASK].", "[MASK] is the capital of italy, and " * 1])
+@pytest.mark.parametrize("prompt", ["the capital of italy is [MASK].", "[MASK] is the capital of italy, it is said."])
 def test_a_masked_models_label_takes_the_place_of_the_mask(prompt):
     tokenizer = word_piece()
     encoded = encode(model_with(tokenizer, "bert").card, [prompt], ["Rome", "Paris"])
