@@ -123,6 +123,10 @@ def save_stand_in(directory: Path) -> Path:
         mask_token="<mask>",
         model_max_length=4096,
     )
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     answers = [*LABELS, *ANSWERS]
     tokenizer.add_tokens([AddedToken(answer, normalized=False) for answer in answers])
     torch.manual_seed(0)
