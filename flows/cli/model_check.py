@@ -4,7 +4,7 @@ from rich.markup import escape
 
 from flows.cli.terminal import console
 from flows.show.check_tables import check_table, facts_table
-from negcore.measure.loading import check_ways, usable
+from negcore.measure.loading import accept, settled
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import read_model
 
@@ -17,10 +17,11 @@ def show_model(ref: str, *, dtype: Dtype, device: str | None, site: SiteChoice) 
     ModelError
         If it cannot be loaded, or its check refuses it.
     """
-    lm = read_model(ref, dtype=dtype, device=device, site=site)
-    lm, check = check_ways(lm)
+    lm = settled(read_model(ref, dtype=dtype, device=device, site=site))
+    check = lm.check
+    assert check is not None
     console.print(facts_table(lm))
     console.print(check_table(check, f"site {lm.site}, {lm.dtype} on {lm.device.type}"))
     for line in check.replaced:
         console.print(escape(line), style="yellow", highlight=False, soft_wrap=True)
-    usable(lm, check)
+    accept(lm)

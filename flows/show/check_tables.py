@@ -28,13 +28,13 @@ def _row(one: Comparison) -> list[Cell]:
 def facts_table(lm: LanguageModel) -> Table:
     """Return what a loaded model is."""
     card = lm.card
-    sites = "up, act, gate" if lm.arch.gated else "act"
     rows: list[list[Cell]] = [
         ["revision", card.revision],
-        ["family", card.config.model_type],
+        ["family", card.config.model_type + (" (discovered)" if lm.arch.discovered else "")],
         ["predicts", "a masked token" if lm.arch.masked else "the next token"],
         ["neurons", f"{lm.n_layers} layers x {lm.layer_width}"],
-        ["sites", f"{sites} (paper: {lm.arch.site('paper')})"],
+        ["sites", f"{', '.join(lm.arch.sites)} (paper: {lm.arch.site('paper')})"],
+        ["way", lm.way],
         ["longest prompt", f"{card.context_tokens} tokens"],
         ["vocabulary", f"{card.vocab_size} tokens"],
     ]

@@ -183,7 +183,7 @@ def probed_batches(
         for rows in groups:
             yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
-    n_prefix = common_prefix_length(ids) if lm.allows("prefix") else 0
+    n_prefix = common_prefix_length(ids)
     prefix = run_prefix(lm, ids[0][:n_prefix])
     for rows in groups:
         yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)

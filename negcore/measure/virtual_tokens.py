@@ -205,7 +205,7 @@ def shifted_prompts(
     ----------
     prompts : EncodedPrompts
     method : {"auto", "virtual", "hooks"}
-        `auto` uses virtual tokens where the family's row says that they are right and they passed the check at load.
+        `auto` uses virtual tokens where the family's row says that they are right and the check at load agrees.
     max_rows : int, optional
         Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out.
 
@@ -224,14 +224,13 @@ def shifted_prompts(
     if method == "virtual" and lm.arch.masked:
         raise ModelError(f"method 'virtual' needs a causal model and {lm.card.name} is masked; choose auto or hooks")
     if method == "virtual" and lm.way != "virtual":
+        lm.require("virtual")
         family = lm.card.config.model_type
         raise ModelError(
-            f"method 'virtual' is not right for the family {family} of {lm.card.name}; choose auto or hooks"
+            f"method 'virtual' is not right for {lm.card.name}, a {family} on the way {lm.way!r}; choose auto or hooks"
         )
-    if method == "virtual":
-        lm.require("virtual")
     limit = BatchLimit("shifted rows")
-    if method == "hooks" or lm.way != "virtual" or not lm.allows("virtual"):
+    if method == "hooks" or lm.way != "virtual":
         for index, (tokens, label_ids_O) in enumerate(zip(prompts.ids, prompts.label_ids_PO, strict=True)):
             yield index, HookedPrompt(lm, tokens, label_ids_O, max_rows, limit)
         return

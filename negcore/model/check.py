@@ -1,7 +1,7 @@
 """Result of the check that every model passes before it is measured: one row a comparison of two ways to one number."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,11 +21,6 @@ COMPARED: MappingProxyType[Compared, str] = MappingProxyType(
     }
 )
 """Title of every comparison."""
-
-_INSTEAD: MappingProxyType[Compared, str] = MappingProxyType(
-    {"prefix": "every prompt runs from its first token", "virtual": "single neurons are shifted by hooks, more slowly"}
-)
-"""What is done in place of a path that failed and can be done without."""
 
 TOLERANCES: MappingProxyType[str, Mapping[Compared, float]] = MappingProxyType(
     {
@@ -90,6 +85,8 @@ class ModelCheck:
     """One for every name in `COMPARED`, in that order."""
     notes: tuple[str, ...] = ()
     """What else is to be known: parts that the check's prompt is too short for, or that round more than the rest."""
+    replaced: tuple[str, ...] = ()
+    """One line for every comparison that failed on a faster way, which a slower one stands in for."""
 
     def __getitem__(self, name: Compared) -> Comparison:
         return next(one for one in self.comparisons if one.name == name)
@@ -101,13 +98,18 @@ class ModelCheck:
 
     @property
     def passed(self) -> bool:
-        """True where every path of the model can be used."""
+        """True where every way of the model's family can be used."""
         return not self.failed
 
-    @property
-    def replaced(self) -> list[str]:
-        """One line for every path that failed and is done without."""
-        return [f"{one}; {_INSTEAD[one.name]}" for one in self.failed if one.name in _INSTEAD]
+    def in_place_of(self, faster: "ModelCheck", consequence: str) -> "ModelCheck":
+        """Return this check of a slower way, with what failed on the faster way that it takes the place of."""
+        comparisons = (
+            one if one.applies or before.passed else before
+            for one, before in zip(self.comparisons, faster.comparisons, strict=True)
+        )
+        return replace(
+            self, comparisons=tuple(comparisons), replaced=tuple(f"{one}; {consequence}" for one in faster.failed)
+        )
 
     def require(self, model: str, names: Sequence[Compared]) -> None:
         """Refuse a model whose path failed.
@@ -146,7 +148,9 @@ class ModelCheck:
         TypeError, KeyError
             If the values are something else.
         """
-        return cls(tuple(Comparison(**one) for one in values["comparisons"]), tuple(values["notes"]))
+        return cls(
+            tuple(Comparison(**one) for one in values["comparisons"]), tuple(values["notes"]), tuple(values["replaced"])
+        )
 
 
 def _hint(one: Comparison) -> str:

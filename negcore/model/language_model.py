@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -246,9 +246,9 @@ class LanguageModel:
         """True if the model runs with the attention of `negcore`; some families keep their own."""
         return bool(self.model.config._attn_implementation == ATTENTION_NAME)
 
-    def allows(self, name: Compared) -> bool:
-        """Tell whether a way to measure passed the check at load."""
-        return self.check is None or self.check[name].passed
+    def along(self, way: Way) -> "LanguageModel":
+        """Return the same model on another way, without its check."""
+        return replace(self, card=replace(self.card, arch=replace(self.arch, way=way)), check=None)
 
     def require(self, *names: Compared) -> None:
         """Refuse a way to measure that failed the check at load.

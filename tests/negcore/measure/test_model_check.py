@@ -56,7 +56,11 @@ def dropped_attention_bias(lm, monkeypatch):
 
 def reads_across_tokens(lm, monkeypatch):
     """A feed-forward that mixes a token with the one before."""
-    lm.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] + args[0].roll(1, dims=1),))
+
+    def mixed(_, args):
+        return (args[0] + nn.functional.pad(args[0][:, :-1], (0, 0, 1, 0)),)
+
+    lm.layers[1].mlp.register_forward_pre_hook(mixed)
 
 
 def rows_change_each_other(lm, monkeypatch):
@@ -100,11 +104,16 @@ def backward_cannot_be_batched(lm, monkeypatch):
     lm.layers[1].mlp.register_forward_hook(lambda _, args, output: NoBatchedBackward.apply(output))
 
 
-def wrong_only_with_a_graph(lm, monkeypatch):
-    """Something that looks at whether gradients are wanted, and at one token at a time."""
-
+def wrong_gradient_of_a_single_token(lm, monkeypatch):
     def detached(_, args, output):
         return output.detach() if output.shape[1] == 1 else output
+
+    lm.layers[1].mlp.register_forward_hook(detached)
+
+
+def wrong_gradient_with_our_attention(lm, monkeypatch):
+    def detached(_, args, output):
+        return output.detach() if lm.takes_attention else output
 
     lm.layers[1].mlp.register_forward_hook(detached)
 
@@ -112,13 +121,14 @@ def wrong_only_with_a_graph(lm, monkeypatch):
 FAULTS = {
     scaled_logits: set(),  # no fault: every way asks the model's own head
     dropped_attention_bias: {"logits", "neurgrad"},
-    reads_across_tokens: {"logits", "neurgrad", "batch", "prefix", "virtual"},
+    reads_across_tokens: {"logits", "neurgrad", "prefix", "virtual"},
     rows_change_each_other: {"batch", "virtual"},
     dropout_is_left_on: {"logits", "neurgrad", "batch", "prefix", "virtual"},
     first_tokens_of_a_pass_are_special: {"prefix", "virtual"},
     later_layer_reads_an_earlier_one: {"virtual"},
     backward_cannot_be_batched: {"neurgrad"},
-    wrong_only_with_a_graph: {"neurgrad"},
+    wrong_gradient_of_a_single_token: {"neurgrad"},
+    wrong_gradient_with_our_attention: {"neurgrad"},
 }
 
 
@@ -133,16 +143,16 @@ def test_a_fault_fails_the_comparisons_that_it_touches(fault, monkeypatch):
     assert {one.name for one in check_model(faulty(fault, monkeypatch)).failed} == FAULTS[fault]
 
 
-@pytest.mark.parametrize("fault", [dropped_attention_bias, reads_across_tokens, rows_change_each_other])
+@pytest.mark.parametrize("fault", [dropped_attention_bias, rows_change_each_other, dropout_is_left_on])
 def test_a_model_without_a_right_way_is_refused_in_one_line(fault, monkeypatch):
     with pytest.raises(ModelError, match="model 'tiny-llama' would be measured wrongly.*failed") as caught:
         checked(faulty(fault, monkeypatch))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("fault", [backward_cannot_be_batched, wrong_only_with_a_graph])
-def test_wrong_gradients_are_refused_and_the_rest_is_measured(fault, monkeypatch):
-    lm = checked(faulty(fault, monkeypatch))
+def test_wrong_gradients_are_refused_and_the_rest_is_measured(monkeypatch):
+    lm = checked(faulty(wrong_gradient_with_our_attention, monkeypatch))
+    assert lm.way == "virtual"
     for measure in (
         lambda: neurgrad(lm, prompts_for(lm), LABELS),
         lambda: estimate(lm, prompts_for(lm), LABELS[:1], estimator="gradient"),
@@ -153,11 +163,13 @@ def test_wrong_gradients_are_refused_and_the_rest_is_measured(fault, monkeypatch
     assert sweep(lm, prompts_for(lm)[:1], " A", neurons=1, method="hooks").negs_PK.any()
 
 
-@pytest.mark.parametrize("fault", [later_layer_reads_an_earlier_one, first_tokens_of_a_pass_are_special])
-def test_a_wrong_virtual_sweep_falls_back_to_hooks_with_a_word(fault, monkeypatch, caplog):
+def test_a_wrong_virtual_sweep_falls_back_to_hooks_with_a_word(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
-        lm = checked(faulty(fault, monkeypatch, torch.float64))
-    assert any("virtual sweep against hooks: failed" in line for line in caplog.messages)
+        lm = checked(faulty(later_layer_reads_an_earlier_one, monkeypatch, torch.float64))
+    (word,) = caplog.messages
+    assert "virtual sweep against hooks: failed" in word
+    assert word.endswith("single neurons are shifted by hooks, which is slower")
+    assert (lm.way, lm.check["virtual"].verdict) == ("cached", "failed")
     prompts = prompts_for(lm)[:3]
     by_hooks = sweep(lm, prompts, " A", neurons=2, shifts=[-1, 1], method="hooks")
     np.testing.assert_array_equal(sweep(lm, prompts, " A", neurons=2, shifts=[-1, 1]).probs_PKS, by_hooks.probs_PKS)
@@ -165,13 +177,29 @@ def test_a_wrong_virtual_sweep_falls_back_to_hooks_with_a_word(fault, monkeypatc
         sweep(lm, prompts, " A", neurons=2, method="virtual")
 
 
-def test_a_wrong_prefix_is_done_without(monkeypatch):
-    lm = checked(faulty(first_tokens_of_a_pass_are_special, monkeypatch, torch.float64))
+@pytest.mark.parametrize(
+    "fault",
+    [
+        reads_across_tokens,
+        first_tokens_of_a_pass_are_special,
+        backward_cannot_be_batched,
+        wrong_gradient_of_a_single_token,
+    ],
+)
+def test_whole_prompts_take_the_place_of_wrong_shortcuts_with_a_word(fault, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING):
+        lm = checked(faulty(fault, monkeypatch, torch.float64))
+    assert len(caplog.messages) == len(FAULTS[fault])
+    assert all(word.endswith("every prompt runs whole, which is slower") for word in caplog.messages)
+    assert lm.way == "whole"
+    assert lm.check["logits"].passed and lm.check["neurgrad"].passed and lm.check["batch"].passed
     together = neurgrad(lm, prompts_for(lm), LABELS)
-    with torch.no_grad():
-        for row, prompt in enumerate(prompts_for(lm)):
-            whole = lm.model(input_ids=torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1]
-            np.testing.assert_allclose(together.probs_PO[row], whole.softmax(0)[together.label_ids_PO[row]], rtol=1e-5)
+    for row, prompt in enumerate(prompts_for(lm)):
+        with torch.no_grad():
+            whole_V = lm.model(input_ids=torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1]
+        np.testing.assert_allclose(together.probs_PO[row], whole_V.softmax(0)[together.label_ids_PO[row]], rtol=1e-5)
+    slopes = sweep(lm, prompts_for(lm)[:1], " A", neurons=[(0, 3), (2, 5)], shifts=[-0.02, 0.02]).negs_PK[0]
+    np.testing.assert_allclose(together.negs_POLN[0, 0][[0, 2], [3, 5]], slopes, rtol=0.02)
 
 
 def test_a_check_tells_its_outcome_in_a_line_a_comparison():
