@@ -90,13 +90,13 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
         group=_name(record, "group", place),
         content=normalised(prompt),
         whole=json.dumps(record, sort_keys=True),
-        unit=normalised(text_field(record, "unit", place)) if "unit" in record else "",
+        unit=normalised(_name(record, "unit", place)),
         place=place,
     )
 
 
 def _name(record: Record, field: str, place: str) -> str:
-    """Return an id or a group, which may be a number; empty if there is none."""
+    """Return an id, a group or a unit, which may be a number; empty if there is none."""
     value = record.get(field, "")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
         raise DatasetError(f"{place}: {field} is {value!r:.80}; allowed: text or a number")

@@ -471,7 +471,7 @@ GOOD = {"prompt": "Q:", "labels": ["A", "B"], "answer": 0}
         (json.dumps({**GOOD, "split": ["dev"]}), "split is ['dev']"),
         (json.dumps({**GOOD, "id": "first"}), "id 'first' occurs twice"),
         (json.dumps({**GOOD, "prompt": "\ud800"}), "surrogate"),
-        (json.dumps({**GOOD, "unit": 3}), "unit is 3"),
+        (json.dumps({**GOOD, "unit": [3]}), "unit is [3]"),
     ],
 )
 def test_a_malformed_line_is_named_with_what_is_allowed(tmp_path, line, message):
