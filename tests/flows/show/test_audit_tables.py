@@ -1,13 +1,17 @@
 """The audit's tables: one row a dataset, in the terminal and in the document that is written from them."""
 
+import re
+
 import pytest
+from support import REPOSITORY
 
 from flows.show.audit_tables import audit_tables, check_audit_file, write_audit
-from negcore.datasets import PromptSettings
+from negcore.datasets import PromptSettings, list_datasets
 from negcore.errors import RunError
 from tasks.audit import DatasetAudit
 from tasks.rundir.tables import read_table
 
+DOCUMENT = REPOSITORY / "docs" / "datasets-audit.md"
 ANY = DatasetAudit(
     dataset="mceval8k/ner",
     genre="linguistic",
@@ -89,3 +93,16 @@ def test_an_audit_is_written_with_every_number_or_as_it_is_shown(tmp_path):
 def test_other_kinds_of_files_are_refused_by_name(tmp_path):
     with pytest.raises(RunError, match=r"'.*audit.csv'; allowed: a file that ends in .md .* or .arrow"):
         check_audit_file(tmp_path / "audit.csv")
+
+
+def test_the_document_holds_a_row_of_every_dataset_in_every_table():
+    """The numbers are of a real model on the real files: `neg datasets --audit` writes them anew."""
+    sections = DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]
+    tables = audit_tables([ANY], PromptSettings())
+    names = [info.name.removeprefix("mceval8k/") for info in list_datasets()]
+    assert [section.splitlines()[0] for section in sections] == [table.title for table in tables]
+    for section, table in zip(sections, tables, strict=True):
+        head, _, *rows = re.findall(r"(?m)^\| (.*) \|$", section)
+        assert head.split(" | ") == [column.title for column in table.columns]
+        assert [row.split(" | ")[0] for row in rows] == names
+        assert all(len(row.split(" | ")) == len(table.columns) for row in rows)
