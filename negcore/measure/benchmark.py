@@ -1,22 +1,27 @@
-"""Time each fast path beside its plain twin, in turns, on the same prompt and neurons.
+"""Time each fast path beside its plain twin, and compare number types, on the same prompts and neurons.
 
 Shapes: B rows of the batch, N neurons a layer.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from negcore.arrays import Floats
 from negcore.measure.forward import probed_position
 from negcore.measure.hooks import tapped, zero_shifts
 from negcore.measure.neurgrad import neurgrad
-from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
+from negcore.measure.sweeps import DEFAULT_SHIFTS, SweepResult, draw_neurons, measured, shift_grid, sweep
 from negcore.measure.virtual_tokens import Method
-from negcore.model.encoding import encode
+from negcore.model.architectures import Dtype
+from negcore.model.encoding import encode, encode_targets
 from negcore.model.language_model import LanguageModel
+from negcore.model.precision import HALF_TYPES
 
 N_SHIFTS = 20
 """Shifts of a neuron in the timed sweeps: -2 to 2 by 0.2."""
@@ -70,6 +75,78 @@ def benchmark(
             repeats,
         ),
     ]
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """Numbers of one number type beside those of a float32 model, for the same prompts and neurons."""
+
+    dtype: Dtype
+    what: str
+    linear_share: float | None
+    """Share of neurons and prompts where |Pearson r| >= 0.95 between shift and change; None for gradients."""
+    signs: float
+    """Share of NEGs with the sign that they have in float32."""
+    pearson: float
+    """r between the NEGs and those in float32."""
+    seconds: float
+
+
+def compare_types(
+    load: Callable[[Dtype], LanguageModel],
+    dtypes: Sequence[Dtype],
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    neurons: int,
+) -> list[TypeRow]:
+    """Compare NeurGrad and sweeps of some number types with those of float32.
+
+    Parameters
+    ----------
+    load : callable
+        Returns the model in a number type.
+    labels : sequence of str, length P
+        Target of each prompt.
+    neurons : int
+        Neurons that are swept, the same in every type. Gradients are compared for all neurons.
+
+    Returns
+    -------
+    list of TypeRow
+        Float32 first. A half type has a row more: its sweep as `sweep` does it, in float32, and in the type itself.
+    """
+    rows: list[TypeRow] = []
+    exact: dict[str, Floats] = {}
+    for dtype in dict.fromkeys(("float32", *dtypes)):
+        for what, one in _measured_in(load(dtype), prompts, labels, neurons):
+            truth = exact.setdefault(what.partition(",")[0], one.negs)
+            signs = float((np.sign(one.negs) == np.sign(truth)).mean())
+            pearson = float(np.corrcoef(one.negs.ravel(), truth.ravel())[0, 1])
+            rows.append(TypeRow(dtype, what, one.linear_share, signs, pearson, one.seconds))
+    return rows
+
+
+class _Measured(NamedTuple):
+    negs: Floats
+    linear_share: float | None
+    seconds: float
+
+
+def _measured_in(
+    lm: LanguageModel, prompts: Sequence[str], labels: Sequence[str], neurons: int
+) -> Iterator[tuple[str, _Measured]]:
+    encoded, chosen_K2 = encode_targets(lm.card, prompts, labels), draw_neurons(lm.n_layers, lm.layer_width, neurons)
+    sweeps: dict[str, Callable[[], SweepResult]] = {"sweep": lambda: sweep(lm, encoded, neurons=chosen_K2)}
+    if lm.dtype in HALF_TYPES:
+        sweeps["sweep, in the type itself"] = lambda: measured(lm, encoded, chosen_K2, DEFAULT_SHIFTS)
+    started = time.perf_counter()
+    negs_POLN = neurgrad(lm, encoded).negs_POLN.astype(np.float64)
+    yield "NeurGrad", _Measured(negs_POLN, None, time.perf_counter() - started)
+    for what, take in sweeps.items():
+        started = time.perf_counter()
+        result = take()
+        yield what, _Measured(result.negs_PK, float(result.linear_PK.mean()), time.perf_counter() - started)
 
 
 def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> torch.Tensor:

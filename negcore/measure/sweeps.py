@@ -204,6 +204,20 @@ def sweep(
     if max_rows is not None and max_rows < 1:
         raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
     encoded = encode_targets(lm.card, prompts, labels)
+    with in_float32(lm):
+        return measured(lm, encoded, neurons_K2, shifts_S, method=method, max_rows=max_rows)
+
+
+def measured(
+    lm: LanguageModel,
+    encoded: EncodedPrompts,
+    neurons_K2: Ints,
+    shifts_S: Floats,
+    *,
+    method: Method = "auto",
+    max_rows: int | None = None,
+) -> SweepResult:
+    """Measure a checked sweep in the model's own number type, which is too coarse if it is a half type."""
     n_prompts, n_chosen = len(encoded.ids), len(neurons_K2)
     result = SweepResult(
         neurons_K2=neurons_K2,
@@ -213,9 +227,8 @@ def sweep(
         probs_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
         label_ids_P=encoded.label_ids_PO[:, 0],
     )
-    with in_float32(lm):
-        for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
-            _fill(result, index, prompt)
+    for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
+        _fill(result, index, prompt)
     return result
 
 

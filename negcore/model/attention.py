@@ -84,7 +84,10 @@ def attention(
         return output, None
     if attention_mask is None and query.shape[2] > 1 and _looks_back_only(module, is_causal):
         attention_mask = _causal_mask(query.shape[2], key.shape[2], query.device)
-    return _explicit(query, key, value, attention_mask, scaling, softcap), None
+    # As the fused kernels do inside, and as gpt2's reorder_and_upcast_attn asks: half types would round every score.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    widened = (tensor.to(wide) for tensor in (query, key, value))
+    return _explicit(*widened, attention_mask, scaling, softcap).to(query.dtype), None
 
 
 def grouped(query: Tensor, n_groups: int) -> Tensor:

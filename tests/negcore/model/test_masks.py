@@ -9,6 +9,7 @@ from negcore.errors import ModelError
 from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
+from negcore.model.attention import attention
 from negcore.model.encoding import encode
 from negcore.model.masks import Layout, laid_out, mask_by_position
 
@@ -27,6 +28,9 @@ VARIANTS = [
     ("gemma2", {"layer_types": FULL}),
     ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     ("gemma3", {"layer_types": FULL}),
+    ("gpt2", {"reorder_and_upcast_attn": True}),
+    ("gpt2", {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"scale_attn_weights": False}),
 ]
 
 
@@ -58,6 +62,18 @@ def test_probabilities_are_those_of_the_untouched_model_whatever_keys_its_config
         np.testing.assert_allclose(swept.base_probs_P, expected_PO[:, 0], rtol=1e-5)
     both = [sweep(lm, MIXED, " A", neurons=2, shifts=[-1.0, 2.0], method=how).probs_PKS for how in ("virtual", "hooks")]
     np.testing.assert_allclose(*both, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_attention_with_a_graph_rounds_a_half_type_only_at_its_end(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 5, 4, dtype=dtype) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.is_causal = True
+    with torch.enable_grad():
+        half, _ = attention(module, query, key, value, None)
+        wide, _ = attention(module, query.float(), key.float(), value.float(), None)
+    assert half.dtype == dtype and torch.equal(half, wide.to(dtype))
 
 
 def test_a_window_that_a_model_uses_matters_here():
