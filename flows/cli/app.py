@@ -209,17 +209,21 @@ def benchmark(
     neurons: Annotated[int, typer.Option(min=1, help="Neurons that are swept.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
     cpus: Annotated[int, typer.Option(min=1, help="Threads, as of a worker.")] = 1,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Compare NEGs in this number type with those in float32, on three questions.")
+    ] = None,
 ) -> None:
-    """Time the fast paths beside their plain twins, in turns, on one question.
+    """Time the fast paths beside their plain twins, in turns, on one question; or compare number types.
 
     Example: `neg benchmark --repeats 5`
     """
     quiet_libraries()
     import torch
 
-    from flows.show.linearity_tables import benchmark_table
+    from flows.show.linearity_tables import benchmark_table, types_table
     from negcore.datasets import PromptSettings, load_dataset
     from negcore.measure.benchmark import benchmark as compare
+    from negcore.measure.benchmark import compare_types
     from negcore.measure.loading import load_model
     from negcore.model.encoding import encode_prompts
     from negcore.model.language_model import describe_model
@@ -227,9 +231,20 @@ def benchmark(
     card = describe_model(model)
     with reading():
         dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
-        example = dataset.splits["test"][0]
+        examples = dataset.splits["test"][:3]
+        example = examples[0]
         n_tokens = len(encode_prompts(card, [example.prompt])[0])
     torch.set_num_threads(cpus)
+    if dtype:
+        rows = compare_types(
+            lambda one: load_model(card, dtype=one, device=device),
+            dtype,
+            [one.prompt for one in examples],
+            [one.labels[one.answer] for one in examples],
+            neurons=neurons,
+        )
+        console.print(types_table(rows, f"{card.name}, {len(examples)} prompts, {neurons} swept neurons"))
+        return
     comparisons = compare(
         load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
     )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, texts
 from flows.show.text import correlation, printable
 from negcore.analysis.linearity import AgreementRow
-from negcore.measure.benchmark import Timing
+from negcore.measure.benchmark import Timing, TypeRow
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(
@@ -44,6 +44,23 @@ def benchmark_table(comparisons: Sequence[Timing], title: str) -> Table:
         medians = [Number(median(seconds), "{:.3g}".format) for seconds in (one.fast_s, one.plain_s)]
         rows.append([one.what, *medians, Number(one.ratio, "{:.1f}".format, "bold")])
     return Table("benchmark", title, [*texts("medians"), *numbers("fast", "plain", "plain / fast")], [rows])
+
+
+def types_table(rows: Sequence[TypeRow], title: str) -> Table:
+    """Return the agreement of number types with float32."""
+    cells: list[list[Cell]] = [
+        [
+            row.dtype,
+            row.what,
+            "" if row.linear_share is None else Number(row.linear_share, correlation),
+            Number(row.signs, correlation),
+            Number(row.pearson, correlation),
+            Number(row.seconds, "{:.3g}".format),
+        ]
+        for row in rows
+    ]
+    columns = [*texts("type", "measured"), *numbers("linear", "same\nsign", "r", "s")]
+    return Table("types", title, columns, [cells], "Same sign and r: beside the same NEGs in float32.")
 
 
 def whole_model(findings: Findings, range_: float) -> list[AgreementRow]:

@@ -94,13 +94,13 @@ class TypeRow:
 
 def compare_types(
     load: Callable[[Dtype], LanguageModel],
-    dtypes: Sequence[Dtype],
+    dtype: Dtype,
     prompts: Sequence[str],
     labels: Sequence[str],
     *,
     neurons: int,
 ) -> list[TypeRow]:
-    """Compare NeurGrad and sweeps of some number types with those of float32.
+    """Compare NeurGrad and sweeps of a number type with those of float32.
 
     Parameters
     ----------
@@ -118,12 +118,12 @@ def compare_types(
     """
     rows: list[TypeRow] = []
     exact: dict[str, Floats] = {}
-    for dtype in dict.fromkeys(("float32", *dtypes)):
-        for what, one in _measured_in(load(dtype), prompts, labels, neurons):
+    for type_ in ("float32", dtype):
+        for what, one in _measured_in(load(type_), prompts, labels, neurons):
             truth = exact.setdefault(what.partition(",")[0], one.negs)
             signs = float((np.sign(one.negs) == np.sign(truth)).mean())
             pearson = float(np.corrcoef(one.negs.ravel(), truth.ravel())[0, 1])
-            rows.append(TypeRow(dtype, what, one.linear_share, signs, pearson, one.seconds))
+            rows.append(TypeRow(type_, what, one.linear_share, signs, pearson, one.seconds))
     return rows
 
 

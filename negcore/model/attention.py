@@ -86,8 +86,8 @@ def attention(
         attention_mask = _causal_mask(query.shape[2], key.shape[2], query.device)
     # As the fused kernels do inside, and as gpt2's reorder_and_upcast_attn asks: half types would round every score.
     wide = torch.promote_types(query.dtype, torch.float32)
-    widened = (tensor.to(wide) for tensor in (query, key, value))
-    return _explicit(*widened, attention_mask, scaling, softcap).to(query.dtype), None
+    output = _explicit(query.to(wide), key.to(wide), value.to(wide), attention_mask, scaling, softcap)
+    return output.to(query.dtype), None
 
 
 def grouped(query: Tensor, n_groups: int) -> Tensor:

@@ -78,7 +78,10 @@ class RunFile(BaseModel):
         description="Run directory, or s3://BUCKET/PREFIX. By default runs/NAME, named after what decides the numbers.",
     )
     site: SiteChoice = Field("paper", description="Which vector's coordinates are the neurons.")
-    dtype: Dtype = Field("float32", description="Number type of the model. Half types lose signs of small gradients.")
+    dtype: Dtype = Field(
+        "float32",
+        description="Number type of the model. Half types lose signs of small NEGs; sweeps compute in float32 anyway.",
+    )
     seed: int = Field(0, description="Decides samples, demonstrations and their order.")
     nonfinite: Literal["fail", "skip", "keep"] = Field(
         "fail",

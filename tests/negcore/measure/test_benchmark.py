@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from support import LABELS, prompts_for, tiny_model
 
-from negcore.measure.benchmark import Timing, benchmark, plain_gradients
+from negcore.measure.benchmark import Timing, benchmark, compare_types, plain_gradients
 from negcore.measure.neurgrad import neurgrad
+from negcore.model.language_model import DTYPES
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "opt"])
@@ -26,3 +27,24 @@ def test_every_repeat_of_both_ways_is_timed():
     compared = benchmark(lm, prompts_for(lm)[0], LABELS, neurons=2, repeats=2)
     assert [len(one.fast_s) + len(one.plain_s) for one in compared] == [4, 4]
     assert all(seconds > 0 for one in compared for seconds in one.fast_s + one.plain_s)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_half_types_are_compared_with_float32_in_the_sweeps_own_way_and_in_the_type_itself(family):
+    rows = compare_types(
+        lambda dtype: tiny_model(family, dtype=DTYPES[dtype]),
+        "bfloat16",
+        prompts_for(tiny_model(family))[:3],
+        LABELS[:3],
+        neurons=9,
+    )
+    shown = {(row.dtype, row.what): row for row in rows}
+    assert list(shown) == [
+        *(("float32", what) for what in ("NeurGrad", "sweep")),
+        *(("bfloat16", what) for what in ("NeurGrad", "sweep", "sweep, in the type itself")),
+    ]
+    for exact in ("NeurGrad", "sweep"):
+        assert shown["float32", exact].signs == 1 and shown["float32", exact].pearson == pytest.approx(1)
+    ours, naive = shown["bfloat16", "sweep"], shown["bfloat16", "sweep, in the type itself"]
+    assert ours.linear_share > naive.linear_share + 0.05
+    assert shown["bfloat16", "NeurGrad"].linear_share is None

@@ -10,7 +10,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from negcore.errors import ModelError
 from negcore.measure.neurgrad import neurgrad
-from negcore.model.language_model import describe_model, load_model
+from negcore.measure.loading import load_model
+from negcore.model.language_model import describe_model
 
 BLOCK = 8
 
