@@ -9,8 +9,8 @@ from support import LABELS, PROMPTS, save_tiny_model
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from negcore.errors import ModelError
-from negcore.measure.neurgrad import neurgrad
 from negcore.measure.loading import load_model
+from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import describe_model
 
 BLOCK = 8
