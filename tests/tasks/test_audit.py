@@ -113,5 +113,5 @@ def test_absent_files_and_groups_that_say_nothing_are_noted(audit):
 def test_rows_with_other_numbers_of_options_are_an_error(audit):
     rows = questions("train", 9) + questions("valid", 4) + questions("test", 4)
     rows[0]["labels"] = ["A", "B", "C"]
-    with pytest.raises(NegError, match="options"):
+    with pytest.raises(NegError, match="has 3 labels, but most rows have 2"):
         audit(rows)
