@@ -208,5 +208,5 @@ def test_a_model_that_does_not_load_is_said_once_and_the_others_go_on(run, tmp_p
     (broken / "model.safetensors").write_bytes(b"\x00" * 64)
     results = run_pipeline(run.model_copy(update={"model": (str(broken), *run.model)}), PlainSteps())
     assert len(results.problems) == 1
-    assert "could not be loaded" in results.problems[0]
+    assert "is not safetensors" in results.problems[0]
     assert {score.model for score in results.scores} == set(run.model)
