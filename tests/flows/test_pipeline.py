@@ -181,7 +181,7 @@ def test_bad_labels_are_refused_before_any_model_is_loaded(run, tmp_path, monkey
     row = {"labels": [" of course", " B"], "answer": 0}
     file.write_text("\n".join(json.dumps(row | {"prompt": f"Question: {i}? Answer:"}) for i in range(10)))
     monkeypatch.setattr("tasks.measure.worker.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    with pytest.raises(LabelError, match="'of course' is not one token"):
+    with pytest.raises(LabelError, match="label 'of course' is 8 tokens of this model"):
         plan(run.model_copy(update={"dataset": (str(file),)}))
 
 
