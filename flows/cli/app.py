@@ -140,7 +140,14 @@ def demo(
     from negcore.datasets import list_datasets
 
     names = [info.name for info in list_datasets() if info.name.startswith("mini/")]
-    values = {"model": ["smollm2-135m"], "dataset": names, "shots": 1, "out": out, "limit": 60}
+    values = {
+        "model": ["smollm2-135m"],
+        "dataset": names,
+        "shots": 1,
+        "probe": ["polar", "magn", "tree"],
+        "out": out,
+        "limit": 60,
+    }
     _execute("pipeline", read_run_file(RUN_KINDS["pipeline"].run_class, None, values), orchestrator)
 
 
