@@ -6,7 +6,7 @@ from tokenizers_of import REAL, TINY, real_tokenizer, tiny, with_template, word_
 
 from negcore.errors import LabelError, PromptError
 from negcore.model.encoding import encode, encode_prompts
-from negcore.model.language_model import as_language_model
+from negcore import as_language_model
 from negcore.model.prompt_ids import PromptReader
 
 ENDINGS = ["Answer:", "Answer: ", "Answer:\n", "答え：", "答え", "is", "3", "(", "<|turn|>", "Answer: \n\n"]
