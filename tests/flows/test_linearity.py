@@ -313,3 +313,27 @@ def test_the_command_under_prefect_shows_its_tables_within_80_columns(models, fa
     assert len(states) == 4  # interventions, estimates, sweeps and the analysis
     assert {"progress", "table", "markdown"} <= kinds
     assert "script" not in shown
+
+
+def test_studies_of_half_types_and_of_changed_formulas_are_told_from_earlier_ones(run):
+    def studies(dtype):
+        (study,) = plan_linearity(run.model_copy(update={"dtype": dtype, "estimator": get_args(EstimatorName)}))
+        return {one.place.part: one.identity.study for one in study.shard_sets}
+
+    single, half = studies("float32"), studies("bfloat16")
+    assert half == {part: {**settings, "differences": "float32"} for part, settings in single.items()}
+    changed = {part for part, settings in single.items() if "formula" in settings}
+    assert changed == {"integrated_gradients", "log_probability_increase"}
+
+
+def test_a_sweep_in_a_half_type_is_stored_as_the_same_weights_give_it_in_float32(run, tmp_path, undrawn):
+    folder = Path(run.model[0])
+    lm = load_model(str(folder), dtype="bfloat16")
+    shutil.copytree(folder, tmp_path / "wide" / folder.name)
+    lm.model.float().save_pretrained(tmp_path / "wide" / folder.name)
+    wide = run.model_copy(update={"model": (str(tmp_path / "wide" / folder.name),), "out": tmp_path / "of-wide"})
+    run_linearity(run.model_copy(update={"dtype": "bfloat16"}), PlainSteps())
+    run_linearity(wide, PlainSteps())
+    for name in ("ranges", "sizes"):
+        in_half, in_float32 = ([row | {"model": ""} for row in table(one, name)] for one in (run, wide))
+        assert in_half == in_float32
