@@ -6,7 +6,8 @@ from typing import Any
 
 from negcore.measure.model_check import check_model
 from negcore.model.architectures import Dtype, SiteChoice, Way
-from negcore.model.check import COMPARED
+from negcore.model.attention import ATTENTION_NAME
+from negcore.model.check import COMPARED, Compared
 from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def accept(lm: LanguageModel) -> None:
         If its logits are not those of the untouched model, or its prompts change each other: then no number is right.
         If it is in no row and anything at all failed: then its places may be wrong.
     """
-    lm.require(*(COMPARED if lm.arch.discovered else ("logits", "batch")))
+    lm.require(*_needed(lm))
 
 
 def settled(lm: LanguageModel) -> LanguageModel:
@@ -112,5 +113,24 @@ def settled(lm: LanguageModel) -> LanguageModel:
         slower = lm.along("whole")
         again = check_model(slower)
         if len(again.failed) < len(check.failed):
-            return replace(slower, check=again.in_place_of(check, "every prompt runs whole, which is slower"))
-    return replace(lm, check=check)
+            lm, check = slower, again.in_place_of(check, "every prompt runs whole, which is slower")
+    return _with_own_attention(replace(lm, check=check))
+
+
+def _with_own_attention(lm: LanguageModel) -> LanguageModel:
+    """Give a model that would be refused its own attention, if it is right with that, on whole prompts."""
+    assert lm.check is not None
+    if not lm.takes_attention or all(lm.check[name].passed for name in _needed(lm)):
+        return lm
+    lm.model.set_attn_implementation("eager")
+    slower = lm.along("whole")
+    check = check_model(slower)
+    if check.passed:
+        return replace(slower, check=check.in_place_of(lm.check, "the model's own attention runs, which is slower"))
+    lm.model.set_attn_implementation(ATTENTION_NAME)
+    return lm
+
+
+def _needed(lm: LanguageModel) -> tuple[Compared, ...]:
+    """Return the comparisons without which a model is not measured."""
+    return tuple(COMPARED) if lm.arch.discovered else ("logits", "batch")

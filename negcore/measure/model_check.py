@@ -7,7 +7,7 @@ vocabulary, R shifted rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -329,7 +329,10 @@ def _windows(lm: LanguageModel) -> set[int]:
     config = lm.card.text_config
     names = ("sliding_window", "local_attention", "attention_chunk_size")
     # A stray key in a file is an attribute of the configuration, too, but not of its class.
-    sizes = {getattr(config, name, None) for name in names if hasattr(type(config), name)}
+    sizes: set[Any] = set()
+    for name in names:
+        with suppress(Exception):  # some configurations raise errors of their own where layers differ
+            sizes.add(getattr(config, name) if hasattr(type(config), name) else None)
     return {size for size in sizes if isinstance(size, int) and size > 0}
 
 

@@ -70,7 +70,9 @@ class _Values(NamedTuple):
 
 def _writer(layer: nn.Module, lm: LanguageModel) -> nn.Module:
     """Return the module whose output joins the stream: the down projection, or the normalisation behind it."""
-    return layer.get_submodule(lm.arch.post_norm or lm.arch.down)
+    norm = lm.arch.post_norm
+    has_norm = norm is not None and any(path == norm for path, _ in layer.named_modules())  # some layers have none
+    return layer.get_submodule(norm if norm and has_norm else lm.arch.down)
 
 
 def _norms(layer: nn.Module) -> list[nn.Module]:

@@ -108,13 +108,20 @@ def _discovered(config: Any) -> Architecture:
     model = skeleton(copy.deepcopy(config), masked=masked, attn_implementation="eager")
     if any("expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules()):
         raise ModelError("it holds experts, which are not measured (a row may name a dense layer of it)")
-    places = set(_places(model))
+    places = _same_but_for_norms(set(_places(model)))
     if not places:
         raise ModelError("it has no feed-forward layers (or none that are made value by value)")
     if len(places) > 1:
         found = "; ".join(sorted(map(str, places)))
         raise ModelError(f"it has several kinds of feed-forward layers ({found}); a row for one makes it measurable")
     return Architecture(**places.pop()._asdict(), masked=masked, way="whole", discovered=True)
+
+
+def _same_but_for_norms(places: set[_Place]) -> set[_Place]:
+    """Take layers for one kind that differ only in whether a normalisation follows."""
+    bare = {place._replace(post_norm=None) for place in places}
+    norms = {place.post_norm for place in places} - {None}
+    return {place._replace(post_norm=norms.pop()) for place in bare} if len(bare) == len(norms) == 1 else places
 
 
 def _predicts_masks(config: Any) -> bool:

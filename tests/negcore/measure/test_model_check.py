@@ -143,11 +143,21 @@ def test_a_fault_fails_the_comparisons_that_it_touches(fault, monkeypatch):
     assert {one.name for one in check_model(faulty(fault, monkeypatch)).failed} == FAULTS[fault]
 
 
-@pytest.mark.parametrize("fault", [dropped_attention_bias, rows_change_each_other, dropout_is_left_on])
+@pytest.mark.parametrize("fault", [rows_change_each_other, dropout_is_left_on])
 def test_a_model_without_a_right_way_is_refused_in_one_line(fault, monkeypatch):
     with pytest.raises(ModelError, match="model 'tiny-llama' would be measured wrongly.*failed") as caught:
         checked(faulty(fault, monkeypatch))
     assert "\n" not in str(caught.value)
+
+
+def test_a_models_own_attention_takes_the_place_of_ours_where_that_is_wrong(monkeypatch, caplog):
+    lm = checked(faulty(dropped_attention_bias, monkeypatch, torch.float64))
+    assert lm.way == "whole" and not lm.takes_attention and lm.check["logits"].passed
+    assert all(word.endswith("the model's own attention runs, which is slower") for word in caplog.messages)
+    result, tokens = neurgrad(lm, prompts_for(lm)[:1], LABELS), lm.tokenizer(prompts_for(lm)[0])["input_ids"]
+    with torch.no_grad():
+        probs_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, -1].softmax(0)
+    np.testing.assert_allclose(result.probs_PO[0], probs_V[result.label_ids_PO[0]], rtol=1e-6)
 
 
 def test_wrong_gradients_are_refused_and_the_rest_is_measured(monkeypatch):
