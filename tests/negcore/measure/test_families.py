@@ -33,6 +33,14 @@ SIZE = {
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 8}
 SEARCHED = {
     "modernbert-decoder": {"local_attention": 8},
+    "granite_swa": {},
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+    },
     "jais2": {},
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
