@@ -4,9 +4,9 @@ import pytest
 from support import LABELS, prompts_for, tiny_model, tiny_tokenizer
 from tokenizers_of import REAL, TINY, real_tokenizer, tiny, with_template, word_piece
 
+from negcore import as_language_model
 from negcore.errors import LabelError, PromptError
 from negcore.model.encoding import encode, encode_prompts
-from negcore import as_language_model
 from negcore.model.prompt_ids import PromptReader
 
 ENDINGS = ["Answer:", "Answer: ", "Answer:\n", "答え：", "答え", "is", "3", "(", "<|turn|>", "Answer: \n\n"]
