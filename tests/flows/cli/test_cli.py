@@ -76,6 +76,8 @@ def test_every_problem_of_a_run_file_is_a_line_and_the_exit_code_is_2(tmp_path):
         (["--limit", "0"], "limit is 0"),
         (["--site", "gate"], "site 'gate' does not exist in this model; choose one of act, paper"),
         (["--wording", "polite"], "the only wording allowed is 'default'"),
+        (["--prompt-format", "chat"], "has no chat template; use prompt_format 'plain'"),
+        (["--system-prompt", "Be brief."], "system_prompt is for chats: set prompt_format to chat, or leave it out"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(model, questions, tmp_path, options, says):
@@ -142,13 +144,13 @@ def test_a_run_is_planned_and_tokenised_once_and_holds_one_claim(model, question
         monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
 
     spy(plan_module, "describe_model", planned)
-    spy(encoding, "encode_prompts", tokenised)
+    spy(encoding, "_checked_prompts", tokenised)
     spy(claim_module, "_acquire", claimed)
     options = ["--model", model, "--dataset", questions, "--backend", "local", "--out", tmp_path / "run"]
     done = CliRunner().invoke(app, ["pipeline", *map(str, options), "--orchestrator", "none"])
     assert done.exit_code == 0, done.output
     assert len(planned) == 1
-    assert [len(prompts) for _, prompts in tokenised] == [24, 8, 8]
+    assert [len(prompts) for _, _, prompts, _ in tokenised] == [24, 8, 8]
     assert len(claimed) == 1
 
 
