@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from negcore.errors import NegError, first_line
+from negcore.errors import ModelError, NegError, first_line
 from negcore.measure.forward import (
     CausalBatch,
     ProbedBatch,
@@ -165,7 +165,7 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
         return Comparison(name, tolerance, note=absent, applies=False)
     try:
         difference = _DIFFERENCES[name](trial)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (torch.OutOfMemoryError, MemoryError, ModelError):  # such a model cannot be measured in any way
         raise
     except Exception as error:  # an unknown model can fail in any way, and that is what is asked here
         return Comparison(name, tolerance, note=f"{_reason(error):.200}")
