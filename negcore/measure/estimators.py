@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from negcore.arrays import Floats, Ints
-from negcore.errors import LabelError, NegError
+from negcore.errors import LabelError, NegError, first_line
 from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
 from negcore.measure.hooks import zero_shifts
-from negcore.measure.memory import BatchLimit
+from negcore.measure.memory import BatchLimit, is_out_of_memory
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.streams import Stream, streams
 from negcore.measure.sweeps import Neurons, choose_neurons
@@ -185,19 +185,40 @@ def log_probability_increase_scores(lm: LanguageModel, question: Question, neuro
 
     Source: Yu and Ananiadou, arXiv 2312.12141. Cost: a forward pass with a row for each layer, and one row of the head
     for each neuron.
+
+    Raises
+    ------
+    NegError
+        If the model has no such stream (Gemma 3n has several), or its head takes no rows that are not tokens (GPT
+        BigCode).
     """
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     limit = BatchLimit("neurons")
     with torch.no_grad(), in_float32(lm):
         for batch in probed_batches(lm, question.ids, batch_size=1):
             (prompt,) = batch.rows
-            of_layers = streams(batch, question.ids[prompt])
+            of_layers = _known_streams(batch, question.ids[prompt])
             for layer in np.unique(neurons_K2[:, 0]).tolist():
                 chosen_K = neurons_K2[:, 0] == layer
                 neurons = torch.from_numpy(neurons_K2[chosen_K, 1]).to(lm.device)
                 increases_K = _increases(lm, question, prompt, layer, neurons, of_layers[layer], limit)
                 result_PK[prompt, chosen_K] = increases_K.cpu()
     return result_PK
+
+
+def _known_streams(batch: ProbedBatch, tokens: Sequence[int]) -> list[Stream]:
+    """Return the stream of every layer, after a try of what is to be done with it."""
+    try:
+        of_layers = streams(batch, tokens)
+        unembed(batch.lm, of_layers[-1].joined_H.expand(2, -1))
+    except (RuntimeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise NegError(
+            f"log-probability increase does not exist for {batch.lm.card.name}, whose layers write to no single stream "
+            f"that its head reads row by row ({first_line(error):.100}); leave this estimator out"
+        ) from error
+    return of_layers
 
 
 def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:

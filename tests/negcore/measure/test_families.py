@@ -8,7 +8,8 @@ import torch
 import transformers
 from support import CONFIGS, LABELS, prompts_for, tiny_config, tiny_model, tiny_tokenizer
 
-from negcore.errors import ModelError
+from negcore.errors import ModelError, NegError
+from negcore.measure.estimators import estimate
 from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
@@ -166,6 +167,13 @@ def test_a_family_that_cannot_be_measured_is_refused_in_one_line(family):
     with pytest.raises(ModelError, match=re.escape(f"architecture {family!r} is in no row of ")) as error:
         discovery.find_architecture(config)
     assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gpt_bigcode"])
+def test_log_probability_increase_is_refused_where_there_is_no_single_stream(family):
+    lm = tiny_model(family)
+    with pytest.raises(NegError, match=f"log-probability increase does not exist for tiny-{family}"):
+        estimate(lm, prompts_for(lm)[:1], LABELS[:1], estimator="log_probability_increase", neurons=[(0, 1)])
 
 
 def test_layers_of_different_width_are_refused():
