@@ -38,10 +38,11 @@ def read_local(path: Path, seed: int) -> Source:
         raise DatasetError(f"{path}: the file has no rows; {NEEDED}")
     rows: dict[str, Row] = {}
     split_of: dict[str, str | None] = {}
+    indexed = {_names(record) for _, record in lines if _is_only_index(record)}
     _tell_unread(path, tuple(dict.fromkeys(name for _, record in lines for name in record if name not in FIELDS)))
     for number, record in lines:
         place = f"{path}:{number}"
-        row = _row(record, path.stem, number, place)
+        row = _row(record, path.stem, number, place, is_index=_names(record) in indexed)
         if row.id in rows:
             raise DatasetError(f"{place}: id {row.id!r} occurs twice; ids must be unique")
         rows[row.id] = row
@@ -76,7 +77,7 @@ def _split(record: Record, place: str) -> str | None:
     return split
 
 
-def _row(record: Record, stem: str, number: int, place: str) -> Row:
+def _row(record: Record, stem: str, number: int, place: str, *, is_index: bool) -> Row:
     missing = [name for name in ("prompt", "labels", "answer") if name not in record]
     if missing:
         raise DatasetError(f"{place}: {missing[0]!r} is missing; {NEEDED}")
@@ -86,7 +87,7 @@ def _row(record: Record, stem: str, number: int, place: str) -> Row:
         id=_name(record, "id", place) or f"{stem}/{number}",
         fields={"prompt": prompt.rstrip(" ")},
         options=labels,
-        answer=_answer(record["answer"], labels, place),
+        answer=_answer(record["answer"], labels, place, is_index=is_index),
         group=_name(record, "group", place),
         content=normalised(prompt),
         whole=json.dumps(record, sort_keys=True),
@@ -122,12 +123,27 @@ def _labels(value: Any, place: str) -> tuple[str, ...]:
     return labels
 
 
-def _answer(value: Any, labels: tuple[str, ...], place: str) -> int:
-    """Return the index of the right label: a number is an index and text a label, never the other way round."""
+def _names(record: Record) -> tuple[str, ...]:
+    """Return the labels of a row in any order, whatever they are."""
+    labels = record.get("labels")
+    return tuple(sorted(str(label).strip() for label in labels)) if isinstance(labels, list) else ()
+
+
+def _is_only_index(record: Record) -> bool:
+    """Tell whether a row's answer is a number that is none of its labels: then rows with these labels have indices."""
+    answer = record.get("answer")
+    return isinstance(answer, int) and not isinstance(answer, bool) and str(answer) not in _names(record)
+
+
+def _answer(value: Any, labels: tuple[str, ...], place: str, *, is_index: bool) -> int:
+    """Return the index of the right label: a number is an index and text a label, never the other way round.
+
+    A number that is another option's label too is refused, unless `is_index` says that it can be none.
+    """
     if isinstance(value, str) and value.strip() in labels:
         return labels.index(value.strip())
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-        if str(value) in labels and labels[value] != str(value):
+        if not is_index and str(value) in labels and labels[value] != str(value):
             raise DatasetError(
                 f"{place}: answer {value} is ambiguous with labels {labels!r:.120}: as an index it is "
                 f"{labels[value]!r}, as a label {str(value)!r}; give the label as text, in quotes, or other labels"

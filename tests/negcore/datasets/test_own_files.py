@@ -57,6 +57,15 @@ def test_a_number_that_is_another_options_label_is_ambiguous(path, labels, answe
         row(path, labels=labels, answer=answer)
 
 
+def test_numbers_are_indices_where_another_row_with_these_labels_shows_it(path):
+    shown = [GOOD | {"labels": ["2", "1"], "answer": 0, "prompt": "Which?"}]
+    proof = [GOOD | {"labels": ["1", "2"], "answer": answer, "prompt": f"Q{answer}?"} for answer in (0, 1)]
+    golds = {row.fields["prompt"]: row.gold for row in rows_of(path, lines(shown + proof)).values()}
+    assert [golds[prompt] for prompt in ("Which?", "Q0?", "Q1?")] == ["2", "1", "2"]
+    with pytest.raises(DatasetError, match="answer 1 is ambiguous"):  # labels from 1, as answers from 1
+        rows_of(path, lines(GOOD | {"labels": ["1", "2", "3"], "answer": answer} for answer in (1, 2)))
+
+
 @pytest.mark.parametrize(("answer", "gold"), [("1", 0), ("0", 1), (" 0 ", 1)])
 def test_text_is_a_label_even_if_it_is_a_number(path, answer, gold):
     assert row(path, labels=["1", "0"], answer=answer).answer == gold
