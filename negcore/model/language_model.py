@@ -138,8 +138,9 @@ class ModelCard:
     def context_tokens(self) -> int:
         """Most tokens of a prompt."""
         config = self.text_config
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-        if positions:
+        named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        positions = next((limit for limit in named if limit is not None), None)
+        if positions is not None:
             positions -= unused_positions(self._skeleton)
         limits = [positions, self.tokenizer.model_max_length]
         rope = getattr(self.text_config, "rope_parameters", None) or {}
@@ -277,7 +278,7 @@ class LanguageModel:
 
 
 def describe_model(ref: str) -> ModelCard:
-    """Read a model's configuration and tokenizer, but not its weights.
+    """Read a model's configuration and tokenizer and, in local files, the names and shapes of its weights.
 
     Parameters
     ----------
@@ -323,14 +324,7 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     reason = plain_reason if card.revision.startswith("xxh3:") else download_problem
     with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
-        model = _whole(
-            auto_class(card.config, masked=card.arch.masked),
-            card.source,
-            config=plain_config(card.config),
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            revision=card.ref.partition("@")[2] or "main",
-        )
+        model = _weighted(card, dtype=DTYPES[dtype])
         model = plain_model(model, card.config, DTYPES[dtype]).to(target)
     return LanguageModel(_prepared(model), card, resolved)
 
@@ -346,6 +340,14 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
     arch = find_architecture(model.config)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
     return LanguageModel(_prepared(model), card, arch.site(site))
+
+
+def _weighted(card: ModelCard, **options: Any) -> Any:
+    """Load the model that a card describes, whole, from safetensors."""
+    kind, revision = auto_class(card.config, masked=card.arch.masked), card.ref.partition("@")[2] or "main"
+    return _whole(
+        kind, card.source, config=plain_config(card.config), use_safetensors=True, revision=revision, **options
+    )
 
 
 def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
@@ -426,6 +428,9 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
     card = ModelCard(name, str(source), revision, config, tokenizer, arch)
     with reading(f"model {name!r} could not be read: its configuration"):
         _check_shape(card)
+    if commit is None and not storage_note(config):  # a quantised model is made plain of real weights only
+        with reading(f"model {name!r} could not be loaded"):
+            _weighted(card, device_map="meta")  # names and shapes alone, out of the files' headers
     return card
 
 

@@ -133,14 +133,43 @@ def test_a_broken_directory_is_refused_in_one_line_before_its_weights_are_loaded
     assert str(error.value).startswith(f"model {str(copy)!r}") and "\n" not in str(error.value)
 
 
-def test_weights_without_a_place_in_the_model_are_refused_and_named(copy):
-    settings(CONFIG, num_hidden_layers=2)(copy)
-    message = (
+MISFITS = {
+    "a layer too many": (
+        settings(CONFIG, num_hidden_layers=2),
         "no place in the model of its configuration: model.layers.2.input_layernorm.weight, "
-        r"model.layers.2.mlp.down_proj.weight, model.layers.2.mlp.gate_proj.weight \(and 6 more\)"
-    )
-    with pytest.raises(ModelError, match=message):
-        load_model(str(copy))
+        r"model.layers.2.mlp.down_proj.weight, model.layers.2.mlp.gate_proj.weight \(and 6 more\)",
+    ),
+    "a layer too few": (
+        settings(CONFIG, num_hidden_layers=4),
+        r"its files lack the weights model.layers.3.input_layernorm.weight \(and 8 more\)",
+    ),
+    "another head": (
+        weights(lambda tensors: tensors.update({"score.weight": torch.zeros(2, 16)})),
+        "no place in the model of its configuration: score.weight",
+    ),
+    "a lost weight": (
+        weights(lambda tensors: tensors.pop("model.norm.weight")),
+        "its files lack the weights model.norm.weight",
+    ),
+    "another width": (
+        settings(CONFIG, intermediate_size=20),
+        r"model.layers.0.mlp.down_proj.weight is 16 x 24 in its files, 16 x 20 by config.json \(and 8 more\)",
+    ),
+    "another name": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "weights.safetensors"),
+        "no file named model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_weights_that_are_not_those_of_the_configuration_are_told_by_the_preview_as_by_the_run(name, copy):
+    misfit, message = MISFITS[name]
+    misfit(copy)
+    for read in (describe_model, load_model):
+        with pytest.raises(ModelError, match=f"could not be loaded: .*{message}") as error:
+            read(str(copy))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
