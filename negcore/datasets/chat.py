@@ -11,7 +11,8 @@ to (`enable_thinking` is false), because the next token is to be the answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -52,10 +53,13 @@ def chat_prompts(tokenizer: Any, texts: Sequence[str], *, system: str | None = N
     Raises
     ------
     PromptError
-        If there is no template, it refuses or leaves out what it is given, or a text holds a special token.
+        If there is no template, it refuses or leaves out what it is given or does not say where the assistant begins,
+        or a text holds a special token.
     """
     chat = Chat(tokenizer, system)
-    return [chat.prompt(text) for text in texts]
+    prompts = [chat.prompt(text) for text in texts]
+    _ = chat.label_prefix
+    return prompts
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,18 @@ class Chat:
             )
         return header
 
+    @cached_property
+    def _in_parts(self) -> bool:
+        """True if the template reads no plain text, but a list of parts, as those of models that also see do."""
+        asked = [{"role": "user", "content": _PROBE}]
+        with suppress(PromptError):
+            return _PROBE not in self._rendered(asked) and _PROBE in self._rendered(_parted(asked))
+        return False
+
     def _render(self, messages: list[dict[str, str]]) -> str:
+        return self._rendered(_parted(messages) if self._in_parts else messages)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         try:
             template = self.tokenizer.get_chat_template()
             rendered = self.tokenizer.apply_chat_template(
@@ -144,3 +159,7 @@ class Chat:
     @cached_property
     def _special_tokens(self) -> re.Pattern[str] | None:
         return special_token_pattern(self.tokenizer)
+
+
+def _parted(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]

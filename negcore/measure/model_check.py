@@ -78,7 +78,9 @@ class _Plain:
         self._lm, self._position = lm, probed_position(lm, tokens)
         self._ids_1T = torch.tensor([list(tokens)], device=lm.device)
         with torch.no_grad(), _untouched(lm):
-            self.logits_C = self._logits()[compared_C]
+            logits_V = self._logits()
+        # Probabilities are finite only if all logits are, but for those that rule a token out.
+        self.logits_C = logits_V[compared_C] + 0 * logits_V.logsumexp(0)
         self.label_ids_O = compared_C[_telling_labels(self.logits_C)]
 
     def _logits(self) -> Tensor:

@@ -154,5 +154,5 @@ class ModelCheck:
 
 
 def _hint(one: Comparison) -> str:
-    is_half = one.tolerance > TOLERANCES["float32"][one.name]
+    is_half = one.difference is not None and one.tolerance > TOLERANCES["float32"][one.name]
     return "; in a half type rounding alone can do that: load it as float32" if is_half else ""

@@ -8,7 +8,7 @@ vectors are never taken for one.
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,23 +75,27 @@ class _Mixed(Exception):
     """A vector is not made value by value."""
 
 
-def find_architecture(config: Any) -> Architecture:
+def find_architecture(config: Any, kind: str | None = None) -> Architecture:
     """Return the row of a model's type, or search the model for its feed-forward neurons.
 
     Parameters
     ----------
     config : configuration of transformers
+    kind : str, optional
+        Class of the model; by default as its configuration names it.
 
     Raises
     ------
     ModelError
-        If the type is in no row and the search finds nothing, or nothing that can be measured.
+        If the type is in no row and the search finds nothing, or nothing that can be measured, or the model predicts
+        next tokens where its type predicts masks.
     """
     row = ARCHITECTURES.get(config.model_type)
     if row is not None:
+        _refuse_decoder(config, row)
         return row
     try:
-        return _discovered(config)
+        return _discovered(config, [kind] if kind else getattr(config, "architectures", None) or [])
     except ModelError as error:
         raise ModelError(
             f"architecture {config.model_type!r} is in no row of negcore/model/architectures.py, and a search for its "
@@ -99,8 +103,16 @@ def find_architecture(config: Any) -> Architecture:
         ) from error
 
 
-def _discovered(config: Any) -> Architecture:
-    masked = _predicts_masks(config)
+def _refuse_decoder(config: Any, row: Architecture) -> None:
+    if row.masked and getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"its config.json says is_decoder, so that it predicts next tokens, and models of type "
+            f"{config.model_type!r} are measured at a mask, of which it would see one side"
+        )
+
+
+def _discovered(config: Any, classes: Sequence[str]) -> Architecture:
+    masked = _predicts_masks(config, classes)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError("it is an encoder-decoder, and only models of one stack are measured")
     if not has_language_head(config):
@@ -124,12 +136,11 @@ def _same_but_for_norms(places: set[_Place]) -> set[_Place]:
     return {place._replace(post_norm=norms.pop()) for place in bare} if len(bare) == len(norms) == 1 else places
 
 
-def _predicts_masks(config: Any) -> bool:
+def _predicts_masks(config: Any, classes: Sequence[str]) -> bool:
     """Tell which of its language models a type is: that which its checkpoint names, else the causal one."""
-    names = getattr(config, "architectures", None) or []
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        return not known or any("MaskedLM" in name for name in names)
+        return not known or any("MaskedLM" in name for name in classes)
     return False
 
 

@@ -335,9 +335,14 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
     Raises
     ------
     ModelError
-        If its architecture is not in the table or has no such site.
+        If it has no language head, its architecture cannot be measured, or it has no such site.
     """
-    arch = find_architecture(model.config)
+    if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"model {name!r} is a {type(model).__name__}; give a model of transformers with its language head, as "
+            "AutoModelForCausalLM or AutoModelForMaskedLM loads it, adapters merged"
+        )
+    arch = find_architecture(model.config, type(model).__name__)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
     return LanguageModel(_prepared(model), card, arch.site(site))
 
@@ -397,6 +402,9 @@ def _prepared(model: Any) -> Any:
         model.set_attn_implementation(ATTENTION_NAME)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the fast ones know no float64
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.config.return_dict = True  # some old configurations ask for tuples
     return model.eval().requires_grad_(False)
 
 
@@ -419,6 +427,7 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
         revision = commit.id if commit else _local_revision(Path(source))
     with reading(f"model {name!r} could not be read"):
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        config._attn_implementation = None  # ours takes its place, and the package of theirs may be absent
     with reading(f"model {name!r}"):
         arch = find_architecture(config)
         plain_config(config)

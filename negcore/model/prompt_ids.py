@@ -26,6 +26,8 @@ _TAIL_CHARACTERS = 48
 """Least length of a prompt's end that stands for the prompt."""
 _LONGEST_TAIL = 512
 _CUT = re.compile(r"(?<=\S) (?=\S)")
+_PLAIN = "A"
+"""Text that shows which tokens are put around every text, where prompts are nothing but such tokens."""
 _LOCAL_MODELS = ("BPE", "WordPiece", "WordLevel")
 
 
@@ -59,10 +61,10 @@ class PromptReader:
 
     def with_special_tokens(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[list[int]]:
         """Return the ids that the model reads: special tokens that a text begins (or ends) with are not repeated."""
-        known = next((pair for pair in zip(texts, ids, strict=True) if pair[1]), None)
-        if known is None:
+        if not any(ids):
             return list(ids)
-        front, back = self._added(*known)
+        telling = (pair for pair in zip(texts, ids, strict=True) if not self._special_ids.issuperset(pair[1]))
+        front, back = self._added(*next(telling, (_PLAIN, self.read([_PLAIN])[0])))
         return [
             [*(front if of_text[: len(front)] != front else ()), *of_text, *_missing_at_end(of_text, back)]
             for of_text in ids

@@ -46,6 +46,11 @@ def feed_forwards(model: Any, arch: Architecture) -> dict[int, nn.Module]:
     """Return the layers that have feed-forward neurons, by their place among all layers.
 
     Layers of state spaces alone, or of experts, have none.
+
+    Raises
+    ------
+    ModelError
+        If something else than a linear projection stands in a down projection's place, such as an adapter.
     """
     layers = enumerate(model.get_submodule(arch.layers))
     return {place: layer for place, layer in layers if _has_down(layer, arch.down)}
@@ -82,6 +87,9 @@ def down_rows(down: Any) -> Tensor:
 
 def _has_down(layer: nn.Module, path: str) -> bool:
     try:
-        return isinstance(layer.get_submodule(path), nn.Linear | Conv1D)
+        down = layer.get_submodule(path)
     except AttributeError:
         return False
+    if not isinstance(down, nn.Linear | Conv1D):
+        raise ModelError(f"the down projection {path!r} of a layer is a {type(down).__name__}; merge what wraps it")
+    return True

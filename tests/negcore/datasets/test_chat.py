@@ -82,6 +82,16 @@ def test_a_template_that_does_not_say_where_the_assistant_begins_is_refused():
     template = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
     with pytest.raises(PromptError, match="does not say where the assistant begins"):
         load_dataset("mini/nli", talking(template), settings=CHAT)
+    with pytest.raises(PromptError, match="does not say where the assistant begins"):
+        chat_prompts(talking(template), ["Who?"])
+
+
+def test_a_template_that_reads_parts_of_messages_is_given_one_part_each():
+    parts = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text | trim }}{% endif %}{% endfor %}"
+    template = CHATML.replace("{{ m.content | trim }}", parts)
+    assert Chat(talking(template), "Be brief.").prompt("Q2", [Turn("Q1", "A")]) == (
+        Chat(talking(CHATML), "Be brief.").prompt("Q2", [Turn("Q1", "A")])
+    )
 
 
 def test_special_tokens_in_a_text_are_the_templates_to_write():

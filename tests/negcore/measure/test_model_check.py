@@ -150,6 +150,14 @@ def test_a_model_without_a_right_way_is_refused_in_one_line(fault, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_one_number_of_the_head_that_is_none_refuses_the_model():
+    """The token, an end of text, is none of those that are compared, but its logit is in every probability."""
+    lm = tiny_model("llama", dtype=torch.float32)
+    lm.model.lm_head.weight[lm.tokenizer.eos_token_id, 0] = torch.nan
+    with pytest.raises(ModelError, match="against the untouched model: failed .numbers that are not finite"):
+        checked(lm)
+
+
 def test_a_models_own_attention_takes_the_place_of_ours_where_that_is_wrong(monkeypatch, caplog):
     lm = checked(faulty(dropped_attention_bias, monkeypatch, torch.float64))
     assert lm.way == "whole" and not lm.takes_attention and lm.check["logits"].passed
@@ -230,6 +238,12 @@ def test_a_check_tells_its_outcome_in_a_line_a_comparison():
 def test_a_half_type_is_told_to_try_float32():
     failed = ModelCheck((Comparison("logits", 0.2, 0.7),))
     with pytest.raises(ModelError, match="rounding alone can do that: load it as float32"):
+        failed.require("m", ["logits"])
+
+
+def test_an_error_in_a_half_type_is_not_blamed_on_rounding():
+    failed = ModelCheck((Comparison("logits", 0.2, note="TypeError: no"),))
+    with pytest.raises(ModelError, match="TypeError: no.$"):
         failed.require("m", ["logits"])
 
 

@@ -1,15 +1,19 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from support import CORE, save_tiny_model, tiny_model, tiny_tokenizer
+from support import CORE, LABELS, PROMPTS, save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
+from torch import nn
 
 from negcore.errors import ModelError
-from negcore.measure.loading import load_model
+from negcore.measure.loading import as_language_model, load_model
+from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import describe_model
 
 UP_PROJECTION = "model.layers.1.mlp.up_proj.weight"
@@ -51,6 +55,53 @@ def test_the_paper_site_is_up_in_gated_models_and_act_in_others(family, expected
 def test_a_site_that_the_model_lacks_is_refused_with_those_it_has():
     with pytest.raises(ModelError, match=r"site 'gate' does not exist in this model; choose one of act, paper"):
         tiny_model("gpt2", site="gate")
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "BertModel", "LlamaForSequenceClassification"])
+def test_a_model_without_a_language_head_is_refused_in_one_line(kind):
+    config = tiny_config("bert" if "Bert" in kind else "llama")
+    with pytest.raises(ModelError, match=f"model 'mine' is a {kind}; give a model .* with its language head"):
+        as_language_model(getattr(transformers, kind)(config), tiny_tokenizer(), name="mine")
+
+
+@pytest.mark.parametrize("what", ["gpt2", None, nn.Linear(2, 2)], ids=str)
+def test_what_is_no_model_is_refused_in_one_line(what):
+    with pytest.raises(ModelError, match=f"is a {type(what).__name__}; give a model of transformers"):
+        as_language_model(what, tiny_tokenizer(), name="mine")
+
+
+def test_a_causal_model_of_a_masked_type_is_refused():
+    config = tiny_config("roberta", is_decoder=True)
+    with pytest.raises(ModelError, match="is_decoder, so that it predicts next tokens, and .* 'roberta' are measured"):
+        as_language_model(transformers.RobertaForCausalLM(config), tiny_tokenizer(), name="mine")
+
+
+def test_a_model_in_memory_predicts_what_its_class_does():
+    settings = tiny_config("roberta").to_dict() | {"model_type": "data2vec-text"}
+    model = transformers.Data2VecTextForMaskedLM(transformers.Data2VecTextConfig(**settings))
+    assert as_language_model(model, tiny_tokenizer(), name="mine").arch.masked
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_whose_down_projection_is_wrapped_is_not_left_out(layer):
+    model = transformers.LlamaForCausalLM(tiny_config("llama"))
+    mlp = model.model.layers[layer].mlp
+    mlp.down_proj = nn.Sequential(mlp.down_proj)
+    with pytest.raises(ModelError, match=r"down projection 'mlp.down_proj' of a layer is a Sequential; merge"):
+        as_language_model(model, tiny_tokenizer(), name="mine")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"attn_implementation": "flash_attention_2"}, {"return_dict": False}, {"output_attentions": True}],
+    ids=str,
+)
+def test_how_a_configuration_wants_a_model_to_run_changes_no_number(asked, llama, tmp_path):
+    directory = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | asked))
+    plain, other = (neurgrad(load_model(str(one)), PROMPTS, LABELS) for one in (llama, directory))
+    np.testing.assert_array_equal(other.negs_POLN, plain.negs_POLN)
 
 
 def test_an_unknown_architecture_that_the_search_refuses_is_refused_in_one_line(llama, tmp_path):

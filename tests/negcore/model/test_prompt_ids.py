@@ -110,6 +110,13 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one():
     assert plain.count(bos) == written.count(bos) == 1 and plain[0] == written[0] == bos
 
 
+def test_a_prompt_of_nothing_but_bos_takes_it_from_no_other_prompt():
+    lm = model_with(with_template(tiny("Metaspace first"), "<s> $A"))
+    alone, together = encode_prompts(lm.card, ["Answer:"]), encode_prompts(lm.card, ["<s>", "Answer:"])
+    assert together == [[lm.tokenizer.bos_token_id], *alone]
+    assert encode_prompts(lm.card, ["<s>"]) == together[:1]
+
+
 @pytest.mark.parametrize("template", ["$A </s>", "<s> $A </s>"])
 def test_an_eos_that_a_tokenizer_appends_is_never_the_probed_token(template):
     plain = tiny("Metaspace first")
