@@ -21,13 +21,14 @@ def read_json_array(path: Path) -> Sequence[Any]:
     Raises
     ------
     DatasetError
-        If the file cannot be read, is not JSON, or does not hold an array.
+        If the file cannot be read, is not JSON, does not hold an array, or names a field twice.
     """
+    content = read_file(path)
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = _parsed(content)
     except json.JSONDecodeError as error:
         raise DatasetError(f"{path}:{error.lineno}: not JSON ({error.msg}); an array of objects is needed") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: cannot be read ({one_line(error)})") from None
     if not isinstance(records, list):
         raise DatasetError(f"{path}: holds a {type(records).__name__}; an array of objects is needed")
@@ -72,12 +73,16 @@ def read_file(path: Path) -> bytes:
 
 def _json_object(line: bytes, place: str) -> Record:
     try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_key_once, parse_constant=_constant)
+        record = _parsed(line)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{place}: not JSON ({one_line(error)}); each line must be one JSON object") from None
     if not isinstance(record, dict):
         raise DatasetError(f"{place}: {type(record).__name__} found; each line must be one JSON object")
     return {name: value for name, value in record.items() if value is not None}
+
+
+def _parsed(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_each_key_once, parse_constant=_constant)
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

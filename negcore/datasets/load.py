@@ -213,7 +213,8 @@ def _wording(name: str, source: Source, wanted: str | Wording) -> Wording | None
     if isinstance(wanted, str) and wanted not in wordings:
         raise DatasetError(f"{name}: unknown wording {wanted!r}; allowed: {', '.join(map(repr, wordings))}")
     wording = wordings[wanted] if isinstance(wanted, str) else wanted
-    check_template(wording.question, tuple(source.rows["test"][0].fields) if source.rows["test"] else ())
+    for row in source.rows["test"][:1]:
+        check_template(wording.question, tuple(row.fields))
     return wording
 
 

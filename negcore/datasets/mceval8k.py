@@ -60,7 +60,8 @@ def _find_file(spec: Spec, split: str, find: Callable[[str], Path | None]) -> Pa
 def _in_folder(root: Path) -> Callable[[str], Path | None]:
     if not root.is_dir():
         raise DatasetError(f"MCEval8K root {str(root)!r} is not a folder; give the one that holds its genres")
-    return lambda name: root / name if (root / name).is_file() else None
+    # What is there but no file, such as a dangling link, is refused where it is read.
+    return lambda name: root / name if os.path.lexists(root / name) else None
 
 
 def _on_hub() -> Callable[[str], Path | None]:

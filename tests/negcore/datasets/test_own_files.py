@@ -158,6 +158,30 @@ def test_what_is_no_data_file_is_refused_in_one_line(tmp_path, monkeypatch, name
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("split", "make", "message"),
+    [
+        ("train", lambda path: path.symlink_to("nowhere"), "train.json.* cannot be read .No such file"),
+        ("train", directory, "train.json.* is a directory or device; a file is needed"),
+        ("valid", pointer, "valid.json is a Git LFS pointer"),
+        ("test", lambda path: path.write_text('[{"text": "a", "text": "b", "label": 1}]'), "'text' occurs twice"),
+        ("test", lambda path: path.write_text('[{"text": "a", "label": NaN}]'), "'label' is None; allowed: 0, 1, 2, 3"),
+        ("test", lambda path: path.write_text("[\n{"), "test.json:2: not JSON"),
+        ("test", lambda path: path.write_text("[]"), "there are no test rows"),
+    ],
+)
+def test_damaged_files_of_a_released_dataset_are_refused_in_one_line(tmp_path, split, make, message):
+    folder = tmp_path / "classification" / "agnews"
+    folder.mkdir(parents=True)
+    for name in {"train", "valid", "test"} - {split}:
+        rows = [{"text": f"{name} {number}", "label": number % 4} for number in range(8)]
+        (folder / f"{name}.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    make(folder / f"{split}.json")
+    with pytest.raises(DatasetError, match=message) as error:
+        load_dataset("mceval8k/agnews", tiny_tokenizer(), settings=PromptSettings(), root=tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_relative_path_that_is_not_there_is_told_as_the_absolute_one_that_was_tried(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DatasetError, match=str(tmp_path / "sub" / "data.jsonl")):
