@@ -7,7 +7,7 @@ from typing import Any
 from negcore.measure.model_check import check_model
 from negcore.model.architectures import Dtype, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME
-from negcore.model.check import COMPARED, Compared
+from negcore.model.check import COMPARED, Compared, ModelCheck
 from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ def accept(lm: LanguageModel) -> None:
     Raises
     ------
     ModelError
-        If its logits are not those of the untouched model, or its prompts change each other: then no number is right.
+        If its logits are not those of the untouched model, or its prompts change each other, side by side or as a
+        shared prefix: then no number is right.
         If it is in no row and anything at all failed: then its places may be wrong.
     """
     lm.require(*_needed(lm))
@@ -112,7 +113,7 @@ def settled(lm: LanguageModel) -> LanguageModel:
     if check.failed and lm.way != "whole":
         slower = lm.along("whole")
         again = check_model(slower)
-        if len(again.failed) < len(check.failed):
+        if _is_usable(slower, again) and (len(again.failed) < len(check.failed) or not _is_usable(lm, check)):
             lm, check = slower, again.in_place_of(check, "every prompt runs whole, which is slower")
     return _with_own_attention(replace(lm, check=check))
 
@@ -120,7 +121,7 @@ def settled(lm: LanguageModel) -> LanguageModel:
 def _with_own_attention(lm: LanguageModel) -> LanguageModel:
     """Give a model that would be refused its own attention, if it is right with that, on whole prompts."""
     assert lm.check is not None
-    if not lm.takes_attention or all(lm.check[name].passed for name in _needed(lm)):
+    if not lm.takes_attention or _is_usable(lm, lm.check):
         return lm
     lm.model.set_attn_implementation("eager")
     slower = lm.along("whole")
@@ -131,6 +132,12 @@ def _with_own_attention(lm: LanguageModel) -> LanguageModel:
     return lm
 
 
+def _is_usable(lm: LanguageModel, check: ModelCheck) -> bool:
+    return all(check[name].passed for name in _needed(lm))
+
+
 def _needed(lm: LanguageModel) -> tuple[Compared, ...]:
-    """Return the comparisons without which a model is not measured."""
-    return tuple(COMPARED) if lm.arch.discovered else ("logits", "batch")
+    """Return the comparisons without which a model is not measured on its way."""
+    if lm.arch.discovered:
+        return tuple(COMPARED)
+    return ("logits", "batch") if lm.way == "whole" else ("logits", "batch", "prefix")

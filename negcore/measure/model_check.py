@@ -167,8 +167,10 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
         return Comparison(name, tolerance, note=absent, applies=False)
     try:
         difference = _DIFFERENCES[name](trial)
-    except (torch.OutOfMemoryError, MemoryError, ModelError):  # such a model cannot be measured in any way
+    except (torch.OutOfMemoryError, MemoryError):
         raise
+    except ModelError as error:  # such a model cannot be measured in any way
+        raise ModelError(f"model {trial.lm.card.name!r}: {error}") from error
     except Exception as error:  # an unknown model can fail in any way, and that is what is asked here
         return Comparison(name, tolerance, note=f"{_reason(error):.200}")
     if not np.isfinite(difference):

@@ -10,7 +10,7 @@ from torch import nn
 
 from negcore.errors import ModelError
 from negcore.measure.estimators import estimate
-from negcore.measure.loading import checked
+from negcore.measure.loading import checked, settled
 from negcore.measure.model_check import check_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
@@ -218,6 +218,28 @@ def test_whole_prompts_take_the_place_of_wrong_shortcuts_with_a_word(fault, monk
         np.testing.assert_allclose(together.probs_PO[row], whole_V.softmax(0)[together.label_ids_PO[row]], rtol=1e-5)
     slopes = sweep(lm, prompts_for(lm)[:1], " A", neurons=[(0, 3), (2, 5)], shifts=[-0.02, 0.02]).negs_PK[0]
     np.testing.assert_allclose(together.negs_POLN[0, 0][[0, 2], [3, 5]], slopes, rtol=0.02)
+
+
+def test_a_wrong_prefix_is_never_used_even_where_whole_prompts_have_a_fault_of_their_own(monkeypatch):
+    lm = tiny_model("llama")
+
+    def marked(_, args, output):
+        return torch.cat([output[:, :2] + 0.5, output[:, 2:]], 1) if output.shape[1] >= 7 else output
+
+    def detached(_, args, output):
+        return output.detach() if lm.takes_attention and output.shape[1] > 7 else output
+
+    lm.model.model.layers[0].mlp.register_forward_hook(marked)
+    lm.model.model.layers[1].mlp.register_forward_hook(detached)
+    assert [one.name for one in check_model(lm).failed] == ["prefix"]
+    whole = checked(lm)
+    assert (whole.way, [one.name for one in whole.check.failed]) == ("whole", ["neurgrad", "prefix"])
+    with pytest.raises(ModelError, match="NeurGrad against plain autograd: failed"):
+        neurgrad(whole, prompts_for(whole), LABELS)
+
+
+def test_a_refused_model_is_not_said_to_run_another_way(monkeypatch):
+    assert settled(faulty(dropout_is_left_on, monkeypatch)).check.replaced == ()
 
 
 def test_a_check_tells_its_outcome_in_a_line_a_comparison():
