@@ -21,25 +21,31 @@ HALF_TYPES = ("bfloat16", "float16")
 def in_float32(lm: LanguageModel) -> Iterator[None]:
     """Let a model of a half type compute in float32; models of other types are left as they are.
 
-    Weights are widened layer by layer, so that one layer's (or the head's) are held twice at a time. On leaving, the
-    weights are the same tensors as before, even after an exception.
+    Weights are widened layer by layer, so that one layer's (or the head's) are held twice at a time. Embeddings, and
+    what stands beside the layers, stay wide: some models (DeBERTa) read such weights without running their modules. On
+    leaving, the weights are the same tensors as before, even after an exception.
     """
     if lm.dtype not in HALF_TYPES:
         yield
         return
-    within = {module for layer in lm.layers for module in layer.modules()}
-    held = [_half_tensors(layer, whole=True) for layer in lm.layers]
-    others = [module for module in lm.model.modules() if module not in within]
-    held += [_half_tensors(module, whole=False) for module in others]
+    blocks = list(lm.model.get_submodule(lm.arch.layers).children())
+    within = {module for block in blocks for module in block.modules()}
+    beside = {module for part in (lm.body_parts[-1], lm.model.get_input_embeddings()) for module in part.modules()}
+    others = [module for module in lm.model.modules() if module not in within | beside]
+    at_times = [(block, _half_tensors(block, whole=True)) for block in blocks]
+    at_times += [(module, _half_tensors(module, whole=False)) for module in others]
+    always = [tensor for module in beside - within for tensor in _half_tensors(module, whole=False)]
     with ExitStack() as hooks:
-        for module, tensors in zip([*lm.layers, *others], held, strict=True):
+        hooks.enter_context(_wide_while_it_runs(None, always))
+        for module, tensors in at_times:
             if tensors:
                 hooks.enter_context(_wide_while_it_runs(module, tensors))
         yield
 
 
 @contextmanager
-def _wide_while_it_runs(module: nn.Module, tensors: list[Tensor]) -> Iterator[None]:
+def _wide_while_it_runs(module: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]:
+    """Widen tensors while a module runs, or all the time where there is none."""
     narrow = [tensor.data for tensor in tensors]
 
     def widen(*_: Any) -> None:
@@ -50,7 +56,11 @@ def _wide_while_it_runs(module: nn.Module, tensors: list[Tensor]) -> Iterator[No
         for tensor, data in zip(tensors, narrow, strict=True):
             tensor.data = data
 
-    handles = [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
+    handles = []
+    if module is None:
+        widen()
+    else:
+        handles = [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
     try:
         yield
     finally:

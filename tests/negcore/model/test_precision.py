@@ -22,7 +22,7 @@ def both(family, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("method", ["auto", "hooks"])
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", [*CORE, "deberta", "deberta-v2", "lfm2"])
 def test_a_sweep_of_half_weights_is_that_of_the_same_weights_in_float32(family, method):
     half, wide = both(family)
     results = [sweep(lm, prompts_for(lm)[:3], " A", neurons=2, shifts=FEW, method=method) for lm in (half, wide)]
