@@ -175,9 +175,9 @@ def serve(
     """
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")  # the log is all there is to see here
     quiet_libraries()
+    check_machine()
     from flows.serve import deployments, serve_runs
 
-    check_machine()
     serve_runs(deployments(run_files, flow, cron=cron, name=name))
 
 
@@ -457,6 +457,7 @@ def plan(
 def _execute(name: str, run: RunFile, orchestrator: str) -> None:
     """Carry out a run of a kind and show its results."""
     quiet_libraries()
+    check_machine()
     from tasks.steps import handing_over
 
     kind = RUN_KINDS[name]

@@ -39,7 +39,11 @@ def _proxies() -> Iterator[str]:
     for kind, url in getproxies_environment().items():
         if kind == "no":
             continue
-        scheme = urlsplit(url if "://" in url else f"http://{url}").scheme
+        try:
+            scheme = urlsplit(url if "://" in url else f"http://{url}").scheme
+        except ValueError as error:
+            yield f"{kind}_proxy is no address ({error}): mend it, or unset it"
+            continue
         if scheme in ("socks5", "socks5h"):
             if find_spec("socksio") is None:
                 yield f"{kind}_proxy is a SOCKS proxy, which needs a package: pip install 'httpx[socks]', or unset it"

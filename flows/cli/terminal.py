@@ -29,6 +29,7 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 def repair(found: "Sequence[Verified]") -> None:
     """Remove the receipts of damaged shards, and start the runs again that make the shards that are missing then."""
+    check_machine()
     from flows.repair import drivers_places, repair_of, runs_to_repair
     from tasks.rundir.claim import claim
     from tasks.rundir.verify import unpublish
@@ -64,7 +65,6 @@ def carry_out(
     prefect_flow : callable, optional
         The flow to carry it out as, under the Prefect server that is configured or private. By default without one.
     """
-    check_machine()
     from prefect.exceptions import CancelledRun
 
     from flows.flow_run import IncompleteRun

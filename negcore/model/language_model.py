@@ -9,7 +9,8 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -494,14 +495,35 @@ def _convert_gguf(*pieces: Path) -> Path:
     target = cache_directory() / "gguf" / digest
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"), tempfile.TemporaryDirectory(dir=target.parent, prefix=".draft-") as folder:
+    with _draft_folder(target) as folder:
         if not target.is_dir():
-            draft = Path(folder) / "model"
+            draft = folder / "model"
             with reading(f"GGUF file {str(pieces[0])!r} could not be converted"):
-                _write_safetensors(_joined(pieces, Path(folder) / "joined.gguf"), draft)
+                _write_safetensors(_joined(pieces, folder / "joined.gguf"), draft)
             draft.rename(target)
     return target
+
+
+@contextmanager
+def _draft_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside a directory that is to be made in the cache, to one process at a time.
+
+    Raises
+    ------
+    ModelError
+        If the cache cannot be written.
+    """
+    with ExitStack() as held:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(f"{target}.lock"))
+            folder = held.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".draft-"))
+        except OSError as error:
+            raise ModelError(
+                f"the cache {str(target.parent)!r} cannot be written ({error.strerror or error}): make room there, or "
+                "set NEG_CACHE to a directory that can"
+            ) from error
+        yield Path(folder)
 
 
 def _joined(pieces: Sequence[Path], whole: Path) -> Path:

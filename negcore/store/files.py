@@ -21,6 +21,8 @@ from negcore.errors import NegError, RunError
 from negcore.store import buckets
 
 _BUCKET = re.compile(r"s3://[^/*?\[\]]+(/[^*?\[\]]*)?")
+LONGEST_NAME = 255
+"""Bytes of the name of a file or directory, on all common file systems."""
 _AT_ONCE = 16
 """Requests under way when many small objects are read."""
 
@@ -41,7 +43,13 @@ def location(place: str | Path) -> Path:
             raise RunError(f"{str(place)!r} was a URL before it was made a pathlib path: give it as text")
         return place
     if "://" not in place:
-        return Path(place)
+        path = Path(place)
+        if too_long := [part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]:
+            raise RunError(
+                f"{place!r:.80} is no place for files: a name of {len(os.fsencode(too_long[0]))} bytes is in it, "
+                f"and at most {LONGEST_NAME} are possible"
+            )
+        return path
     if not _BUCKET.fullmatch(place):
         raise RunError(f"{place!r} is no place for files: give a directory, or s3://BUCKET/PREFIX without any of *?[]")
     if not all(map(importlib.util.find_spec, ("upath", "s3fs"))):

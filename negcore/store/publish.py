@@ -35,7 +35,7 @@ import xxhash
 
 from negcore.errors import RunError, ShardError
 from negcore.store.buckets import create, objects, remove, replace, upload
-from negcore.store.files import hidden, is_remote, location, n_bytes, read_all, read_bytes, sizes
+from negcore.store.files import LONGEST_NAME, hidden, is_remote, location, n_bytes, read_all, read_bytes, sizes
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
 from negcore.store.locks import hold, locked
 from negcore.store.schema import with_aligned_metadata
@@ -52,10 +52,6 @@ _PART_KEYS: Mapping[str, str] = {
     "causal": "sets",
 }
 """Key that divides the shards of one kind, model and dataset; "part" for every other kind."""
-
-
-_LONGEST_NAME = 255
-"""Bytes of a file's name, on all common file systems."""
 
 
 def _pair(key: str, value: str) -> str:
@@ -86,10 +82,10 @@ class ShardPlace(NamedTuple):
         """
         for key, name in self.names.items():
             n_bytes = len(_pair(key, name))
-            if n_bytes > _LONGEST_NAME:
+            if n_bytes > LONGEST_NAME:
                 raise RunError(
                     f"{key} {name!r:.80} takes {n_bytes} bytes as the name of a directory ({_pair(key, name):.40}...), "
-                    f"but at most {_LONGEST_NAME} are possible; a slash takes 3 and a letter that is not ASCII 6 or "
+                    f"but at most {LONGEST_NAME} are possible; a slash takes 3 and a letter that is not ASCII 6 or "
                     "more: give a shorter name, or a shorter path, such as that of a link"
                 )
 
