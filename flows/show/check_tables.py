@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from flows.show.report import Section
 from flows.show.table import Cell, Number, Style, Table, Words, numbers, texts
+from negcore.model.architectures import WAYS
 from negcore.model.check import COMPARED, Comparison, ModelCheck, Verdict
 from negcore.model.language_model import LanguageModel
 from tasks.rundir.checks import NotedCheck
@@ -34,7 +35,7 @@ def facts_table(lm: LanguageModel) -> Table:
         ["predicts", "a masked token" if lm.arch.masked else "the next token"],
         ["neurons", f"{lm.n_layers} layers x {lm.layer_width}"],
         ["sites", f"{', '.join(lm.arch.sites)} (paper: {lm.arch.site('paper')})"],
-        ["way", lm.way],
+        ["way", f"{lm.way}: {WAYS[lm.way]}"],
         ["longest prompt", f"{card.context_tokens} tokens"],
         ["vocabulary", f"{card.vocab_size} tokens"],
     ]

@@ -22,6 +22,14 @@ Way = Literal["virtual", "cached", "whole"]
   the one that transformers lets us replace, and nothing else may look at earlier tokens.
 - `whole`: every prompt runs whole. Any model can do that.
 """
+WAYS: MappingProxyType[Way, str] = MappingProxyType(
+    {
+        "virtual": "the last token runs on a cache of the others; sweeps are virtual tokens beside it",
+        "cached": "the last token runs on a cache of the others; sweeps shift it by hooks",
+        "whole": "every prompt runs whole; sweeps shift its probed token by hooks",
+    }
+)
+"""Every way in a sentence for people."""
 
 
 @dataclass(frozen=True, slots=True)
