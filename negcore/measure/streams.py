@@ -54,7 +54,8 @@ def streams(prompt: ProbedBatch, tokens: Sequence[int]) -> list[Stream]:
     result = []
     for row, layer in enumerate(lm.layers):
         left_H = values[layer].made_BH[row]
-        last = next((norm for norm in norms[row] if torch.equal(values[norm].made_BH[row], left_H)), None)
+        ran = (norm for norm in norms[row] if norm in values)  # that of a cross attention does not
+        last = next((norm for norm in ran if torch.equal(values[norm].made_BH[row], left_H)), None)
         joined_H = left_H if last is None else values[last].given_BH[row]
         scale_H = _scale(layer, whole[writers[row]] if writers[row] is not downs[row] else None, left_H)
         result.append(Stream(whole[downs[row]].given_BH[0], joined_H, scale_H, last))
@@ -119,6 +120,6 @@ def _silenced(batch: ProbedBatch, writers: Sequence[nn.Module]) -> Iterator[None
 
 
 def _at_probed(batch: ProbedBatch, values: Any) -> Tensor:
-    tensor: Tensor = values[0] if isinstance(values, tuple) else values
+    tensor: Tensor = values[0] if isinstance(values, tuple | list) else values
     rows = torch.arange(len(batch.rows), device=tensor.device)
     return tensor.reshape(len(rows), -1, tensor.shape[-1])[rows, batch.positions_B].detach()

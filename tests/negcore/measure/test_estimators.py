@@ -280,7 +280,12 @@ def test_a_stream_joined_by_all_its_layer_writes_is_what_leaves_the_layer(family
 
 
 @pytest.mark.parametrize(
-    ("family", "change"), [("opt", {"do_layer_norm_before": False}), ("gpt_neox", {"use_parallel_residual": False})]
+    ("family", "change"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt2", {"add_cross_attention": True}),
+    ],
 )
 def test_variants_of_a_family_have_their_own_streams(family, change):
     lm = tiny_model(family, **change)
