@@ -223,7 +223,9 @@ def _chat(settings: PromptSettings, tokenizer: Tokenizer, masked: bool) -> Chat 
         return None
     if masked:
         raise PromptError("prompt_format 'chat' is for models that go on with a text, and this one fills masks")
-    return Chat(tokenizer, settings.system_prompt)
+    chat = Chat(tokenizer, settings.system_prompt)
+    _ = chat.label_prefix  # a template that gives none is at fault as a whole, not in a row
+    return chat
 
 
 def _unreadable(

@@ -80,7 +80,9 @@ def test_a_template_that_cannot_be_used_is_told_in_one_line(template, told):
 
 def test_a_template_that_does_not_say_where_the_assistant_begins_is_refused():
     template = CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
-    with pytest.raises(PromptError, match="does not say where the assistant begins"):
+    with pytest.raises(
+        PromptError, match="^the model's chat template does not say where the assistant begins.*'plain'$"
+    ):
         load_dataset("mini/nli", talking(template), settings=CHAT)
     with pytest.raises(PromptError, match="does not say where the assistant begins"):
         chat_prompts(talking(template), ["Who?"])

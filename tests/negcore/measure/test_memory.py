@@ -118,5 +118,5 @@ def test_every_estimator_halves_its_batches(name, monkeypatch):
     n_shifts = lambda self, shifts: len(shifts.layers_R)  # noqa: E731
     monkeypatch.setattr(VirtualPrompt, "_measure", scarce(VirtualPrompt._measure, n_shifts, 3, tried))
     scarcely = estimate(lm, PROMPTS[:4], OPTIONS, **question)
-    assert tried[0] > 3 and max(tried[-2:]) <= 3
+    assert max(tried) > 3 and max(tried[-2:]) <= 3
     assert_same(scarcely, whole)
