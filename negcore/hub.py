@@ -114,10 +114,10 @@ def _ask(name: str, revision: str | None, kind: Kind) -> str | None:
             HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_ANSWER_S)
         except Exception as error:  # the client's own, its HTTP library's, the operating system's
             status = _status(error)
-            if status == 429 and number < _TRIES:
+            if status is not None and (status == 429 or status >= 500) and number < _TRIES:
                 time.sleep(_wait_s(error))
                 continue
-            if status is not None and status < 500 or isinstance(error, ValueError):
+            if status is not None and status < 500 or isinstance(error, ValueError) or _is_of_cache(error):
                 raise
             return _no_answer(one_line(error))
         return None
@@ -125,9 +125,14 @@ def _ask(name: str, revision: str | None, kind: Kind) -> str | None:
 
 
 def _wait_s(error: Any) -> float:
-    """Return how long a busy hub asks to wait."""
+    """Return how long a busy hub asks to wait; one that fails says nothing, and is asked again soon."""
     asked = error.response.headers.get("Retry-After", "")
-    return min(float(asked) if asked.isdigit() else 5, _LONGEST_WAIT_S)
+    return min(float(asked) if asked.isdigit() else 5 if _status(error) == 429 else 1, _LONGEST_WAIT_S)
+
+
+def _is_of_cache(error: BaseException) -> bool:
+    """Tell whether an exception is about a file on this machine."""
+    return isinstance(error, OSError) and error.filename is not None
 
 
 def _status(error: BaseException) -> int | None:
@@ -154,6 +159,11 @@ def _in_one_line(name: str, revision: str | None, kind: Kind) -> Iterator[None]:
         if _status(error) == 429:
             busy = f"{constants.ENDPOINT} refuses {kind} {name!r}: too many requests"
             raise HubError(f"{busy}; wait some minutes, or {_LOGIN}") from error
+        if _status(error) == 401:
+            raise HubError(f"{constants.ENDPOINT} does not know your token: {_LOGIN}, or do without") from error
+        if _is_of_cache(error):
+            cache = f"the cache {constants.HF_HUB_CACHE} cannot be used ({one_line(error):.200})"
+            raise HubError(f"{kind} {name!r}: {cache}; mend that, or set HF_HOME") from error
         raise HubError(f"{kind} {name!r} could not be had from {constants.ENDPOINT}: {one_line(error):.200}") from error
 
 
@@ -167,4 +177,4 @@ def _unreachable(name: str, kind: Kind, problem: str | None, part: str = "") -> 
 def _no_answer(reason: str) -> str:
     from huggingface_hub import constants
 
-    return f"{constants.ENDPOINT} cannot be reached ({reason:.120})"
+    return f"{constants.ENDPOINT} cannot be reached ({reason.partition(' for url ')[0]:.120})"

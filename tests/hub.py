@@ -34,6 +34,10 @@ class Hub:
     """Files, such as `models/org/name/model.safetensors`, whose connection is cut in the middle that many times."""
     busy: dict[str, int] = field(default_factory=dict)
     """Repositories that answer "too many requests" that many times."""
+    failing: dict[str, int] = field(default_factory=dict)
+    """Repositories that answer "service unavailable" that many times."""
+    unknown_token: set[str] = field(default_factory=set)
+    """Repositories for which the token that is sent is not known."""
     requests: list[str] = field(default_factory=list)
     """Method, path and range of every request, in order."""
     endpoint: str = ""
@@ -83,6 +87,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.busy.get(repository, 0) > 0:
             self.hub.busy[repository] -= 1
             self._error(429, "", "We had to rate limit you", {"Retry-After": "0"})
+            return
+        if self.hub.failing.get(repository, 0) > 0:
+            self.hub.failing[repository] -= 1
+            self._error(503, "", "Service unavailable")
+            return
+        if repository in self.hub.unknown_token:
+            self._error(401, "", "Invalid credentials in Authorization header")
             return
         if not folder.is_dir():
             # The hub does not tell strangers whether a repository exists.

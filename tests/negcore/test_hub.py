@@ -35,7 +35,7 @@ for what, name in json.loads(sys.argv[1]):
     except NegError as error:
         print(json.dumps({type(error).__name__: str(error)}))
 """
-MODELS = ("good", "gated", "busy", "full", "cut", "broken", "bare", "half")
+MODELS = ("good", "gated", "busy", "full", "cut", "broken", "bare", "half", "shaky", "down", "token")
 FACTS = "hf://datasets/org/facts/facts.jsonl"
 
 
@@ -95,6 +95,8 @@ def online(repositories, cache):
     with serving(repositories) as hub:
         hub.gated.add("models/org/gated")
         hub.busy |= {"models/org/busy": 2, "models/org/full": 10**6}
+        hub.failing |= {"models/org/shaky": 2, "models/org/down": 10**6}
+        hub.unknown_token.add("models/org/token")
         hub.cut |= {"models/org/cut/model.safetensors": 1, "models/org/broken/model.safetensors": 10**6}
         hub.cut["models/org/large/large"] = 2
         loaded = load(wanted, hub.endpoint, cache)
@@ -127,8 +129,9 @@ def test_every_file_is_asked_for_by_the_commit_not_by_the_branch(online):
     assert asked and all(f"/resolve/{COMMIT}/" in request for request in asked)
 
 
-def test_a_hub_that_is_busy_for_a_moment_is_waited_for(online):
-    assert online["model", "org/busy"][0] == COMMIT
+@pytest.mark.parametrize("name", ["busy", "shaky"])
+def test_a_hub_that_is_busy_or_fails_for_a_moment_is_waited_for(online, name):
+    assert online["model", f"org/{name}"][0] == COMMIT
 
 
 def test_a_download_that_is_cut_is_tried_again(online):
@@ -147,6 +150,11 @@ def test_a_large_download_that_is_cut_goes_on_where_it_stopped(online):
         ("org/missing", "there is no model 'org/missing' at http.*; if it is private, log in"),
         ("org/good@nope", "model 'org/good' has no revision 'nope'; its revisions are listed at http"),
         ("org/full", "refuses model 'org/full': too many requests; wait some minutes, or log in"),
+        (
+            "org/down",
+            "cannot be reached .Server error '503 Service Unavailable'., and model 'org/down' is not in the cache",
+        ),
+        ("org/token", "http.* does not know your token: log in with `hf auth login`, or set HF_TOKEN, or do without"),
         ("org/broken", "model 'org/broken' could not be loaded: peer closed connection"),
         ("org/bare", "model 'org/bare' has no config.json"),
     ],
@@ -198,3 +206,12 @@ def test_what_is_not_in_the_cache_is_named_without_a_hub(online, offline, cut_of
     for loaded, reason in ((offline, "HF_HUB_OFFLINE is set"), (cut_off, "cannot be reached (")):
         (message,) = loaded[wanted].values()
         assert reason in message and what in message and "\n" not in message, message
+
+
+def test_a_cache_that_cannot_be_used_is_named(repositories, tmp_path):
+    (tmp_path / "file").touch()
+    with serving(repositories) as hub:
+        loaded = load([("model", "org/good"), ("facts", FACTS)], hub.endpoint, tmp_path / "file")
+    for found in loaded.values():
+        (message,) = found.values()
+        assert f"the cache {tmp_path / 'file' / 'hub'} cannot be used (" in message and "set HF_HOME" in message
