@@ -1,6 +1,6 @@
 """Prompts and labels as token ids, checked before anything is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,6 +151,9 @@ def _per_prompt(labels: Labels, n_prompts: int) -> list[tuple[str, ...]]:
         raise LabelError(f"labels {labels!r}: give a list of strings, or one such list for each prompt")
     if all(isinstance(label, str) for label in labels):
         return [tuple(str(label) for label in labels)] * n_prompts
+    odd = [row for row in labels if not isinstance(row, Iterable) or not all(isinstance(one, str) for one in row)]
+    if odd:
+        raise LabelError(f"{odd[0]!r:.80} was given for labels; labels are strings, and digits need quotes")
     rows = [tuple(row) for row in labels]
     if len(rows) != n_prompts:
         raise LabelError(f"{len(rows)} label lists were given for {n_prompts} prompts; give one for each")

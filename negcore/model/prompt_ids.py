@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from negcore.errors import LabelError, PromptError
+from negcore.errors import LabelError, PromptError, typed_line
 
 _TAIL_CHARACTERS = 48
 """Least length of a prompt's end that stands for the prompt."""
@@ -52,11 +52,24 @@ class PromptReader:
     """True if a label takes the place of a mask instead of following the prompt."""
 
     def read(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts, without the special tokens that the tokenizer adds by itself."""
+        """Return the ids of texts, without the special tokens that the tokenizer adds by itself.
+
+        Raises
+        ------
+        PromptError
+            If a text is no string, or the tokenizer fails.
+        """
+        odd = [texts] if isinstance(texts, str) else [text for text in texts if not isinstance(text, str)]
+        if odd:
+            raise PromptError(f"{odd[0]!r:.80} was given for prompts; give a list of strings")
         unique = list(dict.fromkeys(texts))
         if not unique:
             return []
-        found = dict(zip(unique, self.tokenizer(unique, add_special_tokens=False)["input_ids"], strict=True))
+        try:
+            ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # half of a surrogate pair, or a tokenizer that lacks a part of itself
+            raise PromptError(f"the tokenizer fails on a text: {typed_line(error):.200}") from error
+        found = dict(zip(unique, ids, strict=True))
         return [list(found[text]) for text in texts]
 
     def with_special_tokens(self, texts: Sequence[str], ids: Sequence[list[int]]) -> list[list[int]]:

@@ -20,7 +20,7 @@ _RESERVED_FOLDERS = frozenset({"", "..", "campaign", "prefect"})
 
 
 def _study(value: Any) -> str:
-    if value not in studies():
+    if not isinstance(value, str) or value not in studies():
         raise ValueError(f"choose from {', '.join(studies())}")
     return str(value)
 

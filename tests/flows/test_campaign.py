@@ -155,6 +155,7 @@ def test_the_problems_of_all_studies_are_listed_at_once():
         ({"skills": {"top": [4]}, "stage": ["mceval8k"]}, "skills: 'dataset' is missing"),
         ({"stage": ["skills"]}, "skills: 'dataset' is missing"),
         ({"stage": ["pipeline"]}, "stage.0 is 'pipeline': choose from mceval8k, linearity, skills"),
+        ({"stage": [{"linearity": {}}]}, r"stage.0 is \{'linearity': \{\}\}: choose from"),
         ({"linearity": 3}, "linearity is 3"),
         ({"prompts": 3}, "unknown field 'prompts' of a campaign run; known are "),
         ({"linearty": {}}, r"unknown field 'linearty' of a campaign run; did you mean 'linearity'\?"),

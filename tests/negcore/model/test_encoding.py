@@ -66,3 +66,18 @@ def test_texts_need_labels(lm):
         sweep(lm, prompts_for(lm))
     with pytest.raises(PromptError, match="no prompts were given"):
         neurgrad(lm, [], OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "prompts", ["Answer:", [None], [3], [["Answer:"]], [b"Answer:"], ["\ud800 Answer:"]], ids=ascii
+)
+def test_prompts_that_are_no_list_of_texts_are_refused_in_one_line(lm, prompts):
+    with pytest.raises(PromptError, match="give a list of strings|the tokenizer fails on a text") as error:
+        neurgrad(lm, prompts, LABELS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [[3], [" A", 3], [[" A"], None], [[3, 4]], [[b" A"]]], ids=str)
+def test_labels_that_are_no_texts_are_refused_in_one_line(lm, labels):
+    with pytest.raises(LabelError, match="was given for labels; labels are strings"):
+        neurgrad(lm, prompts_for(lm)[:1], labels)
