@@ -142,7 +142,8 @@ class WholeBatch(ProbedBatch):
 
     def __init__(self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         super().__init__(lm, rows)
-        pad = lm.tokenizer.pad_token_id if lm.arch.masked else 0
+        # Any will do where there is none, as no token sees it.
+        pad = (lm.tokenizer.pad_token_id if lm.arch.masked else None) or 0
         longest = max(map(len, ids))
         padded_BT = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in ids])
         lengths_B = torch.tensor([len(tokens) for tokens in ids])

@@ -56,9 +56,13 @@ def check_model(lm: LanguageModel) -> ModelCheck:
 
     Raises
     ------
+    ModelError
+        If the model's attention looks ahead, or a masked model's tokenizer has no mask token.
     RuntimeError
         If memory does not suffice (for CUDA, `torch.OutOfMemoryError`).
     """
+    if lm.arch.masked and lm.tokenizer.mask_token_id is None:
+        raise ModelError(f"model {lm.card.name!r}: it predicts masks, and its tokenizer has no mask token")
     trial = _Trial(lm)
     comparisons = tuple(_compare(trial, name) for name in COMPARED)
     runs = comparisons[0].difference is not None

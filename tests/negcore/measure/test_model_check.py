@@ -1,16 +1,18 @@
 """Every model is checked before it measures anything: right ones pass, wrong ones are seen, only what is right runs."""
 
+import copy
 import logging
 
 import numpy as np
 import pytest
 import torch
-from support import CAUSAL, CORE, LABELS, MASKED, prompts_for, tiny_model
+from support import CAUSAL, CORE, LABELS, MASKED, prompts_for, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from negcore.errors import ModelError
 from negcore.measure.estimators import estimate
-from negcore.measure.loading import checked, settled
+from negcore.measure.loading import as_language_model, checked, settled
 from negcore.measure.model_check import check_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import sweep
@@ -236,6 +238,21 @@ def test_a_wrong_prefix_is_never_used_even_where_whole_prompts_have_a_fault_of_t
     assert (whole.way, [one.name for one in whole.check.failed]) == ("whole", ["neurgrad", "prefix"])
     with pytest.raises(ModelError, match="NeurGrad against plain autograd: failed"):
         neurgrad(whole, prompts_for(whole), LABELS)
+
+
+def without(*names):
+    """The tiny tokenizer, which does not know some of its tokens as what they are."""
+    kept = {name: token for name, token in tiny_tokenizer().special_tokens_map.items() if name not in names}
+    return PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, **kept)
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_a_masked_model_needs_no_padding_token_and_a_mask_token(family):
+    lm = tiny_model(family)
+    bare = as_language_model(copy.deepcopy(lm.model), without("pad_token"), name="bare")
+    np.testing.assert_array_equal(*(neurgrad(one, prompts_for(lm), LABELS).probs_PO for one in (bare, lm)))
+    with pytest.raises(ModelError, match="model 'bare': it predicts masks, and its tokenizer has no mask token"):
+        as_language_model(copy.deepcopy(lm.model), without("mask_token"), name="bare")
 
 
 def test_a_refused_model_is_not_said_to_run_another_way(monkeypatch):
