@@ -418,8 +418,8 @@ def plan(
 
     Takes the options of `neg pipeline`, or the run file of any run on datasets. Shards that are already in the run
     directory are not counted again. A run that does not fit this machine's disk, memory or GPU is refused with exit
-    code 2. Memory is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over
-    a rate.
+    code 2; a model or dataset that cannot be used is named, and the exit code is then 1, as the run's would be. Memory
+    is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
     """
     quiet_libraries()
     from flows.show.forecast_tables import forecast_lines, forecast_tables
@@ -452,6 +452,8 @@ def plan(
         console.print(escape(line), soft_wrap=True, highlight=False)
     for requirement in needed:
         requirement.check()
+    if left_out:
+        raise typer.Exit(1)  # as the run would end
 
 
 def _execute(name: str, run: RunFile, orchestrator: str) -> None:

@@ -208,6 +208,14 @@ def test_the_command_takes_the_run_file_of_an_evaluation(model, questions, tmp_p
     assert zero_shot != one_shot  # demonstrations make prompts longer
 
 
+def test_what_cannot_be_used_is_named_and_the_exit_code_is_the_runs(model, questions, tmp_path):
+    absent = (tmp_path / "absent.jsonl").as_posix()
+    write_run_file(EvaluationRun(model=(model,), dataset=(questions, absent), out=tmp_path, backend="local"))
+    foreseen = neg("plan", tmp_path)
+    assert foreseen.exit_code == 1
+    assert "left out: " in foreseen.stdout and "absent.jsonl" in foreseen.stdout
+
+
 def test_what_does_not_fit_is_refused_after_it_was_shown(run, monkeypatch):
     write_run_file(run)
     monkeypatch.setattr("tasks.forecast.capacity.memory_bytes", lambda: 1000)
