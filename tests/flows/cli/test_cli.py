@@ -159,7 +159,7 @@ def test_an_audit_shows_and_writes_what_there_is_and_names_the_rest(model, quest
     words = ["datasets", "--audit", questions, tmp_path / "absent.jsonl", "--model", model, "--rows", "4"]
     shown = CliRunner().invoke(app, [*map(str, words), "--out", str(out)], env={"COLUMNS": "100"})
     assert shown.exit_code == 1
-    assert shown.stdout.count("local/questions") == 3
+    assert shown.stdout.count("local/question") == 3  # where a table is narrow, the name's end is folded
     assert "left out: " in shown.stderr and "absent.jsonl" in shown.stderr
     assert out.read_text().count("| local/questions |") == 3
 
