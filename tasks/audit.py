@@ -16,7 +16,7 @@ from negcore.probing.floors import OptionsFloor
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetAudit:
-    """What is to be known of a dataset before it is measured."""
+    """Facts about a dataset that are good to know before it is measured."""
 
     dataset: str
     genre: str

@@ -1,4 +1,4 @@
-"""What stands beside every accuracy on a dataset: its floors, and the label mass.
+"""Floors and label mass, which stand beside every accuracy on a dataset.
 
 The label mass is the probability of all options together. Where it is small, LM-Prob compares what the model hardly
 considers, and NEGs are gradients of it.
@@ -53,7 +53,7 @@ def best_floor(row: Floored, names: Sequence[str] = FLOORS) -> Floor | None:
 
 
 class FloorAnswers:
-    """What floors answer to a dataset's test prompts, fitted on its training prompts.
+    """Answers of the floors to a dataset's test prompts, fitted on its training prompts.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a model is, and what its check at load found."""
+"""Tables of a model: its facts, and the findings of its check at load."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType

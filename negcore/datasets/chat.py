@@ -99,7 +99,7 @@ class Chat:
 
     @cached_property
     def label_prefix(self) -> str | None:
-        """What the template writes in front of an answer: a space or nothing; None if it cannot be told.
+        """Text that the template writes in front of an answer: a space or nothing; None if it cannot be told.
 
         Raises
         ------

@@ -52,7 +52,7 @@ def as_language_model(
     Parameters
     ----------
     model : transformers model
-        Of a family in `negcore.model.architectures`.
+        Of a family in `negcore.model.architectures`, or of another whose feed-forward layers a search finds.
     tokenizer : transformers tokenizer
     name, revision : str
         Recorded with every result. Give another revision to other weights of the same name.
@@ -62,7 +62,7 @@ def as_language_model(
     Raises
     ------
     ModelError
-        If its architecture is not in the table or has no such site, or it fails the check: see `check_model`.
+        If its feed-forward layers are not found, it has no such site, or it fails the check: see `check_model`.
     """
     return checked(wrap_model(model, tokenizer, name=name, revision=revision, site=site))
 

@@ -139,17 +139,17 @@ class _Trial:
 
     @cached_property
     def alone_logits_BC(self) -> Tensor:
-        """Of the prompts one by one."""
+        """Logits of the prompts one by one."""
         return torch.cat([self._logits(self.alone), self._logits(self.batch([1]))])
 
     @cached_property
     def together_logits_BC(self) -> Tensor:
-        """Of both prompts side by side."""
+        """Logits of both prompts side by side."""
         return self._logits(self.batch([0, 1]))
 
     @cached_property
     def shared_logits_BC(self) -> Tensor:
-        """Of both prompts after the tokens they share."""
+        """Logits of both prompts after the tokens they share."""
         return self._logits(self.batch([0, 1], self.n_prefix))
 
     def batch(self, rows: Sequence[int], n_prefix: int = 0) -> ProbedBatch:

@@ -64,7 +64,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """What came out, in a word."""
+        """Outcome in a word."""
         if not self.applies:
             return "absent"
         return "passed" if self.passed else "failed"
@@ -127,7 +127,7 @@ class ModelCheck:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a shard says of the check: verdicts and tolerances, which do not vary from worker to worker."""
+        """Metadata of a shard: verdicts and tolerances, which do not vary from worker to worker."""
         return {one.name: {"tolerance": one.tolerance, "verdict": one.verdict} for one in self.comparisons}
 
     @classmethod

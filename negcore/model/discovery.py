@@ -58,7 +58,7 @@ class _Source(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where one kind of layer keeps its feed-forward."""
+    """Paths of the feed-forward in one kind of layer."""
 
     layers: str
     down: str

@@ -1,4 +1,4 @@
-"""What the check at load found, noted in the run directory by the workers that loaded the models."""
+"""Findings of the check at load, noted in the run directory by the workers that loaded the models."""
 
 import json
 from collections.abc import Iterator
