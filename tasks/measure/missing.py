@@ -13,6 +13,7 @@ from negcore.store.publish import Receipt, SetAside, ShardPlace, finished_shards
 from tasks.measure.shard_set import ShardSet
 from tasks.pool.base import Pool, PoolStatus
 from tasks.pool.isolate import map_isolating, without_text
+from tasks.pool.metrics import meter_of
 from tasks.rundir.layout import note_failures
 from tasks.steps import Step
 
@@ -84,10 +85,15 @@ def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step
     finished = {one.place: _finished(root, one) for one in shard_sets}
     receipts = {place: dict(known) for place, known in finished.items()}
     failures: dict[ShardPlace, list[Failure]] = {one.place: [] for one in shard_sets}
-    n_shards = sum(len(one.shards) for one in shard_sets)
+    n_shards = {one.place: len(one.shards) for one in shard_sets}
+    meter = meter_of(root)
 
     def report(status: PoolStatus | None = None) -> None:
-        step.report(sum(map(len, (*receipts.values(), *failures.values()))), n_shards, status)
+        step.report(sum(map(len, (*receipts.values(), *failures.values()))), sum(n_shards.values()), status)
+        for place, n_wanted in n_shards.items():
+            meter.shards(place, len(receipts[place]), n_wanted)
+        if status is not None:
+            meter.workers(status)
 
     jobs = [
         one.job(root, index)
@@ -101,10 +107,12 @@ def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step
             job = outcome.job
             if outcome.result is not None:
                 receipts[job.place][job.index] = outcome.result
+                meter.measured(job.place, outcome.result)
             else:
                 _check_place(root, outcome.exception)
                 error = without_text(str(outcome.error), job.examples)
                 failures[job.place].append(Failure(job.index, len(job.examples), error))
+                meter.failed(job.place)
             report()
     for place, of_place in failures.items():
         note_failures(root, place, {failure.index: failure.error for failure in of_place})
