@@ -71,7 +71,7 @@ def status_tables(status: RunStatus, directory: Path) -> Iterator[Table]:
         rows = [
             [
                 *one.folder.names[1:],
-                *_amounts(len(one.receipts), one.n_shards, one.n_rows, one.n_bytes),
+                *_amounts(one.n_finished, one.n_shards, one.n_rows, one.n_bytes),
                 str(len(one.set_aside) or ""),
                 _state(one),
             ]
@@ -89,7 +89,7 @@ def _state(one: FolderStatus) -> str:
     if one.n_missing is None:
         notes.append("receipts are missing")
     elif one.n_missing:
-        notes.append(f"{one.n_missing} missing" if one.receipts else "not begun")
+        notes.append(f"{one.n_missing} missing" if one.n_finished else "not begun")
     return ", ".join(filter(None, notes)) or "done"
 
 
@@ -122,7 +122,7 @@ def _holder(holder: Holder) -> str:
 
 
 def _total(status: RunStatus) -> str:
-    done = sum(len(one.receipts) for one in status.folders)
+    done = sum(one.n_finished for one in status.folders)
     rows, size = sum(one.n_rows for one in status.folders), sum(one.n_bytes for one in status.folders)
     missing = "an unknown number" if status.n_missing is None else str(status.n_missing)
     return f"{rows} prompts in {count(done, 'shard')}, {size / _MIB:.0f} MiB; {missing} missing"

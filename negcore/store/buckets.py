@@ -42,6 +42,17 @@ def match(folder: Path, pattern: str) -> dict[Path, dict[str, Any]]:
     return {_below(folder, key): description for key, description in found.items()}
 
 
+def listing(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the folders and the names of the objects directly in a folder, sorted."""
+    try:
+        with _reaching(folder):
+            found = _fs(folder).ls(_key(folder), detail=True)
+    except FileNotFoundError:
+        return [], []
+    below = sorted((_below(folder, one["name"]), one["type"]) for one in found)
+    return [path for path, kind in below if kind == "directory"], [path.name for path, kind in below if kind == "file"]
+
+
 def objects(folder: Path, prefix: str) -> list[Path]:
     """Return the objects whose path begins with folder and prefix."""
     with _reaching(folder):

@@ -5,17 +5,19 @@ annotations say `Path` for both; read and write it through these functions. `neg
 that only buckets need, `negcore.store.locks` those that only local files need.
 """
 
+import fnmatch
 import hashlib
 import importlib.util
 import os
 import re
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from negcore.errors import NegError, RunError
 from negcore.store import buckets
@@ -109,12 +111,52 @@ def find(folder: Path, pattern: str) -> list[Path]:
     return sorted(buckets.match(folder, pattern) if is_remote(folder) else folder.glob(pattern))
 
 
+class Listing(NamedTuple):
+    """The folders and the names of the files directly in a folder."""
+
+    folders: list[Path]
+    files: list[str]
+
+
+def listing(folder: Path) -> Listing:
+    """List one folder, without what lies below its folders; links to folders are not followed."""
+    if is_remote(folder):
+        return Listing(*buckets.listing(folder))
+    try:
+        with os.scandir(folder) as entries:
+            by_kind: tuple[list[Path], list[str]] = ([], [])
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    by_kind[0].append(folder / entry.name)
+                else:
+                    by_kind[1].append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return Listing([], [])
+    return Listing(*map(sorted, by_kind))  # type: ignore[arg-type]
+
+
+def holds(folder: Path, name_pattern: str) -> bool:
+    """Tell whether the name of anything in a folder on a local disk fits a pattern; it stops at the first."""
+    fits = re.compile(fnmatch.translate(name_pattern)).match
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return any(fits(entry.name) for entry in entries)
+    return False
+
+
 def sizes(folder: Path, pattern: str) -> dict[str, int]:
-    """Return the bytes of the files below a folder that fit a glob pattern, by file name."""
+    """Return the bytes of the files below a folder that fit a glob pattern for the last part, by file name."""
     if is_remote(folder):
         return {path.name: description["size"] for path, description in buckets.match(folder, pattern).items()}
-    known = ((path.name, n_bytes(path)) for path in folder.glob(pattern))
-    return {name: size for name, size in known if size is not None}
+    wanted, known = folder / pattern, {}
+    fits = re.compile(fnmatch.translate(wanted.name)).match
+    with suppress(FileNotFoundError), os.scandir(wanted.parent) as entries:
+        for entry in entries:
+            try:
+                if fits(entry.name) and stat.S_ISREG((status := entry.stat()).st_mode):
+                    known[entry.name] = status.st_size
+            except FileNotFoundError:  # it was removed meanwhile
+                continue
+    return known
 
 
 def n_bytes(path: Path) -> int | None:
@@ -125,6 +167,11 @@ def n_bytes(path: Path) -> int | None:
         return int(buckets.describe(path)["size"])
     except FileNotFoundError:
         return None
+
+
+def written_s(path: Path) -> float:
+    """Return when a file was last written, in seconds since the epoch."""
+    return buckets.describe(path)["LastModified"].timestamp() if is_remote(path) else path.stat().st_mtime
 
 
 def read_bytes(path: Path) -> bytes:
@@ -147,6 +194,49 @@ def read_all(folder: Path, pattern: str) -> dict[Path, bytes]:
     else:
         contents = list(map(_read_if_there, paths))
     return {path: content for path, content in zip(paths, contents, strict=True) if content is not None}
+
+
+class SmallFile(NamedTuple):
+    """One of many small files."""
+
+    name: str
+    content: bytes
+    time_s: float
+    """When it was written, in seconds since the epoch."""
+
+
+def small_files(folder: Path, name_pattern: str) -> Iterator[SmallFile]:
+    """Read the files in a folder whose names fit a pattern, one after the other and in any order.
+
+    Hundreds of thousands of them take little memory and, on a local disk, some 10 microseconds each.
+    """
+    if is_remote(folder):
+        found = buckets.match(folder, name_pattern)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for path, content in zip(found, pool.map(_read_if_there, found), strict=True):
+                if content is not None:
+                    yield SmallFile(path.name, content, found[path]["LastModified"].timestamp())
+        return
+    try:
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        with os.scandir(directory) as entries:
+            names = fnmatch.filter([entry.name for entry in entries], name_pattern)
+        for name in names:
+            try:  # without waiting: a pipe may lie there under this name
+                file = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=directory)
+            except FileNotFoundError:  # it was removed meanwhile
+                continue
+            try:
+                status = os.fstat(file)
+                if stat.S_ISREG(status.st_mode):
+                    yield SmallFile(name, os.read(file, status.st_size), status.st_mtime)
+            finally:
+                os.close(file)
+    finally:
+        os.close(directory)
 
 
 def _read_if_there(path: Path) -> bytes | None:

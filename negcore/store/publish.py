@@ -267,7 +267,7 @@ def finished_shards(
 
 def receipts(folder: Path) -> list[Receipt]:
     """Return the undamaged receipts of a directory of shards, of whichever run, in order of index."""
-    found = (_parsed_receipt(path.name, content) for path, content in read_all(folder, "_receipts/part-*.json").items())
+    found = (parsed_receipt(path.name, content) for path, content in read_all(folder, "_receipts/part-*.json").items())
     return sorted((receipt for receipt in found if receipt is not None), key=lambda receipt: receipt.index)
 
 
@@ -375,7 +375,7 @@ def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Recei
     upload(temporary, shard)
     standing = create(path, content)
     while standing is not None:
-        other = _parsed_receipt(path.name, standing.content)
+        other = parsed_receipt(path.name, standing.content)
         if other == receipt:
             return receipt
         if other is not None and (other.digest, other.n_shards) != (receipt.digest, receipt.n_shards):
@@ -407,7 +407,7 @@ def _sealed(receipt: Receipt) -> str:
     return canonical_json(record | {"seal": content_digest(record)}) + "\n"
 
 
-def _parsed_receipt(name: str, content: bytes) -> Receipt | None:
+def parsed_receipt(name: str, content: bytes) -> Receipt | None:
     """Return the receipt, or None if it is damaged: its shard is then measured again."""
     try:
         record = json.loads(content)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from negcore.errors import RunError
-from negcore.store.files import draft, find, is_dir, n_bytes, read_bytes
+from negcore.store.files import draft, holds, is_dir, is_remote, listing, n_bytes, read_bytes
 from negcore.store.identity import canonical_json
 from negcore.store.publish import Receipt, ShardPlace, receipts
 from tasks.config.run_file import RUN_FILE
@@ -139,8 +139,9 @@ def shard_folders(directory: Path) -> list[ShardFolder]:
     """
     if not is_dir(directory):
         raise RunError(f"run directory {str(directory)!r} does not exist")
-    begun = {folder for path in find(directory, "**/*part-*") if _is_place(folder := _folder_of(path))}
-    roots = {folder.parents[3] for folder in begun} | {file.parent for file in find(directory, f"**/{PLAN_FILE}")}
+    here = _contents(directory)
+    begun = [folder for folder in here.places if _is_begun(folder)]
+    roots = {folder.parents[3] for folder in begun} | {file.parent for file in here.files if file.name == PLAN_FILE}
     plans = {root: read_plan_file(root) for root in sorted(roots)}
     planned = [root / place for root, plan in plans.items() for place in plan]
     folders = dict.fromkeys([*(folder for folder in planned if folder.is_relative_to(directory)), *sorted(begun)])
@@ -148,27 +149,53 @@ def shard_folders(directory: Path) -> list[ShardFolder]:
 
 
 def receipts_of(folder: ShardFolder) -> Receipts:
-    """Return the receipts in a directory; its own run is the planned one, or else the one with the most receipts."""
+    """Return the receipts in a directory, its own run's apart from others; see `own_run`."""
     found = receipts(folder.path)
-    runs = Counter((receipt.planned_digest, receipt.n_shards) for receipt in found)
+    runs = [(receipt.planned_digest, receipt.n_shards) for receipt in found]
+    own = own_run(folder, Counter(runs))
+    is_own = [run == own for run in runs]
+    return Receipts(list(compress(found, is_own)), list(compress(found, map(not_, is_own))), own and own[1])
+
+
+def own_run(folder: ShardFolder, n_receipts: Mapping[tuple[str, int], int]) -> tuple[str, int] | None:
+    """Return planned digest and shards of a directory's own run; None without a plan and without receipts.
+
+    It is the planned run, or else the one with the most receipts.
+    """
     if folder.planned is not None:
-        own = folder.planned.digest, folder.planned.n_shards
-    elif runs:
-        own = runs.most_common(1)[0][0]
-    else:
-        return Receipts([], [], None)
-    is_own = [(receipt.planned_digest, receipt.n_shards) == own for receipt in found]
-    return Receipts(list(compress(found, is_own)), list(compress(found, map(not_, is_own))), own[1])
+        return folder.planned.digest, folder.planned.n_shards
+    return max(n_receipts, key=n_receipts.__getitem__, default=None)
 
 
 def run_roots(directory: Path) -> list[Path]:
     """Return those of the directory and the directories below it that hold a run file."""
-    return [file.parent for file in find(directory, f"**/{RUN_FILE}")]
+    return sorted(file.parent for file in _contents(directory).files if file.name == RUN_FILE)
 
 
-def _folder_of(path: Path) -> Path:
-    """Return the directory of shards of a file in it, or in its directory of receipts."""
-    return path.parent.parent if path.parent.name.startswith("_") else path.parent
+class _Contents(NamedTuple):
+    """Everything in a directory but what is inside the directories of shards: that may be too much to list."""
+
+    places: list[Path]
+    """Directories that may hold shards, by their names."""
+    files: list[Path]
+
+
+def _contents(directory: Path) -> _Contents:
+    found, todo = _Contents([], []), [directory]
+    while todo:
+        folder = todo.pop()
+        if _is_place(folder):
+            found.places.append(folder)
+        else:
+            here = listing(folder)
+            todo += here.folders
+            found.files.extend(folder / name for name in here.files)
+    return found
+
+
+def _is_begun(folder: Path) -> bool:
+    """Tell whether a directory holds a shard, a receipt or a writer's leftover; in a bucket it would not exist else."""
+    return is_remote(folder) or any(holds(folder / below, "*part-*") for below in ("", "_receipts"))
 
 
 def _is_place(folder: Path) -> bool:

@@ -1,24 +1,25 @@
 """The state of a run, read from its directory alone: no model is loaded, and the run may go on meanwhile."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from negcore.errors import RunError
-from negcore.store.files import find, n_bytes
-from negcore.store.publish import Receipt, SetAside, receipt_path, whole_shards
+from negcore.store.files import n_bytes, written_s
+from negcore.store.publish import SetAside
+from negcore.store.receipt_columns import read_columns
 from tasks.config.reading import recorded_run
 from tasks.config.run_file import RUN_FILE
 from tasks.rundir.claim import Holder, holder_of
 from tasks.rundir.layout import (
     PLAN_FILE,
     ShardFolder,
+    own_run,
     read_failures,
-    receipts_of,
     run_roots,
     shard_folders,
 )
@@ -27,38 +28,39 @@ _PAUSE = 5.0
 """Times that a gap between two shards must be longer than usual to count as a pause of the run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderStatus:
     """The state of one directory of shards."""
 
     folder: ShardFolder
     n_shards: int | None
     """Shards of the whole directory; None if their number is not known yet."""
-    receipts: tuple[Receipt, ...]
-    """Receipts of its finished shards."""
+    finished: npt.NDArray[np.void]
+    """Records of its finished shards, as in `ReceiptColumns.rows`."""
     n_damaged: int
     """Receipts whose shard is missing or has another length: these shards are computed again."""
     n_foreign: int
     """Receipts of other runs, which are in the way of this one."""
+    set_aside: tuple[SetAside, ...]
+    """Rows that could not be computed."""
     failures: Mapping[int, str]
     """Errors of the shards that the last run could not make, by index."""
 
     @property
+    def n_finished(self) -> int:
+        return len(self.finished)
+
+    @property
     def n_missing(self) -> int | None:
-        return None if self.n_shards is None else self.n_shards - len(self.receipts)
+        return None if self.n_shards is None else self.n_shards - self.n_finished
 
     @property
     def n_rows(self) -> int:
-        return sum(receipt.n_rows for receipt in self.receipts)
+        return int(self.finished["n_rows"].sum())
 
     @property
     def n_bytes(self) -> int:
-        return sum(receipt.n_bytes for receipt in self.receipts)
-
-    @property
-    def set_aside(self) -> tuple[SetAside, ...]:
-        """Rows that could not be computed."""
-        return tuple(row for receipt in self.receipts for row in receipt.set_aside)
+        return int(self.finished["n_bytes"].sum())
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,21 @@ def run_status(directory: Path) -> RunStatus:
 
 
 def _folder_status(folder: ShardFolder) -> FolderStatus:
-    own, foreign, n_shards = receipts_of(folder)
-    whole = tuple(whole_shards(folder.path, own, verify=False))
-    done = {receipt.index for receipt in whole}
-    failures = {index: error for index, error in read_failures(folder.path).items() if index not in done}
-    return FolderStatus(folder, n_shards, whole, len(own) - len(whole), len(foreign), failures)
+    columns = read_columns(folder.path)
+    of_run = np.bincount(columns.rows["run"], minlength=len(columns.runs)).tolist()
+    own = own_run(folder, dict(zip(columns.runs, of_run, strict=True)))
+    is_own = columns.rows["run"] == (columns.runs.index(own) if own in columns.runs else -1)
+    finished = columns.rows[is_own & columns.rows["is_listed"]]
+    done = set(finished["index"].tolist())
+    return FolderStatus(
+        folder,
+        own and own[1],
+        finished,
+        n_damaged=int(is_own.sum()) - len(finished),
+        n_foreign=int((~is_own).sum()),
+        set_aside=tuple(row for index, rows in sorted(columns.set_aside.items()) for row in rows if index in done),
+        failures={index: error for index, error in read_failures(folder.path).items() if index not in done},
+    )
 
 
 def _not_planned(directory: Path, folders: Sequence[FolderStatus]) -> Iterator[tuple[str, str]]:
@@ -144,30 +156,20 @@ def _holders(directory: Path) -> list[Holder]:
 
 def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:
     """Return the pace of the present work: of shards with the newest one's kind and model."""
-    published = [one for folder in folders for one in _published(folder)]
-    if not published:
+    begun = [one for one in folders if one.n_finished]
+    if not begun:
         return None
-    newest = max(published, key=lambda one: one.time_s).folder
-    alike = [one for one in published if (one.folder.kind, one.folder.names[0]) == (newest.kind, newest.names[0])]
+    newest = max(begun, key=lambda one: float(one.finished["time_s"].max())).folder
+    alike = [one for one in begun if (one.folder.kind, one.folder.names[0]) == (newest.kind, newest.names[0])]
+    published = np.concatenate([one.finished[["time_s", "n_rows"]] for one in alike])
     workers = recorded_run(newest.root, to_look_at=True).workers if n_bytes(newest.root / RUN_FILE) is not None else 1
-    started = [file.stat().st_mtime for file in find(directory, f"**/{PLAN_FILE}")]
-    return pace([(one.time_s, one.n_rows) for one in alike], max(started, default=None), workers)
+    plans = {one.folder.root / PLAN_FILE for one in folders if one.folder.planned is not None}
+    return pace(
+        published["time_s"], published["n_rows"], max((written_s(plan) for plan in plans), default=None), workers
+    )
 
 
-class _Published(NamedTuple):
-    time_s: float
-    n_rows: int
-    folder: ShardFolder
-
-
-def _published(one: FolderStatus) -> Iterator[_Published]:
-    for receipt in one.receipts:
-        with suppress(FileNotFoundError):  # its shard is being published anew
-            time_s = receipt_path(one.folder.path, receipt.index).stat().st_mtime
-            yield _Published(time_s, receipt.n_rows, one.folder)
-
-
-def pace(published: Iterable[tuple[float, int]], started_s: float | None, workers: int) -> Pace | None:
+def pace(time_s: npt.ArrayLike, n_rows: npt.ArrayLike, started_s: float | None, workers: int) -> Pace | None:
     """Return how fast shards are published, without the pauses of the run.
 
     Every shard counts with the time since the one before it. If that time is a pause, neither counts: a pause is more
@@ -175,23 +177,26 @@ def pace(published: Iterable[tuple[float, int]], started_s: float | None, worker
 
     Parameters
     ----------
-    published : iterable of (time in seconds since the epoch, rows)
-        A pair a shard.
+    time_s, n_rows : array (S,)
+        When each shard was published, in seconds since the epoch, and its rows.
     started_s : float or None
         When the session began: earlier shards do not count. None counts all but the first.
     workers : int
         Workers that publish side by side: they often do so at the same moment.
     """
-    shards = sorted(one for one in published if started_s is None or one[0] >= started_s)
+    times, rows = np.asarray(time_s, float), np.asarray(n_rows, int)
+    order = np.lexsort((rows, times))
+    times, rows = times[order], rows[order]
     if started_s is not None:
-        shards.insert(0, (started_s, 0))
-    if len(shards) < 2:
+        of_session = times >= started_s
+        times, rows = np.insert(times[of_session], 0, started_s), np.insert(rows[of_session], 0, 0)
+    if len(times) < 2:
         return None
-    one_of_each = min(workers, len(shards) - 1)
-    usual_s = median(later[0] - earlier[0] for earlier, later in zip(shards, shards[one_of_each:], strict=False))
-    steps = [(later[0] - earlier[0], later[1]) for earlier, later in pairwise(shards)]
-    counted = [(seconds, n_rows) for seconds, n_rows in steps if seconds <= _PAUSE * usual_s]
-    total_s = sum(seconds for seconds, _ in counted)
+    one_of_each = min(workers, len(times) - 1)
+    usual_s = np.median(times[one_of_each:] - times[:-one_of_each])
+    steps_s = np.diff(times)
+    counted = steps_s <= _PAUSE * usual_s
+    total_s = float(steps_s[counted].sum())
     if not total_s:
         return None
-    return Pace(len(counted) / total_s, sum(n_rows for _, n_rows in counted) / total_s, shards[-1][0])
+    return Pace(int(counted.sum()) / total_s, int(rows[1:][counted].sum()) / total_s, float(times[-1]))

@@ -99,9 +99,9 @@ def test_finished_shards_their_rows_and_bytes_are_counted_and_the_others_are_mis
     publish(run.directory, parts[0], 0)
     publish(run.directory, parts[0], 2)
     train, test = run_status(run.directory).folders
-    assert (len(train.receipts), train.n_missing, train.n_rows) == (2, 2, 6)
+    assert (train.n_finished, train.n_missing, train.n_rows) == (2, 2, 6)
     assert train.n_bytes == sum(path.stat().st_size for path in run.directory.rglob("*.arrow"))
-    assert (len(test.receipts), test.n_missing, test.n_rows) == (0, 2, 0)
+    assert (test.n_finished, test.n_missing, test.n_rows) == (0, 2, 0)
     assert "6 prompts in 2 shards" in shown(run.directory)
     assert "not begun" in shown(run.directory)
 
@@ -131,7 +131,7 @@ def test_shards_that_are_gone_or_cut_are_damaged_and_missing(run, parts):
 def test_shards_of_another_run_are_not_counted_and_in_the_way(run, parts):
     publish(run.directory, parts[0], 0, site="act")
     train, _ = run_status(run.directory).folders
-    assert (train.n_foreign, len(train.receipts), train.n_missing) == (1, 0, 4)
+    assert (train.n_foreign, train.n_finished, train.n_missing) == (1, 0, 4)
     assert "1 of another run in the way" in shown(run.directory)
 
 
@@ -193,7 +193,7 @@ def test_a_linearity_study_that_is_not_planned_is_named_by_its_facts(tmp_path):
 def test_a_part_of_a_run_directory_can_be_asked_for(run, parts):
     publish(run.directory, parts[0], 0)
     (train,) = run_status(TRAIN.path(run.directory)).folders
-    assert (train.n_shards, len(train.receipts)) == (4, 1)
+    assert (train.n_shards, train.n_finished) == (4, 1)
 
 
 @pytest.mark.parametrize("place", ["1", "../model=a/dataset=b/split=c", "/etc/model=a/dataset=b/split=c", "negs/../.."])
@@ -214,38 +214,38 @@ def test_a_directory_without_a_run_is_refused(tmp_path, name, says):
 
 
 def test_a_steady_worker_publishes_a_shard_every_ten_seconds():
-    steady = pace([(100.0 + 10 * i, 4) for i in range(1, 6)], started_s=100.0, workers=1)
+    steady = pace([100.0 + 10 * i for i in range(1, 6)], [4] * 5, started_s=100.0, workers=1)
     assert steady is not None
     assert (steady.shards_per_s, steady.rows_per_s, steady.newest_s) == (0.1, 0.4, 150.0)
 
 
 def test_pauses_do_not_count_nor_the_shard_that_was_being_computed():
     times = [10, 20, 30, 3630, 3640, 3650, 90_000, 90_010]
-    paused = pace([(float(time), 4) for time in times], started_s=0.0, workers=1)
+    paused = pace(times, [4] * len(times), started_s=0.0, workers=1)
     assert paused is not None
     assert (paused.shards_per_s, paused.rows_per_s) == (0.1, 0.4)
 
 
 def test_workers_that_publish_at_the_same_moment_make_no_pauses():
-    burst = [(60.0 * (1 + i // 16) + i % 16 / 100, 2) for i in range(48)]
-    together = pace(burst, started_s=0.0, workers=16)
+    burst = [60.0 * (1 + i // 16) + i % 16 / 100 for i in range(48)]
+    together = pace(burst, [2] * 48, started_s=0.0, workers=16)
     assert together is not None
     assert together.shards_per_s == pytest.approx(16 / 60, rel=0.01)
 
 
 def test_shards_of_an_earlier_session_do_not_count():
-    shards = [(1.0, 9), (2.0, 9), (1000.0, 1), (1010.0, 1)]
-    now = pace(shards, started_s=990.0, workers=1)
+    shards = [1.0, 2.0, 1000.0, 1010.0], [9, 9, 1, 1]
+    now = pace(*shards, started_s=990.0, workers=1)
     assert now is not None
     assert now.shards_per_s == 0.1
-    assert pace(shards, started_s=2000.0, workers=1) is None
+    assert pace(*shards, started_s=2000.0, workers=1) is None
 
 
 def test_without_a_known_beginning_the_first_shard_starts_the_clock():
-    now = pace([(30.0, 5), (10.0, 5), (20.0, 5)], started_s=None, workers=4)
+    now = pace([30.0, 10.0, 20.0], [5, 5, 5], started_s=None, workers=4)
     assert now is not None
     assert (now.shards_per_s, now.rows_per_s) == (0.1, 0.5)
-    assert pace([(10.0, 5)], started_s=None, workers=4) is None
+    assert pace([10.0], [5], started_s=None, workers=4) is None
 
 
 def test_the_time_left_is_what_is_missing_at_the_pace_of_what_is_measured_now(run, parts):
