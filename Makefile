@@ -2,15 +2,26 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt
+# Packages do not start what they install (RUNLEVEL), and print nothing but errors.
+APT := DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -o Dpkg::Use-Pty=0
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: setup gemma demo test faults lint check docs clean
+.PHONY: setup gemma cluster-tools demo test faults lint check docs clean
 
 setup: $(VENV)/.installed
 
 # A second embedded model, gemma3-270m: 250 MB.
 gemma: $(VENV)/.gemma
+
+# Debian's Slurm and iproute2: tests of clusters need them, and say so where they are missing. No daemon is started.
+CLUSTER_TOOLS := slurmctld slurmd slurm-client munge iproute2
+cluster-tools:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  $(APT) update && $(APT) install --no-install-recommends $(CLUSTER_TOOLS) || echo "$@: apt-get could not install them"; \
+	else \
+	  echo "$@: not installed, which takes root and apt-get"; \
+	fi
 
 demo: $(VENV)/.installed
 	$(BIN)/neg demo --out $(DEMO)

@@ -29,6 +29,10 @@ Files = Mapping[str, bytes]
 """Shards and receipts by their place in the run directory."""
 
 
+class CannotTry(Exception):
+    """This machine does not let the suite make the fault."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of runs with a fault."""

@@ -30,6 +30,7 @@ from fault_bench import (
     N_SHARDS,
     RAY,
     Bench,
+    CannotTry,
     Files,
     Outcome,
     Run,
@@ -38,6 +39,7 @@ from fault_bench import (
     rows_lost,
     write_rows,
 )
+from fault_slurm import slurm_time_limit
 from faults import FaultyWorker, by_value
 from rich.console import Console
 from rich.table import Table
@@ -55,10 +57,6 @@ from tasks.rundir.verify import verify
 from tasks.steps import PlainSteps
 
 _SERVER_START_S = 900.0
-
-
-class CannotTry(Exception):
-    """This machine does not let the suite make the fault."""
 
 
 # Killed processes
@@ -344,6 +342,7 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "poison rows": poison_rows,
     "hang": hang,
     "lost Prefect server": lost_prefect_server,
+    "Slurm time limit": slurm_time_limit,
 }
 
 

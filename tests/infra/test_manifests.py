@@ -1,4 +1,4 @@
-"""The files under infra/, as far as they can be tried without Docker, Kubernetes and Slurm: they say what exists here.
+"""The files under infra/, as far as they can be tried without Docker and Kubernetes: they say what exists here.
 
 Versions, commands, options, settings and entrypoints are compared with what is installed; every manifest asks for a
 password or a token; nothing is published beyond the loopback interface.
@@ -410,7 +410,8 @@ def test_a_worker_needs_the_address_of_the_cluster(tmp_path):
 
 SLURM = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "localhost,n2,n3", "SLURM_CPUS_PER_TASK": "2"}
 NODES = {
-    "scontrol": 'tr , "\\n" <<< "${!#}"',
+    "scontrol": 'if [[ $1 == --oneliner ]]; then echo "NodeName=$4 NodeAddr=$4 Port=1"; else tr , "\\n" <<< "${!#}"; fi',
+    "scancel": 'for step in $(pgrep --parent $PPID --full ray-node); do pkill --parent "$step"; done',
     "srun": 'while [[ $1 == --* ]]; do echo -n "$1 " >> "$CALLS"; shift; done; exec "$@"',
     # A head listens: the script waits for that.
     "ray": 'echo "$*" >> "$CALLS"; [[ $2 != --head ]] || exec python3 -c "import socket, time; '
@@ -419,7 +420,9 @@ NODES = {
 
 
 def test_a_slurm_job_starts_a_head_and_workers_and_one_driver_and_leaves_no_secret(tmp_path):
-    joined = 'until grep -q -- --exclude "$CALLS"; do sleep 0.1; done'  # the workers are started in the background
+    joined = (
+        'until grep -q -- "start --address" "$CALLS"; do sleep 0.1; done'  # the workers are started in the background
+    )
     driver = 'echo "neg $* at $RAY_ADDRESS $RAY_AUTH_MODE $(wc -c < $RAY_AUTH_TOKEN_PATH)" >> "$CALLS"; exit 3'
     ended, calls = run_script(
         INFRA / "slurm.sh",
@@ -430,8 +433,9 @@ def test_a_slurm_job_starts_a_head_and_workers_and_one_driver_and_leaves_no_secr
         **SLURM,
     )
     assert ended.returncode == 3, ended.stderr
-    assert "--nodes=1 --ntasks=1 --nodelist=localhost start --head --node-ip-address=127.0.0.1 --port=22345" in calls
-    assert "--nodes=2 --ntasks=2 --exclude=localhost start --address=127.0.0.1:22345" in calls
+    assert "--nodes=1 --ntasks=1 --cpus-per-task=2 --nodelist=localhost start --head" in calls
+    assert "start --head --node-ip-address=127.0.0.1 --port=22345" in calls
+    assert "--nodes=2 --ntasks=2 --cpus-per-task=2 --exclude=localhost start --address=127.0.0.1:22345" in calls
     assert "neg pipeline run.yaml at 127.0.0.1:22345 token 64" in calls
     assert list((tmp_path / ".neg").iterdir()) == []
 
