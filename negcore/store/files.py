@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 import stat
-import tempfile
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from negcore.errors import NegError, RunError
 from negcore.store import buckets
+from negcore.store.temporary import temporary_directory
 
 _BUCKET = re.compile(r"s3://[^/*?\[\]]+(/[^*?\[\]]*)?")
 LONGEST_NAME = 255
@@ -252,8 +252,8 @@ def _read_if_there(path: Path) -> bytes | None:
 def draft(target: Path) -> Iterator[Path]:
     """Give a local file to write; it replaces `target`, whole, when the block ends without an error."""
     if is_remote(target):
-        with tempfile.TemporaryDirectory(prefix="neg-") as folder:
-            path = Path(folder, target.name)
+        with temporary_directory() as folder:
+            path = folder / target.name
             yield path
             buckets.upload(path, target)
         return

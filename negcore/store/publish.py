@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +38,7 @@ from negcore.store.files import LONGEST_NAME, hidden, is_remote, location, n_byt
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
 from negcore.store.locks import hold, locked
 from negcore.store.schema import with_aligned_metadata
+from negcore.store.temporary import temporary_directory
 
 _ABANDONED_S = 24 * 3600
 """Age at which a temporary file has no writer any more, where the file system has no locks to tell by."""
@@ -337,8 +337,8 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_elsewhere() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="neg-") as folder:
-        yield Path(folder, "part.arrow")
+    with temporary_directory() as folder:
+        yield folder / "part.arrow"
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from negcore.errors import RunError
+from negcore.store.temporary import temporary_directory
 from tasks.environment import environment
 
 __all__ = ["ray_session"]
@@ -141,15 +141,10 @@ def _token() -> str:
     return secrets.token_hex(32)
 
 
-@contextlib.contextmanager
-def _short_directory() -> Iterator[Path]:
+def _short_directory() -> contextlib.AbstractContextManager[Path]:
     """Make a directory for this user only, with a path short enough for the sockets that Ray makes.
 
     Ray opens its own directory to everybody; it must be one inside this.
     """
     usual = tempfile.gettempdir()
-    home = Path(tempfile.mkdtemp(prefix="neg-", dir=usual if len(usual) <= _LONGEST_TEMP else "/tmp"))
-    try:
-        yield home
-    finally:
-        shutil.rmtree(home, ignore_errors=True)  # dying processes may still write their logs
+    return temporary_directory(Path(usual if len(usual) <= _LONGEST_TEMP else "/tmp"))

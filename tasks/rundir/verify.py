@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from negcore.store.levels import has_columns_of
 from negcore.store.publish import Receipt, checksum, receipt_path, receipts, shard_of
 from negcore.store.reader import mapped_batch
 from negcore.store.schema import ROW_COLUMNS, first_row
+from negcore.store.temporary import temporary_directory
 from tasks.rundir.layout import ShardFolder, receipts_of
 
 _NAMED = 8
@@ -136,8 +136,8 @@ def _on_this_machine(path: Path) -> Iterator[Path]:
     if not is_remote(path):
         yield path
         return
-    with TemporaryDirectory(prefix="neg-") as folder:
-        copy = Path(folder, path.name)
+    with temporary_directory() as folder:
+        copy = folder / path.name
         fetch(path, copy)
         yield copy
 
