@@ -43,7 +43,7 @@ class Progress:
     done: int
     total: int
     note: str = ""
-    """Reason why its workers wait, for people; may be empty."""
+    """Reason why its workers wait, or what is done before they start, for people; may be empty."""
 
 
 class Watcher(Protocol):
@@ -79,9 +79,9 @@ class Step:
             watcher.finish(self.name, error)
         self.ended.set()
 
-    def report(self, done: int, total: int, status: PoolStatus | None = None) -> None:
-        """Report that `done` of `total` parts are finished, and what the workers are doing."""
-        self._progress = Progress(self.name, done, total, _note(status))
+    def report(self, done: int, total: int, status: PoolStatus | None = None, note: str = "") -> None:
+        """Report that `done` of `total` parts are finished, and what the workers are doing or else goes on."""
+        self._progress = Progress(self.name, done, total, note or _note(status))
         for watcher in self._watchers:
             watcher.advance(self._progress)
 

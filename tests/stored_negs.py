@@ -107,6 +107,12 @@ def write_layers(
     return open_negs(root).select("m", dataset, split)
 
 
+def rows_of(split: NegSplit, shard_rows: int = 20) -> list[list[Row]]:
+    """Return the rows of each shard of a split as `write_layers` wrote it."""
+    rows = [Row(id_, answer=int(gold)) for id_, gold in zip(split.ids, split.gold_P, strict=True)]
+    return [rows[start : start + shard_rows] for start in range(0, len(rows), shard_rows)]
+
+
 def write_splits(root: Path) -> dict[str, NegSplit]:
     """Write and open the three splits of a dataset."""
     return {split: write_split(root, split, numbers(split)) for split in ("train", "valid", "test")}

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from flows.show.table import Table
-from flows.show.text import printable
+from flows.show.text import count, printable
 from negcore.store.files import find, output
 from tasks.measure.missing import Extracted
 
@@ -75,6 +75,7 @@ class RunResults:
         self.extracted.append(extracted)
         self.set_aside += extracted.rows_set_aside
         self.problems += extracted.problems
+        self.warnings += extracted.repairs
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -109,8 +110,10 @@ def counted(extracted: Sequence[Extracted]) -> str:
 
 
 def counted_now(extracted: Sequence[Extracted]) -> str:
-    """Return the same line, and how many shards were there before."""
-    return f"{counted(extracted)}; {sum(one.n_reused for one in extracted)} shards reused"
+    """Return the same line, how many shards were there before, and how many of these were damaged."""
+    n_damaged = sum(len(one.damaged) for one in extracted)
+    mended = f"; {count(n_damaged, 'damaged shard')} computed again" if n_damaged else ""
+    return f"{counted(extracted)}; {sum(one.n_reused for one in extracted)} shards reused{mended}"
 
 
 def files_of(directory: Path) -> list[Path]:

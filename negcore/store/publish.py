@@ -1,4 +1,4 @@
-"""Arrow shards: how they are published, and which shards of a run are already finished.
+"""Arrow shards: how they are published, and the receipts that prove it.
 
 Layout of a run directory (names quoted, so that pyarrow's hive partitioning gives them back)::
 
@@ -11,7 +11,8 @@ Layout of a run directory (names quoted, so that pyarrow's hive partitioning giv
 
 A shard counts only once its receipt exists, and the receipt is written last: a crash at any point leaves nothing, or a
 shard without a receipt, which is computed again. The columns of NEGs are in `negcore.store.schema`, those of everything
-else in `negcore.store.study`; reading is in `negcore.store.reader` and `negcore.store.study`.
+else in `negcore.store.study`; checks are in `negcore.store.integrity`, reading is in `negcore.store.reader` and
+`negcore.store.study`.
 
 In a bucket a shard's name carries its checksum (``part-00003-CHECKSUM.arrow``), and of several writers of one receipt
 the server lets one win: what is under a name never changes, so a receipt cannot come to stand for another's shard.
@@ -34,7 +35,7 @@ import xxhash
 
 from negcore.errors import RunError, ShardError
 from negcore.store.buckets import create, objects, remove, replace, upload
-from negcore.store.files import LONGEST_NAME, hidden, is_remote, location, n_bytes, read_all, read_bytes, sizes
+from negcore.store.files import LONGEST_NAME, hidden, is_remote, location, n_bytes, read_all, read_bytes
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
 from negcore.store.locks import hold, locked
 from negcore.store.schema import with_aligned_metadata
@@ -226,62 +227,31 @@ def publish_shard(
         return _publish_in_bucket(temporary, folder, receipt) if in_bucket else _publish(temporary, folder, receipt)
 
 
-def finished_shards(
-    root: str | Path,
-    place: ShardPlace,
-    identity: RunIdentity,
-    shard_ids: Sequence[Sequence[str]],
-    *,
-    verify: bool = False,
-) -> dict[int, Receipt]:
-    """Return the shards of this very run that need not be measured again, by index.
+class ReadReceipts(NamedTuple):
+    """The receipts of a directory of shards, of whichever run, in order of index."""
 
-    Damaged receipts and shards that are missing or of another length are left out, and so computed again. Rows that
-    were set aside count as done.
+    whole: list[Receipt]
+    damaged: list[Path]
+    """Files of those whose seal does not fit: their shards are measured again."""
 
-    Parameters
-    ----------
-    shard_ids : sequence of sequences of str
-        The example ids of every shard this run would write, in order: other rows are refused.
-    verify : bool
-        Also compare every file's checksum.
 
-    Raises
-    ------
-    ShardError
-        If the directory holds shards of another run, or of the same run cut into other rows.
-    """
-    folder = place.path(root)
-    known = receipts(folder)
-    for receipt in known:
-        if receipt.digest != identity.digest:
-            raise _other_run(folder, identity, receipt)
-        planned = shard_ids[receipt.index] if receipt.index < len(shard_ids) else []
-        set_aside = {row.id for row in receipt.set_aside}
-        stored = [id_ for id_ in planned if id_ not in set_aside]
-        is_same_cut = receipt.n_shards == len(shard_ids) and len(stored) + len(set_aside) == len(planned)
-        if not is_same_cut or receipt.ids_xxh3 != content_digest(stored):
-            raise _other_rows(folder, shard_ids, receipt)
-    return {receipt.index: receipt for receipt in whole_shards(folder, known, verify=verify)}
+def read_receipts(folder: Path) -> ReadReceipts:
+    """Read the receipts of a directory of shards."""
+    contents = read_all(folder, "_receipts/part-*.json")
+    found = {path: parsed_receipt(path.name, content) for path, content in contents.items()}
+    whole = sorted((receipt for receipt in found.values() if receipt is not None), key=lambda receipt: receipt.index)
+    return ReadReceipts(whole, [path for path, receipt in found.items() if receipt is None])
 
 
 def receipts(folder: Path) -> list[Receipt]:
     """Return the undamaged receipts of a directory of shards, of whichever run, in order of index."""
-    found = (parsed_receipt(path.name, content) for path, content in read_all(folder, "_receipts/part-*.json").items())
-    return sorted((receipt for receipt in found if receipt is not None), key=lambda receipt: receipt.index)
+    return read_receipts(folder).whole
 
 
-def whole_shards(folder: Path, known: Sequence[Receipt], *, verify: bool) -> list[Receipt]:
-    """Return the receipts whose shard is whole, as `is_whole` says; the directory is listed once."""
-    found = sizes(folder, "part-*.arrow")
-    listed = [receipt for receipt in known if found.get(shard_of(folder, receipt).name) == receipt.n_bytes]
-    return [receipt for receipt in listed if not verify or is_whole(folder, receipt, verify=True)]
-
-
-def is_whole(folder: Path, receipt: Receipt, *, verify: bool) -> bool:
-    """Tell whether the receipt's shard has the length that was published, and with `verify` the checksum too."""
-    shard = shard_of(folder, receipt)
-    return n_bytes(shard) == receipt.n_bytes and (not verify or checksum(shard) == receipt.file_xxh3)
+def index_of(name: str) -> int:
+    """Return the index of the shard that a file belongs to by its name, or -1."""
+    digits = name.removeprefix("part-")[:5]
+    return int(digits) if digits.isdecimal() else -1
 
 
 def shard_of(folder: Path, receipt: Receipt) -> Path:
@@ -381,13 +351,18 @@ def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Recei
         if other is not None and (other.digest, other.n_shards) != (receipt.digest, receipt.n_shards):
             remove(shard)
             raise _run_beside(folder, receipt, other)
-        if other is not None and is_whole(folder, other, verify=True):
+        if other is not None and _is_whole(folder, other):
             if other.file != receipt.file:
                 remove(shard)
             return other
         standing = replace(path, content, standing)
     _remove_rivals(folder, receipt)
     return receipt
+
+
+def _is_whole(folder: Path, receipt: Receipt) -> bool:
+    shard = shard_of(folder, receipt)
+    return n_bytes(shard) == receipt.n_bytes and checksum(shard) == receipt.file_xxh3
 
 
 def _remove_rivals(folder: Path, receipt: Receipt) -> None:
@@ -415,9 +390,15 @@ def parsed_receipt(name: str, content: bytes) -> Receipt | None:
         known = {item.name: record[item.name] for item in fields(Receipt) if item.name in record}
         receipt = Receipt(**known | {"set_aside": tuple(SetAside(**row) for row in record.get("set_aside", ()))})
         in_place = receipt_path(Path(), receipt.index).name == name
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return receipt if in_place and seal == content_digest(record) and _names_its_own(receipt) else None
+    return receipt if in_place and _has_seal(content, seal) and _names_its_own(receipt) else None
+
+
+def _has_seal(content: bytes, seal: Any) -> bool:
+    """Tell whether the bytes of a receipt, without its seal, have that checksum: nothing may be spelt otherwise."""
+    sealed = content.removesuffix(b"\n").replace(f'"seal":"{seal}",'.encode(), b"", 1)
+    return bool(xxhash.xxh3_128_hexdigest(sealed) == seal)
 
 
 def _names_its_own(receipt: Receipt) -> bool:
@@ -428,21 +409,6 @@ def _names_its_own(receipt: Receipt) -> bool:
 
 
 # Messages
-
-
-def _other_run(folder: Path, identity: RunIdentity, receipt: Receipt) -> ShardError:
-    return ShardError(
-        f"{str(folder)!r} holds shards of another run (this run here, that one there: "
-        f"{identity.difference(receipt.identity)}): write to another output directory, or delete that partition"
-    )
-
-
-def _other_rows(folder: Path, shard_ids: Sequence[Sequence[str]], receipt: Receipt) -> ShardError:
-    return ShardError(
-        f"{str(folder)!r} was cut into other rows: its shard {receipt.index} of {receipt.n_shards} holds "
-        f"{receipt.n_rows} rows, {receipt.first_id!r} to {receipt.last_id!r}, and this run makes {len(shard_ids)} "
-        "shards: use that run's rows and shard size, write to another output directory, or delete that partition"
-    )
 
 
 def _run_beside(folder: Path, receipt: Receipt, other: Receipt) -> ShardError:

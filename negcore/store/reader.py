@@ -1,13 +1,13 @@
 """Read the NEGs of a run directory back, memory-mapped: one layer or a few neurons without reading the rest.
 
-Shards in a bucket are copied to this machine when they are first needed, and mapped there: see `local_shard`. What a
-shard holds of the NEGs depends on the run's storage level: see `negcore.store.levels`.
+Shards in a bucket are copied to this machine when they are first needed, and mapped there. Every shard is checked
+before it is read: see `negcore.store.integrity`. What a shard holds of the NEGs depends on the run's storage level: see
+`negcore.store.levels`.
 
 Axes: P prompts (rows, in order of shard and of row in the shard), O options, L layers, N neurons a layer, M all
 neurons, K chosen neurons.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,19 @@ import pyarrow as pa
 
 from negcore.errors import ShardError
 from negcore.measure.votes import Vote
-from negcore.store.buckets import fetch
 from negcore.store.codes import SignedRanks
-from negcore.store.files import cache_directory, draft, find, is_dir, is_remote, location, n_bytes, read_bytes
-from negcore.store.identity import RunIdentity, choice_digest
-from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, has_columns_of, sum_column
-from negcore.store.locks import locked
-from negcore.store.publish import Receipt, SetAside, ShardPlace, checksum, receipts, shard_of, whole_shards
+from negcore.store.files import find, is_dir, location
+from negcore.store.identity import RunIdentity
+from negcore.store.integrity import check_shards, complete_receipts, damaged_file, metadata_of, sound_batch
+from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, sum_column
+from negcore.store.publish import Receipt, SetAside, ShardPlace, shard_of
 from negcore.store.schema import ShardColumns, first_row
 
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
 """Neurons: flat layer-major indices (layer * N + neuron), or (layer, neuron) pairs."""
 
 
-def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
+def open_negs(path: str | Path, *, verify: bool = True) -> "Negs":
     """Open the Arrow shards of a run.
 
     Parameters
@@ -40,7 +39,8 @@ def open_negs(path: str | Path, *, verify: bool = False) -> "Negs":
     path : path
         A run directory, its ``negs`` directory, or the directory of one partition; on disk or ``s3://BUCKET/...``.
     verify : bool
-        Compare every file's checksum before anything in it is parsed.
+        False to leave out the checksums, and trust the bytes of every shard. By default each file of a partition is
+        read once in a process, when the partition is opened, and its checksum compared.
 
     Raises
     ------
@@ -118,6 +118,8 @@ class ShardReader:
     folder : Path
     receipts : list of Receipt
         One for each shard, also for shards without rows.
+    identity : RunIdentity
+        What the numbers may be compared with.
     set_aside : list of SetAside
         Rows that were planned and could not be computed, in order, with the reason.
     n_rows : int
@@ -131,20 +133,23 @@ class ShardReader:
         If the directory is incomplete or damaged.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder = folder
-        self.receipts = complete_receipts(folder, verify=verify)
+        self._verify = verify
+        self.receipts = complete_receipts(folder)
         self.set_aside: list[SetAside] = [row for receipt in self.receipts for row in receipt.set_aside]
         self.n_rows = sum(receipt.n_rows for receipt in self.receipts)
         # Shards without rows are passed over, but one is kept for its columns where there is no other.
         self._mapped = [receipt for receipt in self.receipts if receipt.n_rows] or self.receipts[:1]
-        self.schema: pa.Schema = mapped_batch(local_shard(folder, self._mapped[0])).schema
+        self.identity = _identity(folder, self._mapped[0])
+        if verify:
+            check_shards(folder, self.receipts)
+        self.schema: pa.Schema = sound_batch(folder, self._mapped[0], verify=verify).schema
 
     @property
     def metadata(self) -> dict[str, Any]:
         """Metadata of the first shard: place, identity, axes."""
-        metadata: dict[str, Any] = json.loads(self.schema.metadata[b"neg"])
-        return metadata
+        return metadata_of(self.schema)
 
     def shards(self) -> Iterator[ShardColumns]:
         """Map the shards in order, one at a time: the way to read everything once.
@@ -156,11 +161,9 @@ class ShardReader:
         """
         begin = 0
         for receipt in self._mapped:
-            path, batch = shard_of(self.folder, receipt), mapped_batch(local_shard(self.folder, receipt))
+            path, batch = shard_of(self.folder, receipt), sound_batch(self.folder, receipt, verify=self._verify)
             if not batch.schema.equals(self.schema):
-                raise _damaged(path, "its columns are not those of the first shard")
-            if batch.num_rows != receipt.n_rows:
-                raise _damaged(path, f"{batch.num_rows} rows, {receipt.n_rows} in its receipt")
+                raise damaged_file(path, "its columns are not those of the first shard")
             yield ShardColumns(path, batch, slice(begin, begin + receipt.n_rows))
             begin += receipt.n_rows
 
@@ -185,8 +188,6 @@ class NegSplit(ShardReader):
     Attributes
     ----------
     place : ShardPlace
-    identity : RunIdentity
-        What the numbers may be compared with.
     level : StorageLevel
         What the shards hold, and what they can answer.
     ids, groups, text_hashes : list of P str
@@ -204,12 +205,8 @@ class NegSplit(ShardReader):
         super().__init__(folder, verify=verify)
         if not self.n_rows:
             raise ShardError(f"{str(folder)!r} has no rows: all {len(self.set_aside)} were set aside, see its receipts")
-        first = self._mapped[0]
         self.place = ShardPlace.of_path(folder)
-        self.identity = _identity(folder, first)
         self.level: StorageLevel = STORAGE_LEVELS[self.identity.storage]
-        if not has_columns_of(first.identity, self.schema):
-            raise _damaged(shard_of(folder, first), "its columns are not those of its receipt")
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
         rows = self.read(["id", "group", "text_hash", "gold", "label_ids", "probs"])
         self.ids: list[str] = rows["id"]
@@ -228,10 +225,7 @@ class NegSplit(ShardReader):
 
     def shards(self) -> Iterator["Shard"]:
         for columns in super().shards():
-            shard = Shard(columns.path, columns.batch, columns.rows, self)
-            if self.identity.neurons not in (None, choice_digest(shard.chosen_K.tolist())):
-                raise _damaged(shard.path, "its neurons are not those of its receipt")
-            yield shard
+            yield Shard(columns.path, columns.batch, columns.rows, self)
 
     def layer(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer: float32 (P, O, N), probability per unit of activation.
@@ -360,27 +354,6 @@ class Shard(ShardColumns):
         return first_row(self.batch, "neurons")
 
 
-# Files: all that touches the disk on the reading side
-
-
-def complete_receipts(folder: Path, *, verify: bool) -> list[Receipt]:
-    """Return the receipts of every shard of a directory, in order.
-
-    Raises
-    ------
-    ShardError
-        If shards are missing or damaged, or those of several runs are there.
-    """
-    known = receipts(folder)
-    if len({(receipt.digest, receipt.n_shards) for receipt in known}) > 1:
-        raise ShardError(f"{str(folder)!r} holds shards of several runs: delete it and run one of them again")
-    whole = whole_shards(folder, known, verify=verify)
-    if not whole or len(whole) < whole[0].n_shards:
-        progress = f"{len(whole)} of {known[0].n_shards} shards" if known else "no finished shards"
-        raise ShardError(f"{str(folder)!r} is incomplete, {progress}: run the same command again")
-    return whole
-
-
 def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
     try:
         identity = RunIdentity(**receipt.identity, versions=receipt.versions)
@@ -390,57 +363,6 @@ def _identity(folder: Path, receipt: Receipt) -> RunIdentity:
         named = f"storage {identity.storage!r}"
         raise ShardError(f"{str(folder)!r} was written by another version of this software ({named})")
     return identity
-
-
-def mapped_batch(path: Path) -> pa.RecordBatch:
-    """Return the one batch of a shard's file, memory-mapped; a file in a bucket is read as a whole.
-
-    Raises
-    ------
-    ShardError
-        If the file is not a shard.
-    """
-    source = pa.py_buffer(read_bytes(path)) if is_remote(path) else pa.memory_map(str(path))
-    try:
-        batch = pa.ipc.open_file(source).get_batch(0)
-        batch.validate()
-    except pa.ArrowException as error:
-        raise _damaged(path, str(error).splitlines()[0]) from error
-    return batch
-
-
-def local_shard(folder: Path, receipt: Receipt) -> Path:
-    """Return the file of a receipt's shard on this machine: itself, or a copy if it is in a bucket.
-
-    Copies are made when they are first needed, in `cache_directory()`'s ``shards``, and named after their content;
-    that folder can be deleted at any time.
-
-    Raises
-    ------
-    ShardError
-        If what came out of the bucket has another checksum than its receipt; nothing has parsed it then.
-    """
-    shard = shard_of(folder, receipt)
-    if not is_remote(shard):
-        return shard
-    copy = cache_directory() / "shards" / f"{receipt.file_xxh3}.arrow"
-    if n_bytes(copy) != receipt.n_bytes:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with locked(copy.with_suffix(".lock")):  # several processes of this machine may need it at once
-            if n_bytes(copy) != receipt.n_bytes:
-                _copy_shard(shard, receipt, copy)
-    return copy
-
-
-def _copy_shard(shard: Path, receipt: Receipt, copy: Path) -> None:
-    with draft(copy) as path:
-        fetch(shard, path)
-        if checksum(path) != receipt.file_xxh3:
-            raise _damaged(shard, "its checksum is not the one in its receipt")
-
-
-def _damaged(path: Path, reason: str) -> ShardError:
-    return ShardError(f"{str(path)!r} is damaged ({reason}): delete it and run the same command again")
 
 
 def _listed(places: list[ShardPlace]) -> str:

@@ -2,14 +2,15 @@
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from negcore.errors import RunError
-from negcore.store.files import is_remote
-from negcore.store.publish import Receipt, SetAside, ShardPlace, finished_shards
+from negcore.store.files import is_remote, remove
+from negcore.store.integrity import Finished, finished_shards
+from negcore.store.publish import Receipt, SetAside, ShardPlace, receipt_path
 from tasks.measure.shard_set import ShardSet
 from tasks.pool.base import Pool, PoolStatus
 from tasks.pool.isolate import map_isolating, without_text
@@ -44,11 +45,18 @@ class Extracted:
     failures: tuple[Failure, ...]
     set_aside: tuple[SetAside, ...] = ()
     """Rows that are not in their shards, whenever that was found, and why."""
+    damaged: tuple[str, ...] = ()
+    """What was wrong with finished shards that were computed again, a line each."""
 
     @property
     def problems(self) -> list[str]:
         """One line for every shard that is missing."""
         return [f"{self.title}: shard {one.index}, {one.n_rows} rows lost: {one.error}" for one in self.failures]
+
+    @property
+    def repairs(self) -> list[str]:
+        """One line for every damaged shard that was computed again."""
+        return [f"{self.title}: {line}: computed again" for line in self.damaged]
 
     @property
     def rows_set_aside(self) -> list[str]:
@@ -57,7 +65,7 @@ class Extracted:
 
 
 def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step: Step) -> list[Extracted]:
-    """Measure the shards of some sets that are not there yet, in one queue.
+    """Measure the shards of some sets that are not there yet or are damaged, in one queue.
 
     A row that fails again and again, or kills its workers, is set aside, and so is one with numbers that are not
     finite if the set's policy is "skip". Shards that would be others under another policy are measured again.
@@ -82,10 +90,13 @@ def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step
     RunError
         If the run directory is full or cannot be written any more: what would be computed from then on is lost.
     """
-    finished = {one.place: _finished(root, one) for one in shard_sets}
-    receipts = {place: dict(known) for place, known in finished.items()}
-    failures: dict[ShardPlace, list[Failure]] = {one.place: [] for one in shard_sets}
     n_shards = {one.place: len(one.shards) for one in shard_sets}
+    finished = _all_finished(root, shard_sets, step, sum(n_shards.values()))
+    for place, known in finished.items():
+        for index in known.damaged:
+            remove(receipt_path(place.path(root), index))
+    receipts = {place: dict(known.receipts) for place, known in finished.items()}
+    failures: dict[ShardPlace, list[Failure]] = {one.place: [] for one in shard_sets}
     meter = meter_of(root)
 
     def report(status: PoolStatus | None = None) -> None:
@@ -99,7 +110,7 @@ def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step
         one.job(root, index)
         for one in shard_sets
         for index in range(len(one.shards))
-        if index not in finished[one.place]
+        if index not in finished[one.place].receipts
     ]
     report()
     with closing(map_isolating(pool, jobs, stop=step.stop, on_tick=report)) as outcomes:
@@ -116,18 +127,31 @@ def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step
             report()
     for place, of_place in failures.items():
         note_failures(root, place, {failure.index: failure.error for failure in of_place})
-    return [_extracted(one, len(finished[one.place]), receipts[one.place], failures[one.place]) for one in shard_sets]
+    return [_extracted(one, finished[one.place], receipts[one.place], failures[one.place]) for one in shard_sets]
 
 
-def _finished(root: Path, shard_set: ShardSet) -> dict[int, Receipt]:
-    ids = [[example.id for example in shard] for shard in shard_set.shards]
-    known = finished_shards(root, shard_set.place, shard_set.identity, ids)
-    return {index: receipt for index, receipt in known.items() if shard_set.accepts(receipt)}
+def _all_finished(root: Path, shard_sets: Sequence[ShardSet], step: Step, n_shards: int) -> dict[ShardPlace, Finished]:
+    """Check the shards that are there already, and tell the step how far that is."""
+    n_checked = 0
+
+    def checked(n_bytes: int) -> None:
+        nonlocal n_checked
+        n_checked += 1
+        step.check_stop()
+        step.report(n_checked, n_shards, note="checking finished shards")
+
+    return {one.place: _finished(root, one, checked) for one in shard_sets}
+
+
+def _finished(root: Path, shard_set: ShardSet, checked: Callable[[int], None]) -> Finished:
+    known, damaged = finished_shards(root, shard_set.place, shard_set.identity, shard_set.shards, checked=checked)
+    return Finished({index: receipt for index, receipt in known.items() if shard_set.accepts(receipt)}, damaged)
 
 
 def _extracted(
-    shard_set: ShardSet, n_reused: int, known: Mapping[int, Receipt], failures: Sequence[Failure]
+    shard_set: ShardSet, finished: Finished, known: Mapping[int, Receipt], failures: Sequence[Failure]
 ) -> Extracted:
+    n_reused = len(finished.receipts)
     return Extracted(
         place=shard_set.place,
         title=shard_set.title,
@@ -137,6 +161,7 @@ def _extracted(
         n_bytes=sum(receipt.n_bytes for receipt in known.values()),
         failures=tuple(failures),
         set_aside=tuple(row for _, receipt in sorted(known.items()) for row in receipt.set_aside),
+        damaged=tuple(f"shard {index}: {fault}" for index, fault in finished.damaged.items() if index in known),
     )
 
 

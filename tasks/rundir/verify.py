@@ -1,24 +1,14 @@
 """Check every shard of a run directory against its receipt, and prepare what is damaged for being computed again."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-
-from negcore.errors import ShardError
-from negcore.store.buckets import fetch
-from negcore.store.files import find, is_remote, n_bytes, remove, sizes
-from negcore.store.identity import choice_digest, content_digest, difference
-from negcore.store.levels import has_columns_of
-from negcore.store.publish import Receipt, checksum, receipt_path, receipts, shard_of
-from negcore.store.reader import mapped_batch
-from negcore.store.schema import ROW_COLUMNS, first_row
-from negcore.store.temporary import temporary_directory
+from negcore.store.files import find, remove, sizes
+from negcore.store.identity import difference
+from negcore.store.integrity import shard_faults
+from negcore.store.publish import Receipt, index_of, receipt_path, receipts, shard_of
 from tasks.rundir.layout import ShardFolder, receipts_of
 
 _NAMED = 8
@@ -59,8 +49,7 @@ class Verified:
 def verify(folders: Iterable[ShardFolder], checked: Callable[[int], None]) -> Iterator[Verified]:
     """Check directories of shards, one after the other; nothing is changed.
 
-    Compares in this order: the receipt's seal, the shard's size and checksum; only then is the shard parsed, and its
-    place, run, columns and row ids are compared.
+    The checks are those that runs and readers make: see `negcore.store.integrity`.
 
     Parameters
     ----------
@@ -90,9 +79,7 @@ def _verified(folder: ShardFolder, checked: Callable[[int], None]) -> Verified:
     own, foreign, n_shards = receipts_of(folder)
     proven = {receipt.index: receipt for receipt in [*own, *foreign]}
     whole, faults = [], []
-    for receipt in own:
-        reason = _shard_fault(folder, receipt)
-        checked(receipt.n_bytes)
+    for receipt, reason in shard_faults(folder.path, own, checked=checked):
         if reason is None:
             whole.append(receipt)
         else:
@@ -111,88 +98,10 @@ def _verified(folder: ShardFolder, checked: Callable[[int], None]) -> Verified:
     )
 
 
-def _shard_fault(folder: ShardFolder, receipt: Receipt) -> str | None:
-    """Return what is wrong with a shard, or None; it is parsed only if its bytes are those that were published."""
-    path = shard_of(folder.path, receipt)
-    size = n_bytes(path)
-    if size is None:
-        return "missing, though its receipt is there"
-    if size != receipt.n_bytes:
-        return f"{size} bytes long, {receipt.n_bytes} in its receipt"
-    if content_digest(dict(receipt.identity)) != receipt.digest:
-        return "the digest in its receipt is not that of the settings in it"
-    with _on_this_machine(path) as file:
-        if checksum(file) != receipt.file_xxh3:
-            return "its checksum is not the one in its receipt"
-        try:
-            return _content_fault(folder, receipt, mapped_batch(file))
-        except ShardError as error:
-            return str(error)
-
-
-@contextmanager
-def _on_this_machine(path: Path) -> Iterator[Path]:
-    """Yield the file itself, or a copy of a file in a bucket."""
-    if not is_remote(path):
-        yield path
-        return
-    with temporary_directory() as folder:
-        copy = folder / path.name
-        fetch(path, copy)
-        yield copy
-
-
-def _content_fault(folder: ShardFolder, receipt: Receipt, batch: pa.RecordBatch) -> str | None:
-    about = _about(batch)
-    if _place(about) != folder.names:
-        return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
-    if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest")):
-        return "its metadata are not those of its receipt"
-    if not _has_its_columns(folder, receipt, batch.schema):
-        return "its columns are not those of its model and dataset"
-    if not _has_its_neurons(receipt, batch):
-        return "its neurons are not those of its receipt"
-    ids = batch.column("id").to_pylist()
-    if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
-        return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
-    return None
-
-
-def _about(batch: pa.RecordBatch) -> dict[str, Any]:
-    """Return the shard's metadata; empty if it cannot be read."""
-    try:
-        about = json.loads((batch.schema.metadata or {})[b"neg"])
-    except (KeyError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
-def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return model, dataset, and split or other part; studies of earlier versions call it `place` and name its kind."""
-    place = about.get("partition") or about.get("place")
-    known = place if isinstance(place, dict) else {}
-    part = [name for key, name in known.items() if key not in ("kind", "model", "dataset")]
-    names = (known.get("model"), known.get("dataset"), *part)
-    return tuple(str(name) for name in names if name is not None)
-
-
-def _has_its_columns(folder: ShardFolder, receipt: Receipt, schema: pa.Schema) -> bool:
-    if folder.kind != "negs":  # a study's other columns depend on what it measures
-        return tuple(schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
-    return has_columns_of(receipt.identity, schema)
-
-
-def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
-    """Tell whether a shard with chosen neurons holds those of its receipt; a shard without rows names none."""
-    if "neurons" not in receipt.identity or not batch.num_rows:
-        return True
-    return bool(choice_digest(first_row(batch, "neurons").tolist()) == receipt.identity["neurons"])
-
-
 def _unproven(folder: ShardFolder, n_shards: int | None, proven: Mapping[int, Receipt]) -> Iterator[Fault]:
     """Return a fault for every shard without a readable receipt."""
-    damaged = {_index(path.name): path for path in find(folder.path, "_receipts/part-*.json")}
-    shards = {_index(name) for name in sizes(folder.path, "part-*.arrow")}
+    damaged = {index_of(path.name): path for path in find(folder.path, "_receipts/part-*.json")}
+    shards = {index_of(name) for name in sizes(folder.path, "part-*.arrow")}
     for index in sorted((damaged.keys() | shards) - proven.keys()):
         what = "its receipt is damaged" if index in damaged else "it has no receipt"
         if n_shards is not None and index >= n_shards:
@@ -233,12 +142,6 @@ def _leftovers(folder: ShardFolder, proven: Mapping[int, Receipt]) -> Iterator[F
         for path in find(folder.path, pattern):
             yield Fault(f"{path.name}: left by a writer that died, if nobody is writing now", remove=path)
     for name in sizes(folder.path, "part-*.arrow"):
-        receipt, path = proven.get(_index(name)), folder.path / name
+        receipt, path = proven.get(index_of(name)), folder.path / name
         if receipt is not None and path != shard_of(folder.path, receipt):
             yield Fault(f"{name}: no receipt names it", remove=path)
-
-
-def _index(name: str) -> int:
-    """Return the index of the shard that a file belongs to, or -1."""
-    digits = name.removeprefix("part-")[:5]
-    return int(digits) if digits.isdecimal() else -1

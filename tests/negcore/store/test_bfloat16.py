@@ -82,7 +82,7 @@ def stored(tmp_path):
             activations_PLN=activations[own],
         )
     rounded = [bfloat16_values(bfloat16_bits(values)) for values in (negs, activations)]
-    return *rounded, open_negs(tmp_path, verify=True).select()
+    return *rounded, open_negs(tmp_path).select()
 
 
 def test_every_way_to_read_gives_the_nearest_16_bit_numbers(stored):

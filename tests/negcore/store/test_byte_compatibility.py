@@ -45,8 +45,9 @@ from negcore.measure.votes import vote_sums
 from negcore.probing.probe_parts import parts_of
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.identity import text_hash
-from negcore.store.publish import finished_shards, receipts
-from negcore.store.reader import mapped_batch, open_negs
+from negcore.store.integrity import finished_shards, mapped_batch
+from negcore.store.publish import receipts
+from negcore.store.reader import open_negs
 from negcore.store.study import joined_sweep, read_studies, read_study
 from tasks.config.reading import read_run_file, recorded_run
 from tasks.measure.causal import read_causal
@@ -77,7 +78,7 @@ def folder_of(root: Path, name: str) -> Path:
 def opened(name: str):
     """A stored partition, its checksums compared."""
     part = NEG_PARTS[name]
-    return part, open_negs(SHARDS / part.storage, verify=True).at(place_of_negs(part))
+    return part, open_negs(SHARDS / part.storage).at(place_of_negs(part))
 
 
 # Written anew
@@ -197,9 +198,10 @@ def test_old_numbers_of_chosen_neurons_are_read_bit_for_bit():
 @pytest.mark.parametrize("name", NEG_PARTS)
 def test_an_old_run_of_negs_is_finished_and_not_computed_again(name):
     part = NEG_PARTS[name]
-    ids = [[row.id for row in shard.rows] for shard in part.shards]
+    rows = [shard.rows for shard in part.shards]
     root, place = SHARDS / part.storage, place_of_negs(part)
-    done = finished_shards(root, place, identity_of(part), ids, verify=True)
+    done, damaged = finished_shards(root, place, identity_of(part), rows)
+    assert not damaged
     assert [done[index].n_nonfinite for index in range(3)] == [shard.n_nonfinite for shard in part.shards]
 
 
@@ -211,8 +213,8 @@ def test_an_old_study_is_finished_and_has_its_rows(name):
     part, place = STUDY_PARTS[name], place_of(STUDY_PARTS[name])
     rows = [fact_rows(index) for index in range(2)]
     ids = [[row.id for row in shard] for shard in rows]
-    done = finished_shards(SHARDS / "linearity", place, study_identity_of(part), ids, verify=True)
-    assert sorted(done) == [0, 1]
+    done, damaged = finished_shards(SHARDS / "linearity", place, study_identity_of(part), rows)
+    assert (sorted(done), damaged) == ([0, 1], {})
     study = read_study(place.path(SHARDS / "linearity"))
     assert study.ids == ids[0] + ids[1]
     assert study.groups == [row.group for shard in rows for row in shard]
@@ -267,8 +269,7 @@ def test_old_interventions_are_read():
 def test_an_old_causal_check_is_finished_and_read(name):
     check = CAUSAL_CHECKS[name]
     root, part = SHARDS / check.negs.storage, causal_set_of(check)
-    ids = [[row.id for row in shard] for shard in part.shards]
-    done = finished_shards(root, part.place, part.identity, ids, verify=True)
+    done = finished_shards(root, part.place, part.identity, part.shards).receipts
     assert [list(done[index].set_aside) for index in range(3)] == [aside_of(shard) for shard in check.negs.shards]
     result = read_causal(root, part)
     assert result.conditions[0] == Condition("top", 2, 0, "gold", 0.5)

@@ -36,8 +36,9 @@ from negcore.store.files import (
     sizes,
 )
 from negcore.store.identity import canonical_json, content_digest
-from negcore.store.publish import Receipt, ShardPlace, finished_shards, is_whole, receipts, shard_of
-from negcore.store.reader import local_shard, open_negs
+from negcore.store.integrity import finished_shards, local_shard, shard_fault
+from negcore.store.publish import Receipt, ShardPlace, receipts, shard_of
+from negcore.store.reader import open_negs
 from negcore.store.study import write_seconds
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
@@ -53,14 +54,19 @@ numbers = partial(named_numbers, n_options=N_OPTIONS, n_layers=N_LAYERS, n_neuro
 
 def write(root, index=0, n_shards=1, size=2, partition=PARTITION, **changes) -> Receipt:
     first = index * size
-    rows = [Row(f"fact/{i}", f"Which? {i}", i % 2, "en") for i in range(first, first + size)]
     who = identity(**changes)
-    return write_negs(root, partition, index, n_shards, identity=who, examples=rows, **numbers(first, size))
+    return write_negs(
+        root, partition, index, n_shards, identity=who, examples=rows(first, size), **numbers(first, size)
+    )
 
 
-def finished(root, n_shards=1, size=2, **options):
-    ids = [[f"fact/{i}" for i in range(index * size, (index + 1) * size)] for index in range(n_shards)]
-    return finished_shards(root, PARTITION, identity(), ids, **options)
+def rows(first, size):
+    return [Row(f"fact/{i}", f"Which? {i}", i % 2, "en") for i in range(first, first + size)]
+
+
+def finished(root, n_shards=1, size=2):
+    shards = [rows(index * size, size) for index in range(n_shards)]
+    return finished_shards(root, PARTITION, identity(), shards).receipts
 
 
 def receipt_path(root, index=0):
@@ -153,7 +159,7 @@ def assert_one_whole_shard(root):
     folder = PARTITION.path(root)
     (receipt,) = receipts(folder)
     assert objects(root) == sorted([shard_of(folder, receipt).name, "part-00000.json"])
-    assert is_whole(folder, receipt, verify=True)
+    assert shard_fault(folder, receipt) is None
     return receipt
 
 
@@ -166,7 +172,7 @@ def test_a_bucket_gives_back_what_was_written(bucket):
     expected = numbers(0, 4)
     for path in (bucket, f"{bucket}/", f"{bucket}/negs", PARTITION.path(bucket), str(PARTITION.path(bucket))):
         assert open_negs(path).places == [PARTITION]
-    split = open_negs(bucket, verify=True).select()
+    split = open_negs(bucket).select()
     assert split.ids == [f"fact/{i}" for i in range(4)]
     for layer in range(N_LAYERS):
         np.testing.assert_array_equal(split.layer(layer), expected["negs_POLN"][:, :, layer].astype(np.float32))
@@ -191,7 +197,7 @@ def test_a_shard_has_the_same_bytes_in_a_bucket_and_on_disk(bucket, tmp_path):
 def test_finished_shards_are_found_again_and_a_missing_one_is_not(bucket):
     assert finished(bucket) == {}
     receipt = write(bucket, 1, n_shards=2)
-    assert finished(bucket, n_shards=2) == finished(bucket, n_shards=2, verify=True) == {1: receipt}
+    assert finished(bucket, n_shards=2) == {1: receipt}
     with pytest.raises(ShardError, match="1 of 2 shards: run the same command again"):
         open_negs(bucket).select()
 
@@ -223,10 +229,10 @@ def test_a_shard_cut_short_or_lost_is_computed_again(bucket):
     for damage in (lambda: put(shard, whole[:-1]), lambda: shard.unlink()):
         damage()
         assert finished(bucket) == {}
-        with pytest.raises(ShardError, match="0 of 1 shards"):
+        with pytest.raises(ShardError, match="is damaged"):
             open_negs(bucket).select()
         assert write(bucket) == receipt
-        assert finished(bucket, verify=True) == {0: receipt}
+        assert finished(bucket) == {0: receipt}
         assert_one_whole_shard(bucket)
 
 
@@ -251,14 +257,12 @@ def test_a_flipped_bit_is_found_before_anything_is_parsed(bucket, monkeypatch):
     whole = read_bytes(shard)
     for at in range(0, len(whole), len(whole) // 5):
         put(shard, flip(whole, at))
-        assert finished(bucket, verify=True) == {}
+        assert finished(bucket) == {}
         with monkeypatch.context() as patch, pytest.raises(ShardError, match=r"damaged \(its checksum"):
             patch.setattr(pa.ipc, "open_file", lambda *_: pytest.fail("parsed"))
             open_negs(bucket).select()
-        with pytest.raises(ShardError, match="0 of 1 shards"):
-            open_negs(bucket, verify=True).select()
     write(bucket)
-    assert open_negs(bucket, verify=True).select().n_rows == 2
+    assert open_negs(bucket).select().n_rows == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"seal": 1}', b"flipped"])
@@ -303,7 +307,7 @@ def test_a_receipt_is_put_on_condition_that_there_is_none(bucket, server):
 class Turns:
     """Lets writers in threads make their requests in a given order; who is done has no more turns."""
 
-    STEPS = ("upload", "create", "replace", "is_whole", "remove", "objects")
+    STEPS = ("upload", "create", "replace", "_is_whole", "remove", "objects")
 
     def __init__(self, order):
         self._order = list(order)
@@ -354,7 +358,7 @@ def test_of_two_writers_one_wins_and_the_other_takes_its_receipt(bucket, monkeyp
         written = [one.result() for one in pending]
     monkeypatch.undo()
     assert written == [assert_one_whole_shard(bucket)] * 2
-    assert open_negs(bucket, verify=True).select().n_rows == 2
+    assert open_negs(bucket).select().n_rows == 2
 
 
 def test_many_writers_of_one_shard_agree(bucket):
@@ -373,7 +377,7 @@ def test_a_writer_that_dies_leaves_nothing_to_trust_and_nothing_for_good(bucket,
     with pytest.raises(KeyboardInterrupt):
         write(bucket, versions={"torch": "of the dead"})
     monkeypatch.undo()
-    assert bool(finished(bucket, verify=True)) == (step == "objects")
+    assert bool(finished(bucket)) == (step == "objects")
     write(bucket)
     assert_one_whole_shard(bucket)
 
@@ -421,8 +425,8 @@ def test_a_copied_run_is_read_where_it_was_copied_to(bucket, tmp_path):
     local.mkdir(parents=True)
     PARTITION.path(bucket).fs.get(PARTITION.path(bucket).path + "/", str(local) + "/", recursive=True)
     remote.fs.put(f"{tmp_path / 'run'}/", remote.path + "/", recursive=True)
-    assert open_negs(tmp_path / "copy", verify=True).select().n_rows == 2
-    assert open_negs(remote, verify=True).select().n_rows == 3
+    assert open_negs(tmp_path / "copy").select().n_rows == 2
+    assert open_negs(remote).select().n_rows == 3
 
 
 def test_what_needs_local_files_has_a_directory_of_its_own_for_each_run(bucket, tmp_path):
@@ -550,7 +554,7 @@ def without_locks(request, monkeypatch):
 def test_a_directory_without_locks_is_written_resumed_and_read(without_locks, tmp_path):
     receipt = write(tmp_path)
     assert write(tmp_path) == receipt
-    assert finished(tmp_path, verify=True) == {0: receipt}
+    assert finished(tmp_path) == {0: receipt}
     assert open_negs(tmp_path).select().n_rows == 2
     assert [path.name for path in tmp_path.rglob("*.*") if not path.name.startswith("part")] == [".lock"]
 
@@ -559,7 +563,7 @@ def test_without_locks_many_writers_of_one_shard_do_not_trip_over_each_other(wit
     versions = [{"torch": "2." + "1" * number} for number in range(20)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda version: write(tmp_path, versions=version), versions))
-    assert list(finished(tmp_path, verify=True)) == [0]
+    assert list(finished(tmp_path)) == [0]
 
 
 def test_without_locks_of_two_writers_one_valid_shard_remains(without_locks, tmp_path, monkeypatch):
@@ -575,7 +579,7 @@ def test_without_locks_of_two_writers_one_valid_shard_remains(without_locks, tmp
     monkeypatch.setattr(shards, "_sync", sync_with_a_rival)
     write(tmp_path)
     racing[0].result()
-    assert list(finished(tmp_path, verify=True)) == [0]
+    assert list(finished(tmp_path)) == [0]
 
 
 def test_without_locks_a_dead_holder_is_not_waited_for(without_locks, tmp_path):
@@ -644,7 +648,7 @@ def test_a_pipeline_into_a_bucket_is_read_from_there_and_computes_nothing_again(
     names = {path.name for path in find(location(bucket), "*.*")}
     assert {"run.yaml", "accuracy.arrow", "splits.arrow", "report.html"} <= names
     assert b'href="accuracy.arrow"' in read_bytes(location(bucket) / "report.html")
-    assert [split.n_rows for split in open_negs(bucket, verify=True)] == [12, 12, 12]
+    assert [split.n_rows for split in open_negs(bucket)] == [12, 12, 12]
     (probe,) = find(location(bucket), "probes/*/*/polar.safetensors")
     assert load_probe(str(probe)).name == "polar"
 

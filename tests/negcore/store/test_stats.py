@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pyarrow as pa
 import pytest
-from stored_negs import awkward_numbers, write_layers
+from stored_negs import awkward_numbers, rows_of, write_layers
 from support import identity_of, negs_place
 
 from negcore.errors import NegError, ShardError
@@ -13,7 +13,9 @@ from negcore.measure.votes import VOTES, Vote, vote_sums
 from negcore.probing.fitted import fit_forest, fit_logistic, fit_vote, random_neurons, random_vote
 from negcore.probing.rankings import rank_layers, training_scores
 from negcore.store.identity import RunIdentity, choice_digest
-from negcore.store.publish import finished_shards, receipts, shard_path
+from negcore.store.integrity import finished_shards
+from negcore.store.publish import receipts, shard_path
+from negcore.store.reader import open_negs
 
 N_LAYERS, N_NEURONS, N_ROWS = 3, 11, 48
 N_ALL = N_LAYERS * N_NEURONS
@@ -211,11 +213,11 @@ def test_the_digests_of_runs_that_store_values_or_codes_are_those_they_always_ha
 
 def test_shards_of_another_choice_are_refused_with_the_difference(tmp_path):
     split = write(tmp_path, "train", "stats", neurons=CHOSEN)
-    ids = [split.ids[:20], split.ids[20:40], split.ids[40:]]
-    assert len(finished_shards(tmp_path, split.place, identity("stats", CHOSEN), ids)) == 3
+    done = finished_shards(tmp_path, split.place, identity("stats", CHOSEN), rows_of(split))
+    assert sorted(done.receipts) == [0, 1, 2]
     for other in (CHOSEN[1:], None):
         with pytest.raises(ShardError, match="this run here, that one there: neurons: .* here, '[0-9a-f]{32}' there"):
-            finished_shards(tmp_path, split.place, identity("stats", other), ids)
+            finished_shards(tmp_path, split.place, identity("stats", other), rows_of(split))
 
 
 def test_a_plan_knows_shards_before_their_neurons_are_chosen(tmp_path):
@@ -235,4 +237,6 @@ def test_neurons_that_are_not_those_of_the_receipt_are_damage(tmp_path):
     assert whole.count(column) == 1
     path.write_bytes(whole.replace(column, np.array((1, *CHOSEN[1:]), np.int32).tobytes()))
     with pytest.raises(ShardError, match=r"part-00001.arrow' is damaged \(its neurons are not those of its receipt\)"):
+        open_negs(tmp_path, verify=False).select()
+    with pytest.raises(ShardError, match=r"part-00001.arrow' is damaged \(its checksum"):
         split.neurons([7])

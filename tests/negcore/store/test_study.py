@@ -4,7 +4,8 @@ from support import Row, identity_of
 
 from negcore.errors import ShardError
 from negcore.measure.sweeps import SweepResult
-from negcore.store.publish import SetAside, ShardPlace, finished_shards, publish_shard
+from negcore.store.integrity import finished_shards
+from negcore.store.publish import SetAside, ShardPlace, publish_shard
 from negcore.store.study import (
     joined_sweep,
     read_studies,
@@ -94,10 +95,10 @@ def test_the_prompts_text_is_not_stored(tmp_path):
 
 def test_shards_of_another_study_are_refused_with_the_difference(tmp_path):
     place, receipt = write(tmp_path, [0], 0)
-    ids = [[f"facts/{n}/u{n}" for n in (0, 1)], [f"facts/{n}/u{n}" for n in (2, 3)]]
-    assert finished_shards(tmp_path, place, identity(), ids) == {0: receipt}
+    rows = [[Row(f"facts/{n}/u{n}", f"secret {n}", group="P1-x") for n in pair] for pair in ((0, 1), (2, 3))]
+    assert finished_shards(tmp_path, place, identity(), rows) == ({0: receipt}, {})
     with pytest.raises(ShardError, match=r"study.seed: 1 here, nothing there"):
-        finished_shards(tmp_path, place, identity(seed=1), ids)
+        finished_shards(tmp_path, place, identity(seed=1), rows)
 
 
 def test_an_incomplete_sweep_is_refused(tmp_path):

@@ -1,0 +1,426 @@
+"""Checks that a shard goes through before its numbers are used: by resuming runs, by readers and by `neg verify` alike.
+
+They come in this order. The length of the file and its checksum are those of the receipt, whose own seal was compared
+when it was read. Only then is the file parsed, and what it says of itself (place, index, run, versions, columns,
+neurons, row ids) is compared with its directory and its receipt.
+
+A file is checked once in a process. That is remembered by its path, size, inode and time of change, and nowhere else:
+bits that rot on a disk change none of these, so every process reads the files that it uses once.
+"""
+
+import errno
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import pyarrow as pa
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
+
+from negcore.errors import ShardError, one_line
+from negcore.store.buckets import describe, fetch
+from negcore.store.files import cache_directory, draft, is_remote, n_bytes, read_bytes
+from negcore.store.identity import RunIdentity, choice_digest, content_digest, text_hash
+from negcore.store.levels import has_columns_of
+from negcore.store.locks import locked
+from negcore.store.publish import Receipt, ShardPlace, checksum, index_of, read_receipts, shard_of
+from negcore.store.schema import ROW_COLUMNS, StoredExample, first_row
+
+_AT_ONCE = 4
+"""Files that are read at the same time."""
+_SETTLED_NS = 2_000_000_000
+"""Age, in nanoseconds, from which on the time of change tells: file systems count it in steps of up to 2 s."""
+_OTHER_CHECKSUM = "its checksum is not the one in its receipt"
+
+_sound: set[bytes] = set()
+"""Digests of what this process found sound: a file, its stamp, its receipt, and a check that it passed."""
+
+
+# Resuming
+
+
+class Finished(NamedTuple):
+    """The shards of a run that are there, by index."""
+
+    receipts: dict[int, Receipt]
+    """Of those that need not be measured again."""
+    damaged: dict[int, str]
+    """What is wrong with those that have to be, though they were finished once."""
+
+
+def finished_shards(
+    root: str | Path,
+    place: ShardPlace,
+    identity: RunIdentity,
+    shards: Sequence[Sequence[StoredExample]],
+    *,
+    checked: Callable[[int], None] = lambda n_bytes: None,
+) -> Finished:
+    """Return the shards of this very run that need not be measured again, and those that are damaged.
+
+    Rows that were set aside count as done.
+
+    Parameters
+    ----------
+    shards : sequence of sequences of examples
+        The rows of every shard this run would write, in order: those of other rows are refused, and one that says
+        something else of a row than the run does is damaged.
+    checked : callable
+        Called with the bytes of every shard that was checked; what it raises ends the checks.
+
+    Raises
+    ------
+    ShardError
+        If the directory holds shards of another run, or of the same run cut into other rows.
+    """
+    folder = place.path(root)
+    found = read_receipts(folder)
+    for receipt in found.whole:
+        _check_run(folder, receipt, identity, shards)
+    faults = {index_of(path.name): "its receipt is damaged" for path in found.damaged}
+    rows = [shards[receipt.index] for receipt in found.whole]
+    for receipt, fault in shard_faults(folder, found.whole, rows=rows, checked=checked):
+        if fault is not None:
+            faults[receipt.index] = fault
+    known = {receipt.index: receipt for receipt in found.whole if receipt.index not in faults}
+    return Finished(known, {index: fault for index, fault in sorted(faults.items()) if 0 <= index < len(shards)})
+
+
+def _check_run(
+    folder: Path, receipt: Receipt, identity: RunIdentity, shards: Sequence[Sequence[StoredExample]]
+) -> None:
+    if receipt.digest != identity.digest:
+        raise _other_run(folder, identity, receipt)
+    planned = [row.id for row in shards[receipt.index]] if receipt.index < len(shards) else []
+    set_aside = {row.id for row in receipt.set_aside}
+    stored = [id_ for id_ in planned if id_ not in set_aside]
+    is_same_cut = receipt.n_shards == len(shards) and len(stored) + len(set_aside) == len(planned)
+    if not is_same_cut or receipt.ids_xxh3 != content_digest(stored):
+        raise _other_rows(folder, len(shards), receipt)
+
+
+# Checks of whole directories
+
+
+def complete_receipts(folder: Path) -> list[Receipt]:
+    """Return the receipts of every shard of a directory, in order.
+
+    Raises
+    ------
+    ShardError
+        If one is missing or damaged, or those of several runs are there.
+    """
+    known, damaged = read_receipts(folder)
+    if len({(receipt.digest, receipt.n_shards) for receipt in known}) > 1:
+        raise ShardError(f"{str(folder)!r} holds shards of several runs: delete it and run one of them again")
+    if damaged:
+        raise damaged_file(damaged[0], "its seal does not fit its content")
+    if not known or len(known) < known[0].n_shards:
+        progress = f"{len(known)} of {known[0].n_shards} shards" if known else "no finished shards"
+        raise ShardError(f"{str(folder)!r} is incomplete, {progress}: run the same command again")
+    return known
+
+
+def check_shards(folder: Path, known: Sequence[Receipt]) -> None:
+    """Check the shards of some receipts before they are read.
+
+    Raises
+    ------
+    ShardError
+        If one is missing or damaged.
+    """
+    for receipt, fault in shard_faults(folder, known, file_of=local_shard):
+        if fault is not None:
+            raise damaged_file(shard_of(folder, receipt), fault)
+
+
+def shard_faults(
+    folder: Path,
+    known: Sequence[Receipt],
+    *,
+    file_of: Callable[[Path, Receipt], Path] = shard_of,
+    rows: Sequence[Sequence[StoredExample]] | None = None,
+    checked: Callable[[int], None] = lambda n_bytes: None,
+) -> Iterator[tuple[Receipt, str | None]]:
+    """Check the shards of some receipts, several at a time; yield each with what is wrong with it, or None.
+
+    Parameters
+    ----------
+    file_of : callable
+        Returns the file to check of a receipt's shard: itself, or `local_shard`.
+    rows : sequence of sequences of examples, optional
+        What each of the shards should say of its rows.
+    checked : callable
+        Called with the bytes of every shard that was checked; what it raises ends the checks.
+    """
+
+    def fault_of(receipt: Receipt, rows: Sequence[StoredExample] | None) -> str | None:
+        return shard_fault(folder, receipt, file_of(folder, receipt), rows=rows)
+
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
+    try:
+        faults = pool.map(fault_of, known, rows if rows is not None else repeat(None))
+        for receipt, fault in zip(known, faults, strict=True):
+            checked(receipt.n_bytes)
+            yield receipt, fault
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# Checks of one shard
+
+
+def shard_fault(
+    folder: Path,
+    receipt: Receipt,
+    file: Path | None = None,
+    *,
+    verify: bool = True,
+    rows: Sequence[StoredExample] | None = None,
+) -> str | None:
+    """Return what is wrong with a shard, in one line, or None.
+
+    Parameters
+    ----------
+    file : Path, optional
+        A copy of the shard to check in place of the shard itself.
+    verify : bool
+        False to leave out the checksum.
+    rows : sequence of examples, optional
+        What the shard should say of its rows, and of rows that were set aside.
+    """
+    file = file or shard_of(folder, receipt)
+    stamp = _stamp(file)
+    if stamp is None:
+        return "missing, though its receipt is there"
+    if stamp.n_bytes != receipt.n_bytes:
+        return f"{stamp.n_bytes} bytes long, {receipt.n_bytes} in its receipt"
+    checks = ["content", *["checksum"] * verify, *([] if rows is None else [_digest_of_rows(rows)])]
+    passed = {_memory(file, stamp, receipt, check) for check in checks}
+    if passed <= _sound:
+        return None
+    fault = _fault(folder, receipt, file, verify, rows)
+    if fault is None and stamp.is_settled and _stamp(file) == stamp:
+        _sound.update(passed)
+    return fault
+
+
+def _fault(
+    folder: Path, receipt: Receipt, file: Path, verify: bool, rows: Sequence[StoredExample] | None
+) -> str | None:
+    if content_digest(dict(receipt.identity)) != receipt.digest:
+        return "the digest in its receipt is not that of the settings in it"
+    try:
+        source = _source(file)
+        if verify and (xxh3_128_hexdigest(source) if is_remote(file) else checksum(file)) != receipt.file_xxh3:
+            return _OTHER_CHECKSUM
+        batch = _batch_of(source)
+        fault = _content_fault(folder, receipt, batch)
+        return _row_fault(batch, rows) if fault is None and rows is not None else fault
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        number = getattr(error, "errno", None)  # Arrow's errors have none
+        if number is not None and (number != errno.EIO or is_remote(file)):  # not a lost sector: all may be well soon
+            raise ShardError(f"{str(file)!r} cannot be read ({one_line(error)})") from error
+        return f"it cannot be read: {one_line(error):.200}"
+
+
+def _content_fault(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> str | None:
+    about = metadata_of(batch.schema)
+    if _place(about) != _names(folder):
+        return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
+    if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest", "versions")):
+        return "its metadata are not those of its receipt"
+    if not _has_its_columns(folder, receipt, batch.schema):
+        return "its columns are not those of its model and dataset"
+    if not _has_its_neurons(receipt, batch):
+        return "its neurons are not those of its receipt"
+    ids = batch.column("id").to_pylist()
+    if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
+        return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
+    return None
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, Any]:
+    """Return what a shard says of itself; nothing if it cannot be read."""
+    try:
+        about = json.loads((schema.metadata or {})[b"neg"])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return model, dataset, and split or other part; studies of earlier versions call it `place` and name its kind."""
+    place = about.get("partition") or about.get("place")
+    known = place if isinstance(place, dict) else {}
+    part = [name for key, name in known.items() if key not in ("kind", "model", "dataset")]
+    names = (known.get("model"), known.get("dataset"), *part)
+    return tuple(str(name) for name in names if name is not None)
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    """Return model, dataset, and split or other part by the name of a directory of shards."""
+    return tuple(unquote(part.partition("=")[2]) for part in folder.parts[-3:])
+
+
+def _has_its_columns(folder: Path, receipt: Receipt, schema: pa.Schema) -> bool:
+    if not ShardPlace.is_path(folder):  # a study's other columns depend on what it measures
+        return tuple(schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
+    return has_columns_of(receipt.identity, schema)
+
+
+def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
+    """Tell whether a shard with chosen neurons holds those of its receipt; a shard without rows names none."""
+    if "neurons" not in receipt.identity or not batch.num_rows:
+        return True
+    return bool(choice_digest(first_row(batch, "neurons").tolist()) == receipt.identity["neurons"])
+
+
+def _row_fault(batch: pa.RecordBatch, rows: Sequence[StoredExample]) -> str | None:
+    """Return in which row a shard says something else than the examples that it was made from, or None."""
+    names = [*ROW_COLUMNS, *(name for name in ("gold",) if name in batch.schema.names)]
+    by_id = {row.id: row for row in rows}
+    for stored in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+        row = by_id.get(stored[0])
+        known = None if row is None else (row.id, text_hash(row.prompt), row.group, row.answer)
+        for name, here, there in zip(names, known or repeat(None), stored, strict=False):
+            if here != there:
+                return f"{name} of its row {stored[0]!r} is not that of the dataset"
+    return None
+
+
+def _digest_of_rows(rows: Sequence[StoredExample]) -> str:
+    return content_digest([(row.id, text_hash(row.prompt), row.group, row.answer) for row in rows])
+
+
+# Files
+
+
+class _Stamp(NamedTuple):
+    """All that is known of a file without reading it."""
+
+    n_bytes: int
+    version: tuple[Any, ...]
+    """Device, inode and time of change; in a bucket the server's tag."""
+    is_settled: bool
+    """True if any change from now on changes the stamp."""
+
+
+def _stamp(file: Path) -> _Stamp | None:
+    """Return the stamp of a file; None if there is none."""
+    try:
+        if is_remote(file):
+            description = describe(file)
+            return _Stamp(int(description["size"]), (description.get("ETag"),), True)
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    age_ns = time.time_ns() - status.st_mtime_ns
+    version = (status.st_dev, status.st_ino, status.st_mtime_ns)
+    return _Stamp(status.st_size, version, not 0 <= age_ns < _SETTLED_NS) if file.is_file() else None
+
+
+def _memory(file: Path, stamp: _Stamp, receipt: Receipt, check: str) -> bytes:
+    """Return what is remembered of a file that passed a check."""
+    known = (receipt.index, receipt.n_shards, receipt.n_rows, receipt.file_xxh3, receipt.digest, receipt.ids_xxh3)
+    return xxh3_128_digest(repr((str(file), stamp.n_bytes, stamp.version, known, check)).encode("utf-8", "replace"))
+
+
+def _source(file: Path) -> Any:
+    """Return a file's bytes: mapped, or of a file in a bucket read as a whole."""
+    return pa.py_buffer(read_bytes(file)) if is_remote(file) else pa.memory_map(str(file))
+
+
+def _batch_of(source: Any) -> pa.RecordBatch:
+    batch = pa.ipc.open_file(source).get_batch(0)
+    batch.validate()
+    return batch
+
+
+def mapped_batch(path: Path) -> pa.RecordBatch:
+    """Return the one batch of a shard's file, memory-mapped; a file in a bucket is read as a whole.
+
+    Raises
+    ------
+    ShardError
+        If the file is not a shard.
+    """
+    try:
+        return _batch_of(_source(path))
+    except (OSError, pa.ArrowException) as error:
+        raise damaged_file(path, str(error).splitlines()[0]) from error
+
+
+def sound_batch(folder: Path, receipt: Receipt, *, verify: bool) -> pa.RecordBatch:
+    """Return the one batch of a receipt's shard, mapped, once it is checked.
+
+    Raises
+    ------
+    ShardError
+        If the shard is missing or damaged.
+    """
+    file = local_shard(folder, receipt)
+    fault = shard_fault(folder, receipt, file, verify=verify)
+    if fault is not None:
+        raise damaged_file(shard_of(folder, receipt), fault)
+    return mapped_batch(file)
+
+
+def local_shard(folder: Path, receipt: Receipt) -> Path:
+    """Return the file of a receipt's shard on this machine: itself, or a copy if it is in a bucket.
+
+    Copies are made when they are first needed, in `cache_directory()`'s ``shards``, and named after their content;
+    that folder can be deleted at any time. A copy is checked like a shard, and made again if it is damaged.
+
+    Raises
+    ------
+    ShardError
+        If what came out of the bucket has another checksum than its receipt; nothing has parsed it then.
+    """
+    shard = shard_of(folder, receipt)
+    if not is_remote(shard):
+        return shard
+    copy = cache_directory() / "shards" / f"{receipt.file_xxh3}.arrow"
+    if n_bytes(copy) is None or shard_fault(folder, receipt, copy) is not None:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with locked(copy.with_suffix(".lock")):  # several processes of this machine may need it at once
+            if n_bytes(copy) is None or checksum(copy) != receipt.file_xxh3:
+                _copy_shard(shard, receipt, copy)
+    return copy
+
+
+def _copy_shard(shard: Path, receipt: Receipt, copy: Path) -> None:
+    with draft(copy) as path:
+        try:
+            fetch(shard, path)
+        except FileNotFoundError:
+            raise damaged_file(shard, "missing, though its receipt is there") from None
+        if checksum(path) != receipt.file_xxh3:
+            raise damaged_file(shard, _OTHER_CHECKSUM)
+
+
+# Messages
+
+
+def damaged_file(path: Path, reason: str) -> ShardError:
+    """Return the error of a damaged shard or receipt."""
+    return ShardError(f"{str(path)!r} is damaged ({reason}): run the same command again, which computes it anew")
+
+
+def _other_run(folder: Path, identity: RunIdentity, receipt: Receipt) -> ShardError:
+    return ShardError(
+        f"{str(folder)!r} holds shards of another run (this run here, that one there: "
+        f"{identity.difference(receipt.identity)}): write to another output directory, or delete that partition"
+    )
+
+
+def _other_rows(folder: Path, n_shards: int, receipt: Receipt) -> ShardError:
+    return ShardError(
+        f"{str(folder)!r} was cut into other rows: its shard {receipt.index} of {receipt.n_shards} holds "
+        f"{receipt.n_rows} rows, {receipt.first_id!r} to {receipt.last_id!r}, and this run makes {n_shards} "
+        "shards: use that run's rows and shard size, write to another output directory, or delete that partition"
+    )
