@@ -7,20 +7,23 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
 from flows.cancellation import stopped_by_cancellation
+from flows.lost_server import told_when_back
 from flows.show.check_tables import check_section, check_warnings
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
 from flows.show.text import printable
+from flows.skipped import skipped
 from negcore.errors import RunError, typed_line
 from tasks.config.run_file import RunFile
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.checks import read_checks
-from tasks.rundir.claim import claim
+from tasks.rundir.claim import HeldError, claim
 from tasks.steps import PrefectSteps, Steps
 
 E = TypeVar("E", bound=RunResults)
@@ -95,20 +98,29 @@ def noted(results: RunResults) -> Iterator[None]:
 def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
 
+    A run of a deployment is skipped if another run holds its directory, and waits at its end for a server that is away.
+
     Returns
     -------
     E
-        The results; of a cancelled flow run, the state in which Prefect is to end it.
+        The results; of a flow run that is cancelled or skipped, the state in which Prefect is to end it.
 
     Raises
     ------
     IncompleteRun
         If something is missing from the results.
+    HeldError
+        If another run holds the directory of a flow run that was started by hand.
     """
-    steps = PrefectSteps()
-    with stopped_by_cancellation(steps.stop) as cancelled:
+    steps, is_deployed = PrefectSteps(), _is_deployed()
+    with told_when_back() if is_deployed else nullcontext():
         try:
-            results = work(run, steps)
+            with stopped_by_cancellation(steps.stop) as cancelled:
+                results = work(run, steps)
+        except HeldError as error:
+            if not is_deployed:
+                raise
+            return skipped(str(error))  # type: ignore[no-any-return]
         except Stopped:
             if not cancelled.is_set():
                 raise
@@ -118,6 +130,11 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     if results.problems:
         raise IncompleteRun(results)
     return results
+
+
+def _is_deployed() -> bool:
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run is not None and context.flow_run.deployment_id is not None
 
 
 def _log(results: RunResults) -> None:

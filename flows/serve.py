@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def deployments(
     run_files: Sequence[Path], flow_name: str | None = None, *, cron: str | None = None, name: str | None = None
 ) -> "list[RunnerDeployment]":
-    """Make a deployment of each run file: one run of it at a time, and one that is due meanwhile is dropped.
+    """Make a deployment of each run file.
 
     Parameters
     ----------
@@ -52,7 +52,6 @@ def deployments(
 
 
 def _deployment(run: RunFile, flow_name: str, name: str, cron: str | None) -> "RunnerDeployment":
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import EntrypointType
 
     from flows.prefect_flows import prefect_flow
@@ -62,7 +61,6 @@ def _deployment(run: RunFile, flow_name: str, name: str, cron: str | None) -> "R
         cron=cron,
         parameters={"run": run.model_copy(update={"out": run.directory}).model_dump(mode="json")},
         tags=["neg", flow_name],
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 
@@ -70,7 +68,9 @@ def _deployment(run: RunFile, flow_name: str, name: str, cron: str | None) -> "R
 def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
     """Register deployments with the configured Prefect server and start their runs, one at a time, until interrupted.
 
-    A first SIGINT, SIGTERM or SIGHUP cancels the run under way and pauses the schedules; a second one does not wait.
+    A scheduled run that comes due while another of its deployment is under way is skipped. The server may be lost and
+    come back: a run under way goes on, and schedules after it. A first SIGINT, SIGTERM or SIGHUP cancels the run under
+    way and pauses the schedules; a second one does not wait.
 
     Raises
     ------
@@ -92,14 +92,12 @@ def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
 
 
 async def _serve(served: "Sequence[RunnerDeployment]") -> None:
-    from prefect.runner import Runner
+    from flows.lasting_runner import LastingRunner
 
-    runner = Runner(limit=1)
+    runner = LastingRunner()
     for deployment in served:
         await runner.aadd_deployment(deployment)
     serving = asyncio.create_task(runner.start())
-    # By then the runner has set its own handler, which would leave the run under way "Running" for ever.
-    await asyncio.sleep(0)
 
     async def stop() -> None:
         if runner.started:

@@ -24,7 +24,7 @@ from negcore.store.buckets import create
 from negcore.store.files import draft, is_remote, read_bytes, remove
 from tasks.config.provenance import this_command
 
-__all__ = ["CLAIM_FILE", "Holder", "claim", "holder_of"]
+__all__ = ["CLAIM_FILE", "HeldError", "Holder", "claim", "holder_of"]
 
 CLAIM_FILE = "claim.json"
 
@@ -37,6 +37,10 @@ _POLL_S = 1.0
 _SETTLE_S = 0.5
 """If two drivers take over the same dead claim, the first sees within this time that the second did."""
 _LONGEST_COMMAND = 200
+
+
+class HeldError(RunError):
+    """A living driver holds the run directory."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,11 @@ def claim(directory: Path, *, when_lost: Callable[[], None] | None = None) -> It
 
     Raises
     ------
+    HeldError
+        If a living driver holds the directory. A holder of another machine is watched for a while before, because only
+        a claim that is renewed tells that it lives.
     RunError
-        If a living driver holds the directory, or it cannot be written; at the end if the claim was lost meanwhile.
+        If the directory cannot be written; at the end if the claim was lost meanwhile.
     """
     held = _held.get({})
     known = held.get(str(directory))
@@ -191,14 +198,16 @@ def _acquire(directory: Path) -> Holder:
             return me
         holder = _living(directory)
         if holder is not None:
-            raise RunError(f"run directory {str(directory)!r} is held by {holder}: wait, stop it, or use another --out")
+            raise HeldError(
+                f"run directory {str(directory)!r} is held by {holder}: wait, stop it, or use another --out"
+            )
         _write(directory, me)
         time.sleep(_SETTLE_S)
         winner = holder_of(directory)
     except OSError as error:
         raise RunError(f"run directory {str(directory)!r} cannot be written: {error.strerror or error}") from error
     if not _is_of(winner, me):
-        raise RunError(f"run directory {str(directory)!r} was claimed by {winner} at the same moment: wait or stop it")
+        raise HeldError(f"run directory {str(directory)!r} was claimed by {winner} at the same moment: wait or stop it")
     return me
 
 

@@ -4,24 +4,19 @@ And the manifest's deployments: `prefect deploy`, and a run by a process worker.
 Everything happens once, in `story` and in `deployed`; the tests look at what was seen of it.
 """
 
-import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import httpx
 import psutil
 import pytest
 import yaml
+from prefect_servers import FINAL, PATIENCE_S, PREFECT, Json, Popen, PrefectServer, below, running, wait_until
 from support import NEG, REPOSITORY, save_tiny_model
 
 from flows.pipeline import run_pipeline
@@ -31,114 +26,18 @@ from tasks.config.reading import read_run_file
 from tasks.rundir.claim import CLAIM_FILE
 from tasks.steps import PlainSteps
 
-PATIENCE_S = 600.0
-"""Limit for each thing that is waited for: a quiet machine needs seconds."""
 N_PROMPTS = 150
 SECRET = "zebra"
 """A word of every prompt."""
 EVERY_TEN_SECONDS = "* * * * * */10"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-Json = dict[str, Any]
-Popen = subprocess.Popen[bytes]
-
-
-class Prefect(NamedTuple):
-    """A Prefect server that asks for a password."""
-
-    url: str
-    auth: str
-
-    def __call__(self, method: str, path: str, body: Any = None) -> Any:
-        def answer() -> httpx.Response | None:
-            auth, url = tuple(self.auth.split(":")), f"{self.url}/{path}"
-            given = httpx.request(method, url, json=body, auth=auth, timeout=PATIENCE_S, trust_env=False)
-            return None if given.status_code == 503 else given  # it is to be asked again: SQLite was locked for long
-
-        given = wait_until(answer, f"an answer to {path}").raise_for_status()
-        return given.json() if given.content else None
-
-    def settings(self, place: Path) -> dict[str, str]:
-        """What a program needs to report to it, and to leave its own files in a place."""
-        api = {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.auth}
-        return api | {"PREFECT_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1"}
-
-    def under_way(self) -> Json | None:
-        """The flow run that `neg serve` works on."""
-        states = {"state": {"type": {"any_": ["PENDING", "RUNNING"]}}, "deployment_id": {"is_null_": False}}
-        return next(iter(self("POST", "flow_runs/filter", {"flow_runs": states})), None)
-
-    def reached(self, run: Json, *states: str) -> Json:
-        """The flow run, as soon as it is in one of the states."""
-
-        def now() -> Json | None:
-            known = self("GET", f"flow_runs/{run['id']}")
-            return known if known["state"]["type"] in states else None
-
-        return wait_until(now, f"{run['name']} to be {states}")
-
-    def of(self, run: Json, kind: str) -> list[Json]:
-        """Artifacts, logs or task runs of a flow run."""
-        return self("POST", f"{kind}/filter", {kind: {"flow_run_id": {"any_": [run["id"]]}}})
-
-
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
-    """The condition's value as soon as it is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    return pytest.fail(f"waited in vain for {what}")
-
-
-@contextlib.contextmanager
-def running(command: list[Any], log: Path, **environment: str) -> Iterator[Popen]:
-    """A process that is asked to end when the block is left, and made to end with all that it started."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=clean | environment, cwd=log.parent)
-    try:
-        yield process
-    finally:
-        family = below(process)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
-        for left in psutil.wait_procs(family, timeout=10)[1]:
-            left.kill()
-
-
-def below(process: Popen) -> list[psutil.Process]:
-    """All that a process started, and that they started."""
-    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
 
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory):
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    prefect = Prefect(f"http://127.0.0.1:{port}/api", f"test:{secrets.token_hex(8)}")
-    settings = {
-        "PREFECT_HOME": str(home),
-        "PREFECT_SERVER_API_AUTH_STRING": prefect.auth,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_UI_ENABLED": "false",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
-    }
-    command = [NEG.parent / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-
-    def healthy() -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{prefect.url}/health", timeout=5, trust_env=False).is_success
-        return False
-
-    with running(command, home / "server.log", **settings):
-        wait_until(healthy, "the server")
-        yield prefect
+    with PrefectServer(tmp_path_factory.mktemp("prefect")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +108,7 @@ def story(prefect, run):
         cancelled = cancel_in_the_middle(prefect, first, run, serving)
         prefect("POST", f"{deployment}/resume_deployment")
         second = wait_until(prefect.under_way, "a second run")
-        resumed = prefect.reached(second, "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        resumed = prefect.reached(second, *FINAL)
         third = wait_until(prefect.under_way, "a third run")
         prefect.reached(third, "RUNNING")
         serving.send_signal(signal.SIGTERM)
@@ -219,7 +118,7 @@ def story(prefect, run):
     return Story(cancelled, resumed, interrupted, crashed, prefect("GET", deployment), exit_code)
 
 
-def cancel_in_the_middle(prefect: Prefect, flow_run: Json, run: SkillRun, serving: Popen) -> Cancelled:
+def cancel_in_the_middle(prefect: PrefectServer, flow_run: Json, run: SkillRun, serving: Popen) -> Cancelled:
     """Do what the button on Prefect's pages does."""
     wait_until(lambda: finished(run), "a finished shard")
     processes = below(serving)
@@ -233,11 +132,11 @@ def cancel_in_the_middle(prefect: Prefect, flow_run: Json, run: SkillRun, servin
     return Cancelled(ended, kept, left, (run.directory / CLAIM_FILE).exists())
 
 
-def beat_once(prefect: Prefect, flow: str) -> Json:
+def beat_once(prefect: PrefectServer, flow: str) -> Json:
     """A flow run that gives one sign of life, and the automation of the manifest, which here waits less for another."""
     run = prefect("POST", "flow_runs/", {"flow_id": flow, "state": {"type": "RUNNING"}})
     place = {"prefect.resource.id": f"prefect.flow-run.{run['id']}"}
-    (automation,) = yaml.safe_load((REPOSITORY / "infra" / "automations.yaml").read_text())["automations"]
+    automation, *_ = yaml.safe_load((REPOSITORY / "infra" / "automations.yaml").read_text())["automations"]
     prefect("POST", "automations/", automation | {"trigger": automation["trigger"] | {"match": place, "within": 10}})
     beat = {"id": str(uuid.uuid4()), "event": "prefect.flow-run.heartbeat", "resource": place}
     prefect("POST", "events", [beat | {"occurred": datetime.now(UTC).isoformat()}])
@@ -256,7 +155,7 @@ class Deployed(NamedTuple):
 def deployed(prefect, run, tmp_path_factory):
     place = tmp_path_factory.mktemp("worker")
     settings = prefect.settings(place) | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
-    program, manifest = NEG.parent / "prefect", REPOSITORY / "infra" / "prefect.yaml"
+    program, manifest = PREFECT, REPOSITORY / "infra" / "prefect.yaml"
     for command in (
         ["work-pool", "create", "neg", "--type", "process"],
         ["--no-prompt", "deploy", "--all", "--prefect-file", manifest],
@@ -269,7 +168,7 @@ def deployed(prefect, run, tmp_path_factory):
         values = run.model_dump(mode="json", include={"model", "dataset"}) | {"out": "runs/shards", "shard_rows": 64}
         wanted = {"parameters": {"run": values}, "job_variables": {"working_dir": str(place)}}
         asked = prefect("POST", f"deployments/{shards['id']}/create_flow_run", wanted)
-        ended = prefect.reached(asked, "COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+        ended = prefect.reached(asked, *FINAL)
     return Deployed(deployments, ended, place / "runs" / "shards")
 
 
@@ -347,8 +246,7 @@ def test_the_manifest_deploys_every_flow_as_it_says(deployed):
         assert [(plan["schedule"]["cron"], plan["active"]) for plan in found["schedules"]] == [
             (plan["cron"], plan["active"]) for plan in one["schedules"]
         ]
-        assert found["global_concurrency_limit"]["limit"] == 1
-        assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+        assert found["global_concurrency_limit"] is None
 
 
 def test_a_worker_carries_out_a_run_of_a_deployment(deployed):

@@ -25,11 +25,11 @@ def run_file(tmp_path):
     return file
 
 
-def test_a_run_file_is_deployed_with_its_schedule_one_run_at_a_time(run_file, tmp_path):
+def test_a_run_file_is_deployed_with_its_schedule_and_no_limit_that_needs_the_server(run_file, tmp_path):
     (deployment,) = deployments([run_file], "pipeline", cron="0 2 * * *")
     assert (deployment.name, deployment.tags) == ("run", ["neg", "pipeline"])
     assert [one.schedule.cron for one in deployment.schedules] == ["0 2 * * *"]
-    assert (deployment.concurrency_limit, deployment.concurrency_options.collision_strategy) == (1, "CANCEL_NEW")
+    assert deployment.concurrency_limit is None
     assert deployment.parameters["run"]["out"] == str(tmp_path / "run")
     assert deployment.entrypoint == "flows.prefect_flows.pipeline"
 
