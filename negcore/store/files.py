@@ -5,6 +5,7 @@ annotations say `Path` for both; read and write it through these functions. `neg
 that only buckets need, `negcore.store.locks` those that only local files need.
 """
 
+import errno
 import fnmatch
 import hashlib
 import importlib.util
@@ -25,6 +26,7 @@ from negcore.store.temporary import temporary_directory
 _BUCKET = re.compile(r"s3://[^/*?\[\]]+(/[^*?\[\]]*)?")
 LONGEST_NAME = 255
 """Bytes of the name of a file or directory, on all common file systems."""
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
 _AT_ONCE = 16
 """Requests under way when many small objects are read."""
 
@@ -250,20 +252,48 @@ def _read_if_there(path: Path) -> bytes | None:
 
 @contextmanager
 def draft(target: Path) -> Iterator[Path]:
-    """Give a local file to write; it replaces `target`, whole, when the block ends without an error."""
+    """Give a local file to write; it replaces `target`, whole, when the block ends without an error.
+
+    It is on the disk then, and so is its name: a machine that loses its power keeps the old file or has the new one.
+    """
     if is_remote(target):
         with temporary_directory() as folder:
             path = folder / target.name
             yield path
             buckets.upload(path, target)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     path = hidden(target)
     try:
         yield path
+        sync(path)
         path.replace(target)
+        sync(target.parent)
     finally:
         path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a local folder and those above it, so that their names survive a loss of power."""
+    absent = []
+    while not folder.exists():
+        absent.append(folder)
+        folder = folder.parent
+    for one in reversed(absent):
+        one.mkdir(exist_ok=True)
+        sync(one.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; some file systems can do so for files alone."""
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(number)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ the server lets one win: what is under a name never changes, so a receipt cannot
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,17 @@ import xxhash
 
 from negcore.errors import RunError, ShardError
 from negcore.store.buckets import create, objects, remove, replace, upload
-from negcore.store.files import LONGEST_NAME, hidden, is_remote, location, n_bytes, read_all, read_bytes
+from negcore.store.files import (
+    LONGEST_NAME,
+    hidden,
+    is_remote,
+    location,
+    make_folder,
+    n_bytes,
+    read_all,
+    read_bytes,
+    sync,
+)
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
 from negcore.store.locks import hold, locked
 from negcore.store.schema import with_aligned_metadata
@@ -292,7 +301,7 @@ def _lock(folder: Path) -> Path:
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
     """Yield a hidden file beside `target` that is locked while its writer lives and removed at the end."""
-    (target.parent / "_receipts").mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent / "_receipts")
     path = hidden(target)
     with locked(_lock(target.parent)):
         _remove_abandoned(target.parent)
@@ -323,19 +332,16 @@ def _publish(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:
     """Show the shard, then its receipt, under a lock: of two writers, one shard and *its* receipt remain."""
     path = receipt_path(folder, receipt.index)
     hidden_receipt = hidden(path)
-    _sync(temporary)
+    sync(temporary)
     with locked(_lock(folder)):
         path.unlink(missing_ok=True)
         temporary.replace(shard_of(folder, receipt))
+        sync(folder)
         hidden_receipt.write_text(_sealed(receipt), encoding="ascii")
-        _sync(hidden_receipt)
+        sync(hidden_receipt)
         hidden_receipt.replace(path)
+        sync(path.parent)
     return receipt
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 def _publish_in_bucket(temporary: Path, folder: Path, receipt: Receipt) -> Receipt:

@@ -568,15 +568,15 @@ def test_without_locks_many_writers_of_one_shard_do_not_trip_over_each_other(wit
 
 def test_without_locks_of_two_writers_one_valid_shard_remains(without_locks, tmp_path, monkeypatch):
     """The second begins between the first one's shard and receipt; their bytes differ (in the versions)."""
-    original, second, racing = shards._sync, ThreadPoolExecutor(1), []
+    original, second, racing = shards.sync, ThreadPoolExecutor(1), []
 
     def sync_with_a_rival(path):
         if ".json" in path.name:
-            monkeypatch.setattr(shards, "_sync", original)
+            monkeypatch.setattr(shards, "sync", original)
             racing.append(second.submit(write, tmp_path, versions={"torch": "9.99"}))
         original(path)
 
-    monkeypatch.setattr(shards, "_sync", sync_with_a_rival)
+    monkeypatch.setattr(shards, "sync", sync_with_a_rival)
     write(tmp_path)
     racing[0].result()
     assert list(finished(tmp_path)) == [0]
