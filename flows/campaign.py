@@ -111,14 +111,14 @@ def _carry_out(step: CampaignStep, steps: Steps, results: CampaignResults) -> tu
     except (Stopped, KeyboardInterrupt):
         raise
     except NegError as error:
-        return Compared(), [str(error)]
+        return Compared(), [f"{error}"]
     except Exception as error:
         return Compared(), [typed_line(error)]
 
 
 def _set_aside(step: CampaignStep, extracted: Sequence[Extracted]) -> list[str]:
-    rows = (row for one in extracted for row in one.set_aside)
-    return list(dict.fromkeys(f"{step.folder}, {step.study}: {row.id}: {row.reason}" for row in rows))
+    lines = (line for one in extracted for line in one.named_set_aside())
+    return list(dict.fromkeys(f"{step.folder}, {step.study}: {line}" for line in lines))
 
 
 def compare_accuracy(model: str, run: EvaluationRun, results: Results) -> Compared:

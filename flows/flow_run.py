@@ -16,18 +16,22 @@ from flows.lost_server import told_when_back
 from flows.show.check_tables import check_section, check_warnings
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
-from flows.show.text import printable
 from flows.skipped import skipped
-from negcore.errors import RunError, typed_line
+from negcore.errors import NegError, RunError, typed_line
+from negcore.texts import printable, public
 from tasks.config.run_file import RunFile
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.checks import read_checks
 from tasks.rundir.claim import HeldError, claim
 from tasks.steps import PrefectSteps, Steps
+from tasks.withheld import Withheld, withholding
 
 E = TypeVar("E", bound=RunResults)
 R = TypeVar("R", bound=RunFile)
+
+_local_log = logging.getLogger("neg-local")
+"""Log of this process, whatever loggers of ours Prefect is told to record."""
 
 _CANCELLED = "finished shards are kept, and the same run goes on from them"
 _MOST_LOGGED = 20
@@ -40,7 +44,7 @@ class IncompleteRun(RunError):
     def __init__(self, results: RunResults) -> None:
         count = len(results.problems)
         super().__init__(
-            f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {results.problems[0]}"
+            f"the run is not whole: {count} problem{'s' * (count > 1)}, the first is {public(results.problems[0])}"
         )
         self.results: Any = results  # of the flow's own kind
 
@@ -92,7 +96,7 @@ def noted(results: RunResults) -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        results.problems.append(str(error))
+        results.problems.append(f"{error}")
 
 
 def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
@@ -111,7 +115,19 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
         If something is missing from the results.
     HeldError
         If another run holds the directory of a flow run that was started by hand.
+    Withheld
+        If the run failed: Prefect records it, and it quotes no row. The log of this process alone has the error itself.
     """
+    try:
+        with withholding(IncompleteRun, HeldError):
+            return _under_prefect(work, run)
+    except Withheld as withheld:
+        line = printable(typed_line(withheld.error))
+        _local_log.error("%s", line, exc_info=None if isinstance(withheld.error, NegError) else withheld.error)
+        raise
+
+
+def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     steps, is_deployed = PrefectSteps(), _is_deployed()
     with told_when_back() if is_deployed else nullcontext():
         try:
@@ -147,7 +163,7 @@ def _log(results: RunResults) -> None:
         (logging.WARNING, "set aside", results.set_aside),
     ):
         for line in lines[:_MOST_LOGGED]:
-            logger.log(level, "%s: %s", what, printable(line))
+            logger.log(level, "%s: %s", what, printable(public(line)))
         if len(lines) > _MOST_LOGGED:
             logger.log(level, "%s: %d more, see %s", what, len(lines) - _MOST_LOGGED, results.directory)
 

@@ -21,6 +21,7 @@ from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
 from tasks.floors import mass_warnings
 from tasks.forecast.capacity import check_disk
+from tasks.measure.missing import names_of
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.model_plans import ModelPlans, all_problems
@@ -112,7 +113,8 @@ def run_probe(run: SkillRun, steps: Steps) -> Results:
                 for split in dataset.splits:
                     known = receipts(split.place.path(run.directory))
                     rows = [row for receipt in known for row in receipt.set_aside]
-                    results.set_aside += [f"{split.title}: {row.id}: {row.reason}" for row in rows]
+                    named = names_of(split, rows)
+                    results.set_aside += [f"{split.title}: {named[row.id]}: {row.reason}" for row in rows]
                 probe(run, dataset)
     return results
 

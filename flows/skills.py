@@ -156,8 +156,8 @@ def _check(
             name = f"{one.name} causal check"
             checked = attempt(steps, results, measure, name, pool, list(checks.values()), root) or []
             results.problems += [problem for of_probe in checked for problem in of_probe.problems]
-            rows = dict.fromkeys(row for of_probe in checked for row in of_probe.set_aside if row not in known)
-            results.set_aside += [f"{name}: {row.id}: {row.reason}" for row in rows]
+            lines = dict.fromkeys(line for of_probe in checked for line in of_probe.named_set_aside(known))
+            results.set_aside += [f"{name}: {line}" for line in lines]
             if checked and not any(of_probe.failures for of_probe in checked):
                 whole[one.dataset.name] = checks
     return whole

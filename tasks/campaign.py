@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from negcore.texts import public
 from tasks.config.campaign_run import CampaignRun, CampaignStep
 from tasks.linearity import Findings
 from tasks.probe import AccuracyRow
@@ -149,7 +150,7 @@ def outcome(step: CampaignStep, compared: Compared | None, problems: Sequence[st
         stage=step.study,
         outcome="failed" if is_empty else "in part" if problems else "whole",
         n_problems=len(problems),
-        reason=problems[0] if problems else "",
+        reason=public(problems[0]) if problems else "",
     )
 
 

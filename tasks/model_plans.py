@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from negcore.errors import NegError
+from negcore.texts import public
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def plan_models(refs: Sequence[str], plan_one: Callable[[str], T]) -> ModelPlans
         raise next(iter(errors.values()))
     problems = tuple(f"{ref}: {error}" for ref, error in errors.items())
     for problem in problems:
-        logger.warning("left out: %s", problem)
+        logger.warning("left out: %s", public(problem))
     return ModelPlans(tuple(plans), problems)
 
 

@@ -122,7 +122,7 @@ def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> Plann
             errors.append(error)
     if errors and not datasets:
         raise errors[0]
-    return PlannedModel(card, tuple(datasets), tuple(map(str, errors)))
+    return PlannedModel(card, tuple(datasets), tuple(f"{error}" for error in errors))
 
 
 def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> PlannedDataset:

@@ -165,7 +165,7 @@ class _PrivateServer:
         if threading.current_thread() is not threading.main_thread():
             raise RunError("a private Prefect server can only be started from the main thread; or set PREFECT_API_URL")
         self._home = home.resolve()
-        self._home.mkdir(parents=True, exist_ok=True)
+        _make_private(self._home)
         self._ready = False
         self.auth = f"run:{secrets.token_hex(16)}"
         _write_private(self._home / "password", self.auth)
@@ -175,7 +175,7 @@ class _PrivateServer:
 
     def _start(self, port: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        with self._log.open("ab") as log:
+        with open(self._log, "ab", opener=_private_opener) as log:
             return subprocess.Popen(
                 command,
                 env=_server_environment(self._home, self.url, self.auth),
@@ -184,6 +184,7 @@ class _PrivateServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # the database holds the parameters of runs
                 preexec_fn=_die_with_parent(),
             )
 
@@ -246,6 +247,18 @@ class _TaskRuns(NamedTuple):
 
     recorded: int
     open: int
+
+
+def _make_private(home: Path) -> None:
+    """Make a server's directory its owner's alone, with what an earlier version left there."""
+    home.mkdir(parents=True, exist_ok=True)
+    home.chmod(0o700)
+    for file in (*home.glob("prefect.db*"), *home.glob("server.log")):
+        file.chmod(0o600)
+
+
+def _private_opener(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _write_private(path: Path, text: str) -> None:

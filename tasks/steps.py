@@ -20,8 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
+from negcore.texts import printable, public
 from tasks.config.run_file import RunFile
 from tasks.pool.base import PoolStatus, Stopped
+from tasks.withheld import Withheld
 
 T = TypeVar("T")
 R = TypeVar("R", covariant=True)
@@ -241,23 +243,37 @@ class PrefectSteps(Steps):
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         from prefect.artifacts import create_table_artifact
 
-        self._page.keep(lambda: create_table_artifact(list(map(dict, rows)), key=artifact_key(key), description=title))
+        self._page.keep(
+            lambda: create_table_artifact([_public_row(row) for row in rows], key=artifact_key(key), description=title)
+        )
 
     def note(self, key: str, markdown: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        self._page.keep(lambda: create_markdown_artifact(markdown, key=artifact_key(key)))
+        self._page.keep(lambda: create_markdown_artifact(public(markdown), key=artifact_key(key)))
 
     def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]:
         from prefect.utilities.annotations import quote
 
-        name = f"{task.name} {step.name}".replace("{", "(").replace("}", ")")
+        name = printable(f"{task.name} {step.name}").replace("{", "(").replace("}", ")")
         # Quoted: Prefect would look for futures in everything that it is given, prompts included.
-        pending: Pending[Any] = task.with_options(task_run_name=name).submit(quote(step), *map(quote, args))
-        return pending
+        return _OpenPending(task.with_options(task_run_name=name).submit(quote(step), *map(quote, args)))
 
     def _step(self, task: Any, name: str) -> Step:
         return Step(name, self.stop, [*self._watchers(), _ProgressArtifact(task.name, name, self._page)])
+
+
+class _OpenPending:
+    """A task run whose error is told here as it is, and to Prefect without the texts of rows."""
+
+    def __init__(self, future: Pending[Any]) -> None:
+        self._future = future
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout)
+        except Withheld as withheld:
+            raise withheld.error from None
 
 
 class _PartStop(threading.Event):
@@ -307,7 +323,7 @@ class _ProgressArtifact:
     """A progress bar in the Prefect UI, refreshed every few seconds, and a line in the log at its end."""
 
     def __init__(self, kind: str, name: str, page: _Page) -> None:
-        self._title = f"{kind} {name}"
+        self._title = printable(f"{kind} {name}")
         self._page = page
         self._id: Any = None
         self._shown_at = float("-inf")
@@ -345,7 +361,11 @@ class _ProgressArtifact:
         if gained > 0 and progress.done < progress.total:
             rate = gained / seconds
             text += f", {rate * 60:.1f} a minute, {(progress.total - progress.done) / rate:.0f} s left"
-        return f"{text}; {progress.note}" if progress.note else text
+        return public(f"{text}; {progress.note}" if progress.note else text)
+
+
+def _public_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: printable(public(cell)) if isinstance(cell, str) else cell for name, cell in row.items()}
 
 
 def artifact_key(name: str) -> str:

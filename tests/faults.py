@@ -77,6 +77,8 @@ class Row(NamedTuple):
 
     id: str
     prompt: str
+    labels: tuple[str, ...] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ ALLOWED_TOP = {"negcore": {"negcore"}, "tasks": {"negcore", "tasks"}, "flows": {
 HEAVY = {"ray": {"tasks/pool/metrics.py", "tasks/pool/ray_pool.py", "tasks/pool/ray_session.py"}}
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
+    {"negcore.texts"},
     {"negcore.arrays", "negcore.errors"},
     {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
     {"negcore.store.files"},

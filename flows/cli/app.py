@@ -12,11 +12,13 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.machine import check_machine
 from flows.cli.standard_output import OutputLost, output_kept
-from flows.cli.terminal import carry_out, console, errors, quiet_libraries, reading, show
+from flows.cli.terminal import carry_out, quiet_libraries, reading, show, stop_on_signals
 from flows.cli.terminal import repair as repair_shards
+from flows.show.console import console, show_all_through_consoles, tell
 from negcore import __version__
 from negcore.errors import NegError, RunError
 from negcore.model.architectures import Dtype, SiteChoice
@@ -49,16 +51,42 @@ RunPath = Annotated[
 
 
 def main() -> None:
-    """Run the command line; what the user can correct is a line and exit code 2, lost output code 1."""
+    """Run the command line and exit with its code, 1 if its output is lost."""
+    show_all_through_consoles()
+    stop_on_signals()
     try:
         with output_kept():
-            app()
+            code = _exit_code()
     except OutputLost as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+        tell("error", str(error))
+        code = 1
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command line; what the user can correct is a line and exit code 2."""
+    try:
+        return app(standalone_mode=False) or 0
     except NegError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        tell("error", str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of typer, which keeps the class of its errors to itself
+            raise
+        _tell_usage(error)
+        return 2
+
+
+def _tell_usage(error: Any) -> None:
+    """Tell what is wrong with the command line; a command without arguments shows its help."""
+    context = error.ctx
+    if context is not None and type(error).__name__ == "NoArgsIsHelpError":
+        console.print(Text(context.get_help()))
+        return
+    advice = f"; see {context.command_path} --help" if context is not None else ""
+    tell("error", f"{error.format_message().rstrip('.')}{advice}")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -346,7 +374,7 @@ def datasets(
         dataset, _ = read_dataset(card, name, settings, mceval8k)
         describe_dataset(console, dataset)
         for warning in prompt_warnings(card, dataset):
-            errors.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True, highlight=False)
+            tell("warning", warning, "yellow")
 
 
 @app.command()
@@ -374,7 +402,7 @@ def verify(
         console.print(table)
     problems = verified_lines(found, place)
     for problem in problems:
-        errors.print(f"[red]wrong:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+        tell("wrong", problem)
     if problems:
         raise typer.Exit(1)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from flows.cli.terminal import console, errors
 from flows.show.audit_tables import audit_tables, check_audit_file, write_audit
-from flows.show.text import printable
+from flows.show.console import console, tell
 from negcore.datasets import PromptSettings
 from negcore.errors import NegError
 from negcore.measure.loading import load_model
@@ -39,7 +38,7 @@ def show_audit(
             if not console.is_terminal:
                 console.print(f"audited {escape(name)}", highlight=False, soft_wrap=True)
         except NegError as error:
-            problems.append(str(error))
+            problems.append(f"{error}")
     tables = audit_tables(audits, settings) if audits else []
     for table in tables:
         console.print(table)
@@ -47,6 +46,6 @@ def show_audit(
         write_audit(out, audits, tables, shlex.join(["neg", *sys.argv[1:]]))
         console.print(f"written to {escape(str(out))}", highlight=False, soft_wrap=True)
     for problem in problems:
-        errors.print(f"[red]left out:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
+        tell("left out", problem)
     if problems:
         raise typer.Exit(1)

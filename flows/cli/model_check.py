@@ -2,8 +2,8 @@
 
 from rich.markup import escape
 
-from flows.cli.terminal import console
 from flows.show.check_tables import check_table, facts_table
+from flows.show.console import console
 from negcore.datasets.files import read_json_lines
 from negcore.datasets.mini import MINI_ROWS
 from negcore.measure.loading import accept, settled

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from flows.cli.machine import check_machine
+from flows.show.console import console, errors, tell
 from tasks.config.run_file import RunFile
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=RunFile)
 T = TypeVar("T")
-
-console = Console()
-errors = Console(stderr=True)
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    console.width = 100  # into a file or a pipe, as wide as tables may get; rich would take 80
 
 
 def repair(found: "Sequence[Verified]") -> None:
@@ -45,7 +40,7 @@ def repair(found: "Sequence[Verified]") -> None:
             unpublish(one)
         for run, (n_steps, work) in runs:
             for problem in carry_out(given, run, "repair", n_steps, work).problems:
-                errors.print(f"[red]missing:[/red] {escape(problem)}", soft_wrap=True, highlight=False)
+                tell("missing", problem)
 
 
 def carry_out(
@@ -72,8 +67,8 @@ def carry_out(
     from tasks.rundir.claim import claim
     from tasks.server import prefect_api
     from tasks.steps import PlainSteps
+    from tasks.withheld import Withheld
 
-    stop_on_signals()
     console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
     try:
         # Claimed before anything is started: a private server would get in the way of another driver's.
@@ -87,6 +82,8 @@ def carry_out(
                 hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
                 console.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
                 return prefect_flow(run)
+    except Withheld as withheld:
+        raise withheld.error from None
     except IncompleteRun as incomplete:
         results: T = incomplete.results
         return results
@@ -100,7 +97,6 @@ def carry_out(
 def show(results: "RunResults") -> None:
     """Show a run's tables and where everything is; name what is missing, needs care or was set aside."""
     from flows.show.report import counted_now
-    from flows.show.text import printable
 
     for section in results.sections:
         if section.title:
@@ -112,11 +108,11 @@ def show(results: "RunResults") -> None:
     report = f"; the report is {results.report.name} there" if results.report else ""
     console.print(escape(f"written to {results.directory}{report}"), highlight=False, soft_wrap=True)
     for problem in results.problems:
-        errors.print(f"[red]missing:[/red] {escape(printable(problem))}", soft_wrap=True, highlight=False)
+        tell("missing", problem)
     for warning in results.warnings:
-        errors.print(f"[yellow]warning:[/yellow] {escape(printable(warning))}", soft_wrap=True, highlight=False)
+        tell("warning", warning, "yellow")
     for row in results.set_aside:
-        errors.print(f"[yellow]set aside:[/yellow] {escape(printable(row))}", soft_wrap=True, highlight=False)
+        tell("set aside", row, "yellow")
     if results.problems or results.set_aside:
         raise typer.Exit(1 if results.problems else 3)
 
@@ -127,7 +123,7 @@ def reading() -> AbstractContextManager[object]:
 
 
 def stop_on_signals() -> None:
-    """Have a request to end, and the loss of the terminal, end a run like Ctrl-C, so that nothing of it stays behind.
+    """Have a request to end, and the loss of the terminal, end a command like Ctrl-C: nothing of it stays behind.
 
     Where the loss of the terminal is ignored (nohup), it stays so.
     """

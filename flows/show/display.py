@@ -64,7 +64,7 @@ class Display:
             self._progress.remove_task(self._bars[step])
             del self._bars[step]
         if error is not None:
-            self._console.print(f"[red]failed[/red] {escape(step)}: {escape(printable(str(error)))}")
+            self._console.print(f"[red]failed[/red] {escape(step)}: {escape(str(error))}")
         elif not self._console.is_terminal and step in self._done:
             self._console.print(f"finished {escape(step)}", highlight=False)
         self._finished += self._done.pop(step, 0)

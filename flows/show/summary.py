@@ -5,8 +5,8 @@ from urllib.parse import quote
 
 from flows.show.report import KNOWN_FILES, RunResults, counted_now, files_of
 from flows.show.table import Table
-from flows.show.text import printable
 from negcore.store.files import is_remote
+from negcore.texts import printable, public
 
 _MOST_LINES = 20
 _LONGEST_LINE = 300
@@ -25,7 +25,7 @@ def run_summary(results: RunResults) -> str:
     for title, found in (("Missing", results.problems), ("Warnings", results.warnings)):
         if found:
             lines += ["", f"**{title}: {len(found)}**", ""]
-            lines += [f"- {_code(line[:_LONGEST_LINE])}" for line in found[:_MOST_LINES]]
+            lines += [f"- {_code(public(line)[:_LONGEST_LINE])}" for line in found[:_MOST_LINES]]
     return "\n".join(lines)
 
 
@@ -45,5 +45,5 @@ def _linked(path: Path, text: str) -> str:
 
 def _code(text: str) -> str:
     """Return a text that no page reads as markup. Prefect would show the backslashes of other ways to escape."""
-    line = " ".join(printable(text).split())
+    line = " ".join(printable(public(text)).split())
     return f"`{line.replace('`', '?')}`"

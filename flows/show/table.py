@@ -16,6 +16,7 @@ from rich.console import Group
 from rich.text import Text
 
 from flows.show.text import printable, share
+from negcore.texts import public
 
 Row = TypeVar("Row")
 Style = Literal["", "bold", "dim", "italic", "red", "yellow", "green"]
@@ -151,4 +152,4 @@ def _stored(pieces: Sequence[Words | Number]) -> str | float | None:
     match pieces:
         case [Number(value)]:
             return None if math.isnan(value) else value if isinstance(value, int) else float(f"{value:.4g}")
-    return " / ".join(printable("".join(piece.text for piece in pieces)).split("\n"))
+    return " / ".join(printable(public("".join(piece.text for piece in pieces))).split("\n"))

@@ -3,6 +3,8 @@
 import math
 import re
 
+from negcore.texts import printable as printable
+
 
 def bare(number: str) -> str:
     """Return a written number without the zero before its point."""
@@ -49,8 +51,3 @@ def duration(seconds: float) -> str:
 def count(number: int, what: str) -> str:
     """Return a number of things, such as "1 shard" or "2 shards"."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def printable(text: str) -> str:
-    """Return a text with its control characters spelled out, so that no terminal obeys them; line breaks stay."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -6,11 +6,13 @@ import json
 import string
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import xxhash
 
 from negcore.errors import DatasetError
+from negcore.texts import private, row_text
 
 SPLITS = ("train", "valid", "test")
 LETTERS = string.ascii_uppercase
@@ -48,9 +50,21 @@ class Example:
     """File and line of the row, for messages; empty for a released dataset, whose ids say it."""
 
     @property
+    def located(self) -> str:
+        """The row's id and where it stands; an id of a file's own may be a text of it."""
+        return f"{private(self.id)} ({self.place})" if self._has_own_id else self.id
+
+    @property
     def named(self) -> str:
         """Name of the row in a message: its id, and where it stands."""
-        return f"row {self.id!r}" + f" ({self.place})" * bool(self.place)
+        shown = row_text(self.id) if self._has_own_id else repr(self.id)
+        return f"row {shown}" + f" ({self.place})" * bool(self.place)
+
+    @property
+    def _has_own_id(self) -> bool:
+        """True if the id was not made of the names of file and line, or of dataset and split."""
+        file, _, line = self.place.rpartition(":")
+        return bool(self.place) and self.id != f"{Path(file).stem}/{line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

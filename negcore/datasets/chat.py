@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from negcore.datasets.markup import special_token_pattern
 from negcore.errors import PromptError, one_line
+from negcore.texts import private
 
 _DAY = datetime(2024, 7, 26)
 _DIRECTIVES = ("%d", "%-d", "%e", "%a", "%A", "%b", "%B", "%m", "%y", "%Y", "%H", "%I", "%p", "%M", "%S", "%j")
@@ -143,7 +144,8 @@ class Chat:
             )
         except Exception as error:  # a template is a program, and raises what it likes
             hint = "; leave system_prompt out, if that is what it refuses" if self.system is not None else ""
-            raise PromptError(f"the model's chat template fails: {one_line(error):.200}{hint}") from None
+            reason = private(f"{one_line(error):.200}")
+            raise PromptError(f"the model's chat template fails: {reason}{hint}") from None
         if not isinstance(rendered, str):
             raise PromptError(f"the model's chat template gives {type(rendered).__name__}, not a text")
         return rendered

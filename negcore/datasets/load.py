@@ -260,7 +260,7 @@ def _misread(plain: Renderer, examples: Sequence[Example], reader: PromptReader)
         try:
             _label_prefix(plain, [example], reader)
         except NegError as error:
-            wrong[ending] = str(error)
+            wrong[ending] = f"{error}"
     return {example.id: wrong[_ending(example)] for example in examples if _ending(example) in wrong}
 
 
@@ -287,7 +287,7 @@ def _label_prefix(plain: Renderer, examples: Sequence[Example], reader: PromptRe
         for example in first.values() if len(asked) > 1 else ():
             _label_prefix(plain, [example], reader)  # the row at fault is named
         name = next(iter(asked)) if len(asked) == 1 else ""
-        raise type(error)(f"{error}; {REMEDY}" if name in str(error) else f"{name}: {error}; {REMEDY}") from None
+        raise type(error)(f"{error}; {REMEDY}" if name in f"{error}" else f"{name}: {error}; {REMEDY}") from None
     return prefix, next(iter(asked.values()))[1]
 
 

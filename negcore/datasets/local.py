@@ -15,6 +15,7 @@ from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.rows import Row, Source, check_unicode, normalised
 from negcore.datasets.splits import ONE_IN, by_unit, split_rows
 from negcore.errors import DatasetError
+from negcore.texts import row_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def read_local(path: Path, seed: int) -> Source:
         place = f"{path}:{number}"
         row = _row(record, path.stem, number, place, is_index=_names(record) in indexed)
         if row.id in rows:
-            raise DatasetError(f"{place}: id {row.id!r} occurs twice; ids must be unique")
+            raise DatasetError(f"{place}: id {row_text(row.id)} occurs twice; ids must be unique")
         rows[row.id] = row
         split_of[row.id] = _split(record, place)
     return Source("local", _cut(rows, split_of, path, seed), dict.fromkeys(SPLITS, 0), ())
@@ -73,7 +74,7 @@ def _cut(rows: dict[str, Row], split_of: dict[str, str | None], path: Path, seed
 def _split(record: Record, place: str) -> str | None:
     split = record.get("split")
     if split is not None and split not in SPLITS:
-        raise DatasetError(f"{place}: split is {split!r:.80}; allowed: {', '.join(map(repr, SPLITS))}")
+        raise DatasetError(f"{place}: split is {row_text(split)}; allowed: {', '.join(map(repr, SPLITS))}")
     return split
 
 
@@ -100,7 +101,7 @@ def _name(record: Record, field: str, place: str) -> str:
     """Return an id, a group or a unit, which may be a number; empty if there is none."""
     value = record.get(field, "")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value in (math.inf, -math.inf):
-        raise DatasetError(f"{place}: {field} is {value!r:.80}; allowed: text or a number")
+        raise DatasetError(f"{place}: {field} is {row_text(value)}; allowed: text or a number")
     check_unicode(str(value), f"{place}, {field}")
     return str(value)
 
@@ -109,17 +110,17 @@ def text_field(record: Record, name: str, place: str) -> str:
     """Return a field that must hold text other than spaces."""
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise DatasetError(f"{place}: {name} is {value!r:.80}; allowed: text that is not empty")
+        raise DatasetError(f"{place}: {name} is {row_text(value)}; allowed: text that is not empty")
     check_unicode(value, place)
     return value
 
 
 def _labels(value: Any, place: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
-        raise DatasetError(f"{place}: labels is {value!r:.80}; allowed: a list of two or more texts")
+        raise DatasetError(f"{place}: labels is {row_text(value)}; allowed: a list of two or more texts")
     labels = tuple(text_field({"label": label}, "label", place).strip() for label in value)
     if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
-        raise DatasetError(f"{place}: labels {value!r:.80} repeat; each option needs its own label")
+        raise DatasetError(f"{place}: labels {row_text(value)} repeat; each option needs its own label")
     return labels
 
 
@@ -145,10 +146,12 @@ def _answer(value: Any, labels: tuple[str, ...], place: str, *, is_index: bool) 
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         if not is_index and str(value) in labels and labels[value] != str(value):
             raise DatasetError(
-                f"{place}: answer {value} is ambiguous with labels {labels!r:.120}: as an index it is "
-                f"{labels[value]!r}, as a label {str(value)!r}; give the label as text, in quotes, or other labels"
+                f"{place}: answer {value} is ambiguous with labels {row_text(labels, 120)}: as an index "
+                f"it is {row_text(labels[value])}, as a label {str(value)!r}; give the label as text, in quotes, or "
+                "other labels"
             )
         return value
     raise DatasetError(
-        f"{place}: answer is {value!r:.80}; allowed: 0 to {len(labels) - 1}, or one of the labels {labels!r:.120}"
+        f"{place}: answer is {row_text(value)}; allowed: 0 to {len(labels) - 1}, or one of the labels "
+        f"{row_text(labels, 120)}"
     )

@@ -16,6 +16,7 @@ from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.rows import Source, rows_of_records
 from negcore.datasets.specs import read_specs
 from negcore.errors import DatasetError
+from negcore.texts import quoted
 
 MINI_ROWS = Path(__file__).with_name("mini_rows")
 """Folder with the rows of every mini dataset, one JSONL file each."""
@@ -36,6 +37,6 @@ def read_mini(name: str) -> Source:
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
     for number, record in read_json_lines(path):
         if (split := record.get("split")) not in SPLITS:
-            raise DatasetError(f"{path}:{number}: split is {split!r:.80}; allowed: {', '.join(map(repr, SPLITS))}")
+            raise DatasetError(f"{path}:{number}: split is {quoted(split)}; allowed: {', '.join(map(repr, SPLITS))}")
         records[split].append(record)
     return rows_of_records(spec, records, {split: f"{name}, {split}" for split in SPLITS})

@@ -10,6 +10,7 @@ from negcore.datasets.chat import Chat, Turn
 from negcore.datasets.rows import Row
 from negcore.errors import LabelError, PromptError
 from negcore.model.prompt_ids import PromptReader
+from negcore.texts import row_text
 
 
 def label_token(tokenizer: Tokenizer, prompt: str, label: str, *, masked: bool = False) -> int | None:
@@ -80,8 +81,8 @@ def common_label_prefix(
     for name in asked:
         if name in wrong[" "] and name in wrong[""]:
             raise LabelError(
-                f"labels of {name}, which ends in {prompt_end(asked[name][0])!r}, fit neither with a space before "
-                f"them ({wrong[' '][name]}) nor without ({wrong[''][name]})"
+                f"labels of {name}, which ends in {row_text(prompt_end(asked[name][0]))}, fit neither with a space "
+                f"before them ({wrong[' '][name]}) nor without ({wrong[''][name]})"
             )
     raise LabelError(
         f"labels of {next(iter(wrong['']))} need a leading space and those of {next(iter(wrong[' ']))} must not "
@@ -102,9 +103,9 @@ def _misfit(labels: Sequence[str], found: Sequence[int | LabelError]) -> str:
     seen: dict[int, str] = {}
     for label, token in zip(labels, found, strict=True):
         if isinstance(token, LabelError):
-            return str(token)
+            return f"{token}"
         if token in seen:
-            return f"labels {seen[token]!r} and {label!r} share token {token}; each needs its own"
+            return f"labels {row_text(seen[token])} and {row_text(label)} share token {token}; each needs its own"
         seen[token] = label
     return ""
 

@@ -12,6 +12,7 @@ from negcore.datasets.base import Wording
 from negcore.datasets.files import Record
 from negcore.datasets.specs import OptionsField, Spec
 from negcore.errors import DatasetError
+from negcore.texts import row_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def row_from_record(spec: Spec, record: object, row_id: str, place: str) -> Row 
 
 def _get(record: Record, name: str, place: str) -> Any:
     if name not in record:
-        raise DatasetError(f"{place}: field {name!r} is missing; found {', '.join(map(repr, record))}")
+        raise DatasetError(f"{place}: field {name!r} is missing; found {row_text(list(record), 300)}")
     return record[name]
 
 
@@ -83,7 +84,7 @@ def _options(spec: Spec, record: Record, place: str) -> tuple[str, ...]:
     field_name, n_options = spec.options.name, spec.options.n_options
     values = _get(record, field_name, place)
     if not isinstance(values, list) or len(values) != n_options:
-        raise DatasetError(f"{place}: {field_name!r} is {values!r:.80}; a list of {n_options} is needed")
+        raise DatasetError(f"{place}: {field_name!r} is {row_text(values)}; a list of {n_options} is needed")
     return tuple(tidy(spec.option_names.get(str(v), v), f"{place}, {field_name!r}") for v in values)
 
 
@@ -91,7 +92,7 @@ def _answer(spec: Spec, record: Record, place: str) -> int:
     value = _get(record, spec.answer, place)
     allowed = spec.answer_values or tuple(range(spec.n_options))
     if isinstance(value, bool) or value not in allowed:
-        raise DatasetError(f"{place}: {spec.answer!r} is {value!r:.80}; allowed: {', '.join(map(repr, allowed))}")
+        raise DatasetError(f"{place}: {spec.answer!r} is {row_text(value)}; allowed: {', '.join(map(repr, allowed))}")
     return allowed.index(value)
 
 
@@ -102,7 +103,7 @@ def tidy(value: object, place: str) -> str:
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         value = " ".join(value)
     if not isinstance(value, str):
-        raise DatasetError(f"{place}: {value!r:.80} is not text")
+        raise DatasetError(f"{place}: {row_text(value)} is not text")
     check_unicode(value, place)
     return " ".join(value.split())
 
@@ -112,7 +113,7 @@ def check_unicode(text: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DatasetError(f"{place}: {text!r:.80} is not valid Unicode (a lone surrogate)") from None
+        raise DatasetError(f"{place}: {row_text(text)} is not valid Unicode (a lone surrogate)") from None
 
 
 def normalised(text: str) -> str:

@@ -183,7 +183,7 @@ def _compare(trial: _Trial, name: Compared) -> Comparison:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, NegError) else first_line(error)
+    return f"{error}" if isinstance(error, NegError) else first_line(error)
 
 
 def _absent(lm: LanguageModel, name: Compared) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from negcore.errors import LabelError, PromptError
 from negcore.model.language_model import ModelCard
 from negcore.model.prompt_ids import PromptReader
+from negcore.texts import row_text
 
 Labels = Sequence[str] | Sequence[Sequence[str]]
 
@@ -44,7 +45,9 @@ def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Lab
     if isinstance(prompts, EncodedPrompts):
         if labels is None:
             return prompts
-        raise LabelError(f"labels {labels!r:.80} were given beside encoded prompts, which hold theirs; leave them out")
+        raise LabelError(
+            f"labels {row_text(labels)} were given beside encoded prompts, which hold theirs; leave them out"
+        )
     reader = PromptReader(card.tokenizer, masked=card.arch.masked)
     bodies = reader.read(prompts)
     ids = _checked_prompts(card, reader, prompts, bodies)
@@ -114,10 +117,11 @@ def _checked_labels(card: ModelCard, index: int, labels: tuple[str, ...], found:
         if isinstance(label_id, LabelError):
             raise LabelError(f"prompt {index}: {label_id}")
         if label_id >= card.vocab_size:
-            raise LabelError(f"prompt {index}: label {label!r}: {_strange(card, label_id)}")
+            raise LabelError(f"prompt {index}: label {row_text(label)}: {_strange(card, label_id)}")
         if label_id in known:
             raise LabelError(
-                f"labels {known[label_id]!r} and {label!r} are the same token (id {label_id}) of this model"
+                f"labels {row_text(known[label_id])} and {row_text(label)} are the same token (id {label_id}) of this "
+                "model"
             )
         known[label_id] = label
     return list(known)
@@ -125,8 +129,9 @@ def _checked_labels(card: ModelCard, index: int, labels: tuple[str, ...], found:
 
 def _strange(card: ModelCard, token: int) -> str:
     return (
-        f"the tokenizer makes token {card.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but {card.name} has "
-        f"{card.vocab_size} tokens (ids to {card.vocab_size - 1}); use the tokenizer that the model was trained with"
+        f"the tokenizer makes token {row_text(card.tokenizer.convert_ids_to_tokens(token))} (id {token}), but "
+        f"{card.name} has {card.vocab_size} tokens (ids to {card.vocab_size - 1}); use the tokenizer that the "
+        "model was trained with"
     )
 
 
@@ -148,12 +153,12 @@ def _check_prompt(card: ModelCard, index: int, body: Sequence[int], tokens: Sequ
 
 def _per_prompt(labels: Labels, n_prompts: int) -> list[tuple[str, ...]]:
     if isinstance(labels, str) or not labels:
-        raise LabelError(f"labels {labels!r}: give a list of strings, or one such list for each prompt")
+        raise LabelError(f"labels {row_text(labels)}: give a list of strings, or one such list for each prompt")
     if all(isinstance(label, str) for label in labels):
         return [tuple(str(label) for label in labels)] * n_prompts
     odd = [row for row in labels if not isinstance(row, Iterable) or not all(isinstance(one, str) for one in row)]
     if odd:
-        raise LabelError(f"{odd[0]!r:.80} was given for labels; labels are strings, and digits need quotes")
+        raise LabelError(f"{row_text(odd[0])} was given for labels; labels are strings, and digits need quotes")
     rows = [tuple(row) for row in labels]
     if len(rows) != n_prompts:
         raise LabelError(f"{len(rows)} label lists were given for {n_prompts} prompts; give one for each")
@@ -169,5 +174,5 @@ def _one_label_each(labels: str | Sequence[str] | None, n_prompts: int) -> list[
         raise LabelError(f"{len(each)} labels were given for {n_prompts} prompts; give one string, or one for each")
     for index, label in enumerate(each):
         if not isinstance(label, str):
-            raise LabelError(f"label {label!r} of prompt {index} is not a string; give one target a prompt")
+            raise LabelError(f"label {row_text(label)} of prompt {index} is not a string; give one target a prompt")
     return [[label] for label in each]

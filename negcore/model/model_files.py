@@ -6,7 +6,6 @@ worker that holds another.
 """
 
 import errno
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from gguf import GGUFReader
 from safetensors import safe_open
 from xxhash import xxh3_128
 
-from negcore.errors import ModelError, one_line, typed_line
+from negcore.errors import ModelError, RunError, one_line
+from negcore.store.files import MOST_RECORD_BYTES, parse_json, read_bytes
 
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 """Endings of the files that decide a model's numbers."""
@@ -48,7 +48,7 @@ _PLAIN = (ModelError, OSError, ValueError, RuntimeError)
 
 def plain_reason(error: BaseException) -> str:
     """Return the message of an exception on one line, with its type if the message alone may say too little."""
-    return one_line(error) if isinstance(error, _PLAIN) else typed_line(error)
+    return one_line(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {one_line(error)}"
 
 
 @contextmanager
@@ -147,8 +147,10 @@ def read_object(file: Path) -> dict[str, Any]:
         If the file holds anything else.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(read_bytes(file, MOST_RECORD_BYTES))
+    except RunError as error:
+        raise ModelError(f"{error}") from None
+    except (OSError, ValueError) as error:
         raise ModelError(f"{str(file)!r} is not JSON ({one_line(error):.200}): fetch or save it again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{str(file)!r} holds a {type(found).__name__}; an object is needed")

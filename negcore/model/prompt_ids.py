@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from negcore.errors import LabelError, PromptError, typed_line
+from negcore.texts import private, row_text
 
 _TAIL_CHARACTERS = 48
 """Least length of a prompt's end that stands for the prompt."""
@@ -61,7 +62,7 @@ class PromptReader:
         """
         odd = [texts] if isinstance(texts, str) else [text for text in texts if not isinstance(text, str)]
         if odd:
-            raise PromptError(f"{odd[0]!r:.80} was given for prompts; give a list of strings")
+            raise PromptError(f"{row_text(odd[0])} was given for prompts; give a list of strings")
         unique = list(dict.fromkeys(texts))
         if not unique:
             return []
@@ -211,18 +212,18 @@ class PromptReader:
         if label_id is not None and label_id != self._unknown_id:
             return label_id
         if label_id is not None:
-            return LabelError(f"label {label!r} is unknown to this model's tokenizer (id {label_id})")
+            return LabelError(f"label {row_text(label)} is unknown to this model's tokenizer (id {label_id})")
         (ids,) = self._read_in_place([(place, label)])
         start = len(place.ids_before)
         if ids[:start] == place.ids_before:
             return LabelError(
-                f"label {label!r} is {len(ids) - start} tokens of this model (ids {ids[start:]}); "
+                f"label {row_text(label)} is {len(ids) - start} tokens of this model (ids {row_text(ids[start:])}); "
                 "a label must be exactly one, and a leading space is part of it"
             )
         alone, joined = self._differing(place.ids_before, ids)
         return LabelError(
-            f"label {label!r} joins what stands in front of it: the tokens before it end in {alone} without it and in "
-            f"{joined} with it; use another label, or let the prompt end otherwise"
+            f"label {row_text(label)} joins what stands in front of it: the tokens before it end in {alone} without it "
+            f"and in {joined} with it; use another label, or let the prompt end otherwise"
         )
 
     def _differing(self, before: list[int], joined: list[int]) -> tuple[str, str]:
@@ -233,7 +234,7 @@ class PromptReader:
 
     def _in_words(self, ids: list[int]) -> str:
         spelled = getattr(self.tokenizer, "convert_ids_to_tokens", None)
-        return f"{spelled(ids)} (ids {ids})" if spelled else f"ids {ids}"
+        return private(f"{spelled(ids)} (ids {ids})" if spelled else f"ids {ids}")
 
 
 def _missing_at_end(ids: list[int], back: list[int]) -> Iterator[int]:

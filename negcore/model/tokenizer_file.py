@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from negcore.model.language_model import ModelCard
+from negcore.texts import private
 
 SAMPLE = 100
 """Texts that are compared."""
@@ -53,10 +54,14 @@ def tokenizer_warning(card: ModelCard, texts: Sequence[str]) -> str | None:
     here, there = _first_difference(*other[0])
     return (
         f"{card.name}: transformers ({type(card.tokenizer).__name__}) reads {len(other)} of {len(sample)} sampled "
-        f"prompts otherwise than the model's own {file.name}, such as {card.tokenizer.convert_ids_to_tokens(here)} "
-        f"(ids {here}) for {card.tokenizer.convert_ids_to_tokens(there)} (ids {there}); the model may not know these "
+        f"prompts otherwise than the model's own {file.name}, such as {_in_words(card, here)} for "
+        f"{_in_words(card, there)}; the model may not know these "
         "tokens in these places"
     )
+
+
+def _in_words(card: ModelCard, ids: list[int]) -> str:
+    return private(f"{card.tokenizer.convert_ids_to_tokens(ids)} (ids {ids})")
 
 
 def _json_reader(file: Path) -> Reader:

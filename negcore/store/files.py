@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import stat
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,8 @@ _BUCKET = re.compile(r"s3://[^/*?\[\]]+(/[^*?\[\]]*)?")
 LONGEST_NAME = 255
 """Bytes of the name of a file or directory, on all common file systems."""
 _NO_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
+MOST_RECORD_BYTES = 2**26
+"""Bytes of a file that holds records of a run or settings of a model, and is read whole: none needs as many."""
 _AT_ONCE = 16
 """Requests under way when many small objects are read."""
 
@@ -176,15 +180,70 @@ def written_s(path: Path) -> float:
     return buckets.describe(path)["LastModified"].timestamp() if is_remote(path) else path.stat().st_mtime
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the content of a file.
+def open_file(path: Path) -> BufferedReader:
+    """Open a local file for reading, without waiting for one that never gives anything.
 
     Raises
     ------
     FileNotFoundError
         If there is none.
+    RunError
+        If it is no file: a directory, a pipe, a socket or a device.
     """
-    return buckets.read(path) if is_remote(path) else path.read_bytes()
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        if path.is_socket():  # cannot be opened at all
+            raise RunError(_no_file(path, path.stat().st_mode)) from None
+        raise
+    mode = os.fstat(number).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(number)
+        raise RunError(_no_file(path, mode))
+    return os.fdopen(number, "rb")
+
+
+def _no_file(path: Path, mode: int) -> str:
+    kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return f"{str(path)!r} is a {kinds.get(stat.S_IFMT(mode), 'device')}; a file is needed"
+
+
+def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
+    """Return the content of a file.
+
+    Parameters
+    ----------
+    most_bytes : int, optional
+        Size that no such file has.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    RunError
+        If it is no file, or larger than `most_bytes`.
+    """
+    if is_remote(path):
+        return buckets.read(path)
+    with open_file(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            raise RunError(f"{str(path)!r} has {size} bytes, but such a file has at most {most_bytes}: it is another")
+        return stream.read()
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_all(folder: Path, pattern: str) -> dict[Path, bytes]:
@@ -243,7 +302,7 @@ def small_files(folder: Path, name_pattern: str) -> Iterator[SmallFile]:
 
 def _read_if_there(path: Path) -> bytes | None:
     with suppress(FileNotFoundError):
-        return read_bytes(path)
+        return read_bytes(path, MOST_RECORD_BYTES)
     return None
 
 

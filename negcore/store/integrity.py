@@ -9,7 +9,6 @@ bits that rot on a disk change none of these, so every process reads the files t
 """
 
 import errno
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 from negcore.errors import ShardError, one_line
 from negcore.store.buckets import describe, fetch
-from negcore.store.files import cache_directory, draft, is_remote, n_bytes, read_bytes
+from negcore.store.files import cache_directory, draft, is_remote, n_bytes, parse_json, read_bytes
 from negcore.store.identity import RunIdentity, choice_digest, content_digest, text_hash
 from negcore.store.levels import has_columns_of
 from negcore.store.locks import locked
@@ -247,7 +246,7 @@ def _content_fault(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> str
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:
     """Return what a shard says of itself; nothing if it cannot be read."""
     try:
-        about = json.loads((schema.metadata or {})[b"neg"])
+        about = parse_json((schema.metadata or {})[b"neg"])
     except (KeyError, ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}

@@ -19,7 +19,6 @@ the server lets one win: what is under a name never changes, so a receipt cannot
 """
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from negcore.store.files import (
     location,
     make_folder,
     n_bytes,
+    parse_json,
     read_all,
     read_bytes,
     sync,
@@ -391,7 +391,7 @@ def _sealed(receipt: Receipt) -> str:
 def parsed_receipt(name: str, content: bytes) -> Receipt | None:
     """Return the receipt, or None if it is damaged: its shard is then measured again."""
     try:
-        record = json.loads(content)
+        record = parse_json(content)
         seal = record.pop("seal")
         known = {item.name: record[item.name] for item in fields(Receipt) if item.name in record}
         receipt = Receipt(**known | {"set_aside": tuple(SetAside(**row) for row in record.get("set_aside", ()))})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
-from negcore.store.files import draft, read_all
+from negcore.store.files import draft, parse_json, read_all
 from negcore.store.publish import Receipt
 from negcore.store.reader import ShardReader
 from negcore.store.schema import ROW_COLUMNS, StoredExample, column, record_batch
@@ -151,6 +151,6 @@ def _seconds_per_prompt(folder: Path, receipts: Sequence[Receipt]) -> float:
 def _seconds(note: bytes | None) -> float | None:
     """Return the noted seconds; None if the writer died before it could note them."""
     try:
-        return None if note is None else float(json.loads(note))
-    except ValueError:
+        return None if note is None else float(parse_json(note))
+    except (ValueError, TypeError, OverflowError):
         return None

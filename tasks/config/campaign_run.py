@@ -90,7 +90,7 @@ class CampaignRun(RunFile):
             except ValidationError as error:
                 lines += [f"{study}: {line}" for line in problem_lines(studies()[study], error)]
             except ValueError as error:
-                lines.append(str(error))
+                lines.append(f"{error}")
         if lines:
             raise ValueError("\n".join(lines))
         return self

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from negcore.texts import quoted
 from tasks.config.run_file import RunFile, field_keys, kind_of
 from tasks.config.wordings import OwnWording
 
@@ -35,10 +36,10 @@ def _lines(run_class: type[RunFile], place: tuple[str, ...], problem: ErrorDetai
         owner = "a wording" if is_wording else f"a {kind_of(run_class)} run"
         near = get_close_matches(place[-1], known, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        yield f"unknown field {field!r} of {owner}; {advice}"
+        yield f"unknown field {quoted(field)} of {owner}; {advice}"
     elif problem["type"] == "missing":
         yield f"{field!r} is missing; {known[place[-1]]}"
     elif not field:  # fields that contradict each other
         yield from message.splitlines()
     else:
-        yield f"{field} is {problem['input']!r}: {message}"
+        yield f"{field} is {quoted(problem['input'], 200)}: {message}"

@@ -9,13 +9,17 @@ from typing import Annotated, Any, TypeVar, Union
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
-from negcore.errors import RunError
+from negcore.errors import RunError, one_line
 from negcore.store.files import is_dir, location, read_bytes
+from negcore.texts import quoted
 from tasks.config.kinds import run_classes
 from tasks.config.places import check_relative_paths, moved_here
 from tasks.config.plain_yaml import PlainLoader
 from tasks.config.problems import problem_lines
 from tasks.config.run_file import RUN_FILE, RunFile, kind_of
+
+_MOST_BYTES = 2**19
+"""Bytes of a run file: a list of some thousand models and datasets."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +101,7 @@ def _read_values(
     if "kind" not in values:
         values["kind"] = _guessed_kind(file, values, first)
     if values["kind"] not in list(run_classes()):
-        raise RunError(f"{file}: kind is {values['kind']!r}, but must be one of {', '.join(run_classes())}")
+        raise RunError(f"{file}: kind is {quoted(values['kind'])}, but must be one of {', '.join(run_classes())}")
     return values
 
 
@@ -122,11 +126,15 @@ def _tell_missing_kind(file: Path, kind: str) -> None:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(read_bytes(file).decode("utf-8"), PlainLoader)
+        values = yaml.load(read_bytes(file, _MOST_BYTES).decode("utf-8"), PlainLoader)
+    except RunError:
+        raise
     except OSError as error:
         raise RunError(f"run file {str(file)!r} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RunError(f"run file {str(file)!r} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise RunError(f"run file {str(file)!r} is not YAML of a run: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"run file {str(file)!r} is not YAML: {one_line(error):.400}") from error
     if not isinstance(values, dict):
         raise RunError(f"run file {str(file)!r} must hold a mapping of fields, but holds {type(values).__name__}")
     return values

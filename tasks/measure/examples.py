@@ -41,7 +41,7 @@ def encode_examples(
     try:
         encoded = encode(card, [example.prompt for example in examples], [example.labels for example in examples])
     except NegError as error:
-        reason = in_one_line(unreadable(card, examples) or {"": str(error)})
+        reason = in_one_line(unreadable(card, examples) or {"": f"{error}"})
         raise type(error)(f"{where}, model {card.name}: {reason}{remedy}") from None
     return tuple(
         EncodedExample(**asdict(example), token_ids=np.array(ids, np.int32), label_ids=label_ids.astype(np.int32))

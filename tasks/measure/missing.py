@@ -2,9 +2,9 @@
 
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from negcore.errors import RunError
@@ -47,6 +47,8 @@ class Extracted:
     """Rows that are not in their shards, whenever that was found, and why."""
     damaged: tuple[str, ...] = ()
     """What was wrong with finished shards that were computed again, a line each."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Names of the rows set aside in messages, by id."""
 
     @property
     def problems(self) -> list[str]:
@@ -61,7 +63,11 @@ class Extracted:
     @property
     def rows_set_aside(self) -> list[str]:
         """One line for every row that was set aside."""
-        return [f"{self.title}: {row.id}: {row.reason}" for row in self.set_aside]
+        return [f"{self.title}: {line}" for line in self.named_set_aside()]
+
+    def named_set_aside(self, known: Collection[SetAside] = ()) -> list[str]:
+        """Return names and reasons of the rows that were set aside, without those that are known to be."""
+        return [f"{self.named.get(row.id, row.id)}: {row.reason}" for row in self.set_aside if row not in known]
 
 
 def measure_missing(pool: Pool, shard_sets: Sequence[ShardSet], root: Path, step: Step) -> list[Extracted]:
@@ -152,6 +158,7 @@ def _extracted(
     shard_set: ShardSet, finished: Finished, known: Mapping[int, Receipt], failures: Sequence[Failure]
 ) -> Extracted:
     n_reused = len(finished.receipts)
+    set_aside = tuple(row for _, receipt in sorted(known.items()) for row in receipt.set_aside)
     return Extracted(
         place=shard_set.place,
         title=shard_set.title,
@@ -160,9 +167,16 @@ def _extracted(
         n_computed=len(known) - n_reused,
         n_bytes=sum(receipt.n_bytes for receipt in known.values()),
         failures=tuple(failures),
-        set_aside=tuple(row for _, receipt in sorted(known.items()) for row in receipt.set_aside),
+        set_aside=set_aside,
         damaged=tuple(f"shard {index}: {fault}" for index, fault in finished.damaged.items() if index in known),
+        named=names_of(shard_set, set_aside),
     )
+
+
+def names_of(shard_set: ShardSet, rows: Iterable[SetAside]) -> dict[str, str]:
+    """Return the names of some rows of a set in messages, by id."""
+    ids = {row.id for row in rows}
+    return {example.id: example.located for example in shard_set.examples if example.id in ids}
 
 
 def _check_place(root: Path, error: Exception | None) -> None:

@@ -131,7 +131,7 @@ class ShardJob:
 
 
 def _not_finite(examples: Sequence[EncodedExample], found: Sequence[Nonfinite]) -> NegError:
-    named = "; ".join(f"{examples[one.row].id}: {_located(one)}" for one in found[:_MOST_NAMED])
+    named = "; ".join(f"{examples[one.row].located}: {_located(one)}" for one in found[:_MOST_NAMED])
     more = f"; and {len(found) - _MOST_NAMED} prompts more" if len(found) > _MOST_NAMED else ""
     return NegError(f"{named}{more}: use a wider dtype, or skip or keep such rows (nonfinite)")
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.publish import SetAside
+from negcore.texts import public
 from tasks.pool.base import Outcome, Pool, PoolStatus
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ Tick = Callable[[PoolStatus], None]
 
 _TICK_S = 2.0
 _LONGEST_REASON = 300
-_QUOTED = 24
-"""Characters of a prompt's line that make a quotation."""
+_SHORT = 2
+"""Texts of so few characters are in many words, and tell nothing."""
+_QUOTED = 16
+"""Characters of a row that make a quotation; lines, labels and ids that are shorter must be there whole."""
 
 
 def map_isolating(
@@ -135,6 +138,18 @@ def _set_aside(row: Example, outcome: Outcome) -> SetAside:
 
 
 def without_text(error: str, rows: Sequence[Example]) -> str:
-    """Return an error, or only its type if it quotes a prompt: receipts, logs and pages never hold their text."""
-    lines = (line.strip()[:_QUOTED] for row in rows for line in row.prompt.splitlines())
-    return error.split(":", 1)[0] if any(line and line in error for line in lines) else error
+    """Return an error, or only its type if it quotes a row: receipts, logs and pages never hold their text."""
+    error = public(error)
+    kind, _, message = error.partition(":")
+    parts = {message[i : i + _QUOTED] for i in range(len(message) - _QUOTED + 1)}
+    texts = {
+        line.strip()
+        for row in rows
+        for text in (row.prompt, *row.labels, *([row.id] if row.place else []))
+        for line in text.splitlines()
+    }
+    is_quoted = any(
+        any(part in text for part in parts) if len(text) >= _QUOTED else len(text) > _SHORT and text in message
+        for text in texts
+    )
+    return kind if is_quoted else error

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from negcore.model.check import ModelCheck
 from negcore.model.language_model import LanguageModel
-from negcore.store.files import draft, read_all
+from negcore.store.files import draft, parse_json, read_all
 
 CHECKS_FOLDER = "checks"
 
@@ -36,7 +36,7 @@ def read_checks(root: Path) -> Iterator[NotedCheck]:
     """Return the noted checks by name of the model; runs of earlier versions have none, and damaged ones are none."""
     for content in read_all(root, f"{CHECKS_FOLDER}/*.json").values():
         try:
-            values = json.loads(content)
+            values = parse_json(content)
             yield NotedCheck(**values | {"check": ModelCheck.of_json(values["check"])})
         except (ValueError, TypeError, KeyError):
             continue

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from negcore.errors import RunError
 from negcore.store.buckets import create
-from negcore.store.files import draft, is_remote, read_bytes, remove
+from negcore.store.files import MOST_RECORD_BYTES, draft, is_remote, parse_json, read_bytes, remove
 from tasks.config.provenance import this_command
 
 __all__ = ["CLAIM_FILE", "HeldError", "Holder", "claim", "holder_of"]
@@ -270,7 +270,7 @@ def _rewrite(directory: Path, holder: Holder) -> None:
 
 def _content(directory: Path) -> bytes | None:
     try:
-        return read_bytes(directory / CLAIM_FILE)
+        return read_bytes(directory / CLAIM_FILE, MOST_RECORD_BYTES)
     except FileNotFoundError:
         return None
 
@@ -282,7 +282,7 @@ def _encoded(holder: Holder) -> bytes:
 def _parsed(content: bytes | None) -> Holder | None:
     """Return the holder in a claim file; None if it holds no claim, for example because it is being written."""
     try:
-        record = json.loads(content or b"")
+        record = parse_json(content or b"")
         return Holder(**{field.name: field.type(record[field.name]) for field in fields(Holder)})  # type: ignore[operator]
     except (ValueError, TypeError, KeyError, OverflowError):
         return None

@@ -3,7 +3,6 @@
 The plan is written when a flow starts, so that those who watch or check the directory know what is still to come.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
 from negcore.errors import RunError
-from negcore.store.files import draft, holds, is_dir, is_remote, listing, n_bytes, read_bytes
+from negcore.store.files import (
+    MOST_RECORD_BYTES,
+    draft,
+    holds,
+    is_dir,
+    is_remote,
+    listing,
+    n_bytes,
+    parse_json,
+    read_bytes,
+)
 from negcore.store.identity import canonical_json
 from negcore.store.publish import Receipt, ShardPlace, receipts
 from tasks.config.run_file import RUN_FILE
@@ -105,7 +114,7 @@ def read_plan_file(root: Path) -> dict[str, PlannedShards]:
     """
     file = root / PLAN_FILE
     try:
-        planned = [PlannedShards(**one) for one in json.loads(read_bytes(file))]
+        planned = [PlannedShards(**one) for one in parse_json(read_bytes(file, MOST_RECORD_BYTES))]
         return {one.place: one for one in planned}
     except FileNotFoundError:
         return {}
@@ -124,8 +133,11 @@ def note_failures(root: Path, place: ShardPlace, errors: Mapping[int, str]) -> N
 def read_failures(folder: Path) -> dict[int, str]:
     """Return the shards that a directory's last run could not make, and why; nothing if the note is damaged."""
     try:
-        return {int(index): str(error) for index, error in json.loads(read_bytes(folder / FAILURES_FILE)).items()}
-    except (FileNotFoundError, ValueError, AttributeError):
+        return {
+            int(index): str(error)
+            for index, error in parse_json(read_bytes(folder / FAILURES_FILE, MOST_RECORD_BYTES)).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 from negcore.errors import RunError
-from negcore.store.files import output
+from negcore.store.files import output, read_bytes
 
 _TYPES = {
     str: pa.string(),
@@ -90,7 +90,7 @@ def read_table(path: Path, kind: type[T]) -> list[T]:
         If there is no such file, or it does not hold such rows.
     """
     try:
-        rows = pa.ipc.open_file(pa.py_buffer(path.read_bytes())).read_all().to_pylist()
+        rows = pa.ipc.open_file(pa.py_buffer(read_bytes(path))).read_all().to_pylist()
         return [kind(**row) for row in rows]
     except OSError as error:
         raise RunError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error

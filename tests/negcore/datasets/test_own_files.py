@@ -141,8 +141,8 @@ def pointer(path):
     ("make", "message"),
     [
         (lambda path: None, "cannot be read .No such file"),
-        (directory, "is a directory or device; a file is needed"),
-        (os.mkfifo, "is a directory or device; a file is needed"),
+        (directory, "is a (directory|pipe); a file is needed"),
+        (os.mkfifo, "is a (directory|pipe); a file is needed"),
         (lambda path: path.symlink_to("nowhere"), "cannot be read .No such file"),
         (lambda path: path.symlink_to(path), "cannot be read .Too many levels of symbolic links"),
         (pointer, "is a Git LFS pointer, not the file that it stands for: run git lfs pull"),
@@ -162,7 +162,7 @@ def test_what_is_no_data_file_is_refused_in_one_line(tmp_path, monkeypatch, name
     ("split", "make", "message"),
     [
         ("train", lambda path: path.symlink_to("nowhere"), "train.json.* cannot be read .No such file"),
-        ("train", directory, "train.json.* is a directory or device; a file is needed"),
+        ("train", directory, "train.json.* is a (directory|pipe); a file is needed"),
         ("valid", pointer, "valid.json is a Git LFS pointer"),
         ("test", lambda path: path.write_text('[{"text": "a", "text": "b", "label": 1}]'), "'text' occurs twice"),
         ("test", lambda path: path.write_text('[{"text": "a", "label": NaN}]'), "'label' is None; allowed: 0, 1, 2, 3"),
