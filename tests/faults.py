@@ -78,7 +78,7 @@ class Row(NamedTuple):
     id: str
     prompt: str
     labels: tuple[str, ...] = ()
-    place: str = ""
+    has_own_id: bool = False
 
 
 @dataclass(frozen=True)

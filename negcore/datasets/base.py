@@ -52,16 +52,16 @@ class Example:
     @property
     def located(self) -> str:
         """The row's id and where it stands; an id of a file's own may be a text of it."""
-        return f"{private(self.id)} ({self.place})" if self._has_own_id else self.id
+        return f"{private(self.id)} ({self.place})" if self.has_own_id else self.id
 
     @property
     def named(self) -> str:
         """Name of the row in a message: its id, and where it stands."""
-        shown = row_text(self.id) if self._has_own_id else repr(self.id)
+        shown = row_text(self.id) if self.has_own_id else repr(self.id)
         return f"row {shown}" + f" ({self.place})" * bool(self.place)
 
     @property
-    def _has_own_id(self) -> bool:
+    def has_own_id(self) -> bool:
         """True if the id was not made of the names of file and line, or of dataset and split."""
         file, _, line = self.place.rpartition(":")
         return bool(self.place) and self.id != f"{Path(file).stem}/{line}"

@@ -145,7 +145,7 @@ def without_text(error: str, rows: Sequence[Example]) -> str:
     texts = {
         line.strip()
         for row in rows
-        for text in (row.prompt, *row.labels, *([row.id] if row.place else []))
+        for text in (row.prompt, *row.labels, *([row.id] if row.has_own_id else []))
         for line in text.splitlines()
     }
     is_quoted = any(
