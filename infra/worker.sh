@@ -8,6 +8,7 @@ set -euo pipefail
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 trap 'exit 143' TERM INT
 
-ray start --address "$RAY_ADDRESS" --num-cpus 0 --num-gpus 0 --object-store-memory 209715200 --block &
+ray start --address "$RAY_ADDRESS" --num-cpus 0 --num-gpus 0 --object-store-memory 209715200 --metrics-export-port 8080 \
+  --block &
 prefect worker start --pool "${NEG_WORK_POOL:-neg}" --type process &
 wait -n

@@ -44,6 +44,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 """Every metric, by its name before Ray's prefix."""
 
+_COUNTERS_OF_SHARDS = [
+    name for name, metric in METRICS.items() if metric.kind == "counter" and metric.labels == _OF_SHARDS
+]
+
 
 class Meter:
     """The metrics of one run directory. Threads may share it."""
@@ -54,8 +58,10 @@ class Meter:
         self._lock = threading.Lock()
 
     def shards(self, place: ShardPlace, finished: int, wanted: int) -> None:
-        """Record how many shards of a directory are there, of how many."""
+        """Record how many shards of a directory are there, of how many, and that its counters exist."""
         labels = self._of_place(place)
+        for name in _COUNTERS_OF_SHARDS:
+            _record(name, 0, labels)
         _record("neg_shards_finished", finished, labels)
         _record("neg_shards_wanted", wanted, labels)
 
@@ -94,14 +100,12 @@ def meter_of(root: Path) -> Meter:
 
 
 def _record(name: str, value: float, labels: Mapping[str, str]) -> None:
-    """Set a gauge, or raise a counter; outside a Ray session do nothing."""
+    """Set a gauge, or raise a counter, if only by nothing; outside a Ray session do nothing."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return
     tags = {key: _in_ascii(text) for key, text in labels.items()}
-    if METRICS[name].kind == "gauge":
-        _instrument(name).set(value, tags)
-    elif value > 0:  # Ray refuses to raise a counter by nothing
-        _instrument(name).inc(value, tags)
+    # `inc` does not take zero, but a counter that Prometheus has not seen at zero has no first increase.
+    _instrument(name)._record(value, tags)
 
 
 @functools.cache

@@ -1,15 +1,19 @@
 """What Ray's agent exports of a run, read as Prometheus reads it."""
 
+import importlib.util
 import json
 import os
+import re
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
 from clusters import ray_cluster
+from manifests import queried
 from prometheus_client.parser import text_string_to_metric_families
 from support import save_tiny_model
 
@@ -39,13 +43,15 @@ def cluster() -> Iterator[object]:
 
 
 def exported() -> str:
-    """Everything under /metrics of the driver's node, asked for without a token."""
+    """Everything under /metrics of all nodes, asked for without a token."""
     import ray
 
-    (node,) = [one for one in ray.nodes() if one["NodeID"] == ray.get_runtime_context().get_node_id()]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    with urllib.request.urlopen(address, timeout=10) as answer:
-        return answer.read().decode()
+    texts = []
+    for node in ray.nodes():
+        address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            texts.append(answer.read().decode())
+    return "".join(texts)
 
 
 def samples(run: str) -> Samples:
@@ -114,7 +120,9 @@ def test_rows_shards_and_workers_of_a_run_are_exported(cluster, tmp_path):
         for one in done
         for name, value in (
             ("neg_rows_measured_total", one.n_rows),
+            ("neg_rows_set_aside_total", 0),
             ("neg_shards_measured_total", one.n_computed),
+            ("neg_shards_failed_total", 0),
             ("neg_shards_finished", one.n_computed),
             ("neg_shards_wanted", one.n_computed),
         )
@@ -165,6 +173,17 @@ def test_each_lost_worker_is_counted_once_in_pools_that_follow_each_other(cluste
     }
     found = wait_for("campaign", wanted)
     assert wanted.items() <= found.items()
+
+
+def test_the_metrics_of_rays_own_that_the_dashboard_shows_exist(cluster):
+    reporter = Path(importlib.util.find_spec("ray").origin).parent / "dashboard/modules/reporter/reporter_agent.py"
+    elsewhere = set(re.findall(r'"((?:cluster|node)_(?:\w+_nodes|gpus_utilization|gram_\w+))"', reporter.read_text()))
+    wanted = {name for name in queried() if not name.startswith("ray_neg_")} - {f"ray_{name}" for name in elsewhere}
+    assert {"ray_cluster_pending_nodes", "ray_node_gram_used"} <= {f"ray_{name}" for name in elsewhere}
+    deadline = time.monotonic() + _EXPORTED_S
+    while missing := {name for name in wanted if f"\n{name}{{" not in exported()}:
+        assert time.monotonic() < deadline, missing
+        time.sleep(0.5)
 
 
 def test_without_ray_nothing_is_recorded(monkeypatch):
