@@ -359,7 +359,8 @@ def test_a_worker_needs_the_address_of_the_cluster(tmp_path):
 
 SLURM = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "localhost,n2,n3", "SLURM_CPUS_PER_TASK": "2"}
 NODES = {
-    "scontrol": 'if [[ $1 == --oneliner ]]; then echo "NodeName=$4 NodeAddr=$4 Port=1"; else tr , "\\n" <<< "${!#}"; fi',
+    "scontrol": 'if [[ $1 == --oneliner ]]; then echo "NodeName=$4 NodeAddr=$4 Port=1"; '
+    'else tr , "\\n" <<< "${!#}"; fi',
     "scancel": 'for step in $(pgrep --parent $PPID --full ray-node); do pkill --parent "$step"; done',
     "srun": 'while [[ $1 == --* ]]; do echo -n "$1 " >> "$CALLS"; shift; done; exec "$@"',
     # A head listens: the script waits for that.
