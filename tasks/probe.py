@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -17,10 +16,11 @@ from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest,
 from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
-from negcore.store.reader import NegSplit, open_negs
+from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
 from tasks.floors import FloorAnswers
+from tasks.measure.planned_negs import planned_negs
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.rank import rank_split
@@ -127,7 +127,11 @@ class Prober:
             self._turn.release()
 
     def _probe(self, run: SkillRun, planned: PlannedDataset, step: Step) -> Probed:
-        select = partial(open_negs(run.directory).select, planned.model, planned.dataset.name)
+        parts = {split.place.part: split for split in planned.splits}
+
+        def select(part: str) -> NegSplit:
+            return planned_negs(run.directory, parts[part])
+
         n_steps, has_sums = probe_steps(run), run.level.has_vote_sums
         ranked = select(SUMS if has_sums else "train")
         train = select("train") if has_sums and reads_training_values(run) else ranked

@@ -26,6 +26,7 @@ from negcore.store.reader import NegSplit, open_negs
 from negcore.store.study import read_study
 from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, study_settings
+from tasks.measure.planned_negs import check_run, where
 from tasks.measure.shard_set import ShardSet
 
 
@@ -91,23 +92,14 @@ class CausalCheck(Measurement):
         """Return the NEGs of the split, which hold the examples."""
         known = {*self._split.ids, *(row.id for row in self._split.set_aside)}
         for id_ in sorted({example.id for example in examples} - known):
-            raise ShardError(f"{self._where} lack the row {id_!r}: extract the rows of this run first")
+            raise ShardError(f"{where(self.root, self.negs)} lack the row {id_!r}: extract the rows of this run first")
         return self._split
 
     @cached_property
     def _split(self) -> NegSplit:
         split = open_negs(self.root).at(self.negs)
-        difference = self.negs_identity.difference(split.identity)
-        if difference:
-            raise ShardError(
-                f"{self._where} are another run's (this run here, that one there: {difference}): write to another "
-                "directory"
-            )
+        check_run(self.root, self.negs, self.negs_identity.comparable(), split.identity.comparable())
         return split
-
-    @property
-    def _where(self) -> str:
-        return f"the NEGs of {self.negs.dataset!r} in {str(self.root)!r}"
 
 
 def plan_causal(root: Path, split: ShardSet, probe: str, sets: Sequence[SkillSet], shifts: Sequence[float]) -> ShardSet:

@@ -145,7 +145,7 @@ def test_only_a_damaged_shard_is_computed_again_and_has_the_same_bytes(run, chec
     before = contents(folder)
     shard = folder / "part-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ShardError, match="incomplete, 2 of 3 shards"):
+    with pytest.raises(ShardError, match=r"part-00001.arrow' is damaged \(.* bytes long"):
         read_causal(root, part)
     again = check(run, root, part)
     assert (again.n_reused, again.n_computed) == (2, 1)

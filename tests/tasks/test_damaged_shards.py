@@ -2,14 +2,17 @@
 
 import shutil
 
+import pyarrow as pa
 import pytest
 from support import save_tiny_model, write_questions
 
 from flows.pipeline import run_pipeline, run_probe
 from flows.show.report import counted_now
 from negcore.store import integrity
+from negcore.store.publish import publish_shard
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
+from tasks.plan import plan
 from tasks.steps import PlainSteps
 
 SPLITS = ("train", "valid", "test")
@@ -126,3 +129,27 @@ def test_probes_refuse_what_is_damaged_by_name(run_of, copy, other):
     flip_a_bit(copy, other)
     (problem,) = run_probe(run_of(copy), PlainSteps()).problems
     assert "part-00001.arrow' is damaged (its checksum is not the one in its receipt)" in problem
+
+
+@pytest.mark.parametrize("setting", [{"shots": 1}, {"site": "act"}, {"dtype": "float64"}])
+def test_probes_refuse_negs_of_other_settings_than_the_run_file_names(run_of, made, setting):
+    run = run_of(made).model_copy(update=setting)
+    (problem,) = run_probe(run, PlainSteps()).problems
+    assert "are another run's" in problem
+    assert next(iter(setting)) in problem
+
+
+def test_probes_refuse_a_right_answer_that_is_not_the_datasets(run_of, copy):
+    """The shard is forged together with its receipt: every checksum fits."""
+    run = run_of(copy)
+    (test,) = [one for one in plan(run)[0].datasets[0].splits if one.place.part == "test"]
+    batch = integrity.mapped_batch(shards(copy, "test")[1])
+    gold = (batch.column("gold").to_numpy() + 1) % 3
+    forged = batch.set_column(batch.schema.get_field_index("gold"), batch.schema.field("gold"), pa.array(gold))
+    about = test.measurement.about(test.n_options)
+    publish_shard(copy, test.place, 1, 3, identity=test.identity, batch=forged, about=about)
+    (problem,) = run_probe(run, PlainSteps()).problems
+    assert "right answer" in problem
+    again = run_pipeline(run, PlainSteps())
+    assert [warning for warning in again.warnings if "gold of its row" in warning]
+    assert run_probe(run, PlainSteps()).problems == again.problems == []
