@@ -34,8 +34,10 @@ OLDEST = "1.31"
 Object = dict[str, Any]
 
 
-def objects(paths: list[Path] = SOURCES) -> list[Object]:
-    return [document for path in paths for document in documents(path)]
+@functools.cache
+def objects() -> list[Object]:
+    """Every object of the manifests as it is written; tests that change one copy it."""
+    return [document for path in SOURCES for document in documents(path)]
 
 
 def is_of_kuberay(one: Object) -> bool:
