@@ -7,9 +7,7 @@ actors, nodes, disks and the Prefect server are real.
 
 import argparse
 import logging
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import httpx
 import psutil
 import transformers
 from clusters import ray_cluster
@@ -39,6 +36,7 @@ from fault_bench import (
     rows_lost,
     write_rows,
 )
+from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
 from fault_slurm import slurm_time_limit
 from faults import FaultyWorker, by_value
 from rich.console import Console
@@ -55,9 +53,6 @@ from tasks.pool.ray_session import ray_session
 from tasks.rundir.layout import ShardFolder, shard_folders
 from tasks.rundir.verify import verify
 from tasks.steps import PlainSteps
-
-_SERVER_START_S = 900.0
-
 
 # Killed processes
 
@@ -282,55 +277,6 @@ def _undisturbed(run: SkillRun, at_fault: set[str]) -> Files:
     return published(twin.directory)
 
 
-# Services
-
-
-def lost_prefect_server(bench: Bench) -> Outcome:
-    """The server dies in the middle of the run; where the run ends with it, another server is started."""
-    home = bench.home / "prefect"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    run = Run(bench, bench.home / "server", *LOCAL, orchestrator="prefect", PREFECT_API_URL=url, PREFECT_HOME=str(home))
-    with prefect_server(home, port) as server:
-        run.start()
-        run.wait_for(N_SHARDS // 4)
-        server.kill()
-        run.look()
-        ended = run.end()
-    if ended == 0:
-        return run.outcome(1)
-    told = "Traceback" not in run.said
-    with prefect_server(home, port):
-        return run.outcome(1, ok=told and run.finish() == 0)
-
-
-@contextmanager
-def prefect_server(home: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A Prefect server on the loopback interface."""
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    settings = {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-    home.mkdir(exist_ok=True)
-    with (home / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + _SERVER_START_S
-        while not is_healthy(port):
-            assert server.poll() is None and time.monotonic() < deadline, (home / "server.log").read_text()
-            time.sleep(0.1)
-        yield server
-    finally:
-        server.kill()
-        server.wait()
-
-
-def is_healthy(port: int) -> bool:
-    with suppress(httpx.TransportError):
-        return httpx.get(f"http://127.0.0.1:{port}/api/health", timeout=5.0, trust_env=False).is_success
-    return False
-
-
 FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "actor kills": actor_kills,
     "node kills": node_kills,
@@ -342,6 +288,8 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "poison rows": poison_rows,
     "hang": hang,
     "lost Prefect server": lost_prefect_server,
+    "lost server of a served run": lost_server_of_served_run,
+    "lost server of a deployed run": lost_server_of_deployed_run,
     "Slurm time limit": slurm_time_limit,
 }
 
