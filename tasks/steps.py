@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _ARTIFACT_INTERVAL_S = 2.0
 _SILENCE_S = 60.0
 """A server that did not answer is left in peace for so long."""
+_MOST_RETRIES = 3
+"""Tries of what is to stay: workers that outlive long losses have more patience than a run has time."""
 _STOP_S = 10.0
 _THREADS = 8
 
@@ -294,7 +296,7 @@ class _Page:
         self._silent_until = float("-inf")
 
     def keep(self, show: Callable[[], T]) -> T | None:
-        """Show something that is to stay: with the client's usual patience, unless the server is silent anyway."""
+        """Show something that is to stay: patiently, unless the server is silent anyway."""
         return self._tried(show, patient=not self._is_silent)
 
     def refresh(self, show: Callable[[], T]) -> T | None:
@@ -310,8 +312,9 @@ class _Page:
         from prefect.exceptions import PrefectException
         from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
+        retries = min(PREFECT_CLIENT_MAX_RETRIES.value(), _MOST_RETRIES) if patient else 0
         try:
-            with nullcontext() if patient else temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}):
                 return show()
         except (httpx.HTTPError, PrefectException) as error:
             self._silent_until = time.monotonic() + _SILENCE_S

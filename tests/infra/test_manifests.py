@@ -7,6 +7,7 @@ password or a token; nothing is published beyond the loopback interface. Kuberne
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from manifests import INFRA, documents, mappings, pinned, ray_options
 from prefect.cli._app import _app as prefect_cli
 from prefect.settings.legacy import _get_settings_fields
 from prefect.settings.models.root import Settings
+from prefect.workers.process import ProcessWorker
 from rich.console import Console
 from support import REPOSITORY
 
@@ -254,6 +256,15 @@ def test_a_deployments_parameters_are_a_run_file_of_its_flow(deployment):
     assert run.out is not None, "its name would depend on what else is asked for"
     assert "concurrency_limit" not in deployment, "it ends a run whose server is lost"
     assert deployment["work_pool"]["name"] == "neg"
+
+
+def test_the_job_variables_fit_a_process_pool_and_the_kubernetes_pool():
+    pools = [value for name, value in documents(INFRA / "prefect.yaml")[0]["definitions"].items() if "pool" in name]
+    assert [pool["name"] for pool in pools] == ["neg", "neg-kubernetes"]
+    kubernetes = json.loads((INFRA / "kubernetes" / "pool" / "job-template.json").read_text())
+    for template in (ProcessWorker.get_default_base_job_template(), kubernetes):
+        for pool in pools:
+            assert pool["job_variables"].keys() <= template["variables"]["properties"].keys()
 
 
 # Ray's launcher
