@@ -24,6 +24,7 @@ from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.checks import read_checks
 from tasks.rundir.claim import HeldError, claim
+from tasks.rundir.manifest import begin, finish, mixed_versions, shards_of
 from tasks.steps import PrefectSteps, Steps
 from tasks.withheld import Withheld, withholding
 
@@ -50,13 +51,16 @@ class IncompleteRun(RunError):
 
 
 def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
-    """Do a flow's work under the claim of its run directory, and leave a report there."""
+    """Do a flow's work under the claim of its run directory; leave a report there and, of a whole run, a manifest."""
 
     @wraps(work)
     def worked(run: R, steps: Steps) -> E:
         is_claimed = steps.has_claimed(run.directory)
         with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
+            before = begin(run.directory)
             results = work(run, steps)
+            shards = shards_of(run.directory)
+            results.warnings += mixed_versions(shards.values())
             noted_checks = list(read_checks(run.directory))
             results.checks = check_section(noted_checks)
             results.warnings += check_warnings(noted_checks)
@@ -64,6 +68,9 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
                 steps.table(table.key, table.records(), described(table))
             with noted(results):
                 write_report(results)
+            if not results.problems:
+                with noted(results):
+                    finish(run.directory, before, shards)
             return results
 
     return worked

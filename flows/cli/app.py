@@ -221,12 +221,15 @@ def compare(
     """
     from flows.show.accuracy_tables import comparison_table
     from tasks.probe import AccuracyRow
+    from tasks.rundir.manifest import check_result
     from tasks.rundir.tables import read_table
 
     if len(set(runs)) < 2:
         raise RunError("name at least two run directories: there is nothing to compare one with")
     places = [location(run) for run in runs]
     names = [place.name for place in places]
+    for warning in filter(None, (check_result(place / "accuracy.arrow") for place in places)):
+        tell("warning", warning)
     scores = {
         place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
         for place in places
@@ -382,16 +385,17 @@ def verify(
     directory: RunDirectory,
     repair: Annotated[bool, typer.Option("--repair", help="Compute what is damaged or missing again.")] = False,
 ) -> None:
-    """Check every shard against its receipt: size, checksum, place, columns, row ids.
+    """Check every shard against its receipt (size, checksum, place, columns, row ids), and results against the shards.
 
     Examples: `neg verify runs/NAME`, `neg verify runs/NAME --repair`
 
     Reads every byte and changes nothing. The exit code is 1 if a shard is damaged or missing, lies in the wrong place
-    or belongs to another run. With --repair, the receipts of damaged shards are removed, never those of good ones, and
-    the run of DIR/run.yaml is started again: it computes exactly what has no receipt. Then everything is checked again.
+    or belongs to another run, or if a table, probe or report is not what the finished run made of these shards. With
+    --repair, the receipts of damaged shards are removed, never those of good ones, and the run of DIR/run.yaml is
+    started again: it computes exactly what has no receipt. Then everything is checked again.
     """
     quiet_libraries()
-    from flows.show.inspect_tables import checked, verified_lines, verified_tables
+    from flows.show.inspect_tables import checked, manifest_lines, verified_lines, verified_tables
 
     place = location(directory).absolute()
     found = checked(place, console)
@@ -400,9 +404,12 @@ def verify(
         found = checked(place, console)
     for table in verified_tables(found, place):
         console.print(table)
-    problems = verified_lines(found, place)
+    of_results, warnings = manifest_lines(place)
+    problems = verified_lines(found, place) + of_results
     for problem in problems:
         tell("wrong", problem)
+    for warning in warnings:
+        tell("warning", warning)
     if problems:
         raise typer.Exit(1)
 

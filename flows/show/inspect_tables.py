@@ -44,6 +44,19 @@ def checked(directory: Path, console: Console) -> list[Verified]:
         return list(verify(folders, lambda size: progress.advance(task, size)))
 
 
+def manifest_lines(directory: Path) -> tuple[list[str], list[str]]:
+    """Compare finished runs with their manifests; return a line for everything that is wrong, and for every warning."""
+    from tasks.rundir.manifest import finished_runs, manifest_faults, mixed_versions, shards_of
+
+    faults, warnings = [], []
+    for root in {directory: None} | dict.fromkeys(finished_runs(directory)):
+        where = f"{root.relative_to(directory)}: " if root != directory else ""
+        shards = shards_of(root)
+        faults += [printable(f"{where}{line}") for line in manifest_faults(root, shards)]
+        warnings += [f"{where}{line}" for line in mixed_versions(shards.values())]
+    return faults, warnings
+
+
 def verified_tables(verified: Sequence[Verified], directory: Path) -> Iterator[Table]:
     """Return a table for every run directory and model."""
     columns = [*texts("dataset", "part"), *numbers("shards", "rows", "MiB"), *texts("state")]
@@ -108,6 +121,9 @@ def status_lines(status: RunStatus, directory: Path) -> Iterator[str]:
     yield _total(status)
     yield _pace(status)
     yield from map(_holder, status.holders)
+    if status.finished_with:
+        listed = ", ".join(f"{name} {version}" for name, version in status.finished_with.items())
+        yield printable(f"finished: its manifest ties tables and report to these shards, made with {listed}")
     if not status.holders and status.n_missing != 0:
         yield "nobody works on it: the same command goes on from here"
 

@@ -30,6 +30,7 @@ KNOWN_FILES = MappingProxyType(
         "checks": "check of every model where it was loaded",
         "confusion.arrow": "answers by gold option",
         "linearity": "tables and figures",
+        "manifest.json": "what belongs together, with checksums",
         "negs": "NEG shards",
         "probes": "fitted probes",
         "run.yaml": "run file: repeats the run",

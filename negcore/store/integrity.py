@@ -193,7 +193,7 @@ def shard_fault(
         What the shard should say of its rows, and of rows that were set aside.
     """
     file = file or shard_of(folder, receipt)
-    stamp = _stamp(file)
+    stamp = stamp_of(file)
     if stamp is None:
         return "missing, though its receipt is there"
     if stamp.n_bytes != receipt.n_bytes:
@@ -202,8 +202,9 @@ def shard_fault(
     passed = {_memory(file, stamp, receipt, check) for check in checks}
     if passed <= _sound:
         return None
+    is_settled = stamp.is_settled
     fault = _fault(folder, receipt, file, verify, rows)
-    if fault is None and stamp.is_settled and _stamp(file) == stamp:
+    if fault is None and is_settled and stamp_of(file) == stamp:
         _sound.update(passed)
     return fault
 
@@ -299,31 +300,35 @@ def _digest_of_rows(rows: Sequence[StoredExample]) -> str:
 # Files
 
 
-class _Stamp(NamedTuple):
+class Stamp(NamedTuple):
     """All that is known of a file without reading it."""
 
     n_bytes: int
     version: tuple[Any, ...]
     """Device, inode and time of change; in a bucket the server's tag."""
-    is_settled: bool
-    """True if any change from now on changes the stamp."""
+    changed_ns: int | None
+    """Time of the last change, in nanoseconds since the epoch; None in a bucket."""
+
+    @property
+    def is_settled(self) -> bool:
+        """True if any change from now on changes the stamp."""
+        return self.changed_ns is None or not 0 <= time.time_ns() - self.changed_ns < _SETTLED_NS
 
 
-def _stamp(file: Path) -> _Stamp | None:
+def stamp_of(file: Path) -> Stamp | None:
     """Return the stamp of a file; None if there is none."""
     try:
         if is_remote(file):
             description = describe(file)
-            return _Stamp(int(description["size"]), (description.get("ETag"),), True)
+            return Stamp(int(description["size"]), (description.get("ETag"),), None)
         status = file.stat()
     except FileNotFoundError:
         return None
-    age_ns = time.time_ns() - status.st_mtime_ns
     version = (status.st_dev, status.st_ino, status.st_mtime_ns)
-    return _Stamp(status.st_size, version, not 0 <= age_ns < _SETTLED_NS) if file.is_file() else None
+    return Stamp(status.st_size, version, status.st_mtime_ns) if file.is_file() else None
 
 
-def _memory(file: Path, stamp: _Stamp, receipt: Receipt, check: str) -> bytes:
+def _memory(file: Path, stamp: Stamp, receipt: Receipt, check: str) -> bytes:
     """Return what is remembered of a file that passed a check."""
     known = (receipt.index, receipt.n_shards, receipt.n_rows, receipt.file_xxh3, receipt.digest, receipt.ids_xxh3)
     return xxh3_128_digest(repr((str(file), stamp.n_bytes, stamp.version, known, check)).encode("utf-8", "replace"))

@@ -179,6 +179,11 @@ def own_run(folder: ShardFolder, n_receipts: Mapping[tuple[str, int], int]) -> t
     return max(n_receipts, key=n_receipts.__getitem__, default=None)
 
 
+def other_files(directory: Path) -> list[Path]:
+    """Return every file below a directory but those in directories of shards."""
+    return _contents(directory).files
+
+
 def run_roots(directory: Path) -> list[Path]:
     """Return those of the directory and the directories below it that hold a run file."""
     return sorted(file.parent for file in _contents(directory).files if file.name == RUN_FILE)

@@ -1,6 +1,7 @@
 """The state of a run, read from its directory alone: no model is loaded, and the run may go on meanwhile."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from tasks.rundir.layout import (
     run_roots,
     shard_folders,
 )
+from tasks.rundir.manifest import read_manifest
 
 _PAUSE = 5.0
 """Times that a gap between two shards must be longer than usual to count as a pause of the run."""
@@ -84,6 +86,8 @@ class RunStatus:
     """None if the present session has published nothing yet."""
     holders: tuple[Holder, ...]
     """Drivers that claim the run, alive or dead."""
+    finished_with: Mapping[str, str]
+    """Versions of the packages that the run finished with; nothing if it is not finished."""
 
     @property
     def n_missing(self) -> int | None:
@@ -112,8 +116,20 @@ def run_status(directory: Path) -> RunStatus:
     if not folders and not run_roots(directory):
         raise RunError(f"{str(directory)!r} holds no shards and no {RUN_FILE}: give a run directory")
     return RunStatus(
-        folders, tuple(_not_planned(directory, folders)), _pace_now(directory, folders), tuple(_holders(directory))
+        folders,
+        tuple(_not_planned(directory, folders)),
+        _pace_now(directory, folders),
+        tuple(_holders(directory)),
+        _finished_with(directory),
     )
+
+
+def _finished_with(directory: Path) -> Mapping[str, str]:
+    """Return the versions in the manifest; nothing if there is none, or a damaged one."""
+    with suppress(RunError):
+        manifest = read_manifest(directory)
+        return manifest.versions if manifest else {}
+    return {}
 
 
 def _folder_status(folder: ShardFolder) -> FolderStatus:
