@@ -27,7 +27,13 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_REQUEST_TIMEOUT,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 
 from negcore.errors import RunError
 from tasks.environment import environment
@@ -48,6 +54,9 @@ _QUIET_OPEN_S = 5.0
 _DRAIN_S = 60.0
 _STOP_S = 10.0
 _POLL_S = 0.1
+
+_ANSWER_S = 20.0
+"""Limit for the first answer of a configured server, which is asked twice."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -122,7 +131,8 @@ class _ConfiguredApi:
         self.url = url
 
     def wait_ready(self) -> None:
-        with get_client(sync_client=True) as client:
+        patience = {PREFECT_API_REQUEST_TIMEOUT: _ANSWER_S, PREFECT_CLIENT_MAX_RETRIES: 1}
+        with temporary_settings(patience), get_client(sync_client=True) as client:
             error = client.api_healthcheck()
         if error is not None:
             raise RunError(f"PREFECT_API_URL is {self.url!r}, but nothing healthy answers there: {error}")

@@ -16,8 +16,9 @@ from negcore.texts import row_text
 
 Record = Mapping[str, Any]
 
-MOST_ROW_BYTES = 4 * 2**20
+MOST_ROW_BYTES = 2**20
 """Bytes of a row: no model reads a prompt that long."""
+_MOST_COUNTED = 64 * 2**20
 MOST_ARRAY_BYTES = 256 * 2**20
 """Bytes of a JSON file that holds one array: it takes several times as much memory to parse."""
 MOST_FILE_BYTES = 2 * 2**30
@@ -68,14 +69,15 @@ def _lines(stream: BufferedReader, path: Path) -> Iterator[tuple[int, bytes]]:
     while line := stream.readline(MOST_ROW_BYTES + 1):
         number += 1
         if len(line) > MOST_ROW_BYTES:
-            check_row_size(len(line) + _rest_of_line(stream), f"{path}:{number}")
+            raise _too_large(len(line) + _rest_of_line(stream), f"{path}:{number}")
         if line.strip():
             yield number, line
 
 
 def _rest_of_line(stream: BufferedReader) -> int:
+    """Count the bytes to the end of the line, in a file without an end no more than some."""
     n_bytes = 0
-    while piece := stream.readline(MOST_ROW_BYTES):
+    while n_bytes < _MOST_COUNTED and (piece := stream.readline(MOST_ROW_BYTES)):
         n_bytes += len(piece)
         if piece.endswith(b"\n"):
             break
@@ -85,10 +87,15 @@ def _rest_of_line(stream: BufferedReader) -> int:
 def check_row_size(n_bytes: int, place: str) -> None:
     """Refuse a row that is larger than the context of any model, before anything is made of it."""
     if n_bytes > MOST_ROW_BYTES:
-        raise DatasetError(
-            f"{place}: a row of {n_bytes / 2**20:.1f} MiB; allowed: {MOST_ROW_BYTES // 2**20} MiB. Is a line break "
-            "missing, or is this another kind of file?"
-        )
+        raise _too_large(n_bytes, place)
+
+
+def _too_large(n_bytes: int, place: str) -> DatasetError:
+    more = "more than " if n_bytes >= _MOST_COUNTED else ""
+    return DatasetError(
+        f"{place}: a row of {more}{n_bytes / 2**20:.1f} MiB; allowed: {MOST_ROW_BYTES // 2**20} MiB. Is a line break "
+        "missing, or is this another kind of file?"
+    )
 
 
 def _n_characters(value: Any) -> int:

@@ -20,6 +20,7 @@ from negcore.texts import row_text
 logger = logging.getLogger(__name__)
 
 FIELDS = ("prompt", "labels", "answer", "id", "group", "unit", "split")
+_LONGEST_LABEL = 1000
 NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an index into labels or a label)"
 
 
@@ -119,6 +120,8 @@ def _labels(value: Any, place: str) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) < 2:
         raise DatasetError(f"{place}: labels is {row_text(value)}; allowed: a list of two or more texts")
     labels = tuple(text_field({"label": label}, "label", place).strip() for label in value)
+    if (longest := max(map(len, labels))) > _LONGEST_LABEL:
+        raise DatasetError(f"{place}: a label of {longest} characters; a label is one token, which has fewer")
     if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
         raise DatasetError(f"{place}: labels {row_text(value)} repeat; each option needs its own label")
     return labels

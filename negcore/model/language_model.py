@@ -34,11 +34,13 @@ from negcore.model.model_files import (
     HARMLESS,
     check_directory,
     check_file,
+    check_sizes,
     directory_digest,
     file_digest,
     is_directory,
     is_gguf,
     plain_reason,
+    read_object,
     reading,
     unused_gguf_weights,
 )
@@ -426,6 +428,7 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
         options |= {"revision": commit.id, "local_files_only": commit.problem is not None}
     with reading(f"model {name!r}"):
         revision = commit.id if commit else _local_revision(Path(source))
+        check_sizes(read_object(_config_file(source, commit)))
     with reading(f"model {name!r} could not be read"):
         config = transformers.AutoConfig.from_pretrained(source, **options)
         config._attn_implementation = None  # ours takes its place, and the package of theirs may be absent
@@ -442,6 +445,13 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
         with reading(f"model {name!r} could not be loaded"):
             _weighted(card, device_map="meta")  # names and shapes alone, out of the files' headers
     return card
+
+
+def _config_file(source: Path | str, commit: Commit | None) -> Path:
+    """Return the configuration's file, which was looked for before."""
+    file = file_of(str(source), "config.json", commit, kind="model") if commit else Path(source) / "config.json"
+    assert file is not None
+    return file
 
 
 def _local_revision(directory: Path) -> str:

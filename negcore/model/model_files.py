@@ -6,6 +6,7 @@ worker that holds another.
 """
 
 import errno
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from xxhash import xxh3_128
 
 from negcore.errors import ModelError, RunError, one_line
 from negcore.store.files import MOST_RECORD_BYTES, parse_json, read_bytes
+from negcore.texts import quoted
 
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 """Endings of the files that decide a model's numbers."""
@@ -31,6 +33,12 @@ _OBJECTS = (
     "added_tokens.json",
 )
 """Files that hold a JSON object."""
+_SIZES = (
+    (r"(layers|layer|depth)$", 10_000),
+    (r"position|seq_len|seq_length", 2**31),
+    (r"(size|dim|embd|inner|heads|head|experts|width)$", 2**24),
+)
+"""Most that a number of a configuration may be, by what its key is like."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 HARMLESS = re.compile(
@@ -106,6 +114,9 @@ def check_directory(directory: Path) -> None:
     """
     for file in _files(directory):
         check_file(file)
+    for file in directory.iterdir():  # a pipe in place of any other file would be waited for
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ModelError(f"{str(file)!r} {_not_a_file(file)}")
     if not (directory / "config.json").exists():
         raise ModelError(f"{str(directory)!r} has no config.json: give the directory that save_pretrained wrote")
     objects = {name: read_object(directory / name) for name in _OBJECTS if (directory / name).exists()}
@@ -155,6 +166,26 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ModelError(f"{str(file)!r} holds a {type(found).__name__}; an object is needed")
     return found
+
+
+def check_sizes(config: Any, key: str = "") -> None:
+    """Refuse a configuration with more layers, or wider ones, than any model has: to look at it would take days.
+
+    Raises
+    ------
+    ModelError
+        Naming the key.
+    """
+    if isinstance(config, dict):
+        for name, value in config.items():
+            check_sizes(value, str(name))
+    elif isinstance(config, list):
+        for value in config:
+            check_sizes(value, key)
+    elif isinstance(config, (int, float)):
+        most = next((most for pattern, most in _SIZES if re.search(pattern, key)), math.inf)
+        if config > most:
+            raise ModelError(f"{key:.80} is {quoted(config)} in config.json; at most {most} are read")
 
 
 def _check_weights(directory: Path, *, is_quantized: bool) -> None:

@@ -8,12 +8,19 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
-from negcore.errors import RunError
+from negcore.errors import RunError, one_line
 
+PATIENCE: dict[str, Any] = {"connect_timeout": 10, "retries": {"mode": "standard", "max_attempts": 3}}
+"""Settings of the client, which is asked up to five times itself."""
+_ANSWER_S = 20
 _TRIES = 5
+_REMEDY = "check the AWS credentials, region and endpoint (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
 
 
 def is_folder(path: Path) -> bool:
@@ -135,9 +142,7 @@ def _put_if(path: Path, content: bytes, condition: dict[str, str]) -> Standing |
 
 def _is_refused(error: OSError) -> bool:
     """Tell whether the condition failed, another conditional put was under way, or the object to replace is gone."""
-    response = getattr(error.__cause__, "response", {})
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status in (409, 412) or isinstance(error, (FileExistsError, FileNotFoundError))
+    return _is_condition(error) or isinstance(error, (FileExistsError, FileNotFoundError))
 
 
 def _standing(path: Path) -> Standing | None:
@@ -167,13 +172,42 @@ def _below(folder: Path, key: str) -> Path:
 
 @contextmanager
 def _reaching(path: Path) -> Iterator[None]:
-    """Say in one line why a bucket cannot be reached; let errors about single objects pass."""
-    from botocore.exceptions import BotoCoreError
+    """Say in one line why a bucket cannot be reached, or what is wrong with its answers.
 
+    Errors about single objects and this machine's files pass.
+    """
     try:
+        _check_answers(str(_fs(path).s3.meta.endpoint_url))
         yield
-    except (BotoCoreError, PermissionError) as error:
-        raise RunError(
-            f"{str(path)!r} cannot be reached ({' '.join(str(error).split())}): check the AWS credentials, region and "
-            "endpoint (AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL)"
-        ) from error
+    except RunError:
+        raise
+    except Exception as error:  # whatever its client meets in an answer
+        if isinstance(error, (FileNotFoundError, FileExistsError)) or _is_of_disk(error) or _is_condition(error):
+            raise
+        raise RunError(f"{str(path)!r} cannot be reached ({one_line(error):.300}): {_REMEDY}") from error
+
+
+@cache
+def _check_answers(endpoint: str) -> None:
+    """Refuse an endpoint that takes a connection and says nothing: its client would ask it for many minutes.
+
+    Anything that it says, and every other error, is the client's business.
+    """
+    try:
+        with urlopen(Request(endpoint, method="HEAD"), timeout=_ANSWER_S):  # noqa: S310  the user's own endpoint
+            return
+    except OSError as error:
+        if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+            raise RunError(f"{endpoint} does not answer within {_ANSWER_S} s: {_REMEDY}") from None
+    except (ValueError, HTTPException):
+        return
+
+
+def _is_of_disk(error: Exception) -> bool:
+    """Tell whether an error is about a local file that an object is copied from or to."""
+    return isinstance(error, OSError) and error.filename is not None and error.__cause__ is None
+
+
+def _is_condition(error: Exception) -> bool:
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412)

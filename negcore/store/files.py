@@ -50,6 +50,8 @@ def location(place: str | Path) -> Path:
         if place.parts[:1] == ("s3:",):  # pathlib took one of its slashes
             raise RunError(f"{str(place)!r} was a URL before it was made a pathlib path: give it as text")
         return place
+    if "\0" in place:
+        raise RunError(f"{place!r:.80} is no place for files: it holds a null character")
     if "://" not in place:
         path = Path(place)
         if too_long := [part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME]:
@@ -65,7 +67,7 @@ def location(place: str | Path) -> Path:
     from upath import UPath
 
     # Others write there too: a listing that is kept would hide their files.
-    bucket: Any = UPath(place.rstrip("/"), use_listings_cache=False)
+    bucket: Any = UPath(place.rstrip("/"), use_listings_cache=False, config_kwargs=buckets.PATIENCE)
     return bucket  # type: ignore[no-any-return]
 
 
