@@ -176,7 +176,7 @@ def check_other(command: str) -> None:
     """Check what can be checked of a command that is no `neg`: targets of make, extras of the package, scripts."""
     program, *words = shlex.split(command)
     if program == "make":
-        targets = re.findall(r"(?m)^([a-z]+):", (REPOSITORY / "Makefile").read_text())
+        targets = re.findall(r"(?m)^([a-z-]+):", (REPOSITORY / "Makefile").read_text())
         assert {word for word in words if "=" not in word} <= set(targets), command
     if program == "pip":
         extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
