@@ -36,6 +36,7 @@ from fault_bench import (
     rows_lost,
     write_rows,
 )
+from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
 from fault_slurm import slurm_time_limit
 from faults import FaultyWorker, by_value
@@ -280,6 +281,7 @@ def _undisturbed(run: SkillRun, at_fault: set[str]) -> Files:
 FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "actor kills": actor_kills,
     "node kills": node_kills,
+    "preemptions": preemptions,
     "driver kills": driver_kills,
     "cuts": cuts,
     "flipped bits": flips,
