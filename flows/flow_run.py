@@ -109,7 +109,8 @@ def noted(results: RunResults) -> Iterator[None]:
 def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     """Do a flow's work inside that flow: all of it, or until the flow run is cancelled.
 
-    A run of a deployment is skipped if another run holds its directory, and waits at its end for a server that is away.
+    A run of a deployment is skipped if another run holds its directory, waits for nodes of the cluster without limit,
+    and waits at its end for a server that is away.
 
     Returns
     -------
@@ -136,6 +137,8 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
 
 def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     steps, is_deployed = PrefectSteps(), _is_deployed()
+    if is_deployed:
+        run = run.model_copy(update={"wait_for_nodes": True})
     with told_when_back() if is_deployed else nullcontext():
         try:
             with stopped_by_cancellation(steps.stop) as cancelled:

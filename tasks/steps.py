@@ -31,6 +31,8 @@ R = TypeVar("R", covariant=True)
 logger = logging.getLogger(__name__)
 
 _ARTIFACT_INTERVAL_S = 2.0
+_TELL_S = 60.0
+"""Time between two lines of the log about what a step waits for."""
 _SILENCE_S = 60.0
 """A server that did not answer is left in peace for so long."""
 _MOST_RETRIES = 3
@@ -323,24 +325,31 @@ class _Page:
 
 
 class _ProgressArtifact:
-    """A progress bar in the Prefect UI, refreshed every few seconds, and a line in the log at its end."""
+    """A progress bar in the Prefect UI, refreshed every few seconds, and lines in the log.
+
+    There is one at its end, and one a minute while it waits.
+    """
 
     def __init__(self, kind: str, name: str, page: _Page) -> None:
         self._title = printable(f"{kind} {name}")
         self._page = page
         self._id: Any = None
-        self._shown_at = float("-inf")
+        self._shown_at = self._told_at = float("-inf")
         self._started_at = time.monotonic()
         self._first_done: int | None = None
         self._parts = ""
 
     def advance(self, progress: Progress) -> None:
+        from prefect import get_run_logger
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         if self._first_done is None:
             self._first_done = progress.done
         self._parts = f"{progress.done} of {progress.total} parts"
         now = time.monotonic()
+        if progress.note and now - self._told_at >= _TELL_S:
+            self._told_at = now
+            get_run_logger().info("%s: %s", self._title, progress.note)
         if progress.done < progress.total and now - self._shown_at < _ARTIFACT_INTERVAL_S:
             return
         self._shown_at = now

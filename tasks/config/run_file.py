@@ -5,11 +5,13 @@ file is the help of its command.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -62,6 +64,19 @@ Location = Annotated[
 """A directory on disk, or in a bucket."""
 
 
+def _node_label(text: str) -> str:
+    name, _, value = text.partition("=")
+    if not re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]*/)?[A-Za-z0-9][\w.-]*", name) or not re.fullmatch(
+        r"[\w.-]+", value
+    ):
+        raise ValueError(f"{text!r:.80} is no label of a node: give NAME=VALUE, as in ray.io/accelerator-type=H100")
+    return text
+
+
+NodeLabel = Annotated[str, AfterValidator(_node_label)]
+"""A label of a Ray node, ``NAME=VALUE``."""
+
+
 class RunFile(BaseModel):
     """The fields of every run: models, how they are computed, and where."""
 
@@ -103,6 +118,12 @@ class RunFile(BaseModel):
         None, gt=0, description="A worker silent for so long is replaced. By default never."
     )
     ray_address: str | None = Field(None, description="Ray cluster. By default $RAY_ADDRESS, else one on this machine.")
+    node_label: Annotated[tuple[NodeLabel, ...], BeforeValidator(_as_list)] = Field(
+        (), description="Label of the Ray nodes that workers run on, NAME=VALUE, as an accelerator's kind. Repeatable."
+    )
+    wait_for_nodes: bool = Field(
+        False, description="Wait without limit for nodes of a cluster that grows. Deployed and served runs always do."
+    )
 
     not_science: ClassVar[frozenset[str]] = frozenset(
         {
@@ -117,6 +138,8 @@ class RunFile(BaseModel):
             "gpus",
             "job_timeout_s",
             "ray_address",
+            "node_label",
+            "wait_for_nodes",
         }
     )
     """Fields that never change which numbers come out."""
@@ -209,6 +232,8 @@ class RunFile(BaseModel):
             gpus=self.gpus,
             job_timeout_s=self.job_timeout_s,
             address=self.ray_address,
+            wait_for_nodes=self.wait_for_nodes,
+            node_labels=tuple((name, value) for name, _, value in (one.partition("=") for one in self.node_label)),
         )
 
     def shared_with(self, base: "type[RunFile]") -> dict[str, Any]:

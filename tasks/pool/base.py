@@ -12,12 +12,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from negcore.errors import NegError, RunError, first_line
 
 __all__ = [
+    "NodeLost",
+    "OutOfMemory",
     "Outcome",
     "Pool",
     "PoolStatus",
@@ -36,6 +38,18 @@ class Stopped(Exception):  # noqa: N818  a request that was honoured, not an err
 
 class WorkerLost(RuntimeError):  # noqa: N818
     """A worker's process died, or was ended because its job took too long."""
+
+
+class NodeLost(WorkerLost):
+    """A worker ended with its node: that was taken back, went down, or cannot be reached any more."""
+
+
+class OutOfMemory(WorkerLost):
+    """A worker was ended because its node ran low on memory, which all processes there use together."""
+
+
+_NODES_A_JOB_MAY_LOSE = 5
+"""A job that lost more nodes than that may be what brings them down: from then on each loss is one of its attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +72,13 @@ class Resources:
     """Attempts a job gets before it is handed back with its error."""
     max_replacements: int = 10
     """Workers that may be lost, without a job succeeding in between, before the pool shrinks. All workers that one job
-    loses count as one."""
+    loses count as one, and those that end with their nodes do not count."""
     start_timeout_s: float = 900.0
     """Limit, in seconds, for making one worker, and for waiting for resources while no worker is usable."""
+    wait_for_nodes: bool = False
+    """True to wait without limit for nodes that are not there yet, as in a cluster that grows."""
+    node_labels: tuple[tuple[str, str], ...] = ()
+    """Names and values of labels that the nodes of workers must have (Ray's label selector)."""
     job_timeout_s: float | None = None
     """Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. The local backend
     cannot interrupt a job and has no such limit."""
@@ -121,11 +139,14 @@ class PoolStatus:
 class Attempt:
     """A job and the number of the attempt that is next or under way."""
 
-    __slots__ = ("job", "number")
+    __slots__ = ("is_alone", "job", "nodes_lost", "number")
 
     def __init__(self, job: Any) -> None:
         self.job = job
         self.number = 1
+        self.nodes_lost = 0
+        self.is_alone = False
+        """True if its node ran out of memory: it is tried once nothing else runs, by a fresh worker."""
 
 
 @dataclass
@@ -138,6 +159,8 @@ class Batch:
     stop: threading.Event | None
     on_tick: Callable[[PoolStatus], None] | None
     tick_s: float
+    alone: deque[Attempt] = field(default_factory=deque)
+    """Jobs that wait until no other job runs."""
     done: int = 0
     failed: int = 0
     ticked_at: float = float("-inf")
@@ -160,12 +183,17 @@ class Batch:
 
     def failed_once(self, attempt: Attempt, exception: Exception) -> Outcome | None:
         """Return the outcome if the job is handed back; None if it went back into the queue."""
-        if attempt.number < self.max_attempts and not isinstance(exception, NegError):
+        if isinstance(exception, NodeLost) and attempt.nodes_lost < _NODES_A_JOB_MAY_LOSE:
+            attempt.nodes_lost += 1
+        elif isinstance(exception, OutOfMemory) and not attempt.is_alone:
+            attempt.is_alone = True
+        elif attempt.number < self.max_attempts and not isinstance(exception, NegError):
             attempt.number += 1
-            self.todo.append(attempt)
-            return None
-        self.failed += 1
-        return Outcome(attempt.job, None, exception, attempt.number)
+        else:
+            self.failed += 1
+            return Outcome(attempt.job, None, exception, attempt.number)
+        (self.alone if attempt.is_alone else self.todo).append(attempt)
+        return None
 
 
 class Pool(ABC):

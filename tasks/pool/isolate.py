@@ -17,7 +17,7 @@ from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.publish import SetAside
 from negcore.texts import public
-from tasks.pool.base import Outcome, Pool, PoolStatus
+from tasks.pool.base import NodeLost, Outcome, Pool, PoolStatus
 
 if TYPE_CHECKING:
     from tasks.measure.shard_set import ShardJob
@@ -122,8 +122,8 @@ def _without(
 
 
 def _is_suspect(outcome: Outcome) -> bool:
-    """Tell whether one of the job's rows may have made it fail: it is neither the user's error nor the disk's."""
-    if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError)):
+    """Tell whether one of the job's rows may have made it fail: it is not the user's error, the disk's or a node's."""
+    if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError, NodeLost)):
         return False
     return hasattr(outcome.job, "trial")
 

@@ -1,0 +1,93 @@
+"""The nodes of a Ray cluster as a pool sees them: what they offer, and which of them are about to go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from negcore.errors import RunError, one_line
+from tasks.pool.base import Resources
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 2.0
+"""Time between two looks for drain notices: a spot node gets one some 30 s to 2 minutes before it is taken back."""
+
+
+class DrainNotices:
+    """The nodes that are being drained, looked up by a thread: the cluster may be slow to answer, or silent."""
+
+    def __init__(self) -> None:
+        self.nodes: frozenset[str] = frozenset()
+        """Ids of the nodes that get no more work."""
+        self._closed = threading.Event()
+        threading.Thread(target=self._look, name="drain notices", daemon=True).start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+
+    def _look(self) -> None:
+        from ray._private.state import state  # the public API does not tell
+
+        while not self._closed.wait(_LOOK_S):
+            try:
+                self.nodes = frozenset(state.get_draining_nodes())
+            except Exception as error:  # Ray has no type for a silent or closed cluster
+                logger.debug("drain notices cannot be read: %s", one_line(error))
+
+
+def check_demand(resources: Resources, label: str) -> None:
+    """Refuse a worker that fits on no node of a cluster that does not grow: Ray would wait for ever, and in silence.
+
+    Raises
+    ------
+    RunError
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if resources.wait_for_nodes or _grows() or any(_fits(resources, node) for node in nodes):
+        return
+    offers = "; ".join(sorted({_offer(resources, node["Resources"], node["Labels"]) for node in nodes}))
+    raise RunError(
+        f"{label}: a worker needs {demand(resources)}, but the nodes offer: {offers}; if the cluster grows, set "
+        "wait_for_nodes"
+    )
+
+
+def waiting(resources: Resources) -> str:
+    """Return in words what a pool waits for that has no place for a worker."""
+    import ray
+
+    return f"waiting for {demand(resources)} a worker (free: {amounts(ray.available_resources())})"
+
+
+def demand(resources: Resources) -> str:
+    """Return in words what one worker needs."""
+    return _offer(resources, resources.demand, dict(resources.node_labels))
+
+
+def amounts(offer: Mapping[str, float]) -> str:
+    """Return cores and GPUs in words."""
+    return " and ".join(f"{offer.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _offer(resources: Resources, offer: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """Return in words an offer, with the labels that the workers ask for."""
+    named = [f"{name}={labels.get(name, '(none)')}" for name, _ in resources.node_labels]
+    return " with ".join([amounts(offer), *([", ".join(named)] if named else [])])
+
+
+def _fits(resources: Resources, node: Mapping[str, Any]) -> bool:
+    is_large_enough = all(node["Resources"].get(name, 0) >= amount for name, amount in resources.demand.items())
+    return is_large_enough and all(node["Labels"].get(name) == value for name, value in resources.node_labels)
+
+
+def _grows() -> bool:
+    """Tell whether an autoscaler has told Ray of nodes that it can add."""
+    from ray._private.state import state
+
+    return state.get_cluster_config() is not None
