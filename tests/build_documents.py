@@ -35,8 +35,9 @@ errors, and all mistakes in a file are told at once. There is an example of ever
 
 The other fields are also options of the command line (`shard_rows` is `--shard-rows`), but for mappings; options win
 over the file. A run directory holds the file that made it, so `neg COMMAND DIR` repeats the run and computes only what
-is missing, wherever the directory has been moved or copied to. In that file the run also notes, under `written_by`, the
-command, the directory in which it was started, the version and the git revision.
+is missing, wherever the directory has been moved or copied to: it says so, and leaves the directory under `out` as it
+is. A file of your own keeps its `out`, wherever it lies. In the directory's file the run also notes, under
+`written_by`, the command, the directory in which it was started, the version and the git revision.
 
 Relative paths of models and data are relative to the directory in which the command is started. A file that is read
 from elsewhere is refused if they are where it was written (or, for a file of your own, beside it) and not here; the

@@ -224,3 +224,31 @@ class Run:
         for process in self._started:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+# Disks
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A disk of its own, in memory."""
+    place.mkdir()
+    with mounted("-t", "tmpfs", "-o", f"size={size}", "faults", place):
+        yield place
+
+
+@contextmanager
+def mounted(*arguments: str | Path) -> Iterator[None]:
+    """Have something mounted; the last argument says where."""
+    mount(*arguments)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", arguments[-1]], check=True)
+
+
+def mount(*arguments: str | Path) -> None:
+    try:
+        subprocess.run(["mount", *arguments], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CannotTry(" ".join((getattr(error, "stderr", "") or str(error)).split())) from error

@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -32,10 +32,13 @@ from fault_bench import (
     Outcome,
     Run,
     finished,
+    mount,
     published,
     rows_lost,
+    small_disk,
     write_rows,
 )
+from fault_moved import moved_directory
 from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
 from fault_slurm import slurm_time_limit
@@ -213,24 +216,6 @@ def is_locked(disk: Path) -> bool:
     return False
 
 
-@contextmanager
-def small_disk(place: Path, size: str) -> Iterator[Path]:
-    """A disk of its own, in memory."""
-    place.mkdir()
-    mount("-t", "tmpfs", "-o", f"size={size}", "faults", place)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def mount(*arguments: str | Path) -> None:
-    try:
-        subprocess.run(["mount", *arguments], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise CannotTry(" ".join((getattr(error, "stderr", "") or str(error)).split())) from error
-
-
 # Rows
 
 
@@ -293,6 +278,7 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "lost server of a served run": lost_server_of_served_run,
     "lost server of a deployed run": lost_server_of_deployed_run,
     "Slurm time limit": slurm_time_limit,
+    "directory moved": moved_directory,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from negcore.errors import RunError
-from negcore.store.files import is_remote, location
+from negcore.store.files import is_remote, listing, location
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +21,21 @@ _PATHS = ("model", "dataset", "facts", "mceval8k")
 def moved_here(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a run file that a run wrote, with the directory that the file is in now as the run's.
 
-    A file that nobody's run wrote names the directory of a run that is still to come, and is left as it is.
+    A file that nobody's run wrote, without shards beside it, names the directory of a run that is still to come, and is
+    left as it is.
     """
-    if not isinstance(values.get("written_by"), Mapping) or not isinstance(values.get("out"), str):
-        return dict(values)
     here = file.parent if is_remote(file) else file.parent.absolute()
+    if not isinstance(values.get("out"), str) or not (values.get("written_by") or _holds_shards(here)):
+        return dict(values)
     if _is_same(location(values["out"]), here):
         return dict(values)
     logger.warning("%s was written for %s: the run is taken to be in %s", file, values["out"], here)
     return {**values, "out": str(here)}
+
+
+def _holds_shards(directory: Path) -> bool:
+    """Tell whether a directory holds any kind of shards of a model."""
+    return any(one.name.startswith("model=") for kind in listing(directory).folders for one in listing(kind).folders)
 
 
 def _is_same(one: Path, other: Path) -> bool:

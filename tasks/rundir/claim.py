@@ -57,15 +57,17 @@ class Holder:
     since: str
     """Time of the claim for people, in the time zone of the holder."""
     command: str
+    place: str = ""
+    """The directory that it claims, by its inode or its address in a bucket: not that of a copy."""
     beat: int = 0
     """Times that the claim was renewed."""
 
     @classmethod
-    def this_process(cls) -> "Holder":
-        """Return this process as the holder of a new claim."""
+    def this_process(cls, directory: Path) -> "Holder":
+        """Return this process as the holder of a new claim on a directory."""
         command = this_command()[:_LONGEST_COMMAND]
         since = datetime.now().astimezone().isoformat(" ", "seconds")
-        return cls(uuid.uuid4().hex, _machine(), os.getpid(), _birth(os.getpid()), since, command)
+        return cls(uuid.uuid4().hex, _machine(), os.getpid(), _birth(os.getpid()), since, command, _place(directory))
 
     @property
     def is_dead(self) -> bool | None:
@@ -80,6 +82,10 @@ class Holder:
             pass
         birth = _birth(self.pid)
         return birth != self.birth if birth else None
+
+    def is_copied(self, directory: Path) -> bool:
+        """Tell whether the claim came here with the files of another directory, as far as inodes can be trusted."""
+        return self.place not in ("", _place(directory))
 
     def __str__(self) -> str:
         text = f"pid {self.pid} on {self.machine.split(' ')[0]} ({self.command}) since {self.since}"
@@ -192,8 +198,10 @@ def holder_of(directory: Path) -> Holder | None:
 
 def _acquire(directory: Path) -> Holder:
     """Claim a directory that nobody holds or that a dead driver left."""
-    me = Holder.this_process()
     try:
+        if not is_remote(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        me = Holder.this_process(directory)
         if _create(directory, me):
             return me
         holder = _living(directory)
@@ -218,6 +226,8 @@ def _living(directory: Path) -> str | None:
     is_dead = holder.is_dead if holder is not None else None
     if is_dead or first is None:
         return None
+    if holder is not None and holder.is_copied(directory):
+        is_dead = None  # it lives, but perhaps not for this directory
     if is_dead is None:
         logger.warning("%s is held by %s: waiting for a sign of life", directory, holder or "another run")
         deadline = time.monotonic() + _SILENCE_S
@@ -243,7 +253,6 @@ def _create(directory: Path, holder: Holder) -> bool:
     file = directory / CLAIM_FILE
     if is_remote(file):
         return create(file, _encoded(holder)) is None
-    directory.mkdir(parents=True, exist_ok=True)
     try:
         with file.open("xb") as new:
             new.write(_encoded(holder))
@@ -283,9 +292,14 @@ def _parsed(content: bytes | None) -> Holder | None:
     """Return the holder in a claim file; None if it holds no claim, for example because it is being written."""
     try:
         record = parse_json(content or b"")
-        return Holder(**{field.name: field.type(record[field.name]) for field in fields(Holder)})  # type: ignore[operator]
+        known = {field.name: field.type for field in fields(Holder) if field.name in record}
+        return Holder(**{name: kind(record[name]) for name, kind in known.items()})  # type: ignore[operator]
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
+
+
+def _place(directory: Path) -> str:
+    return str(directory) if is_remote(directory) else str(directory.stat().st_ino)
 
 
 # Processes

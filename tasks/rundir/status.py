@@ -166,8 +166,9 @@ def _not_planned(directory: Path, folders: Sequence[FolderStatus]) -> Iterator[t
 
 def _holders(directory: Path) -> list[Holder]:
     """Return the drivers that claim the directory, a run below it, or the run that it is a part of."""
-    found = map(holder_of, [*reversed(directory.parents), directory, *run_roots(directory)])
-    return list(dict.fromkeys(holder for holder in found if holder is not None))
+    places = [*reversed(directory.parents), directory, *run_roots(directory)]
+    found = ((place, holder_of(place)) for place in places)
+    return list(dict.fromkeys(holder for place, holder in found if holder is not None and not holder.is_copied(place)))
 
 
 def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:

@@ -21,7 +21,7 @@ from tasks.campaign import by_depth, gains
 from tasks.config.campaign_run import CampaignRun
 from tasks.config.dataset_runs import EvaluationRun
 from tasks.config.linearity_run import LinearityRun
-from tasks.config.reading import read_run_file
+from tasks.config.reading import read_run_file, recorded_run
 from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
@@ -307,6 +307,26 @@ def test_the_same_campaign_again_computes_nothing_and_writes_the_same_bytes(run,
     assert sum(part.n_reused for part in again.extracted) == sum(part.n_computed for part in results.extracted) > 0
     assert again.problems == results.problems
     assert files(run) == before
+
+
+def test_a_copied_campaign_is_finished_where_it_is_and_the_original_is_left_alone(run, results, tmp_path):
+    copy = shutil.copytree(run.directory, tmp_path / "copy")
+    for study in ("mceval8k", "linearity"):
+        next((copy / "tiny-llama" / study).rglob("part-*.json")).unlink()
+    before = everything(run.directory)
+    there = recorded_run(copy)
+    again = run_campaign(there, PlainSteps())
+    assert sum(part.n_computed for part in again.extracted) == 2
+    timed = Path("tiny-llama/linearity/linearity/costs.arrow")
+    assert {**files(there), timed: b""} == {**files(run), timed: b""}
+    assert everything(run.directory) == before
+    for file in (copy / "run.yaml", copy / "tiny-llama" / "linearity" / "run.yaml"):
+        assert yaml.safe_load(file.read_text())["out"] == str(file.parent)
+
+
+def everything(directory):
+    """Every file and directory below one, and the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
 def test_a_model_that_is_mended_is_all_that_is_computed(models, tmp_path):

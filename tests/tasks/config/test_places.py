@@ -56,6 +56,16 @@ def test_a_file_of_ones_own_and_a_copy_under_another_name_keep_their_out(origina
     assert recorded_run(own).directory == tmp_path / "elsewhere"
 
 
+def test_a_run_file_beside_shards_is_of_the_run_that_made_them_whoever_wrote_it(original, tmp_path):
+    copy = shutil.copytree(original, tmp_path / "copy")
+    values = yaml.safe_load((copy / "run.yaml").read_text())
+    del values["written_by"]
+    (copy / "run.yaml").write_text(yaml.safe_dump(values))
+    assert recorded_run(copy).directory == original
+    (copy / "negs" / "model=m" / "dataset=d").mkdir(parents=True)
+    assert recorded_run(copy).directory == copy
+
+
 def test_the_runs_below_an_evaluation_and_a_campaign_move_along(tmp_path):
     for run, below in (
         (EvaluationRun(model="org/m", out=tmp_path / "a"), lambda run: [one.directory for one in run.settings]),

@@ -3,6 +3,7 @@
 import contextvars
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -107,6 +108,25 @@ def test_a_killed_driver_that_nobody_buried_is_dead_too(tmp_path, monkeypatch):
         first.kill()
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
         assert attempt(tmp_path)
+
+
+def test_a_claim_that_was_copied_with_a_living_drivers_directory_ends_by_silence(tmp_path, hasty):
+    with holder(tmp_path / "original") as first:
+        shutil.copytree(tmp_path / "original", tmp_path / "copy")
+        assert attempt(tmp_path / "copy")
+        (tmp_path / "link").symlink_to("original")
+        for same in ("original", "link"):
+            with pytest.raises(RunError, match=f"held by pid {first.pid} "):
+                attempt(tmp_path / same)
+
+
+def test_a_claim_of_an_earlier_version_is_believed(tmp_path):
+    leave(tmp_path)
+    record = recorded(tmp_path)
+    del record["place"]
+    (tmp_path / CLAIM_FILE).write_text(json.dumps(record))
+    with pytest.raises(RunError, match=f"held by pid {os.getpid()} "):
+        attempt(tmp_path)
 
 
 def test_a_process_that_only_has_the_holders_number_is_not_the_holder(tmp_path, monkeypatch):

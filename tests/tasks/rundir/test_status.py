@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -280,6 +281,13 @@ def test_the_driver_that_works_on_it_is_named_also_for_a_part(run, parts):
         assert run_status(run.directory / "negs").holders == (holder,)
         assert f"held by pid {os.getpid()} on " in shown(run.directory)
     assert "nobody works on it: the same command goes on from here" in shown(run.directory)
+
+
+def test_nobody_works_on_a_copy_because_of_the_claim_that_came_with_it(run, tmp_path):
+    with claim(run.directory):
+        copy = shutil.copytree(run.directory, tmp_path / "copy")
+        assert run_status(copy).holders == ()
+        assert run_status(run.directory).holders
 
 
 def test_a_driver_that_died_is_said_to_have_ended(run):
