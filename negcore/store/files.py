@@ -295,7 +295,7 @@ def small_files(folder: Path, name_pattern: str) -> Iterator[SmallFile]:
             try:
                 status = os.fstat(file)
                 if stat.S_ISREG(status.st_mode):
-                    yield SmallFile(name, os.read(file, status.st_size), status.st_mtime)
+                    yield SmallFile(name, os.read(file, min(status.st_size, MOST_RECORD_BYTES)), status.st_mtime)
             finally:
                 os.close(file)
     finally:

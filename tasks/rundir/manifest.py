@@ -5,7 +5,6 @@ belongs together. The run of a part (a model and study of a campaign) has a mani
 of the whole run's.
 """
 
-import json
 import platform
 import re
 from collections import Counter
@@ -17,7 +16,7 @@ from pathlib import Path
 from xxhash import xxh3_128_hexdigest
 
 from negcore.errors import RunError
-from negcore.store.files import draft, n_bytes, parse_json, read_bytes, remove, small_files
+from negcore.store.files import MOST_RECORD_BYTES, draft, n_bytes, parse_json, read_bytes, remove, small_files
 from negcore.store.identity import canonical_json, content_digest
 from negcore.store.integrity import Stamp, stamp_of
 from negcore.store.publish import checksum
@@ -152,7 +151,7 @@ def _counted(versions: Mapping[bytes, int]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {package: {} for package in _NUMBERS_FROM}
     for text, n_shards in versions.items():
         try:
-            known = json.loads(text)
+            known = parse_json(text)
         except ValueError:  # of a damaged receipt
             continue
         for package in counts.keys() & known:
@@ -188,7 +187,7 @@ def read_manifest(root: Path) -> Manifest | None:
     """
     file = root / MANIFEST_FILE
     try:
-        record = parse_json(read_bytes(file))
+        record = parse_json(read_bytes(file, MOST_RECORD_BYTES))
         seal = record.pop("seal")
         if seal != content_digest(record) or record.pop("format") != _FORMAT:
             raise ValueError("its seal does not fit its content")

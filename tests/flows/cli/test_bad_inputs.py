@@ -119,6 +119,7 @@ class Place(NamedTuple):
         return self.folder / "run"
 
 
+RECEIPT = "**/_receipts/part-*.json"
 DEEP = "[" * 200_000
 DIGITS = "9" * 5000
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -188,6 +189,10 @@ def model(make: Callable[[Place], Path]) -> Callable[[Place], tuple[Any, ...]]:
 
 def status(make: Callable[[Place], Path]) -> Callable[[Place], tuple[Any, ...]]:
     return lambda place: ("status", make(place))
+
+
+def verify(make: Callable[[Place], Path]) -> Callable[[Place], tuple[Any, ...]]:
+    return lambda place: ("verify", make(place))
 
 
 def again(make: Callable[[Place], Path]) -> Callable[[Place], tuple[Any, ...]]:
@@ -364,6 +369,19 @@ BAD: dict[str, tuple[int, str, Callable[[Place], tuple[Any, ...]]]] = {
     "a plan of numbers": (2, "is damaged", status(lambda p: p.changed_run("plan.json", "[1]"))),
     "a plan of a gigabyte": (2, "at most", status(lambda p: larger(p, "plan.json"))),
     "a claim that is a pipe": (2, "is a pipe", again(lambda p: p.changed_run("claim.json", kind="pipe"))),
+    "a nested receipt": (0, "1 missing", status(lambda p: p.changed_run(RECEIPT, DEEP))),
+    "a receipt that is a pipe": (
+        0,
+        "1 missing",
+        status(lambda p: p.changed_run(RECEIPT, kind="pipe")),
+    ),
+    "a receipt of a gigabyte": (0, "1 missing", status(lambda p: larger(p, RECEIPT))),
+    "a receipt of numbers": (0, "1 missing", status(lambda p: p.changed_run(RECEIPT, "1"))),
+    "a manifest that is a pipe": (1, "is a pipe", verify(lambda p: p.changed_run("manifest.json", kind="pipe"))),
+    "a nested manifest": (1, "manifest", verify(lambda p: p.changed_run("manifest.json", DEEP))),
+    "a manifest of numbers": (1, "manifest", verify(lambda p: p.changed_run("manifest.json", "[1]"))),
+    "a shard that is a pipe": (1, "wrong", verify(lambda p: p.changed_run("**/part-*.arrow", kind="pipe"))),
+    "a shard of zeros": (1, "wrong", verify(lambda p: p.changed_run("**/part-*.arrow", b"\0" * 100))),
     "its run file is a pipe": (2, "is a pipe", again(lambda p: p.changed_run("run.yaml", kind="pipe"))),
     "its run file is a bomb": (2, "stands for", again(lambda p: p.changed_run("run.yaml", BOMB))),
     "a table that is a pipe": (2, "is a pipe", lambda p: compared(p, kind="pipe")),
@@ -392,7 +410,7 @@ def narrow(place: Place) -> Path:
 
 def larger(place: Place, name: str) -> Path:
     run = place.changed_run(name, "[")
-    with (run / name).open("r+b") as stream:
+    with sorted(run.glob(name))[0].open("r+b") as stream:
         stream.truncate(2**30)
     return run
 
@@ -451,9 +469,9 @@ def test_it_is_refused_in_a_short_line(made, tmp_path, capfd, monkeypatch, name)
     monkeypatch.setattr(sys, "argv", ["neg", *map(str, make(place))])
     with limited(), pytest.raises(SystemExit) as ended:
         main()
-    err = capfd.readouterr().err
+    out, err = capfd.readouterr()
     assert "Traceback" not in err, err[-3000:]
     lines = err.splitlines()
     assert len(lines) <= MOST_LINES and max(map(len, lines), default=0) <= LONGEST_LINE, err[:3000]
-    assert said in err, err[:3000]
+    assert said in (err if code else out + err), (out + err)[:3000]
     assert ended.value.code == code, err[:3000]
