@@ -362,6 +362,12 @@ def test_a_worker_of_which_a_part_ends_is_ended_as_a_whole(tmp_path, fails):
     assert f"{stays} ended" in calls
 
 
+def test_prefects_worker_can_be_interrupted(tmp_path):
+    asks = 'python3 -c "import signal; print(signal.getsignal(signal.SIGINT).__qualname__)" >> "$CALLS"'
+    _, calls = run_script(INFRA / "worker.sh", stand_ins={"ray": WAITS, "prefect": asks}, tmp_path=tmp_path, **CLUSTER)
+    assert "default_int_handler" in calls
+
+
 def test_a_worker_needs_the_address_of_the_cluster(tmp_path):
     ended, calls = run_script(INFRA / "worker.sh", stand_ins={"ray": WAITS, "prefect": WAITS}, tmp_path=tmp_path)
     assert "RAY_ADDRESS: host:port of the Ray head" in ended.stderr
