@@ -14,11 +14,7 @@ from prefect_servers import FINAL, PREFECT, Json, Popen, PrefectServer, below, r
 from support import NEG, REPOSITORY
 
 _AWAY_S = 30.0
-_IMPATIENT = {
-    "PREFECT_CLIENT_MAX_RETRIES": "0",
-    "PREFECT_RUNNER_POLL_FREQUENCY": "1",
-    "PREFECT_WORKER_QUERY_SECONDS": "1",
-}
+_IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
 """Prefect's own runner would give up after three polls: 3 s for the minutes that its usual settings take."""
 
 
@@ -58,7 +54,7 @@ def lost_server_of_deployed_run(bench: Bench) -> Outcome:
     with PrefectServer(bench.home / "deployed-server") as server:
         _deploy(bench, server, place)
         command = [PREFECT, "worker", "start", "--pool", "neg", "--type", "process"]
-        settings = server.settings(place) | {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_MAX_RETRIES": "2"}
+        settings = server.settings(place) | {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_MAX_RETRIES": "3"}
         with running(command, place / "worker.log", **settings) as worker:
             deployment = wait_until(lambda: _deployment(server, "shards"), "the deployment")
             return _lost_in_the_middle(bench, server, deployment, worker, place / "run")
