@@ -75,7 +75,7 @@ def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
     Raises
     ------
     RunError
-        If no Prefect server is configured, or the configured one does not answer.
+        If no Prefect server is configured, or the configured one does not answer or registers nothing.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -92,11 +92,17 @@ def serve_runs(served: "Sequence[RunnerDeployment]") -> None:
 
 
 async def _serve(served: "Sequence[RunnerDeployment]") -> None:
+    from prefect.exceptions import PrefectHTTPStatusError
+
     from flows.lasting_runner import LastingRunner
 
     runner = LastingRunner()
     for deployment in served:
-        await runner.aadd_deployment(deployment)
+        try:
+            await runner.aadd_deployment(deployment)
+        except PrefectHTTPStatusError as error:
+            status = error.response.status_code
+            raise RunError(f"{deployment.name!r} cannot be registered: Prefect's server answers {status}") from error
     serving = asyncio.create_task(runner.start())
 
     async def stop() -> None:

@@ -14,8 +14,8 @@ from prefect_servers import FINAL, PREFECT, Json, Popen, PrefectServer, below, r
 from support import NEG, REPOSITORY
 
 _AWAY_S = 30.0
-_IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "0", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
-"""Prefect's own runner would give up after three polls: 3 s for the minutes that its usual settings take."""
+_IMPATIENT = {"PREFECT_CLIENT_MAX_RETRIES": "2", "PREFECT_RUNNER_POLL_FREQUENCY": "1"}
+"""Prefect's own runner would give up after three polls: 20 s for the minutes that its usual settings take."""
 
 
 def lost_prefect_server(bench: Bench) -> Outcome:
@@ -43,7 +43,7 @@ def lost_server_of_served_run(bench: Bench) -> Outcome:
     with PrefectServer(bench.home / "served-server") as server:
         command = [NEG, "serve", place / "run.yaml", "--flow", "extract", "--name", "served"]
         with running(command, place / "serve.log", **server.settings(place), **_IMPATIENT) as serving:
-            deployment = wait_until(lambda: _deployment(server, "served"), "the deployment")
+            deployment = wait_until(lambda: _deployment(server, "served", serving), "the deployment")
             return _lost_in_the_middle(bench, server, deployment, serving, place / "run")
 
 
@@ -56,7 +56,7 @@ def lost_server_of_deployed_run(bench: Bench) -> Outcome:
         command = [PREFECT, "worker", "start", "--pool", "neg", "--type", "process"]
         settings = server.settings(place) | {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_MAX_RETRIES": "3"}
         with running(command, place / "worker.log", **settings) as worker:
-            deployment = wait_until(lambda: _deployment(server, "shards"), "the deployment")
+            deployment = wait_until(lambda: _deployment(server, "shards", worker), "the deployment")
             return _lost_in_the_middle(bench, server, deployment, worker, place / "run")
 
 
@@ -97,7 +97,8 @@ def _values(bench: Bench, out: Path) -> dict[str, Any]:
     return names | {"shard_rows": SHARD_ROWS, "backend": "local"}
 
 
-def _deployment(server: PrefectServer, name: str) -> Json | None:
+def _deployment(server: PrefectServer, name: str, starter: Popen) -> Json | None:
+    assert starter.poll() is None, f"see the logs beside {server.home}"
     found = server("POST", "deployments/filter", {"deployments": {"name": {"any_": [name]}}})
     return next(iter(found), None)
 
