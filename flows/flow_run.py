@@ -17,6 +17,7 @@ from flows.show.check_tables import check_section, check_warnings
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
 from flows.skipped import skipped
+from flows.stuck_runs import end_stuck_runs
 from negcore.errors import NegError, RunError, typed_line
 from negcore.texts import printable, public
 from tasks.config.run_file import RunFile
@@ -139,6 +140,7 @@ def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
     steps, is_deployed = PrefectSteps(), _is_deployed()
     if is_deployed:
         run = run.model_copy(update={"wait_for_nodes": True})
+        end_stuck_runs(FlowRunContext.get().flow_run)
     with told_when_back() if is_deployed else nullcontext():
         try:
             with stopped_by_cancellation(steps.stop) as cancelled:

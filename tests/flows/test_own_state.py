@@ -1,16 +1,19 @@
-"""What a flow run does about its own state at the server: cancelled, taken for dead, or not told of its end."""
+"""What a flow run does about states at the server: its own, and those of runs of its deployment that never started."""
 
 import logging
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+import httpx
 import pytest
-from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelling, Crashed, Running
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Cancelling, Crashed, Pending, Running
 
 from flows.cancellation import _Watch
 from flows.lost_server import told_when_back
+from flows.stuck_runs import end_stuck_runs
 
 
 class Client:
@@ -100,3 +103,45 @@ def test_nobody_waits_for_ever(monkeypatch, caplog):
     with caplog.at_level(logging.ERROR, "flows.lost_server"), told_when_back():
         pass
     assert "it does not know how the run ended" in caplog.text
+
+
+class Deployment:
+    """A server that knows the pending runs of a deployment; used as its own client."""
+
+    def __init__(self, *runs):
+        self.runs, self.ended = runs, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+    def read_flow_runs(self, flow_run_filter):
+        assert flow_run_filter.state.type.any_ == [StateType.PENDING]
+        return self.runs
+
+    def set_flow_run_state(self, flow_run, state):
+        self.ended.append((flow_run, state.type))
+
+
+def test_runs_that_have_been_pending_for_over_an_hour_are_ended_by_the_next_run(monkeypatch):
+    deployment, now = uuid4(), datetime.now(UTC)
+
+    def pending(minutes):
+        state = Pending()
+        state.timestamp = now - timedelta(minutes=minutes)
+        return FlowRun(flow_id=uuid4(), deployment_id=deployment, state=state)
+
+    stuck, starting, own = pending(61), pending(59), pending(70)
+    server = Deployment(stuck, starting, own)
+    monkeypatch.setattr("flows.stuck_runs.get_client", lambda **_: server)
+    end_stuck_runs(own)
+    assert server.ended == [(stuck.id, StateType.CRASHED)]
+
+
+def test_a_server_that_is_away_keeps_no_run_from_starting(monkeypatch):
+    def refuse(**_):
+        raise httpx.ConnectError("refused")
+
+    monkeypatch.setattr("flows.stuck_runs.get_client", refuse)
+    end_stuck_runs(FlowRun(flow_id=uuid4(), deployment_id=uuid4()))

@@ -19,7 +19,7 @@ from prefect_servers import FINAL, PREFECT, PrefectServer, wait_until
 from support import REPOSITORY
 
 INFRA = REPOSITORY / "infra"
-FACTOR = 50
+FACTOR = 60
 """By how much heartbeats are faster here, and the wait for them."""
 SHORTEST_S = 10
 """Prefect waits at least as long for what does not happen."""
@@ -96,7 +96,7 @@ def fates(server, deployments):
     for name in ("late", "dead", "finished", "revived"):
         beat(server, runs[name])
     moved(server, runs["finished"], "CANCELLED", "Skipped")
-    for _ in range(4):
+    for _ in range(3):
         time.sleep(BEAT_S + LATE_S)
         beat(server, runs["late"])
     runs["late"] = server("GET", f"flow_runs/{runs['late']['id']}")  # its heart stops here
