@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,29 @@ def test_a_cluster_of_fixed_size_needs_no_autoscaler():
     assert cluster_complaints(spec) == []
 
 
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_rays_autoscaler_finds_the_groups_with_their_sizes_and_labels(kind):
+    (cluster,) = clusters_of([the(kind)])
+    script = (
+        "import json, sys; from ray.autoscaler._private.kuberay import autoscaling_config as kuberay\n"
+        "config = kuberay._derive_autoscaling_config_from_ray_cr(json.load(sys.stdin))\n"
+        "print(json.dumps([config['available_node_types'], config['idle_timeout_minutes']]))"
+    )
+    given = json.dumps({"metadata": {"name": "neg", "namespace": "neg"}, "spec": cluster})
+    # In a process of its own: Ray must not be imported before the sessions that other tests open.
+    ended = subprocess.run([sys.executable, "-c", script], input=given, capture_output=True, text=True, check=True)
+    types, idle_minutes = json.loads(ended.stdout)
+    assert idle_minutes == 5
+    assert types.pop("headgroup")["max_workers"] == 0
+    assert {name: (one["min_workers"], one["max_workers"]) for name, one in types.items()} == {
+        "cpu": (0, 16),
+        "cuda": (0, 16),
+    }
+    assert types["cpu"]["resources"] == {"CPU": 8, "memory": 32 * 2**30}
+    assert types["cuda"]["resources"] == {"CPU": 8, "GPU": 1, "memory": 64 * 2**30}
+    assert types["cuda"]["labels"] == {"ray.io/accelerator-type": "H100"}
+
+
 def test_ray_has_the_version_of_the_constraints():
     assert {cluster["rayVersion"] for cluster in clusters_of(objects())} == {pinned()["ray"]}
 
@@ -527,6 +551,7 @@ def test_a_jobs_run_file_fits_the_nodes_it_gets(overlay):
         a_node = min(a_node, int(settings[f"{group}-node-gpus"]) // run.gpus)
     assert 0 < run.workers <= a_node * int(settings[f"{group}-nodes"])
     assert str(run.out).startswith("/data/")
+    assert run.wait_for_nodes, "groups start at 0 nodes"
 
 
 @pytest.mark.parametrize("variables", [{}, {"gpus": "2", "image": "registry.example/neg:cuda", "env": {"A": "b"}}])
