@@ -8,13 +8,11 @@ actors, nodes, disks and the Prefect server are real.
 import argparse
 import logging
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,7 +21,6 @@ import transformers
 from clusters import ray_cluster
 from fault_bench import (
     LOCAL,
-    LONGEST_RUN_S,
     N_SHARDS,
     RAY,
     Bench,
@@ -31,7 +28,6 @@ from fault_bench import (
     Files,
     Outcome,
     Run,
-    finished,
     mount,
     published,
     rows_lost,
@@ -41,11 +37,11 @@ from fault_bench import (
 from fault_moved import moved_directory
 from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
+from fault_shards import cuts, flips, foreign_shards, swapped_shards, wrong_answers
 from fault_slurm import slurm_time_limit
 from faults import FaultyWorker, by_value
 from rich.console import Console
 from rich.table import Table
-from support import NEG
 
 from flows.pipeline import run_extract
 from negcore.store.publish import receipts
@@ -54,8 +50,7 @@ from tasks.config.reading import read_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.ray_session import ray_session
-from tasks.rundir.layout import ShardFolder, shard_folders
-from tasks.rundir.verify import verify
+from tasks.rundir.layout import shard_folders
 from tasks.steps import PlainSteps
 
 # Killed processes
@@ -116,52 +111,6 @@ def _driver_kills(bench: Bench, count: int, *options: str) -> Outcome:
             start_s = start_s or time.monotonic() - started_at
         kills += run.kill()
     return run.outcome(kills, ok=run.finish() == 0)
-
-
-# Damaged files
-
-
-def cuts(bench: Bench) -> Outcome:
-    # The last byte stays off the list: a receipt without its closing newline says the same.
-    return _damages(bench, "cuts", lambda content: content[: bench.random.randrange(len(content) - 1)])
-
-
-def flips(bench: Bench) -> Outcome:
-    def flipped(content: bytes) -> bytes:
-        place = bench.random.randrange(len(content))
-        return content[:place] + bytes([content[place] ^ 1 << bench.random.randrange(8)]) + content[place + 1 :]
-
-    return _damages(bench, "flips", flipped)
-
-
-def _damages(bench: Bench, name: str, damage: Callable[[bytes], bytes]) -> Outcome:
-    """Damage 400 files, one at a time, that must be found; then one of every ten shards, which are mended together."""
-    run = Run(bench, bench.home / name, *LOCAL)
-    shutil.copytree(bench.home / "reference", run.directory)
-    files = [run.directory / name for name in sorted(bench.reference)]
-    folders = {folder.path: folder for folder in shard_folders(run.directory)}
-    found = 0
-    for file in bench.random.choices(files, k=400):
-        whole = file.read_bytes()
-        file.write_bytes(damage(whole))
-        found += is_found(folders, file)
-        file.write_bytes(whole)
-    sample = bench.random.sample(sorted(finished(run.directory)), N_SHARDS // 10)
-    run.look()
-    for file in sample:
-        run.forget(file)
-        file.write_bytes(damage(file.read_bytes()))
-    repair = [NEG, "verify", run.directory, "--repair"]
-    is_mended = subprocess.run(repair, capture_output=True, timeout=LONGEST_RUN_S).returncode == 0
-    return replace(run.outcome(400, ok=is_mended), survived=found * is_mended)
-
-
-def is_found(folders: Mapping[Path, ShardFolder], file: Path) -> bool:
-    """Whether `neg verify` names the shard, and would have it computed again."""
-    folder = file.parent.parent if file.suffix == ".json" else file.parent
-    (verified,) = verify([folders[folder]], lambda n_bytes: None)
-    named = f"shard {int(file.stem.removeprefix('part-'))}: "
-    return any(fault.recompute and fault.what.startswith(named) for fault in verified.faults)
 
 
 # Disks
@@ -270,6 +219,9 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "driver kills": driver_kills,
     "cuts": cuts,
     "flipped bits": flips,
+    "foreign shards": foreign_shards,
+    "swapped shards": swapped_shards,
+    "wrong answers": wrong_answers,
     "full disk": full_disk,
     "read-only directory": read_only_directory,
     "poison rows": poison_rows,

@@ -79,7 +79,10 @@ def finished_shards(
     folder = place.path(root)
     found = read_receipts(folder)
     for receipt in found.whole:
-        _check_run(folder, receipt, identity, shards)
+        if receipt.digest != identity.digest:
+            raise _other_run(folder, identity, receipt)
+        if not _is_same_cut(receipt, shards) and not _is_misplaced(folder, receipt, len(shards)):
+            raise _other_rows(folder, len(shards), receipt)
     faults = {index_of(path.name): "its receipt is damaged" for path in found.damaged}
     rows = [shards[receipt.index] for receipt in found.whole]
     for receipt, fault in shard_faults(folder, found.whole, rows=rows, checked=checked):
@@ -89,17 +92,17 @@ def finished_shards(
     return Finished(known, {index: fault for index, fault in sorted(faults.items()) if 0 <= index < len(shards)})
 
 
-def _check_run(
-    folder: Path, receipt: Receipt, identity: RunIdentity, shards: Sequence[Sequence[StoredExample]]
-) -> None:
-    if receipt.digest != identity.digest:
-        raise _other_run(folder, identity, receipt)
+def _is_same_cut(receipt: Receipt, shards: Sequence[Sequence[StoredExample]]) -> bool:
     planned = [row.id for row in shards[receipt.index]] if receipt.index < len(shards) else []
     set_aside = {row.id for row in receipt.set_aside}
     stored = [id_ for id_ in planned if id_ not in set_aside]
     is_same_cut = receipt.n_shards == len(shards) and len(stored) + len(set_aside) == len(planned)
-    if not is_same_cut or receipt.ids_xxh3 != content_digest(stored):
-        raise _other_rows(folder, len(shards), receipt)
+    return is_same_cut and receipt.ids_xxh3 == content_digest(stored)
+
+
+def _is_misplaced(folder: Path, receipt: Receipt, n_shards: int) -> bool:
+    """Tell whether a shard of other rows was brought here from another split or place of the same run."""
+    return receipt.n_shards == n_shards and receipt.index < n_shards and shard_fault(folder, receipt) is not None
 
 
 # Checks of whole directories
@@ -234,7 +237,7 @@ def _content_fault(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> str
         return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
     if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest", "versions")):
         return "its metadata are not those of its receipt"
-    if not _has_its_columns(folder, receipt, batch.schema):
+    if not _has_its_columns(folder, receipt, batch):
         return "its columns are not those of its model and dataset"
     if not _has_its_neurons(receipt, batch):
         return "its neurons are not those of its receipt"
@@ -267,10 +270,13 @@ def _names(folder: Path) -> tuple[str, ...]:
     return tuple(unquote(part.partition("=")[2]) for part in folder.parts[-3:])
 
 
-def _has_its_columns(folder: Path, receipt: Receipt, schema: pa.Schema) -> bool:
+def _has_its_columns(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> bool:
+    lists = [values for values in batch.columns if pa.types.is_fixed_size_list(values.type)]
+    if any(len(values.values) != batch.num_rows * values.type.list_size for values in lists):
+        return False  # Arrow allows for more numbers than there are rows
     if not ShardPlace.is_path(folder):  # a study's other columns depend on what it measures
-        return tuple(schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
-    return has_columns_of(receipt.identity, schema)
+        return tuple(batch.schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
+    return has_columns_of(receipt.identity, batch.schema)
 
 
 def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
@@ -342,6 +348,9 @@ def _source(file: Path) -> Any:
 def _batch_of(source: Any) -> pa.RecordBatch:
     batch = pa.ipc.open_file(source).get_batch(0)
     batch.validate()
+    for values in batch.columns:
+        if not pa.types.is_fixed_size_list(values.type):  # text that is no text, lists that end before they begin
+            values.validate(full=True)
     return batch
 
 

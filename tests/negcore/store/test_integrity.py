@@ -26,14 +26,15 @@ TEST = negs_place("org/tiny", "mini/fact", "test")
 identity = partial(identity_of, 2, 3, model="org/tiny", versions={"torch": "2.13"})
 
 
-def rows(index, answer=0):
-    return [Row(f"fact/{i}", f"Which? {i}", (i + answer) % 2, "é") for i in range(index * SIZE, (index + 1) * SIZE)]
+def rows(index, answer=0, split="test"):
+    numbers = range(index * SIZE, (index + 1) * SIZE)
+    return [Row(f"fact/{split}/{i}", f"Which? {i}", (i + answer) % 2, "é") for i in numbers]
 
 
 def write(root, place=TEST, index=0, answer=0, **changes):
     numbers = named_numbers(index * SIZE, SIZE, **SHAPE)
     return write_negs(
-        root, place, index, N_SHARDS, identity=identity(**changes), examples=rows(index, answer), **numbers
+        root, place, index, N_SHARDS, identity=identity(**changes), examples=rows(index, answer, place.part), **numbers
     )
 
 
@@ -104,7 +105,7 @@ def test_every_flipped_bit_and_every_cut_is_refused_by_name_and_computed_again(t
 
 def test_without_checksums_a_flipped_bit_is_no_raw_error_either(tmp_path, split):
     path = shard_path(split, 1)
-    for damage in damages(path.read_bytes(), 150):
+    for damage in damages(path.read_bytes(), 200):
         path.write_bytes(damage)
         try:
             read_all(tmp_path, verify=False)
@@ -179,7 +180,7 @@ def test_a_right_answer_that_is_not_the_datasets_is_computed_again_though_its_re
     write(tmp_path, index=1, answer=1)
     done = finished(tmp_path)
     assert list(done.receipts) == [0]
-    assert done.damaged == {1: "gold of its row 'fact/2' is not that of the dataset"}
+    assert done.damaged == {1: "gold of its row 'fact/test/2' is not that of the dataset"}
 
 
 # What a check costs, and when it is made again
