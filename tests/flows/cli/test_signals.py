@@ -1,13 +1,12 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 from support import REPOSITORY, save_tiny_model
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +29,7 @@ def start(model, tmp_path, **options):
     return run
 
 
+@pytest.mark.slow
 def test_a_lost_terminal_ends_a_run_with_nothing_left_behind(model, tmp_path):
     run = start(model, tmp_path)
     run.send_signal(signal.SIGHUP)
@@ -37,7 +37,42 @@ def test_a_lost_terminal_ends_a_run_with_nothing_left_behind(model, tmp_path):
     assert not list((tmp_path / "t").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_a_lost_terminal_goes_on(model, tmp_path):
     run = start(model, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     run.send_signal(signal.SIGHUP)
     assert run.wait(300) == 0
+
+
+PLANNED = ("--dataset", "mini/nli", "--orchestrator", "none")
+PHASES = {
+    "a model is looked for": ("models", "nobody/nothing"),
+    "a plan is made": ("plan", "--model", "nobody/nothing", *PLANNED[:2]),
+    "a run is planned": ("pipeline", "--model", "nobody/nothing", *PLANNED),
+    "a server is looked for": ("serve", "RUN"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_lost_terminal_ends_a_command_like_ctrl_c_while(tmp_path, phase):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"kind: pipeline\nmodel: [m]\ndataset: [mini/nli]\nout: {tmp_path / 'run'}\n")
+    (tmp_path / "t").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "HF_"))}
+        environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hub"), "PREFECT_API_URL": f"{url}/api"}
+        environment |= {"TMPDIR": str(tmp_path / "t"), "PYTHONPATH": str(REPOSITORY)}
+        arguments = [str(file) if one == "RUN" else one for one in PHASES[phase]]
+        command = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments], env=environment, stderr=subprocess.PIPE, cwd=tmp_path
+        )
+        silent.settimeout(120)
+        connection, _ = silent.accept()  # it waits for an answer now
+        time.sleep(0.5)
+        command.send_signal(signal.SIGHUP)
+        _, said = command.communicate(timeout=60)
+        connection.close()
+    assert command.returncode == 130, said
+    assert b"Traceback" not in said
+    assert not list((tmp_path / "t").iterdir())

@@ -88,7 +88,7 @@ BROKEN = {
     "half a configuration": (content(CONFIG, b'{"model_type":'), rf"{CONFIG}' is not JSON .*: fetch or save it again"),
     "a list as configuration": (content(CONFIG, b"[]"), rf"{CONFIG}' holds a list; an object is needed"),
     "no Unicode": (content(CONFIG, b'{"a": "\xe9"}'), rf"{CONFIG}' is not JSON .*utf-8"),
-    "deep nesting": (content(CONFIG, b"[" * 100_000), rf"{CONFIG}' is not JSON .*recursion"),
+    "deep nesting": (content(CONFIG, b"[" * 100_000), rf"{CONFIG}' is not JSON .*nested too deeply"),
     "tokenizer of a later version": (
         tokenizer_part("pre_tokenizer", {"type": "New"}),
         "its tokenizer: Exception: data",
