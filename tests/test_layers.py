@@ -15,6 +15,7 @@ STEPS = (
     {"negcore.texts"},
     {"negcore.arrays", "negcore.errors"},
     {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
+    {"negcore.store.temporary"},
     {"negcore.store.files"},
     {"negcore.model"},
     {"negcore.datasets"},
