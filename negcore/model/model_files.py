@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from gguf import GGUFReader
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from xxhash import xxh3_128
 
 from negcore.errors import ModelError, RunError, one_line
+from negcore.model.checksums import Method, checksums
 from negcore.store.files import MOST_RECORD_BYTES, parse_json, read_bytes
 from negcore.texts import quoted
 
@@ -48,8 +49,7 @@ HARMLESS = re.compile(
 )
 """Weights that may be left over: buffers of earlier versions, towers that see and hear, heads for other tasks."""
 _LFS = b"version https://git-lfs.github.com/spec/"
-_BLOCK_BYTES = 2**20
-_WHOLE_FILE_BYTES = 2**30
+_INDICES = "*.safetensors.index.json"
 _PLAIN = (ModelError, OSError, ValueError, RuntimeError)
 """Errors whose message says enough without their type."""
 
@@ -208,17 +208,24 @@ def _check_weights(directory: Path, *, is_quantized: bool) -> None:
                 f"{str(file)!r} holds {odd[0]} as {types[odd[0]]}, but config.json has no quantization_config that "
                 f"says what these numbers mean; allowed without: {', '.join(_FLOATS)}"
             )
-    for index in directory.glob("*.safetensors.index.json"):
-        _check_shards(index)
 
 
-def _check_shards(index: Path) -> None:
+def _named_by(index: Path) -> list[str]:
+    """Return the files that an index of weights names: safetensors, in its directory or below it, nowhere else."""
     shards = read_object(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ModelError(f"{str(index)!r} has no weight_map from weights to files: fetch or save it again")
-    missing = sorted(shard for shard in set(shards.values()) if not (index.parent / shard).exists())
-    if missing:
-        raise ModelError(f"{str(index)!r} names {missing[0]}, which is not there: fetch or save it again")
+    names = sorted(set(shards.values()))
+    for name in names:
+        path = PurePath(name)
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or "\0" in name:
+            raise ModelError(
+                f"{str(index)!r} names {quoted(name)}; allowed are files that end in .safetensors, in its directory "
+                "or below it"
+            )
+        if not (index.parent / name).exists():
+            raise ModelError(f"{str(index)!r} names {name}, which is not there: fetch or save it again")
+    return names
 
 
 def unused_gguf_weights(file: Path, n_layers: int) -> list[str]:
@@ -229,35 +236,54 @@ def unused_gguf_weights(file: Path, n_layers: int) -> list[str]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Return the files of a model directory that decide its numbers, by name."""
+    """Return the files of a model directory that decide its numbers, by name; those that an index names among them."""
     try:
-        return sorted(file for file in directory.iterdir() if file.suffix in _SUFFIXES)
+        files = {file for file in directory.iterdir() if file.suffix in _SUFFIXES}
+        for index in directory.glob(_INDICES):
+            check_file(index)
+            files |= {directory / name for name in _named_by(index)}
+        return sorted(files)
     except OSError as error:
         raise ModelError(f"{str(directory)!r} cannot be read ({error.strerror or error})") from error
 
 
 def directory_digest(directory: Path) -> str:
     """Return the xxh3-128 over every file of a model directory that decides its numbers."""
+    files = _files(directory)
     digest = xxh3_128()
-    for file in _files(directory):
-        digest.update(f"{file.name}:{file_digest(file)};".encode())
+    for file, found in zip(files, checksums([(file, "xxh3") for file in files]), strict=True):
+        digest.update(f"{file.relative_to(directory).as_posix()}:{found};".encode())
     return digest.hexdigest()
 
 
-def file_digest(file: Path) -> str:
-    """Return the xxh3-128 of a file's size and content.
+def check_snapshot(directory: Path, *, weights: bool) -> None:
+    """Refuse files of the hub's cache whose content is not what the hub named them after.
 
-    A file over 1 GiB is sampled: its first 16 MiB and 256 blocks of 1 MiB spread evenly over it.
+    The cache keeps a file under its SHA-256 or, if it is small, the SHA-1 of git, and links to it. Files that are no
+    such links cannot be checked.
+
+    Parameters
+    ----------
+    directory : Path
+        Snapshot of a commit.
+    weights : bool
+        False to leave out the weights.
+
+    Raises
+    ------
+    ModelError
+        Naming the file that is damaged.
     """
-    size = file.stat().st_size
-    digest = xxh3_128(str(size).encode())
-    with file.open("rb") as stream:
-        if size <= _WHOLE_FILE_BYTES:
-            while block := stream.read(16 * _BLOCK_BYTES):
-                digest.update(block)
-        else:
-            digest.update(stream.read(16 * _BLOCK_BYTES))
-            for index in range(256):
-                stream.seek(index * (size - _BLOCK_BYTES) // 255)
-                digest.update(stream.read(_BLOCK_BYTES))
-    return digest.hexdigest()
+    files = [file for file in _files(directory) if weights or file.suffix != ".safetensors"]
+    blobs = [blob for blob in map(Path.resolve, files) if blob.parent.name == "blobs"]
+    known: list[tuple[Path, Method]] = [(blob, method) for blob in blobs if (method := _method_of(blob)) is not None]
+    for (blob, _), found in zip(known, checksums(known), strict=True):
+        if found != blob.name:
+            raise ModelError(f"{str(blob)!r} is damaged (its checksum is not its name): delete it, to fetch it again")
+
+
+def _method_of(blob: Path) -> Method | None:
+    if not re.fullmatch("[0-9a-f]+", blob.name):
+        return None
+    methods: dict[int, Method] = {64: "sha256", 40: "git"}
+    return methods.get(len(blob.name))

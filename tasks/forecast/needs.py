@@ -145,7 +145,7 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    lm = load_model(model.card.ref, dtype=run.dtype, device=run.worker_device, site=run.site)
+    lm = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site)
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
     prompts = encoded_prompts(examples)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from negcore.errors import ModelError
 from negcore.measure.loading import load_model
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import ModelCard
@@ -24,10 +25,24 @@ from tasks.rundir.checks import note_check
 class ModelWorker:
     """Loads a model once and measures any shard with it; becomes an actor only in the pool."""
 
-    def __init__(self, model: str, *, dtype: Dtype, device: str | None, site: SiteChoice, threads: int) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: Dtype,
+        device: str | None,
+        site: SiteChoice,
+        threads: int,
+        revision: str | None = None,
+    ) -> None:
         # The number of threads decides how sums are split, so it is part of what makes results repeatable.
         torch.set_num_threads(threads)
         self._lm = load_model(model, dtype=dtype, device=device, site=site)
+        if revision not in (None, self._lm.revision):
+            raise ModelError(
+                f"model {model!r} is {self._lm.revision} here, but {revision} where the run was planned: its files "
+                "changed, or are others on this machine"
+            )
         self._noted_in: set[Path] = set()
 
     def run(self, job: ShardJob) -> Receipt | int:
@@ -62,6 +77,7 @@ def model_pool(run: RunFile, card: ModelCard) -> AbstractContextManager[Pool]:
     """Open a pool of workers that hold a model, as the run file asks for."""
     recipe = {
         "model": card.ref,
+        "revision": card.revision,
         "dtype": run.dtype,
         "device": run.worker_device,
         "site": run.site,
