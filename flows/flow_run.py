@@ -19,8 +19,9 @@ from flows.show.summary import described, run_summary
 from flows.skipped import skipped
 from flows.stuck_runs import end_stuck_runs
 from negcore.errors import NegError, RunError, typed_line
+from negcore.store.files import n_bytes
 from negcore.texts import printable, public
-from tasks.config.run_file import RunFile
+from tasks.config.run_file import RUN_FILE, RunFile
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.checks import read_checks
@@ -60,6 +61,7 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
         with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
             before = begin(run.directory)
             results = work(run, steps)
+            results.problems += moved_away(run)
             shards = shards_of(run.directory)
             results.warnings += mixed_versions(shards.values())
             noted_checks = list(read_checks(run.directory))
@@ -75,6 +77,16 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
             return results
 
     return worked
+
+
+def moved_away(run: RunFile) -> list[str]:
+    """Return a problem if the directory is not where it was when the run began: what it holds now is only a part."""
+    if n_bytes(run.directory / RUN_FILE) is not None:
+        return []
+    return [
+        f"{run.directory} was moved or emptied while the run went on ({RUN_FILE} is gone): name the directory where it "
+        "is now, and the run goes on from the shards there"
+    ]
 
 
 def attempt(

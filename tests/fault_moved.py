@@ -11,9 +11,9 @@ from support import NEG
 
 
 def moved_directory(bench: Bench) -> Outcome:
-    """Finish a run in a copy, after a move, and at another mount point while nothing is where it began."""
+    """Finish a run in a copy, after a move, at another mount point, and after a move that its driver did not notice."""
     outcomes = [_finished_in(bench, how) for how in PLACES]
-    return sum(outcomes, Outcome(0, 0))
+    return sum(outcomes, _moved_under_its_driver(bench))
 
 
 def _finished_in(bench: Bench, how: str) -> Outcome:
@@ -28,6 +28,18 @@ def _finished_in(bench: Bench, how: str) -> Outcome:
         ok = there.finish() == 0 and f"was written for {run.directory}" in there.said.replace("\n", " ")
         outcome = there.outcome(1, ok=ok)
         return outcome if contents(run.directory) == before else replace(outcome, survived=0)
+
+
+def _moved_under_its_driver(bench: Bench) -> Outcome:
+    run = Run(bench, bench.home / "driven-original", *LOCAL)
+    run.start()
+    run.wait_for(N_SHARDS // 2)
+    with run.paused():
+        directory = run.directory.rename(bench.home / "driven")
+    ended = run.end() == 1 and run.says("was moved or emptied while the run went on")
+    there = _NamedRun(bench, directory)
+    there.look()
+    return there.outcome(1, ok=there.finish() == 0 and ended)
 
 
 class _NamedRun(Run):

@@ -102,8 +102,9 @@ def _of_models(
     """Return the heading and a row for every model."""
     rows: list[list[Cell]] = [[Words(title, "bold")]]
     for model, of_model in by(means, "model").items():
-        cells = {mean.genre: cell(mean) for mean in of_model}
-        rows.append([comparison.names[model], *(cells.get(genre, "") for genre in genres)])
+        by_genre = {mean.genre: mean for mean in of_model}
+        cells = (cell(by_genre[genre]) if genre in by_genre else "" for genre in genres)
+        rows.append([comparison.names[model], *cells])
     return rows
 
 

@@ -299,7 +299,7 @@ def _parsed(content: bytes | None) -> Holder | None:
 
 
 def _place(directory: Path) -> str:
-    return str(directory) if is_remote(directory) else str(directory.stat().st_ino)
+    return str(directory).rstrip("/") if is_remote(directory) else str(directory.stat().st_ino)
 
 
 # Processes

@@ -17,7 +17,7 @@ from flows.campaign import count_campaign_steps, plan_campaign, run_campaign
 from flows.show.campaign_tables import campaign_tables
 from flows.show.text import share
 from negcore.errors import RunError
-from tasks.campaign import by_depth, gains
+from tasks.campaign import Comparison, OutcomeRow, by_depth, gains
 from tasks.config.campaign_run import CampaignRun
 from tasks.config.dataset_runs import EvaluationRun
 from tasks.config.linearity_run import LinearityRun
@@ -27,6 +27,7 @@ from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.results import Average
+from tasks.rundir.claim import CLAIM_FILE
 from tasks.steps import PlainSteps, handing_over
 
 DATASETS = ["mini/fact", "mini/nli"]
@@ -257,6 +258,12 @@ def test_the_best_probe_over_all_genres_stands_beside_lm_prob_in_each():
     ]
 
 
+def test_datasets_of_one_genre_have_no_column_of_all_genres():
+    means = [mean("m", genre, probe, 0.5) for genre in ("fact", "") for probe in ("lm", "polar")]
+    text = printed(campaign_tables(Comparison([OutcomeRow("m", "m", "mceval8k", "whole", 0, "")], means)))
+    assert ".500" in text and "genres" not in text
+
+
 # A whole campaign
 
 
@@ -327,6 +334,28 @@ def test_a_copied_campaign_is_finished_where_it_is_and_the_original_is_left_alon
 def everything(directory):
     """Every file and directory below one, and the time of its last change."""
     return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
+def test_a_campaign_whose_directory_is_moved_meanwhile_is_not_whole_and_goes_on_there(
+    whole_models, tmp_path, monkeypatch
+):
+    honest, begun = ModelWorker.run, []
+
+    def moved(self, job):
+        begun.append(job)
+        if len(begun) == 3:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return honest(self, job)
+
+    monkeypatch.setattr(ModelWorker, "run", moved)
+    results = run_campaign(campaign(whole_models[:1], tmp_path / "run", stage=["mceval8k"]), PlainSteps())
+    assert any(f"{tmp_path / 'run'} was moved or emptied while the run went on" in one for one in results.problems)
+    assert not list((tmp_path / "run").rglob("manifest.json"))
+    for left in (tmp_path / "moved").rglob(CLAIM_FILE):
+        left.unlink()  # of this process, which lives
+    again = run_campaign(recorded_run(tmp_path / "moved"), PlainSteps())
+    assert again.problems == []
+    assert sum(part.n_reused for part in again.extracted) == 2
 
 
 def test_a_model_that_is_mended_is_all_that_is_computed(models, tmp_path):
