@@ -9,7 +9,7 @@ trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
 trap 'exit 143' TERM INT
 
 ray start --address "$RAY_ADDRESS" --num-cpus 0 --num-gpus 0 --object-store-memory 209715200 --metrics-export-port 8080 \
-  --block &
+  --node-manager-port 6380 --object-manager-port 6381 --block &
 # The worker ends by SIGINT, which bash tells the programs that it starts in the background to ignore.
 env --default-signal=INT prefect worker start --pool "${NEG_WORK_POOL:-neg}" --type process &
 wait -n

@@ -34,6 +34,7 @@ from fault_bench import (
     small_disk,
     write_rows,
 )
+from fault_hosts import host_lost, link_cut
 from fault_moved import moved_directory
 from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
@@ -231,6 +232,8 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "lost server of a deployed run": lost_server_of_deployed_run,
     "Slurm time limit": slurm_time_limit,
     "directory moved": moved_directory,
+    "host lost": host_lost,
+    "link cut": link_cut,
 }
 
 

@@ -36,7 +36,7 @@ NODE_PORTS = {
     "runtime-env-agent-port": 6382,
     "dashboard-agent-grpc-port": 6383,
     "dashboard-agent-listen-port": 6384,
-    "metrics-export-port": 6385,
+    "metrics-export-port": 8080,
 }
 """Options of `ray start` on every node."""
 WORKER_PORTS = range(10002, 10100)
@@ -270,6 +270,10 @@ class HostRun(Run):
         own = {**_SETTINGS, "RAY_ADDRESS": cluster.address}
         super().__init__(bench, bench.home / name, *RAY, *options, **own)
         self._command = cluster.hosts[host].inside(*self._command)
+
+    def inherit(self, other: "HostRun") -> None:
+        """Hold this run to what another one of the directory had finished."""
+        self._seen = dict(other._seen)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

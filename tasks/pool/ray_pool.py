@@ -28,6 +28,7 @@ from tasks.pool.base import (
     WorkerLost,
 )
 from tasks.pool.nodes import DrainNotices, check_demand, waiting
+from tasks.pool.ray_session import check_head
 
 __all__ = ["RayPool"]
 
@@ -149,6 +150,7 @@ class RayPool(Pool):
     def _check_open(self) -> None:
         if self._closed:
             raise Stopped("the pool was closed")
+        check_head()
 
     def _running(self) -> list[_Actor]:
         """Return the actors with a job of the present batch."""

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from negcore.errors import RunError
 from negcore.store.temporary import temporary_directory
 from tasks.environment import environment
 
-__all__ = ["ray_session"]
+__all__ = ["check_head", "ray_session"]
 
 _LONGEST_TEMP = 20
 """Characters: a socket's path has at most 107, and Ray adds about 85."""
@@ -32,6 +33,14 @@ _OBJECT_STORE_BYTES = 200 * 2**20
 
 _CONNECT_S = 10.0
 """Limit for reaching a cluster's head."""
+
+
+_HEAD_SILENCE_S = 120.0
+"""A head behind a link that loses everything is given up after so long: Ray would end this process after three minutes,
+without a word of what is kept."""
+_HEAD_REFUSES_S = 45.0
+"""A head whose machine says that nobody listens is given up after so long: Ray would end this process after 60 s."""
+_HEAD_BEAT_S = 5.0
 
 
 @contextlib.contextmanager
@@ -90,8 +99,65 @@ def _local_ray() -> Iterator[None]:
 def _joined_ray(address: str) -> Iterator[None]:
     if address != "auto":
         _check_reachable(address)
-    with environment(_ENVIRONMENT), _initialised(address=address):
+    with (
+        environment(_ENVIRONMENT),
+        _initialised(address=address) as ray,
+        _watched(ray.get_runtime_context().gcs_address),
+    ):
         yield
+
+
+class _HeadWatch:
+    """A thread that calls on a cluster's head: behind a cut link, Ray's own calls wait for minutes in silence."""
+
+    def __init__(self, address: str) -> None:
+        self.loss: RunError | None = None
+        """The error of a run whose head is lost."""
+        self._address = address
+        self._over = threading.Event()
+        threading.Thread(target=self._call, name="head", daemon=True).start()
+
+    def end(self) -> None:
+        self._over.set()
+
+    def _call(self) -> None:
+        answered_at = time.monotonic()
+        while not self._over.wait(_HEAD_BEAT_S):
+            try:
+                _check_reachable(self._address)
+                answered_at, self.loss = time.monotonic(), None
+            except RunError as error:
+                refuses = isinstance(error.__cause__, ConnectionRefusedError)
+                limit_s = _HEAD_REFUSES_S if refuses else _HEAD_SILENCE_S
+                if time.monotonic() - answered_at > limit_s:
+                    self.loss = self._error(limit_s)
+
+    def _error(self, limit_s: float) -> RunError:
+        return RunError(
+            f"the Ray head at {self._address!r} has not answered for {limit_s:g} s: stopped; finished shards are kept, "
+            "and the same command goes on from them once the head can be reached"
+        )
+
+
+_watch: _HeadWatch | None = None
+"""The watch over the head of the cluster that this process has joined."""
+
+
+@contextlib.contextmanager
+def _watched(address: str) -> Iterator[None]:
+    global _watch
+    _watch = _HeadWatch(address)
+    try:
+        yield
+    finally:
+        _watch.end()
+        _watch = None
+
+
+def check_head() -> None:
+    """Raise `RunError` if the head of the joined cluster has been silent for too long."""
+    if _watch is not None and _watch.loss is not None:
+        raise _watch.loss
 
 
 def _check_reachable(address: str) -> None:

@@ -1,0 +1,105 @@
+"""Runs on several hosts, one of which is lost, or behind a link that is cut for a while or for good."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fault_bench import N_SHARDS, Bench, CannotTry, Outcome, finished
+from hosts import Cluster, HostRun, three_hosts, why_no_hosts
+
+CUT_S = 30.0
+HEAD_IS_LOST = "has not answered for"
+
+
+def host_lost(bench: Bench) -> Outcome:
+    """The worker's host is switched off in the middle of a run; then the driver's, and another takes the run over."""
+    with hosts_for(bench) as cluster:
+        return lost_worker(bench, cluster) + lost_driver(bench, cluster)
+
+
+def link_cut(bench: Bench) -> Outcome:
+    """The link of the worker's host, then the driver's, is cut for 30 s; then both for good."""
+    with hosts_for(bench) as cluster:
+        return (
+            cut_for(bench, cluster, "worker", CUT_S)
+            + cut_for(bench, cluster, "driver", CUT_S)
+            + worker_cut_off(bench, cluster)
+            + driver_cut_off(bench, cluster)
+        )
+
+
+@contextmanager
+def hosts_for(bench: Bench) -> Iterator[Cluster]:
+    """Have hosts that share the bench's directory."""
+    reason = why_no_hosts()
+    if reason is not None:
+        raise CannotTry(reason)
+    with three_hosts(bench.home) as cluster:
+        yield cluster
+
+
+def lost_worker(bench: Bench, cluster: Cluster) -> Outcome:
+    run = started(bench, cluster, "host-lost-worker")
+    with run.paused():
+        run.look()
+        cluster.lose("worker")
+    outcome = run.outcome(1, ok=run.end() == 0)
+    cluster.add("worker", "--num-cpus=1")
+    return outcome
+
+
+def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
+    """The driver's host is gone; one on the head's host waits for a sign of life, and then goes on."""
+    run = started(bench, cluster, "host-lost-driver")
+    with run.paused():
+        run.look()
+        cluster.lose("driver")
+    run.end()
+    heir = HostRun(bench, cluster, "host-lost-driver", host="head")
+    heir.inherit(run)
+    took_over = heir.finish() == 0 and heir.says("waiting for a sign of life")
+    cluster.add("driver", "--num-cpus=0")
+    return heir.outcome(1, ok=took_over)
+
+
+def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcome:
+    run = started(bench, cluster, f"cut-{host}")
+    with run.paused():
+        run.look()
+        cluster.cut(host)
+    time.sleep(seconds)
+    outlived = run.driver.poll() is None
+    cluster.mend(host)
+    return run.outcome(1, ok=run.end() == 0 and outlived)
+
+
+def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
+    run = started(bench, cluster, "cut-off-worker")
+    with run.paused():
+        run.look()
+        cluster.cut("worker")
+    outcome = run.outcome(1, ok=run.end() == 0)
+    cluster.lose("worker")
+    cluster.add("worker", "--num-cpus=1")
+    return outcome
+
+
+def driver_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
+    """The driver that reaches no head any more says so and ends; the same command on another host finishes."""
+    run = started(bench, cluster, "cut-off-driver")
+    with run.paused():
+        run.look()
+        cluster.cut("driver")
+    told = run.end() == 1 and run.says(HEAD_IS_LOST)
+    heir = HostRun(bench, cluster, "cut-off-driver", host="head")
+    heir.inherit(run)
+    return heir.outcome(1, ok=heir.finish() == 0 and told)
+
+
+def started(bench: Bench, cluster: Cluster, name: str) -> HostRun:
+    """Start a run on the driver's host and wait until a part of it is done."""
+    run = HostRun(bench, cluster, name)
+    run.start()
+    assert run.wait_for(N_SHARDS // 6), run.said
+    assert len(finished(run.directory)) < N_SHARDS
+    return run
