@@ -9,6 +9,7 @@ network is left as it is. It takes root.
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,14 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from fault_bench import RAY, Bench, Run
+from fault_bench import POLL_S, RAY, Bench, Run
 from support import REPOSITORY
 
 RAY_COMMAND = Path(sys.executable).with_name("ray")
 _ADDRESSES = {"head": "10.231.0.1", "worker": "10.231.0.2", "driver": "10.231.0.3"}
 _WATCH = Path(__file__).with_name("network_watch.py")
 _START_S = 120.0
-_POLL_S = 0.1
 
 HEAD_PORT = 6379
 NODE_PORTS = {
@@ -217,7 +217,7 @@ class Cluster:
         while "Ray runtime started" not in log.read_text():
             if node.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"no Ray node on {host.name}: {log.read_text()}")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def connections(self) -> set[Connection]:
         """Return the connections that were opened between hosts since the switch is there."""
@@ -256,7 +256,7 @@ def three_hosts(home: Path) -> Iterator[Cluster]:
         stack.callback(watch.wait)
         while not (home / "connections.txt").exists():
             assert watch.poll() is None, (home / "switch.log").read_text()
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         cluster.add("head", "--num-cpus=1")
         cluster.add("worker", "--num-cpus=1")
         cluster.add("driver", "--num-cpus=0")
@@ -277,11 +277,14 @@ class HostRun(Run):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let the driver stand still: it is the child of the program that enters its host."""
+        """Let the driver stand still, with the program that entered its host: this one stops when its child does."""
         (driver,) = psutil.Process(self.driver.pid).children()
         driver.suspend()
+        while psutil.Process(self.driver.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(POLL_S)
         try:
             yield
         finally:
+            self.driver.send_signal(signal.SIGCONT)
             with suppress(psutil.NoSuchProcess):
                 driver.resume()
