@@ -109,6 +109,7 @@ class Host:
 
     def __init__(self, name: str, shared: Path, token: Path) -> None:
         self.name, self.address = name, _ADDRESSES.get(name, "")
+        self._started: list[subprocess.Popen[bytes]] = []
         places = (shared, REPOSITORY, Path(sys.prefix))
         self._outer = subprocess.Popen(
             [*_UNSHARE, "bash", "-c", _SETUP, "host", name, token, *places],
@@ -135,9 +136,11 @@ class Host:
     def start(self, *command: Any, log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a command on this host."""
         with log.open("ab") as file:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.inside(*command), env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
             )
+        self._started.append(process)
+        return process
 
     def actors(self) -> list[psutil.Process]:
         """Return the actors that run on this host."""
@@ -154,6 +157,8 @@ class Host:
             self._outer.stdin.close()
         self._outer.stdout.close()
         self._outer.wait()
+        for process in self._started:
+            process.wait()
 
 
 def _space(process: psutil.Process) -> str:
@@ -253,7 +258,6 @@ def three_hosts(home: Path) -> Iterator[Cluster]:
         watch = switch.start(
             sys.executable, "-I", _WATCH, home / "connections.txt", log=home / "switch.log", environment=inherited
         )
-        stack.callback(watch.wait)
         while not (home / "connections.txt").exists():
             assert watch.poll() is None, (home / "switch.log").read_text()
             time.sleep(POLL_S)
