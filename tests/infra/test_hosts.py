@@ -33,6 +33,10 @@ def test_workers_on_two_hosts_write_the_bytes_of_one_local_worker(bench, cluster
     assert published(run.directory) == bench.reference
 
 
+def test_hosts_use_no_port_between_them_but_the_documented_ones(cluster):
+    assert {connection.port for connection in cluster.connections()} <= BETWEEN_HOSTS
+
+
 def test_a_driver_on_another_host_is_refused_while_the_first_one_lives(bench, cluster):
     run = started(bench, cluster, "claimed")
     actors = [actor for host in cluster.hosts.values() for actor in host.actors()]
@@ -53,7 +57,3 @@ def test_a_run_outlives_a_link_that_is_cut_for_a_while(bench, cluster):
 
 def test_a_run_outlives_the_loss_of_a_workers_host(bench, cluster):
     assert lost_worker(bench, cluster).is_clean
-
-
-def test_hosts_use_no_port_between_them_but_the_documented_ones(cluster):
-    assert {connection.port for connection in cluster.connections()} <= BETWEEN_HOSTS
