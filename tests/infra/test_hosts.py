@@ -2,7 +2,7 @@
 
 import pytest
 from fault_bench import Bench, published
-from fault_hosts import started
+from fault_hosts import cut_for, started
 from hosts import HEAD_PORT, NODE_PORTS, WORKER_PORTS, HostRun, three_hosts, why_no_hosts
 
 pytestmark = [
@@ -48,3 +48,7 @@ def test_a_driver_on_another_host_is_refused_while_the_first_one_lives(bench, cl
     for actor in actors:
         actor.resume()
     assert run.end() == 0, run.said
+
+
+def test_a_run_outlives_a_link_that_is_cut_for_a_while(bench, cluster):
+    assert cut_for(bench, cluster, "worker", 15.0).is_clean
