@@ -89,7 +89,7 @@ def fates(server, deployments):
     """The states of runs after something went wrong with them."""
     for automation in automations():
         server("POST", "automations/", shortened(automation))
-    runs = {name: begun(server, deployments, "RUNNING") for name in ("late", "dead", "finished", "revived")}
+    runs = {name: begun(server, deployments, "RUNNING") for name in ("late", "dead", "mute", "finished", "revived")}
     runs["pending"] = begun(server, deployments, "PENDING")
     runs["cancelling"] = begun(server, deployments, "RUNNING")
     moved(server, runs["cancelling"], "CANCELLING")
@@ -100,7 +100,7 @@ def fates(server, deployments):
         time.sleep(BEAT_S + LATE_S)
         beat(server, runs["late"])
     runs["late"] = server("GET", f"flow_runs/{runs['late']['id']}")  # its heart stops here
-    for name in ("dead", "revived", "pending", "cancelling"):
+    for name in ("dead", "mute", "revived", "pending", "cancelling"):
         server.reached(runs[name], *FINAL)
     return runs
 
@@ -123,6 +123,10 @@ def test_the_shipped_times_are_three_heartbeats_and_an_hour_for_a_start():
 def test_a_run_without_heartbeats_has_crashed(server, fates):
     assert state(server, fates["dead"])["type"] == "CRASHED"
     assert "finished shards are kept" in state(server, fates["dead"])["message"].lower()
+
+
+def test_a_run_that_was_lost_before_its_first_heartbeat_has_crashed(server, fates):
+    assert state(server, fates["mute"])["type"] == "CRASHED"
 
 
 def test_a_run_that_has_ended_keeps_its_state_whatever_its_name(server, fates):
