@@ -2,7 +2,7 @@
 
 import pytest
 from fault_bench import Bench, published
-from fault_hosts import cut_for, started
+from fault_hosts import cut_for, lost_worker, started
 from hosts import HEAD_PORT, NODE_PORTS, WORKER_PORTS, HostRun, three_hosts, why_no_hosts
 
 pytestmark = [
@@ -52,3 +52,7 @@ def test_a_driver_on_another_host_is_refused_while_the_first_one_lives(bench, cl
 
 def test_a_run_outlives_a_link_that_is_cut_for_a_while(bench, cluster):
     assert cut_for(bench, cluster, "worker", 15.0).is_clean
+
+
+def test_a_run_outlives_the_loss_of_a_workers_host(bench, cluster):
+    assert lost_worker(bench, cluster).is_clean
