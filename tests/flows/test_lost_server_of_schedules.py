@@ -26,8 +26,8 @@ N_ROWS = 60
 EVERY_TEN_SECONDS = "* * * * * */10"
 AWAY_S = 12.0
 """A schedule comes due in this time. Prefect's own runner gives up after three polls, which is 3 s here."""
-WITHIN_S = 35
-"""How long an automation waits for a heartbeat, of which there is one in 30 s, and for a start."""
+WITHIN_S = 45
+"""How long the automation waits for a heartbeat, of which there is one in 30 s."""
 QUICK = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "1",
     "PREFECT_WORKER_QUERY_SECONDS": "1",
@@ -254,7 +254,7 @@ def deployed(server, folder):
 
 
 def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[str, str]) -> str:
-    """Deploy a flow of the manifest with a schedule of ten seconds and the automations, which here wait less."""
+    """Deploy a flow of the manifest with a schedule of ten seconds and the automation for heartbeats, which waits less."""
     manifest = yaml.safe_load((REPOSITORY / "infra" / "prefect.yaml").read_text())
     (nightly,) = [one for one in manifest["deployments"] if one["name"] == "nightly"]
     nightly["parameters"] = {"run": run_values(folder, directory)}
@@ -266,8 +266,8 @@ def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[
         ["--no-prompt", "deploy", "--all", "--prefect-file", folder / "prefect.yaml"],
     ):
         subprocess.run([PREFECT, *command], check=True, capture_output=True, env=os.environ | settings, cwd=REPOSITORY)
-    for automation in yaml.safe_load((REPOSITORY / "infra" / "automations.yaml").read_text())["automations"]:
-        server("POST", "automations/", automation | {"trigger": automation["trigger"] | {"within": WITHIN_S}})
+    heartbeats, *_ = yaml.safe_load((REPOSITORY / "infra" / "automations.yaml").read_text())["automations"]
+    server("POST", "automations/", heartbeats | {"trigger": heartbeats["trigger"] | {"within": WITHIN_S}})
     (found,) = server("POST", "deployments/filter", {"deployments": {"name": {"any_": ["nightly"]}}})
     return found["id"]
 
