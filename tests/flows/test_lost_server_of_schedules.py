@@ -254,7 +254,7 @@ def deployed(server, folder):
 
 
 def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[str, str]) -> str:
-    """Deploy a flow of the manifest with a schedule of ten seconds and the automation for heartbeats, which waits less."""
+    """Deploy a flow of the manifest with a schedule of ten seconds; its automation waits less for heartbeats."""
     manifest = yaml.safe_load((REPOSITORY / "infra" / "prefect.yaml").read_text())
     (nightly,) = [one for one in manifest["deployments"] if one["name"] == "nightly"]
     nightly["parameters"] = {"run": run_values(folder, directory)}
