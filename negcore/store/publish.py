@@ -40,6 +40,7 @@ from negcore.store.files import (
     location,
     make_folder,
     n_bytes,
+    open_file,
     parse_json,
     read_all,
     read_bytes,
@@ -290,7 +291,7 @@ def checksum(path: Path) -> str:
     """Return the xxh3-128, in hex, of a file's content, as in receipts."""
     if is_remote(path):
         return xxhash.xxh3_128_hexdigest(read_bytes(path))
-    with path.open("rb") as handle:
+    with open_file(path) as handle:
         return str(hashlib.file_digest(handle, xxhash.xxh3_128).hexdigest())
 
 
