@@ -40,6 +40,7 @@ from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
 from fault_shards import cuts, flips, foreign_shards, swapped_shards, wrong_answers
 from fault_slurm import slurm_time_limit
+from fault_weights import flipped_weights
 from faults import FaultyWorker, by_value
 from rich.console import Console
 from rich.table import Table
@@ -220,6 +221,7 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "driver kills": driver_kills,
     "cuts": cuts,
     "flipped bits": flips,
+    "flipped bits in weights": flipped_weights,
     "foreign shards": foreign_shards,
     "swapped shards": swapped_shards,
     "wrong answers": wrong_answers,
