@@ -251,7 +251,7 @@ def benchmark(
         Dtype | None, typer.Option(help="Compare NEGs in this number type with those in float32, on three questions.")
     ] = None,
 ) -> None:
-    """Time the fast paths beside their plain twins, in turns, on one question; or compare number types.
+    """Time the fast paths beside their plain twins, and checks of shards, in turns; or compare number types.
 
     Example: `neg benchmark --repeats 5`
     """
@@ -265,6 +265,8 @@ def benchmark(
     from negcore.measure.loading import load_model
     from negcore.model.encoding import encode_prompts
     from negcore.model.language_model import describe_model
+    from negcore.probing.checking_cost import time_checks
+    from negcore.store.temporary import temporary_directory
 
     card = describe_model(model)
     with reading():
@@ -286,6 +288,8 @@ def benchmark(
     comparisons = compare(
         load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
     )
+    with temporary_directory() as folder:
+        comparisons.append(time_checks(folder, repeats=repeats))
     console.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
 
 

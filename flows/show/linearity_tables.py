@@ -42,7 +42,7 @@ def benchmark_table(comparisons: Sequence[Timing], title: str) -> Table:
     rows: list[list[Cell]] = []
     for one in comparisons:
         medians = [Number(median(seconds), "{:.3g}".format) for seconds in (one.fast_s, one.plain_s)]
-        rows.append([one.what, *medians, Number(one.ratio, "{:.1f}".format, "bold")])
+        rows.append([one.what, *medians, Number(one.ratio, "{:.3g}".format, "bold")])
     return Table("benchmark", title, [*texts("medians"), *numbers("fast", "plain", "plain / fast")], [rows])
 
 

@@ -306,6 +306,11 @@ def _digest_of_rows(rows: Sequence[StoredExample]) -> str:
 # Files
 
 
+def forget_checks() -> None:
+    """Forget which files were found sound, so that each is read again, as by another process."""
+    _sound.clear()
+
+
 class Stamp(NamedTuple):
     """All that is known of a file without reading it."""
 

@@ -52,9 +52,9 @@ def other(run_of, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(made, tmp_path, monkeypatch):
+def copy(made, tmp_path):
     """The same run, as another process finds it."""
-    monkeypatch.setattr(integrity, "_sound", set())
+    integrity.forget_checks()
     return shutil.copytree(made, tmp_path / "run")
 
 
