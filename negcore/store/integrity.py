@@ -28,6 +28,7 @@ from negcore.store.levels import has_columns_of
 from negcore.store.locks import locked
 from negcore.store.publish import Receipt, ShardPlace, checksum, index_of, read_receipts, shard_of
 from negcore.store.schema import ROW_COLUMNS, StoredExample, first_row
+from negcore.texts import row_text
 
 _AT_ONCE = 4
 """Files that are read at the same time."""
@@ -295,7 +296,7 @@ def _row_fault(batch: pa.RecordBatch, rows: Sequence[StoredExample]) -> str | No
         known = None if row is None else (row.id, text_hash(row.prompt), row.group, row.answer)
         for name, here, there in zip(names, known or repeat(None), stored, strict=False):
             if here != there:
-                return f"{name} of its row {stored[0]!r} is not that of the dataset"
+                return f"{name} of its row {row_text(stored[0])} is not that of the dataset"
     return None
 
 
@@ -439,6 +440,6 @@ def _other_run(folder: Path, identity: RunIdentity, receipt: Receipt) -> ShardEr
 def _other_rows(folder: Path, n_shards: int, receipt: Receipt) -> ShardError:
     return ShardError(
         f"{str(folder)!r} was cut into other rows: its shard {receipt.index} of {receipt.n_shards} holds "
-        f"{receipt.n_rows} rows, {receipt.first_id!r} to {receipt.last_id!r}, and this run makes {n_shards} "
-        "shards: use that run's rows and shard size, write to another output directory, or delete that partition"
+        f"{receipt.n_rows} rows, {row_text(receipt.first_id)} to {row_text(receipt.last_id)}, and this run makes "
+        f"{n_shards} shards: use that run's rows and shard size, write to another output directory, or delete that partition"
     )

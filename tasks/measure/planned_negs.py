@@ -6,6 +6,7 @@ from negcore.errors import ShardError
 from negcore.store.identity import RunIdentity, difference, text_hash
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
+from negcore.texts import row_text
 from tasks.measure.shard_set import ShardSet
 
 _MAY_DIFFER = ("dataset_fingerprint", "storage", "neurons")
@@ -60,6 +61,7 @@ def _check_rows(root: Path, planned: ShardSet, split: NegSplit) -> None:
             continue
         if (example.group, example.answer) != (group, gold):
             raise ShardError(
-                f"{where(root, planned.place)}: the stored row {id_!r} has group {group!r} and right answer {gold}, "
-                f"the dataset's {example.group!r} and {example.answer}: write to another directory, or delete that one"
+                f"{where(root, planned.place)}: the stored row {row_text(id_)} has group {row_text(group)} and right "
+                f"answer {gold}, the dataset's {row_text(example.group)} and {example.answer}: write to another "
+                "directory, or delete that one"
             )

@@ -18,6 +18,7 @@ from negcore.store.identity import canonical_json, content_digest
 from negcore.store.integrity import finished_shards, shard_fault
 from negcore.store.publish import read_receipts, receipt_path, receipts, shard_path
 from negcore.store.reader import open_negs
+from negcore.texts import plain, public
 
 N_SHARDS, SIZE = 2, 2
 SHAPE = {"n_options": 2, "n_layers": 2, "n_neurons": 3}
@@ -180,7 +181,8 @@ def test_a_right_answer_that_is_not_the_datasets_is_computed_again_though_its_re
     write(tmp_path, index=1, answer=1)
     done = finished(tmp_path)
     assert list(done.receipts) == [0]
-    assert done.damaged == {1: "gold of its row 'fact/test/2' is not that of the dataset"}
+    assert plain(done.damaged[1]) == "gold of its row 'fact/test/2' is not that of the dataset"
+    assert "fact" not in public(done.damaged[1])
 
 
 # What a check costs, and when it is made again
