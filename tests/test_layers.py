@@ -9,7 +9,7 @@ import pytest
 from support import REPOSITORY
 
 ALLOWED_TOP = {"negcore": {"negcore"}, "tasks": {"negcore", "tasks"}, "flows": {"negcore", "tasks", "flows"}}
-HEAVY = {"ray": {"tasks/pool/metrics.py", "tasks/pool/ray_pool.py", "tasks/pool/ray_session.py"}}
+HEAVY = {"ray": {f"tasks/pool/{name}.py" for name in ("metrics", "nodes", "ray_pool", "ray_session")}}
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
     {"negcore.texts"},

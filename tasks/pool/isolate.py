@@ -17,7 +17,7 @@ from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.publish import SetAside
 from negcore.texts import public
-from tasks.pool.base import NodeLost, Outcome, Pool, PoolStatus
+from tasks.pool.base import NodeLost, Outcome, OutOfMemory, Pool, PoolStatus
 
 if TYPE_CHECKING:
     from tasks.measure.shard_set import ShardJob
@@ -123,7 +123,7 @@ def _without(
 
 def _is_suspect(outcome: Outcome) -> bool:
     """Tell whether one of the job's rows may have made it fail: it is not the user's error, the disk's or a node's."""
-    if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError, NodeLost)):
+    if outcome.exception is None or isinstance(outcome.exception, (NegError, OSError, NodeLost, OutOfMemory)):
         return False
     return hasattr(outcome.job, "trial")
 

@@ -49,7 +49,7 @@ def check_demand(resources: Resources, label: str) -> None:
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if resources.wait_for_nodes or _grows() or any(_fits(resources, node) for node in nodes):
+    if resources.wait_for_nodes or any(_fits(resources, node) for node in nodes):
         return
     offers = "; ".join(sorted({_offer(resources, node["Resources"], node["Labels"]) for node in nodes}))
     raise RunError(
@@ -84,10 +84,3 @@ def _offer(resources: Resources, offer: Mapping[str, float], labels: Mapping[str
 def _fits(resources: Resources, node: Mapping[str, Any]) -> bool:
     is_large_enough = all(node["Resources"].get(name, 0) >= amount for name, amount in resources.demand.items())
     return is_large_enough and all(node["Labels"].get(name) == value for name, value in resources.node_labels)
-
-
-def _grows() -> bool:
-    """Tell whether an autoscaler has told Ray of nodes that it can add."""
-    from ray._private.state import state
-
-    return state.get_cluster_config() is not None

@@ -6,13 +6,14 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from clusters import ray_cluster
 from support import REPOSITORY
 
 from negcore.errors import RunError
-from tasks.pool import ray_pool
+from tasks.pool import isolate, ray_pool
 from tasks.pool.base import Attempt, Batch, NodeLost, Outcome, OutOfMemory, PoolStatus, Resources, WorkerLost
 from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
@@ -117,6 +118,12 @@ def test_a_job_whose_node_ran_out_of_memory_is_tried_alone_before_that_counts():
     assert jobs.failed_once(one, OutOfMemory("full")) is None
     assert (list(jobs.todo), list(jobs.alone)) == ([], [one])
     assert jobs.failed_once(one, OutOfMemory("full")) is not None
+
+
+def test_no_row_is_set_aside_for_what_a_node_did():
+    for fault in (NodeLost("gone"), OutOfMemory("full")):
+        assert not isolate._is_suspect(Outcome(SimpleNamespace(trial=None), None, fault, 3))
+    assert isolate._is_suspect(Outcome(SimpleNamespace(trial=None), None, WorkerLost("killed"), 3))
 
 
 # Memory
