@@ -441,5 +441,6 @@ def _other_rows(folder: Path, n_shards: int, receipt: Receipt) -> ShardError:
     return ShardError(
         f"{str(folder)!r} was cut into other rows: its shard {receipt.index} of {receipt.n_shards} holds "
         f"{receipt.n_rows} rows, {row_text(receipt.first_id)} to {row_text(receipt.last_id)}, and this run makes "
-        f"{n_shards} shards: use that run's rows and shard size, write to another output directory, or delete that partition"
+        f"{n_shards} shards: use that run's rows and shard size, write to another output directory, or delete that "
+        "partition"
     )

@@ -8,6 +8,7 @@ Axes: P prompts (rows), O options, L layers, N neurons a layer, M all neurons, K
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, get_args
 
@@ -318,9 +319,15 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
     if ("neurons" in identity) != (n_chosen is not None) or (level.has_all_neurons and n_layers > len(schema)):
         return False
     try:
-        return bool(schema.equals(level.schema(n_options, n_layers, n_neurons, n_chosen)))
+        return bool(schema.equals(_schema(level.name, n_options, n_layers, n_neurons, n_chosen)))
     except (ValueError, OverflowError, MemoryError):  # no shard has rows of this shape
         return False
+
+
+@lru_cache(maxsize=16)
+def _schema(storage: str, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None) -> pa.Schema:
+    """Return the columns of a level, which all shards of a directory have: making them takes longer than comparing."""
+    return STORAGE_LEVELS[storage].schema(n_options, n_layers, n_neurons, n_chosen)
 
 
 def sum_column(vote: Vote) -> str:
