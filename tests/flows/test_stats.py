@@ -269,7 +269,7 @@ def test_the_status_counts_both_passes_before_and_after_neurons_are_chosen(run, 
     monkeypatch.setattr(ModelWorker, "run", failing)
     run_extract(run, PlainSteps())
     status = run_status(run.directory)
-    assert [(part.folder.names[2], len(part.receipts), part.n_missing, part.n_foreign) for part in status.folders] == [
+    assert [(part.folder.names[2], part.n_finished, part.n_missing, part.n_foreign) for part in status.folders] == [
         (SUMS, 3, 0, 0),
         ("valid", 3, 0, 0),
         ("test", 0, 3, 0),
