@@ -85,7 +85,7 @@ def status_tables(status: RunStatus, directory: Path) -> Iterator[Table]:
             [
                 *one.folder.names[1:],
                 *_amounts(one.n_finished, one.n_shards, one.n_rows, one.n_bytes),
-                str(len(one.set_aside) or ""),
+                str(one.n_set_aside or ""),
                 _state(one),
             ]
             for one in of_model
@@ -111,8 +111,9 @@ def status_lines(status: RunStatus, directory: Path) -> Iterator[str]:
     aside = [(one, row) for one in status.folders for row in one.set_aside]
     for one, row in aside[:_SHOWN]:
         yield f"set aside: {_label(one.folder, directory)}: {printable(row.id)}: {printable(row.reason)}"
-    if len(aside) > _SHOWN:
-        yield f"set aside: {len(aside) - _SHOWN} more rows, named in the receipts"
+    n_more = sum(one.n_set_aside for one in status.folders) - min(len(aside), _SHOWN)
+    if n_more:
+        yield f"set aside: {n_more} more rows, named in the receipts"
     for one in status.folders:
         for index, error in one.failures.items():
             yield f"failed: {_label(one.folder, directory)}: shard {index}: {printable(error)}"
@@ -145,6 +146,8 @@ def _total(status: RunStatus) -> str:
 
 
 def _pace(status: RunStatus) -> str:
+    if status.pace is None and status.folders and all(one.published is None for one in status.folders):
+        return "pace: of a finished run in a bucket it is not looked up"
     if status.pace is None:
         return "pace: no shard finished in this session yet"
     pace, now = status.pace, time()

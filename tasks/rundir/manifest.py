@@ -41,6 +41,8 @@ class Shards:
     n_shards: int
     n_rows: int
     n_bytes: int
+    n_set_aside: int
+    """Rows that are not in the shards, because they could not be computed."""
     receipts_xxh3: str
     """Digest of the names and checksums of all receipts, each of which holds its shard's checksum."""
     versions: dict[str, dict[str, int]]
@@ -136,15 +138,26 @@ def shards_of(root: Path) -> dict[str, Shards]:
 
 
 def _shards(folder: Path) -> Shards:
-    n_rows = total_bytes = 0
+    n_rows = total_bytes = n_set_aside = 0
     versions: Counter[bytes] = Counter()
     digests = []
     for file in small_files(folder / "_receipts", "part-*.json"):
         digests.append((file.name, xxh3_128_hexdigest(file.content)))
         if sizes := _SIZES.search(file.content):
             total_bytes, n_rows = total_bytes + int(sizes[1]), n_rows + int(sizes[2])
+        n_set_aside += _n_set_aside(file.content)
         versions[file.content[file.content.rfind(_VERSIONS) + len(_VERSIONS) : file.content.rfind(b"}")]] += 1
-    return Shards(len(digests), n_rows, total_bytes, content_digest(sorted(digests)), _counted(versions))
+    receipts_xxh3 = content_digest(sorted(digests))
+    return Shards(len(digests), n_rows, total_bytes, n_set_aside, receipts_xxh3, _counted(versions))
+
+
+def _n_set_aside(receipt: bytes) -> int:
+    if b'"set_aside":[]' in receipt:  # nearly all are like that, and need not be parsed
+        return 0
+    try:
+        return len(parse_json(receipt)["set_aside"])
+    except (ValueError, KeyError, TypeError):  # of a damaged receipt, or of an earlier version
+        return 0
 
 
 def _counted(versions: Mapping[bytes, int]) -> dict[str, dict[str, int]]:

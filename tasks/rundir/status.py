@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from negcore.errors import RunError
-from negcore.store.files import n_bytes, written_s
+from negcore.store.files import is_remote, n_bytes, written_s
 from negcore.store.publish import SetAside
 from negcore.store.receipt_columns import read_columns
 from tasks.config.reading import recorded_run
@@ -24,45 +25,39 @@ from tasks.rundir.layout import (
     run_roots,
     shard_folders,
 )
-from tasks.rundir.manifest import read_manifest
+from tasks.rundir.manifest import Shards, read_manifest
 
 _PAUSE = 5.0
 """Times that a gap between two shards must be longer than usual to count as a pause of the run."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FolderStatus:
     """The state of one directory of shards."""
 
     folder: ShardFolder
     n_shards: int | None
     """Shards of the whole directory; None if their number is not known yet."""
-    finished: npt.NDArray[np.void]
-    """Records of its finished shards, as in `ReceiptColumns.rows`."""
-    n_damaged: int
-    """Receipts whose shard is missing or has another length: these shards are computed again."""
-    n_foreign: int
-    """Receipts of other runs, which are in the way of this one."""
-    set_aside: tuple[SetAside, ...]
+    n_finished: int
+    n_rows: int
+    n_bytes: int
+    """Finished shards, the rows in them, and their bytes."""
+    n_set_aside: int
     """Rows that could not be computed."""
-    failures: Mapping[int, str]
+    set_aside: tuple[SetAside, ...] = ()
+    """The same by name; none where the manifest told."""
+    published: npt.NDArray[np.void] | None = None
+    """Records of the finished shards, as in `ReceiptColumns.rows`; None where the manifest told."""
+    n_damaged: int = 0
+    """Receipts whose shard is missing or has another length: these shards are computed again."""
+    n_foreign: int = 0
+    """Receipts of other runs, which are in the way of this one."""
+    failures: Mapping[int, str] = field(default_factory=dict)
     """Errors of the shards that the last run could not make, by index."""
-
-    @property
-    def n_finished(self) -> int:
-        return len(self.finished)
 
     @property
     def n_missing(self) -> int | None:
         return None if self.n_shards is None else self.n_shards - self.n_finished
-
-    @property
-    def n_rows(self) -> int:
-        return int(self.finished["n_rows"].sum())
-
-    @property
-    def n_bytes(self) -> int:
-        return int(self.finished["n_bytes"].sum())
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,11 @@ def run_status(directory: Path) -> RunStatus:
     RunError
         If there is no such directory, nothing of a run is in it, or its run file or plan is damaged.
     """
-    folders = tuple(map(_folder_status, shard_folders(directory)))
+    manifests = cache(_manifest)  # of runs in buckets, where to list and read thousands of receipts takes long
+    folders = tuple(
+        _noted_status(one, noted) if (noted := manifests(one.root).get(one.place)) else _folder_status(one)
+        for one in shard_folders(directory)
+    )
     if not folders and not run_roots(directory):
         raise RunError(f"{str(directory)!r} holds no shards and no {RUN_FILE}: give a run directory")
     return RunStatus(
@@ -132,6 +131,25 @@ def _finished_with(directory: Path) -> Mapping[str, str]:
     return {}
 
 
+def _manifest(root: Path) -> Mapping[str, Shards]:
+    """Return what the manifest of a finished run in a bucket says of its shards; nothing without one."""
+    with suppress(RunError):
+        manifest = read_manifest(root) if is_remote(root) else None
+        return manifest.shards if manifest else {}
+    return {}
+
+
+def _noted_status(folder: ShardFolder, noted: Shards) -> FolderStatus:
+    return FolderStatus(
+        folder=folder,
+        n_shards=noted.n_shards,
+        n_finished=noted.n_shards,
+        n_rows=noted.n_rows,
+        n_bytes=noted.n_bytes,
+        n_set_aside=noted.n_set_aside,
+    )
+
+
 def _folder_status(folder: ShardFolder) -> FolderStatus:
     columns = read_columns(folder.path)
     of_run = np.bincount(columns.rows["run"], minlength=len(columns.runs)).tolist()
@@ -139,13 +157,18 @@ def _folder_status(folder: ShardFolder) -> FolderStatus:
     is_own = columns.rows["run"] == (columns.runs.index(own) if own in columns.runs else -1)
     finished = columns.rows[is_own & columns.rows["is_listed"]]
     done = set(finished["index"].tolist())
+    set_aside = tuple(row for index, rows in sorted(columns.set_aside.items()) for row in rows if index in done)
     return FolderStatus(
-        folder,
-        own and own[1],
-        finished,
+        folder=folder,
+        n_shards=own and own[1],
+        n_finished=len(finished),
+        n_rows=int(finished["n_rows"].sum()),
+        n_bytes=int(finished["n_bytes"].sum()),
+        n_set_aside=len(set_aside),
+        set_aside=set_aside,
+        published=finished,
         n_damaged=int(is_own.sum()) - len(finished),
         n_foreign=int((~is_own).sum()),
-        set_aside=tuple(row for index, rows in sorted(columns.set_aside.items()) for row in rows if index in done),
         failures={index: error for index, error in read_failures(folder.path).items() if index not in done},
     )
 
@@ -173,12 +196,12 @@ def _holders(directory: Path) -> list[Holder]:
 
 def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:
     """Return the pace of the present work: of shards with the newest one's kind and model."""
-    begun = [one for one in folders if one.n_finished]
+    begun = [(one.folder, one.published) for one in folders if one.published is not None and len(one.published)]
     if not begun:
         return None
-    newest = max(begun, key=lambda one: float(one.finished["time_s"].max())).folder
-    alike = [one for one in begun if (one.folder.kind, one.folder.names[0]) == (newest.kind, newest.names[0])]
-    published = np.concatenate([one.finished[["time_s", "n_rows"]] for one in alike])
+    newest = max(begun, key=lambda one: float(one[1]["time_s"].max()))[0]
+    alike = [shards for one, shards in begun if (one.kind, one.names[0]) == (newest.kind, newest.names[0])]
+    published = np.concatenate([shards[["time_s", "n_rows"]] for shards in alike])
     workers = recorded_run(newest.root, to_look_at=True).workers if n_bytes(newest.root / RUN_FILE) is not None else 1
     plans = {one.folder.root / PLAN_FILE for one in folders if one.folder.planned is not None}
     return pace(

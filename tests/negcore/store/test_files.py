@@ -659,6 +659,11 @@ def test_a_pipeline_into_a_bucket_is_read_from_there_and_computes_nothing_again(
     assert [request for request in server.requests if request.method == "PUT" and "/negs/" in request.key] == []
     assert table(again.stdout) == table(ran.stdout) != []
 
+    server.requests.clear()
+    state = neg("status", bucket)
+    assert "36 prompts in 6 shards" in state.stdout, state.stderr
+    assert [request.key for request in server.requests if "_receipts" in request.key] == []  # the manifest tells
+
 
 def table(output):
     return [line.strip() for line in output.splitlines() if "questions" in line]
