@@ -70,6 +70,11 @@ def _exit_code() -> int:
     except NegError as error:
         tell("error", str(error))
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell("error", f"{str(error.filename2 or error.filename)!r} cannot be used: {error.strerror}")
+        return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:

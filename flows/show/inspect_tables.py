@@ -122,10 +122,15 @@ def status_lines(status: RunStatus, directory: Path) -> Iterator[str]:
     yield _total(status)
     yield _pace(status)
     yield from map(_holder, status.holders)
-    if status.finished_with:
+    for line in status.gone[:_SHOWN]:
+        yield printable(f"no longer as it finished: {line}")
+    if len(status.gone) > _SHOWN:
+        yield f"no longer as it finished: {len(status.gone) - _SHOWN} more"
+    if status.finished_with and not status.gone:
         listed = ", ".join(f"{name} {version}" for name, version in status.finished_with.items())
-        yield printable(f"finished: its manifest ties tables and report to these shards, made with {listed}")
-    if not status.holders and status.n_missing != 0:
+        tied = "its manifest ties tables and report to these shards (neg verify compares them)"
+        yield printable(f"finished: {tied}, made with {listed}")
+    if not status.holders and (status.n_missing != 0 or status.gone):
         yield "nobody works on it: the same command goes on from here"
 
 

@@ -157,13 +157,14 @@ def sizes(folder: Path, pattern: str) -> dict[str, int]:
         return {path.name: description["size"] for path, description in buckets.match(folder, pattern).items()}
     wanted, known = folder / pattern, {}
     fits = re.compile(fnmatch.translate(wanted.name)).match
-    with suppress(FileNotFoundError), os.scandir(wanted.parent) as entries:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(wanted.parent) as entries:
         for entry in entries:
             try:
                 if fits(entry.name) and stat.S_ISREG((status := entry.stat()).st_mode):
                     known[entry.name] = status.st_size
-            except FileNotFoundError:  # it was removed meanwhile
-                continue
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # removed meanwhile, or a link to nothing
+                    raise
     return known
 
 
@@ -316,6 +317,11 @@ def draft(target: Path) -> Iterator[Path]:
     """Give a local file to write; it replaces `target`, whole, when the block ends without an error.
 
     It is on the disk then, and so is its name: a machine that loses its power keeps the old file or has the new one.
+
+    Raises
+    ------
+    RunError
+        If `target` is a directory.
     """
     if is_remote(target):
         with temporary_directory() as folder:
@@ -324,6 +330,8 @@ def draft(target: Path) -> Iterator[Path]:
             buckets.upload(path, target)
         return
     make_folder(target.parent)
+    if target.is_dir():
+        raise RunError(f"{_no_file(target, stat.S_IFDIR)}: move it away and run the same command again")
     path = hidden(target)
     try:
         yield path

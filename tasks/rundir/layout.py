@@ -184,6 +184,11 @@ def other_files(directory: Path) -> list[Path]:
     return _contents(directory).files
 
 
+def regular_files(directory: Path) -> list[Path]:
+    """Return those of the other files that can be read: no pipe, device or link to nothing."""
+    return [path for path in other_files(directory) if is_remote(path) or path.is_file()]
+
+
 def run_roots(directory: Path) -> list[Path]:
     """Return those of the directory and the directories below it that hold a run file."""
     return sorted(file.parent for file in _contents(directory).files if file.name == RUN_FILE)

@@ -21,7 +21,7 @@ from negcore.store.identity import canonical_json, content_digest
 from negcore.store.integrity import Stamp, stamp_of
 from negcore.store.publish import checksum
 from tasks.config.run_file import RUN_FILE
-from tasks.rundir.layout import PLAN_FILE, other_files, shard_folders
+from tasks.rundir.layout import PLAN_FILE, other_files, regular_files, shard_folders
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
@@ -119,7 +119,7 @@ def _files(root: Path, before: Before, shards: Mapping[str, Shards]) -> Iterator
 
 
 def _results(root: Path) -> list[Path]:
-    return sorted(path for path in other_files(root) if _is_result(_place(root, path)))
+    return sorted(path for path in regular_files(root) if _is_result(_place(root, path)))
 
 
 def _is_result(place: str) -> bool:

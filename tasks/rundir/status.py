@@ -1,6 +1,6 @@
 """The state of a run, read from its directory alone: no model is loaded, and the run may go on meanwhile."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +22,7 @@ from tasks.rundir.layout import (
     ShardFolder,
     own_run,
     read_failures,
+    regular_files,
     run_roots,
     shard_folders,
 )
@@ -83,6 +84,8 @@ class RunStatus:
     """Drivers that claim the run, alive or dead."""
     finished_with: Mapping[str, str]
     """Versions of the packages that the run finished with; nothing if it is not finished."""
+    gone: tuple[str, ...]
+    """Lines for what the run finished with and is no longer there."""
 
     @property
     def n_missing(self) -> int | None:
@@ -119,16 +122,22 @@ def run_status(directory: Path) -> RunStatus:
         tuple(_not_planned(directory, folders)),
         _pace_now(directory, folders),
         tuple(_holders(directory)),
-        _finished_with(directory),
+        *_finished_with(directory, folders),
     )
 
 
-def _finished_with(directory: Path) -> Mapping[str, str]:
-    """Return the versions in the manifest; nothing if there is none, or a damaged one."""
-    with suppress(RunError):
+def _finished_with(directory: Path, folders: Iterable[FolderStatus]) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """Return the versions in the manifest, and a line for everything it names that a listing does not show."""
+    try:
         manifest = read_manifest(directory)
-        return manifest.versions if manifest else {}
-    return {}
+    except RunError as error:
+        return {}, (str(error),)
+    if manifest is None:
+        return {}, ()
+    shards = [f"{one.folder.place}: shards are missing" for one in folders if one.n_missing != 0]
+    there = {str(path) for path in regular_files(directory)}
+    missing = (f"{place}: missing" for place in manifest.files if str(directory / place) not in there)
+    return manifest.versions, (*shards, *missing)
 
 
 def _manifest(root: Path) -> Mapping[str, Shards]:

@@ -7,7 +7,7 @@ import pytest
 from support import save_tiny_model, write_questions
 from typer.testing import CliRunner
 
-from flows.cli.app import app
+from flows.cli.app import _exit_code, app
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from negcore.errors import RunError
 from negcore.store import publish
@@ -98,6 +98,45 @@ def test_a_changed_or_missing_result_is_named(copy, name):
     assert f"{name}: missing" in checked.stderr
 
 
+@pytest.mark.parametrize("gone", ["split=test/part-00002.arrow", "split=test", "accuracy.arrow", "plan.json"])
+def test_the_status_of_a_finished_run_that_lacks_something_does_not_call_it_finished(copy, gone):
+    path = next(copy.rglob(gone))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    said = neg("status", copy).output
+    assert "finished: its manifest ties" not in said
+    assert f"no longer as it finished: {'negs/' if 'split' in gone else gone}" in said
+    assert "the same command goes on from here" in said
+
+
+def test_a_link_to_nothing_is_missing_and_stays_out_of_the_manifest(run_in, copy):
+    shutil.rmtree(copy / "checks")
+    (copy / "checks").symlink_to(copy / "nowhere")
+    assert "no longer as it finished: checks/" in neg("status", copy).output
+    run_extract(run_in(copy), PlainSteps())
+    assert faults(copy) == []
+
+
+@pytest.mark.parametrize("name", ["plan.json", "run.yaml", "negs"])
+def test_a_directory_or_a_file_in_the_place_of_the_other_is_named(run_in, copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.touch() if name == "negs" else path.mkdir()
+    if name == "negs":
+        assert "no longer as it finished: negs/" in neg("status", copy).output
+        assert neg("verify", copy).exit_code == 1
+    else:
+        with pytest.raises(RunError, match=f"{name}' is a directory; a file is needed"):
+            run_extract(run_in(copy), PlainSteps())
+
+
+def test_a_file_that_cannot_be_used_is_one_line(copy, monkeypatch, capsys):
+    (copy / MANIFEST_FILE).unlink()
+    (copy / MANIFEST_FILE).symlink_to(MANIFEST_FILE)
+    monkeypatch.setattr("sys.argv", ["neg", "verify", str(copy)])
+    assert _exit_code() == 2
+    assert "manifest.json' cannot be used: " in " ".join(capsys.readouterr().err.split())
+
+
 def test_other_shards_than_the_tables_were_made_of_are_named(copy):
     with_other_versions(copy, torch="1.0")
     (fault,) = faults(copy)
@@ -158,6 +197,8 @@ def test_a_damaged_manifest_is_told_and_replaced(run_in, copy):
     with pytest.raises(RunError, match=r"manifest.json' is damaged"):
         read_manifest(copy)
     assert "manifest.json' is damaged" in neg("verify", copy).stderr
-    assert "finished" not in neg("status", copy).output
+    said = " ".join(neg("status", copy).output.split())
+    assert "no longer as it finished: '" in said
+    assert "manifest.json' is damaged" in said
     run_extract(run_in(copy), PlainSteps())
     assert faults(copy) == []
