@@ -14,6 +14,7 @@ from tasks.config.kinds import RUN_KINDS, count_shards, load
 from tasks.config.reading import recorded_run
 from tasks.config.run_file import RUN_FILE, RunFile
 from tasks.plan import plan_usable
+from tasks.rundir.manifest import begin, finish, shards_of
 from tasks.rundir.verify import Verified
 from tasks.steps import Steps, plan_ahead
 
@@ -74,9 +75,12 @@ def refuse_repair(run: RunFile) -> Repair:
 
 def _extract(run: SkillRun, steps: Steps) -> Results:
     results = Results(run.directory)
+    before = begin(run.directory)
     with run_session(run):
         planned = [(run, steps.planned(plan_usable, run))]
         extract_planned(planned, steps, results, when_extracted=lambda run, dataset: None)
+    if before.manifest and not results.problems:  # a run that was not finished is not so now
+        finish(run.directory, before, shards_of(run.directory))
     return results
 
 

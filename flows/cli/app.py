@@ -251,7 +251,7 @@ def benchmark(
     device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
     neurons: Annotated[int, typer.Option(min=1, help="Neurons that are swept.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Repeats; medians are shown.")] = 3,
-    cpus: Annotated[int, typer.Option(min=1, help="Threads, as of a worker.")] = 1,
+    cpus: Annotated[int, typer.Option(min=1, max=1024, help="Threads, as of a worker.")] = 1,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Compare NEGs in this number type with those in float32, on three questions.")
     ] = None,

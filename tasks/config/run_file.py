@@ -110,7 +110,7 @@ class RunFile(BaseModel):
         ge=1,
         description="Ray actors a model. By default one a core.",
     )
-    cpus: int = Field(1, ge=1, description="Cores for each worker.")
+    cpus: int = Field(1, ge=1, le=1024, description="Cores for each worker.")
     gpus: float = Field(
         0, ge=0, le=1, description="Share of a GPU for each actor, up to a whole one: a model is on one device. 0: CPU."
     )

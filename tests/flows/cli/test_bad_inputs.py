@@ -382,6 +382,7 @@ BAD: dict[str, tuple[int, str, Callable[[Place], tuple[Any, ...]]]] = {
     "a manifest of numbers": (1, "manifest", verify(lambda p: p.changed_run("manifest.json", "[1]"))),
     "a shard that is a pipe": (1, "wrong", verify(lambda p: p.changed_run("**/part-*.arrow", kind="pipe"))),
     "a shard of zeros": (1, "wrong", verify(lambda p: p.changed_run("**/part-*.arrow", b"\0" * 100))),
+    "a thousand million cores a worker": (2, "less than or equal to 1024", given(cpus=10**9)),
     "its run file is a pipe": (2, "is a pipe", again(lambda p: p.changed_run("run.yaml", kind="pipe"))),
     "its run file is a bomb": (2, "stands for", again(lambda p: p.changed_run("run.yaml", BOMB))),
     "a table that is a pipe": (2, "is a pipe", lambda p: compared(p, kind="pipe")),
