@@ -40,7 +40,7 @@ from fault_preemption import preemptions
 from fault_prefect import lost_prefect_server, lost_server_of_deployed_run, lost_server_of_served_run
 from fault_shards import cuts, flips, foreign_shards, swapped_shards, wrong_answers
 from fault_slurm import slurm_time_limit
-from fault_weights import flipped_weights
+from fault_weights import flipped_bucket, flipped_conversion, flipped_weights
 from faults import FaultyWorker, by_value
 from rich.console import Console
 from rich.table import Table
@@ -222,6 +222,8 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "cuts": cuts,
     "flipped bits": flips,
     "flipped bits in weights": flipped_weights,
+    "flipped bits in a converted model": flipped_conversion,
+    "flipped bits in a bucket": flipped_bucket,
     "foreign shards": foreign_shards,
     "swapped shards": swapped_shards,
     "wrong answers": wrong_answers,
