@@ -318,7 +318,7 @@ def models(
         show_model(ref, dtype=dtype, device=device, site=site)
         return
     from negcore.model.architectures import ARCHITECTURES
-    from negcore.model.language_model import EMBEDDED
+    from negcore.model.gguf_cache import EMBEDDED
 
     for alias, embedded in EMBEDDED.items():
         console.print(f"[bold]{alias}[/bold]  embedded: {embedded.command}", highlight=False)

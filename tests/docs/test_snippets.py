@@ -39,8 +39,8 @@ def model(tmp_path_factory):
 def patched(model):
     """The tiny model answers to the name of the one that ships as a package."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "_embedded_files", lambda alias: [model])
-        patch.setattr(language_model, "_convert_gguf", lambda file: model)
+        patch.setattr(language_model, "embedded_files", lambda alias: [model])
+        patch.setattr(language_model, "convert_gguf", lambda file: model)
         yield
 
 

@@ -15,9 +15,10 @@ from support import save_tiny_model
 from negcore.errors import ModelError
 from negcore.measure.loading import load_model
 from negcore.model import checksums as module
-from negcore.model import language_model
+from negcore.model import gguf_cache, language_model
 from negcore.model.checksums import checksum
-from negcore.model.language_model import EmbeddedModel, describe_model, read_model
+from negcore.model.gguf_cache import EmbeddedModel, embedded_files
+from negcore.model.language_model import describe_model, read_model
 from negcore.model.model_files import check_snapshot
 from tasks.measure.worker import ModelWorker
 
@@ -199,7 +200,7 @@ def converted(tmp_path, monkeypatch):
         made.append(file)
         save_tiny_model("llama", directory)
 
-    monkeypatch.setattr(language_model, "_write_safetensors", write)
+    monkeypatch.setattr(gguf_cache, "_write_safetensors", write)
     return str(tmp_path / "tiny.gguf"), made
 
 
@@ -238,8 +239,9 @@ def test_a_packaged_model_with_a_flipped_bit_is_refused(tmp_path, monkeypatch):
     file.write_bytes(b"GGUF" * 9)
     embedded = EmbeddedModel((("tinypackage", "tiny.gguf"),), "pip install tinypackage", (checksum(file),))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(language_model, "EMBEDDED", {"tiny": embedded})
-    assert language_model._embedded_files("tiny") == [file]
+    for place in (gguf_cache, language_model):
+        monkeypatch.setattr(place, "EMBEDDED", {"tiny": embedded})
+    assert embedded_files("tiny") == [file]
     flip(file)
     with pytest.raises(ModelError, match=r"is damaged or of another version; run: pip install tinypackage --force-re"):
         describe_model("tiny")
