@@ -35,10 +35,10 @@ class LastingRunner(Runner):  # type: ignore[misc]  # of no type that is known h
 
     async def start(self, run_once: bool = False, webserver: bool | None = None) -> None:
         """Ask for due runs and start them until `astop`."""
-        async with self, self._loops_task_group:
-            while not self.stopping:
-                due = await self._due()
-                if due is not None:
+        async with self, self._loops_task_group:  # which `astop` cancels once the run under way has its final state
+            while True:
+                due = None if self.stopping else await self._due()
+                if due is not None and not self.stopping:
                     await self._carry_out(due)
                 await asyncio.sleep(self.query_seconds)
 
