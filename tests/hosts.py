@@ -289,6 +289,9 @@ class HostRun(Run):
         try:
             yield
         finally:
-            self.driver.send_signal(signal.SIGCONT)
             with suppress(psutil.NoSuchProcess):
                 driver.resume()
+            with suppress(psutil.NoSuchProcess):  # it may stop once more for a stop of its child that it had not seen
+                while psutil.Process(self.driver.pid).status() == psutil.STATUS_STOPPED:
+                    self.driver.send_signal(signal.SIGCONT)
+                    time.sleep(POLL_S)

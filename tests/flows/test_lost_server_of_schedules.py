@@ -206,8 +206,6 @@ class Deployed(NamedTuple):
     """The run after that one."""
     orphaned: Json
     """The next run, whose worker was killed."""
-    killed: Json
-    """The run that was killed with its worker."""
     last: list[Json]
     """Runs after that one."""
 
@@ -241,16 +239,9 @@ def deployed(server, folder):
         with standing_still(working, directory):
             working.kill()
         orphaned = server.reached(orphaned, *FINAL)
-    with running(worker, folder / "worker.log", **settings) as working:
-        killed = one("RUNNING")
-        with standing_still(working, directory) as flow:
-            working.kill()
-            for process in flow:
-                process.kill()
-        killed = server.reached(killed, *FINAL)
     with running(worker, folder / "worker.log", **settings):
-        last = completed_after(server, killed, 2)
-    return Deployed(first, n_without, pending, later, orphaned, killed, last)
+        last = completed_after(server, orphaned, 2)
+    return Deployed(first, n_without, pending, later, orphaned, last)
 
 
 def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[str, str]) -> str:
@@ -282,11 +273,6 @@ def test_a_run_that_was_pending_when_the_server_was_lost_gets_a_final_state(depl
     assert len(deployed.later) == 1
 
 
-def test_a_run_whose_worker_is_killed_goes_on_and_tells_its_end(deployed):
+def test_a_run_whose_worker_is_killed_goes_on_and_the_next_two_run(deployed):
     assert deployed.orphaned["state"]["type"] == "COMPLETED"
-
-
-def test_a_run_that_is_killed_with_its_worker_has_crashed_and_the_next_two_run(deployed):
-    assert deployed.killed["state"]["type"] == "CRASHED"
-    assert "No heartbeat" in deployed.killed["state"]["message"]
     assert len(deployed.last) == 2
