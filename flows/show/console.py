@@ -61,5 +61,7 @@ def _traceback(kind: type[BaseException], error: BaseException, trace: Traceback
 def show_all_through_consoles() -> None:
     """Show warnings, the log's and Python's, and the tracebacks of bugs through the console as well."""
     logging.lastResort = _OnErrors(logging.WARNING)
+    # Prefect's handler would keep back that a run waits for up to a minute, or loses its directory.
+    logging.getLogger("tasks.rundir.claim").addHandler(logging.lastResort)
     logging.captureWarnings(True)
     sys.excepthook = _traceback

@@ -204,10 +204,6 @@ class Deployed(NamedTuple):
     """The run whose server was lost before it began."""
     later: list[Json]
     """The run after that one."""
-    orphaned: Json
-    """The next run, whose worker was killed."""
-    last: list[Json]
-    """Runs after that one."""
 
 
 @pytest.fixture(scope="module")
@@ -235,13 +231,7 @@ def deployed(server, folder):
         server.start()
         pending = server.reached(pending, *FINAL)
         later = completed_after(server, pending, 1)
-        orphaned = one("RUNNING")
-        with standing_still(working, directory):
-            working.kill()
-        orphaned = server.reached(orphaned, *FINAL)
-    with running(worker, folder / "worker.log", **settings):
-        last = completed_after(server, orphaned, 2)
-    return Deployed(first, n_without, pending, later, orphaned, last)
+    return Deployed(first, n_without, pending, later)
 
 
 def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[str, str]) -> str:
@@ -271,8 +261,3 @@ def test_a_deployed_run_ends_without_its_server_and_tells_it_afterwards(deployed
 def test_a_run_that_was_pending_when_the_server_was_lost_gets_a_final_state(deployed):
     assert deployed.pending["state"]["type"] in ("CRASHED", "COMPLETED")
     assert len(deployed.later) == 1
-
-
-def test_a_run_whose_worker_is_killed_goes_on_and_the_next_two_run(deployed):
-    assert deployed.orphaned["state"]["type"] == "COMPLETED"
-    assert len(deployed.last) == 2

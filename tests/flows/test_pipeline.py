@@ -61,7 +61,7 @@ def test_what_cannot_be_written_is_a_problem_and_all_else_is_shown(run, name):
     (run.directory / name).mkdir(parents=True)
     results = run_pipeline(run, PlainSteps())
     (problem,) = results.problems
-    assert f"/{name}' cannot be written: Is a directory" in problem
+    assert f"/{name}' is a directory" in problem
     assert len(results.scores) == 3
     assert sum(part.n_rows for part in results.extracted) == 60
     assert (results.report is None) == (name == "report.html")
