@@ -55,8 +55,7 @@ def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
         run.look()
         cluster.lose("driver")
     run.end()
-    heir = HostRun(bench, cluster, "host-lost-driver", host="head")
-    heir.inherit(run)
+    heir = heir_of(run, bench, cluster)
     took_over = heir.finish() == 0 and "waiting for a sign of life" in " ".join(heir.said.split())
     cluster.add("driver", "--num-cpus=0")
     return heir.outcome(1, ok=took_over)
@@ -94,9 +93,15 @@ def driver_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
     told = code == 1 and HEAD_IS_LOST in " ".join(run.said.split()) and "Traceback" not in run.said
     if not told:
         print(f"{run.directory}: the driver that was cut off ended with {code}: {run.said}")
-    heir = HostRun(bench, cluster, "cut-off-driver", host="head")
-    heir.inherit(run)
+    heir = heir_of(run, bench, cluster)
     return heir.outcome(1, ok=heir.finish() == 0 and told)
+
+
+def heir_of(run: HostRun, bench: Bench, cluster: Cluster) -> HostRun:
+    """Return the same command on the head's host, held to what the run had finished."""
+    heir = HostRun(bench, cluster, run.directory.name, host="head")
+    heir.inherit(run)
+    return heir
 
 
 def started(bench: Bench, cluster: Cluster, name: str) -> HostRun:

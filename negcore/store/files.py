@@ -272,7 +272,7 @@ class SmallFile(NamedTuple):
 def small_files(folder: Path, name_pattern: str) -> Iterator[SmallFile]:
     """Read the files in a folder whose names fit a pattern, one after the other and in any order.
 
-    Hundreds of thousands of them take little memory and, on a local disk, some 10 microseconds each.
+    One is held at a time: there may be hundreds of thousands.
     """
     if is_remote(folder):
         found = buckets.match(folder, name_pattern)

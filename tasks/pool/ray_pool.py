@@ -1,6 +1,6 @@
 """The pool of Ray actors. It decides itself, and never Ray, when an actor is lost, replaced or tried again.
 
-Only this module and `tasks.pool.ray_session` import Ray, and only once a pool or a session is opened.
+Ray is imported in `tasks.pool` alone, and only once a pool or a session is opened.
 """
 
 from __future__ import annotations
