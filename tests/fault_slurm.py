@@ -149,11 +149,14 @@ class SlurmRun(Run):
         return [place for name in re.findall(r"/tmp/ray-\w{6}", self.printed) if (place := Path(name)).exists()]
 
     def start_again(self) -> None:
-        """Start the job now that is queued again, for an hour; by itself, Slurm would do so after two minutes."""
+        """Start the job soon that is queued again, for an hour; by itself, Slurm would do so after two minutes.
+
+        Not at once: a node refuses a start in the second in which it ended the job ("Job credential revoked").
+        """
         while self.driver.poll() is None:
             if self.driver.fields()["JobState"] == "PENDING":
                 self._slurm.command(
-                    "scontrol", "update", f"JobId={self.driver.number}", "StartTime=now", "TimeLimit=60"
+                    "scontrol", "update", f"JobId={self.driver.number}", "StartTime=now+5", "TimeLimit=60"
                 )
                 return
             time.sleep(_LOOK_S)
