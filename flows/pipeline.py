@@ -37,6 +37,7 @@ from tasks.plan import (
     plan_usable,
 )
 from tasks.pool.base import Pool, Stopped
+from tasks.predictions import Predictions, write_predictions
 from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
 from tasks.results import Average, SplitAccount, averages, split_accounts
@@ -55,6 +56,7 @@ class Results(RunResults):
     averages: list[Average] = field(default_factory=list)
     """Averages of `scores`, if there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
+    predictions: list[Predictions] = field(default_factory=list)
     splits: list[SplitAccount] = field(default_factory=list)
     """Rows of the datasets in `scores`: released, used, left out."""
     n_datasets: int = 0
@@ -246,6 +248,7 @@ def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -
             continue
         results.scores += probed.scores
         results.confusion += probed.confusion
+        results.predictions += probed.predictions
         results.warnings += probed.warnings
         known = {(account.dataset, account.shots) for account in results.splits}
         if (one.dataset.dataset.name, one.run.shots) not in known:
@@ -266,6 +269,7 @@ def _publish(results: Results) -> None:
         results.averages = averages(results.scores)
     write_table(results.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in results.scores])
     write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
+    write_predictions(results.directory, results.predictions)
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])

@@ -23,6 +23,7 @@ from tasks.floors import FloorAnswers
 from tasks.measure.planned_negs import planned_negs
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
+from tasks.predictions import Predictions
 from tasks.rank import rank_split
 from tasks.steps import Step
 
@@ -80,6 +81,7 @@ class Probed:
 
     scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
+    predictions: list[Predictions] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -225,7 +227,8 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
     rows = {"": np.arange(test.n_rows)} | _groups(test)
     floors = FloorAnswers(planned.dataset, splits.train, test, seed=run.seed)
     beside = {group: {**common, "group": group, **floors.beside(chosen)} for group, chosen in rows.items()}
-    probed = Probed(warnings=[floors.warning] if floors.warning else [])
+    predictions = Predictions.of(test, run.shots, {one.probe: one.predicted_P for one in answers})
+    probed = Probed(predictions=[predictions], warnings=[floors.warning] if floors.warning else [])
     for one in answers:
         for group, chosen in rows.items():
             result = accuracy(test.gold_P[chosen], one.predicted_P[chosen])

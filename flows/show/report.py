@@ -32,6 +32,7 @@ KNOWN_FILES = MappingProxyType(
         "linearity": "tables and figures",
         "manifest.json": "what belongs together, with checksums",
         "negs": "NEG shards",
+        "predictions.arrow": "answer of every probe to every test row",
         "probes": "fitted probes",
         "run.yaml": "run file: repeats the run",
         "skills": "tables and figures",

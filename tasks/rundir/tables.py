@@ -41,9 +41,19 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
     """
     hints = get_type_hints(kind)
     columns = [(name, pa.string()) for name in names] + [(item.name, _type(hints[item.name])) for item in fields(kind)]
-    schema = pa.schema(columns)
-    with output(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(pa.Table.from_pylist(list(rows), schema=schema))
+    write_arrow(path, pa.Table.from_pylist(list(rows), schema=pa.schema(columns)))
+
+
+def write_arrow(path: Path, table: pa.Table) -> None:
+    """Write a table as an Arrow file, whole or not at all.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    with output(path) as file, pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def write_tables(

@@ -165,9 +165,45 @@ def test_the_tables_on_disk_hold_what_was_shown(run, results):
     assert read(directory / "accuracy.arrow")[0].keys() == AccuracyRow.__dataclass_fields__.keys()
 
 
+def test_every_answer_of_every_probe_is_a_row_of_a_table_that_adds_up_to_the_accuracies(run, results):
+    rows = read(run.directory / "predictions.arrow")
+    assert len(rows) == sum(s.n_test for s in results.scores if not s.group)
+    for score in results.scores:
+        own = [
+            row
+            for row in rows
+            if (row["model"], row["shots"], row["dataset"], row["probe"])
+            == (score.model, score.shots, score.dataset, score.probe)
+            and score.group in ("", row["group"])
+        ]
+        assert (sum(row["right"] for row in own), len(own)) == counts(score)
+        assert all(row["right"] == (row["gold"] == row["predicted"]) for row in own)
+
+
+def test_the_answers_in_the_table_are_those_of_the_saved_probes_row_by_row(run, results):
+    rows = read(run.directory / "predictions.arrow")
+    for dataset in ("local/three", "local/two"):
+        test = open_negs(run.directory).select(dataset=dataset, split="test")
+        for probe in RECIPES:
+            own = [row for row in rows if (row["dataset"], row["probe"]) == (dataset, probe)]
+            saved = load_probe(probe_path(run.directory, test.place.model, dataset, probe))
+            assert [row["id"] for row in own] == test.ids
+            assert [row["group"] for row in own] == test.groups
+            assert [row["gold"] for row in own] == test.gold_P.tolist()
+            assert [row["predicted"] for row in own] == saved.predict(test).tolist()
+
+
+def test_names_in_the_table_of_answers_are_stored_once(run, results):
+    schema = pa.ipc.open_file(run.directory / "predictions.arrow").schema
+    names = [field.name for field in schema if pa.types.is_dictionary(field.type)]
+    assert names == ["model", "dataset", "group", "probe", "id"]
+
+
 def test_probing_again_on_more_workers_gives_the_same(run, results):
+    answers = (run.directory / "predictions.arrow").read_bytes()
     again = run_probe(run.model_copy(update={"workers": 1}), PlainSteps())
     assert again.scores == results.scores
+    assert (run.directory / "predictions.arrow").read_bytes() == answers
 
 
 def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, monkeypatch):

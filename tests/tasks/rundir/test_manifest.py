@@ -74,10 +74,8 @@ def test_a_finished_run_names_versions_plan_shards_and_results(made):
     assert [(one.n_shards, one.n_rows) for one in manifest.shards.values()] == [(3, 20)] * 3
     assert all(one.versions["torch"] == {manifest.versions["torch"]: 3} for one in manifest.shards.values())
     names = {place.split("/")[0] for place in manifest.files}
-    assert names == {"run.yaml", "plan.json", "report.html", "accuracy.arrow", "averages.arrow", "splits.arrow"} | {
-        "probes",
-        "checks",
-    }
+    tables = {f"{name}.arrow" for name in ("accuracy", "averages", "predictions", "splits")}
+    assert names == {"run.yaml", "plan.json", "report.html", "probes", "checks"} | tables
     assert faults(made) == []
     newest = max(made.rglob("*"), key=lambda path: path.stat().st_mtime_ns if path.is_file() else 0)
     assert newest.name == MANIFEST_FILE
