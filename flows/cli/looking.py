@@ -1,0 +1,39 @@
+"""Commands that look into finished runs."""
+
+from typing import Annotated
+
+import typer
+
+from flows.show.console import console, tell
+from negcore.errors import RunError
+from negcore.store.files import location
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+) -> None:
+    """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
+
+    Example: `neg compare runs/clean runs/released`
+
+    Every dataset that two of the runs have is shown, with a line for each run.
+    """
+    from flows.show.accuracy_tables import comparison_table
+    from tasks.probe import AccuracyRow
+    from tasks.rundir.manifest import check_result
+    from tasks.rundir.tables import read_table
+
+    if len(set(runs)) < 2:
+        raise RunError("name at least two run directories: there is nothing to compare one with")
+    places = [location(run) for run in runs]
+    names = [place.name for place in places]
+    for warning in filter(None, (check_result(place / "accuracy.arrow") for place in places)):
+        tell("warning", warning)
+    scores = {
+        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
+        for place in places
+    }
+    table = comparison_table(scores)
+    if not table.blocks:
+        raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
+    console.print(table)
