@@ -11,10 +11,12 @@ from functools import cached_property
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
+from flows.show.comparison_tables import comparison_tables
 from flows.show.report import RunResults, Section
 from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
+from tasks.comparisons import ComparisonRow, comparisons
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.kinds import count_shards
 from tasks.config.recipes import choose_neurons
@@ -57,6 +59,8 @@ class Results(RunResults):
     """Averages of `scores`, if there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
+    comparisons: list[ComparisonRow] = field(default_factory=list)
+    """Comparisons of the probes by their `predictions`."""
     splits: list[SplitAccount] = field(default_factory=list)
     """Rows of the datasets in `scores`: released, used, left out."""
     n_datasets: int = 0
@@ -67,7 +71,8 @@ class Results(RunResults):
         if not self.scores:
             return []
         accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
-        return [Section("", [rows_table(self.splits), *accuracy, *confusion_tables(self.confusion)])]
+        comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
+        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *confusion])]
 
 
 extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))
@@ -267,9 +272,11 @@ def _publish(results: Results) -> None:
     """Write the results as Arrow tables."""
     if len({score.dataset for score in results.scores}) > 1:
         results.averages = averages(results.scores)
+    results.comparisons = comparisons(results.predictions)
     write_table(results.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in results.scores])
     write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
     write_predictions(results.directory, results.predictions)
+    write_table(results.directory / "comparisons.arrow", ComparisonRow, [asdict(row) for row in results.comparisons])
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])

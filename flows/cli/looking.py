@@ -20,14 +20,14 @@ def compare(
     """
     from flows.show.accuracy_tables import comparison_table
     from tasks.probe import AccuracyRow
-    from tasks.rundir.manifest import check_result
+    from tasks.rundir.manifest import check_results
     from tasks.rundir.tables import read_table
 
     if len(set(runs)) < 2:
         raise RunError("name at least two run directories: there is nothing to compare one with")
     places = [location(run) for run in runs]
     names = [place.name for place in places]
-    for warning in filter(None, (check_result(place / "accuracy.arrow") for place in places)):
+    for warning in filter(None, (check_results(place, [place / "accuracy.arrow"]) for place in places)):
         tell("warning", warning)
     scores = {
         place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)

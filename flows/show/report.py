@@ -28,6 +28,7 @@ KNOWN_FILES = MappingProxyType(
         "averages.arrow": "mean accuracy over datasets",
         "campaign": "comparison of the models",
         "checks": "check of every model where it was loaded",
+        "comparisons.arrow": "paired tests between probes",
         "confusion.arrow": "answers by gold option",
         "linearity": "tables and figures",
         "manifest.json": "what belongs together, with checksums",

@@ -96,12 +96,12 @@ class Table:
     @property
     def markdown(self) -> str:
         """The table as Markdown, under a heading of the second level."""
-        head = [_in_markdown(column.title) for column in self.columns]
+        head = [in_markdown(column.title) for column in self.columns]
         rule = ["---:" if column.is_numeric else "---" for column in self.columns]
         cells = chain.from_iterable(self.pieces)
-        rows = [[_in_markdown("".join(piece.text for piece in cell)) for cell in row] for row in cells]
+        rows = [[in_markdown("".join(piece.text for piece in cell)) for cell in row] for row in cells]
         table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-        return "\n\n".join(filter(None, [f"## {_in_markdown(self.title)}", table, _in_markdown(self.caption)]))
+        return "\n\n".join(filter(None, [f"## {in_markdown(self.title)}", table, in_markdown(self.caption)]))
 
     def records(self) -> list[dict[str, str | float | None]]:
         """Return the rows as Prefect stores them: by the columns' titles, numbers as numbers, and None for NaN."""
@@ -143,9 +143,9 @@ def _pieces(cell: Cell) -> tuple[Words | Number, ...]:
     return tuple(Words(piece) if isinstance(piece, str) else piece for piece in pieces)
 
 
-def _in_markdown(text: str) -> str:
+def in_markdown(text: str) -> str:
     """Return a text as one line of Markdown that shows it as it is."""
-    return re.sub(r"([\\|<>*_`\[\]#])", r"\\\1", " ".join(printable(text).split()))
+    return re.sub(r"([\\|<>*_`\[\]#&~$])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _stored(pieces: Sequence[Words | Number]) -> str | float | None:

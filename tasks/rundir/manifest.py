@@ -8,7 +8,7 @@ of the whole run's.
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -237,24 +237,24 @@ def manifest_faults(root: Path, shards: Mapping[str, Shards]) -> list[str]:
     return [f"{fault}; run the same command again" for fault in faults]
 
 
-def check_result(path: Path) -> str | None:
-    """Refuse a table that is not of the shards beside it; return a warning if nothing tells what it is of.
+def check_results(root: Path, tables: Sequence[Path]) -> str | None:
+    """Refuse tables of a run that are not of the shards in it; return a warning if nothing tells what they are of.
 
     Raises
     ------
     RunError
         If the run's manifest names another table, or other shards.
     """
-    root = path.parent
     manifest = read_manifest(root)
     if manifest is None:
         return f"{str(root)!r} has no {MANIFEST_FILE}: its run is not finished, or was made by an earlier version"
     reason = None
-    if manifest.files.get(path.name) != checksum(path):
+    if changed := [path for path in tables if manifest.files.get(_place(root, path)) != checksum(path)]:
         reason = "it is not what the run finished with"
-    elif manifest.shards != shards_of(root):
+    elif tables and manifest.shards != shards_of(root):
         reason = "the shards beside it are no longer those that it was made of"
     if reason:
+        path = [*changed, *tables][0]
         raise RunError(f"table {str(path)!r} cannot be trusted ({reason}): run the same command again")
     return None
 

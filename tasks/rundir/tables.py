@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 from negcore.errors import RunError
-from negcore.store.files import output, read_bytes
+from negcore.store.files import find, output, read_bytes
 
 _TYPES = {
     str: pa.string(),
@@ -18,6 +18,9 @@ _TYPES = {
     float | None: pa.float64(),
     bool: pa.bool_(),
 }
+
+TABLE_FOLDERS = ("campaign", "linearity", "skills")
+"""Folders of a run directory that hold tables too."""
 
 T = TypeVar("T")
 
@@ -100,10 +103,34 @@ def read_table(path: Path, kind: type[T]) -> list[T]:
         If there is no such file, or it does not hold such rows.
     """
     try:
-        rows = pa.ipc.open_file(pa.py_buffer(read_bytes(path))).read_all().to_pylist()
-        return [kind(**row) for row in rows]
+        return [kind(**row) for row in read_arrow(path).to_pylist()]
+    except TypeError as error:
+        raise _not_of_this_version(path, error) from error
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """Read a table whatever its columns are.
+
+    Raises
+    ------
+    RunError
+        If there is no such file, or it is no table.
+    """
+    try:
+        return pa.ipc.open_file(pa.py_buffer(read_bytes(path))).read_all()
     except OSError as error:
         raise RunError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except (pa.ArrowException, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"table {str(path)!r} was not written by this version: {reason}; make it again") from error
+    except pa.ArrowException as error:
+        raise _not_of_this_version(path, error) from error
+
+
+def _not_of_this_version(path: Path, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0]
+    return RunError(f"table {str(path)!r} was not written by this version: {reason}; make it again")
+
+
+def result_tables(root: Path) -> dict[str, Path]:
+    """Return the tables of results in a run directory by name, those in a folder as FOLDER/NAME."""
+    paths = [path for folder in ("", *TABLE_FOLDERS) for path in find(root / folder, "*.arrow")]
+    named = {str(path).removeprefix(str(root)).strip("/").removesuffix(".arrow"): path for path in paths}
+    return {name: path for name, path in named.items() if not path.name.startswith(".")}

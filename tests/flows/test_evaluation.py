@@ -157,7 +157,8 @@ def test_a_saved_probe_gives_the_accuracy_of_the_table(run, results):
 
 def test_the_tables_on_disk_hold_what_was_shown(run, results):
     directory = run.directory
-    for name, rows in [("accuracy", results.scores), ("averages", results.averages), ("splits", results.splits)]:
+    tables = {"accuracy": results.scores, "averages": results.averages, "splits": results.splits}
+    for name, rows in (tables | {"comparisons": results.comparisons}).items():
         assert [tuple(row.values()) for row in read(directory / f"{name}.arrow")] == [
             tuple(vars(r).values()) for r in rows
         ]
@@ -191,6 +192,18 @@ def test_the_answers_in_the_table_are_those_of_the_saved_probes_row_by_row(run, 
             assert [row["group"] for row in own] == test.groups
             assert [row["gold"] for row in own] == test.gold_P.tolist()
             assert [row["predicted"] for row in own] == saved.predict(test).tolist()
+
+
+def test_every_two_probes_are_compared_and_the_sentences_are_on_the_page(run, results):
+    n_pairs = len(RECIPES) * (len(RECIPES) + 1) // 2
+    assert [row.dataset for row in results.comparisons] == [
+        dataset for dataset in ("local/three", "local/two", "") for _ in range(n_pairs)
+    ]
+    accuracies = {(s.dataset, s.probe): s.accuracy for s in results.scores if not s.group}
+    for row in results.comparisons[: 2 * n_pairs]:
+        difference = accuracies[row.dataset, row.first] - accuracies[row.dataset, row.second]
+        assert row.difference == pytest.approx(difference)
+    assert "told apart on these 20 rows" in (run.directory / "report.html").read_text()
 
 
 def test_names_in_the_table_of_answers_are_stored_once(run, results):

@@ -16,7 +16,7 @@ from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
 from tasks.rundir.manifest import (
     MANIFEST_FILE,
-    check_result,
+    check_results,
     manifest_faults,
     mixed_versions,
     read_manifest,
@@ -74,7 +74,7 @@ def test_a_finished_run_names_versions_plan_shards_and_results(made):
     assert [(one.n_shards, one.n_rows) for one in manifest.shards.values()] == [(3, 20)] * 3
     assert all(one.versions["torch"] == {manifest.versions["torch"]: 3} for one in manifest.shards.values())
     names = {place.split("/")[0] for place in manifest.files}
-    tables = {f"{name}.arrow" for name in ("accuracy", "averages", "predictions", "splits")}
+    tables = {f"{name}.arrow" for name in ("accuracy", "averages", "comparisons", "predictions", "splits")}
     assert names == {"run.yaml", "plan.json", "report.html", "probes", "checks"} | tables
     assert faults(made) == []
     newest = max(made.rglob("*"), key=lambda path: path.stat().st_mtime_ns if path.is_file() else 0)
@@ -140,7 +140,7 @@ def test_other_shards_than_the_tables_were_made_of_are_named(copy):
     (fault,) = faults(copy)
     assert "split=train: not the shards that tables, probes and report were made of" in fault
     with pytest.raises(RunError, match="the shards beside it are no longer those that it was made of"):
-        check_result(copy / "accuracy.arrow")
+        check_results(copy, [copy / "accuracy.arrow"])
 
 
 def test_a_comparison_refuses_a_table_that_is_not_the_runs_and_warns_of_one_that_nothing_tells_of(made, copy):
