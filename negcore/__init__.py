@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from negcore.analysis.neurons import TopNeuron, top_neurons
     from negcore.datasets import Dataset, PromptSettings, chat_prompts, list_datasets, load_dataset
     from negcore.errors import NegError
     from negcore.measure.estimators import ESTIMATORS, estimate
@@ -39,6 +40,7 @@ __all__ = [
     "NeurGradBatch",
     "PromptSettings",
     "SweepResult",
+    "TopNeuron",
     "as_language_model",
     "chat_prompts",
     "check_model",
@@ -53,11 +55,13 @@ __all__ = [
     "open_negs",
     "rank",
     "sweep",
+    "top_neurons",
 ]
 
 _HOMES = {
     name: f"negcore.{module}"
     for module, names in {
+        "analysis.neurons": ("TopNeuron", "top_neurons"),
         "datasets": ("Dataset", "PromptSettings", "chat_prompts", "list_datasets", "load_dataset"),
         "errors": ("NegError",),
         "measure.estimators": ("ESTIMATORS", "estimate"),

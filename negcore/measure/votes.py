@@ -59,6 +59,23 @@ def magn_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
     return _sum_over_rows(_magn_block, negs_POM, gold_P)
 
 
+def row_scores(rule: Rule, negs_POM: Numbers, gold_P: ArrayLike) -> Numbers:
+    """Score neurons on each prompt alone: `polar_scores` or `magn_scores` is the sum over prompts.
+
+    Parameters, Raises: as `polar_scores`.
+
+    Returns
+    -------
+    array of int32, shape (P, M)
+    """
+    n_rows, n_options, n_neurons = check_negs(negs_POM).shape
+    gold = check_gold(gold_P, n_options)
+    scores_PM = np.empty((n_rows, n_neurons), np.int32)
+    for rows in row_blocks(negs_POM.shape):
+        scores_PM[rows] = _ROW_BLOCKS[rule](negs_POM[rows], gold[rows])
+    return scores_PM
+
+
 Rule = Literal["polar", "magn"]
 Signal = Literal["neg", "gradient", "gxa"]
 """A measure of a neuron's effect on an option: NEG, the plain gradient, or gradient x activation."""
@@ -197,10 +214,29 @@ def _polar_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
 
 
 def _magn_block(negs_POM: Numbers, gold_P: Ints) -> Ints:
+    return np.asarray(_gold_ahead(negs_POM, gold_P).sum(axis=(0, 1), dtype=np.int64))
+
+
+def _gold_ahead(negs_POM: Numbers, gold_P: Ints) -> Signs:
+    """Return 1 where the gold option's NEG is above an option's, -1 where it is below, else 0: shape (P, O, M)."""
     gold_P1M = negs_POM[np.arange(len(gold_P)), gold_P][:, None]
     # NEGs are compared, not subtracted: a difference of tiny NEGs may be flushed to zero.
-    ahead_POM = (gold_P1M > negs_POM).view(np.int8) - (gold_P1M < negs_POM).view(np.int8)
-    return np.asarray(ahead_POM.sum(axis=(0, 1), dtype=np.int64))
+    return (gold_P1M > negs_POM).view(np.int8) - (gold_P1M < negs_POM).view(np.int8)
+
+
+def _polar_rows(negs_POM: Numbers, gold_P: Ints) -> Numbers:
+    signs_POM = _signs(negs_POM)
+    gold_PM = signs_POM[np.arange(len(gold_P)), gold_P].astype(np.int32)
+    return np.asarray(2 * gold_PM - signs_POM.sum(axis=1, dtype=np.int32))
+
+
+def _magn_rows(negs_POM: Numbers, gold_P: Ints) -> Numbers:
+    return np.asarray(_gold_ahead(negs_POM, gold_P).sum(axis=1, dtype=np.int32))
+
+
+_ROW_BLOCKS: Mapping[Rule, Callable[[Numbers, Ints], Numbers]] = MappingProxyType(
+    {"polar": _polar_rows, "magn": _magn_rows}
+)
 
 
 def polar_votes(negs_POK: Numbers, polarity_K: Signs) -> Signs:
@@ -242,6 +278,11 @@ class Ranking:
         if n_kept < 1:
             raise NegError(f"n_kept is {n_kept}: keep at least 1 neuron")
         return Ranking(self.order_K[:n_kept], self.polarity_K[:n_kept])
+
+
+def neuron_pairs(flat_K: Ints, layer_width: int) -> Ints:
+    """Return layer and neuron of flat indices: shape (K, 2)."""
+    return np.stack(np.divmod(flat_K, layer_width), axis=-1)
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:

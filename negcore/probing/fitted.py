@@ -44,8 +44,13 @@ class FittedProbe(ABC):
 
     @property
     @abstractmethod
+    def kept_K(self) -> Ints:
+        """Flat indices of the neurons that it reads, best first; an Act-Probe has several rankings, and rising ones."""
+
+    @property
     def n_kept(self) -> int:
         """Number of neurons that it reads; an Act-Probe reads as many for each of its binary questions."""
+        return len(self.kept_K)
 
     @abstractmethod
     def predict(self, split: NegSplit) -> Ints:
@@ -69,8 +74,8 @@ class FittedVote(FittedProbe):
     """Neurons of the model."""
 
     @property
-    def n_kept(self) -> int:
-        return len(self.ranking.order_K)
+    def kept_K(self) -> Ints:
+        return self.ranking.order_K
 
     @property
     def estimator(self) -> PolarProbe | MagnProbe:
@@ -123,6 +128,10 @@ class FittedAct(FittedProbe):
     estimator: ActProbe
 
     @property
+    def kept_K(self) -> Ints:
+        return np.unique(self.estimator.kept_)
+
+    @property
     def n_kept(self) -> int:
         return int(self.estimator.kept_.shape[1])
 
@@ -158,8 +167,8 @@ class FittedForest(FittedProbe):
     forest: Forest
 
     @property
-    def n_kept(self) -> int:
-        return len(self.order_K)
+    def kept_K(self) -> Ints:
+        return self.order_K
 
     def predict(self, split: NegSplit) -> Ints:
         return self.forest.predict_by_trees(forest_features(split, self.order_K), [len(self.forest.root_T)])[:, 0]
@@ -207,8 +216,8 @@ class FittedLogistic(FittedProbe):
     intercept_C: NDArray[np.float32]
 
     @property
-    def n_kept(self) -> int:
-        return len(self.order_K)
+    def kept_K(self) -> Ints:
+        return self.order_K
 
     def predict(self, split: NegSplit) -> Ints:
         predicted_P = np.empty(split.n_rows, np.int64)

@@ -18,7 +18,17 @@ import numpy as np
 
 from negcore.arrays import Ints
 from negcore.errors import NegError
-from negcore.measure.votes import Numbers, Ranking, Rule, Signal, Vote, add_votes, check_finite, signed_rank_effect
+from negcore.measure.votes import (
+    Numbers,
+    Ranking,
+    Rule,
+    Signal,
+    Vote,
+    add_votes,
+    check_finite,
+    neuron_pairs,
+    signed_rank_effect,
+)
 from negcore.probing.act_scores import ActScores, above_scores, class_sums, mean_thresholds
 from negcore.store.reader import NegSplit, Selection, Shard
 
@@ -38,7 +48,27 @@ class Rankings:
         return cls(votes_M, ActScores.joined(acts) if acts else None)
 
 
-def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Ranking:
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedNeurons(Ranking):
+    """A ranking of a model's neurons that knows the layer of each."""
+
+    scores_K: Ints
+    """Their scores: shape (K,)."""
+    layer_width: int
+    """Neurons of a layer."""
+
+    @property
+    def neurons_K2(self) -> Ints:
+        """Layer and neuron of each, best first: shape (K, 2)."""
+        return neuron_pairs(self.order_K, self.layer_width)
+
+    def top(self, n_kept: int) -> RankedNeurons:
+        """Return the best neurons (all, if there are fewer); raise `NegError` unless ``n_kept`` is at least 1."""
+        best = Ranking.top(self, n_kept)
+        return RankedNeurons(best.order_K, best.polarity_K, self.scores_K[:n_kept], self.layer_width)
+
+
+def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> RankedNeurons:
     """Rank all neurons by how well they tell the gold option of a split's prompts.
 
     Parameters
@@ -50,6 +80,11 @@ def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Rankin
     signal : Signal
         The values that are compared.
 
+    Returns
+    -------
+    RankedNeurons
+        All neurons, best first; `negcore.top_neurons` also tells how sure their places are.
+
     Raises
     ------
     NegError
@@ -59,11 +94,13 @@ def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Rankin
     --------
     >>> from negcore import open_negs, rank
     >>> ranking = rank(open_negs("RUN").select("smollm2-135m", "agnews", "train"))  # doctest: +SKIP
-    >>> ranking.top(2).order_K  # neuron n of layer l is l * layer width + n  # doctest: +SKIP
-    array([31042, 29877])
+    >>> ranking.top(2).neurons_K2.tolist()  # layer and neuron, best first  # doctest: +SKIP
+    [[20, 322], [19, 693]]
     """
     vote = Vote(rule, signal)
-    return Ranking.from_scores(rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote])
+    scores_M = rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote]
+    ranking = Ranking.from_scores(scores_M)
+    return RankedNeurons(ranking.order_K, ranking.polarity_K, scores_M[ranking.order_K], split.n_neurons)
 
 
 def chosen_effects(shard: Shard, signal: Signal, selection: Selection) -> Numbers:

@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 
 from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
+from negcore.measure.votes import neuron_pairs
 from negcore.probing.arrow_probes import MAGIC, read_arrow
 from negcore.probing.fitted import FittedProbe
 from negcore.probing.probe_parts import Arrays, ProbeParts, parts_of, probe_from
@@ -76,6 +77,11 @@ class SavedProbe:
     name: str
     probe: FittedProbe
     origin: Origin
+
+    @property
+    def neurons_K2(self) -> Ints:
+        """Layer and neuron of each neuron that it reads: shape (K, 2), best first where the probe ranks them."""
+        return neuron_pairs(self.probe.kept_K, self.origin.identity["n_neurons"])
 
     def predict(self, split: NegSplit) -> Ints:
         """Return the index of the option chosen for every prompt of a split: shape (P,).
@@ -139,6 +145,8 @@ def load_probe(path: str | Path) -> SavedProbe:
     >>> polar = load_probe("RUN/probes/model=smollm2-135m/dataset=agnews/polar.safetensors")
     >>> polar.predict(open_negs("RUN").select("smollm2-135m", "agnews", "test"))  # doctest: +SKIP
     array([2, 0, 3, 1])
+    >>> polar.neurons_K2  # layer and neuron, best first  # doctest: +SKIP
+    array([[ 20,  322], [ 19,  693]])
     """
     path = location(path)
     try:

@@ -43,6 +43,11 @@ class NeuronPlaces(NamedTuple):
     neurons_K: npt.NDArray[np.integer]
     flat_K: npt.NDArray[np.integer]
 
+    def name_of(self, flat: int) -> str:
+        """Return one of them as ``layer.neuron``."""
+        at = int(np.flatnonzero(self.flat_K == flat)[0])
+        return f"{self.layers_K[at]}.{self.neurons_K[at]}"
+
 
 Neurons = int | NeuronPlaces
 """All neurons of one layer, or chosen ones of any layers."""
@@ -169,6 +174,10 @@ class StorageLevel(ABC):
         """
         return self.negs(shard, neurons)
 
+    def stores_values(self, shard: ShardColumns, places: NeuronPlaces) -> npt.NDArray[np.bool_]:
+        """Tell of which of K chosen neurons the shard holds the values of NEGs: bool (K,)."""
+        return np.full(places.flat_K.size, self.has_values)
+
     @abstractmethod
     def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
         """Return the columns that depend on the level, by name and in order."""
@@ -284,6 +293,9 @@ class Stats(StorageLevel):
             "neg": column(negs_POLN[:, :, layers_K, neurons_K]),
         }
 
+    def stores_values(self, shard: ShardColumns, places: NeuronPlaces) -> npt.NDArray[np.bool_]:
+        return np.isin(places.flat_K, first_row(shard.batch, "neurons"))
+
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
         if not isinstance(neurons, NeuronPlaces):
             raise ShardError(
@@ -295,9 +307,9 @@ class Stats(StorageLevel):
         absent_K = neurons.flat_K[~np.isin(neurons.flat_K, stored_K)]
         if absent_K.size:
             raise ShardError(
-                f"{str(shard.path)!r} does not hold neuron {absent_K[0]} (flat index): storage 'stats' keeps those "
-                "that the run's own probes can ask for; run with other probes in another directory, or with --storage "
-                "values"
+                f"{str(shard.path)!r} does not hold neuron {neurons.name_of(absent_K[0])} (layer.neuron): storage "
+                "'stats' keeps those that the run's own probes can ask for; run with other probes in another "
+                "directory, or with --storage values"
             )
         return shard.numbers(kind).reshape(*axes, -1)[..., np.searchsorted(stored_K, neurons.flat_K)]
 

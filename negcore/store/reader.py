@@ -271,6 +271,10 @@ class NegSplit(ShardReader):
             activations_PK[shard.rows] = self.level.activations(shard, places)
         return activations_PK
 
+    def stores_values(self, selection: Selection) -> npt.NDArray[np.bool_]:
+        """Tell of which of K chosen neurons `neurons` returns NEGs: bool (K,). `selection` as in `neurons`."""
+        return self.level.stores_values(next(self.shards()), self.locate(selection))
+
     @property
     def storage(self) -> str:
         """Name of the storage level, as in run files."""

@@ -184,7 +184,7 @@ def test_whoever_asks_for_what_is_not_stored_is_told_what_to_do(tmp_path):
     for split, neuron in ((chosen, 4), (sums, 0)):
         (block, *_) = split.shards()
         for question in (split.neurons, split.activations, block.negs, block.signed_ranks, block.activations):
-            with pytest.raises(ShardError, match=f"does not hold neuron {neuron} .* or with --storage values"):
+            with pytest.raises(ShardError, match=rf"does not hold neuron 0\.{neuron} .* or with --storage values"):
                 question([neuron])
         questions = [
             lambda split=split: split.layer(0),

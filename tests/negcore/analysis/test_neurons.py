@@ -1,0 +1,146 @@
+"""The best neurons of a ranking, and how sure their places are, beside a twin that draws rows and ranks them again."""
+
+import numpy as np
+import pytest
+from stored_negs import N_ALL, N_LAYERS, N_NEURONS, N_OPTIONS, Numbers, numbers, write_split
+
+import negcore
+from negcore.analysis import neurons as module
+from negcore.analysis.linearity import bootstrap_weights
+from negcore.analysis.neurons import neuron_means, neurons_ahead, top_neurons
+from negcore.errors import NegError, ShardError
+from negcore.measure.votes import SCORES, VOTES, Ranking, Vote, row_scores
+
+STORED = ("values", "bfloat16", "codes")
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return {
+        storage: write_split(tmp_path_factory.mktemp(storage), "train", numbers("train"), storage=storage)
+        for storage in (*STORED, "stats")
+    }
+
+
+def effects(data: Numbers, signal: str) -> np.ndarray:
+    """The values that a vote compares, each computed as its definition says."""
+    activations_P1M = data.activations_PM[:, None]
+    factor = {"neg": 1, "gradient": np.where(activations_P1M > 0, 1, -1), "gxa": np.abs(activations_P1M)}[signal]
+    return data.negs_POM * factor
+
+
+def drawn_places(data: Numbers, vote: Vote, top: int, n_bootstrap: int, seed: int) -> np.ndarray:
+    """Draw the rows of every sample one by one, rank all neurons on them, and look up each of the best: (B, K)."""
+    effects_POM = effects(data, vote.signal)
+    best = Ranking.from_scores(SCORES[vote.rule](effects_POM, data.gold_P)).order_K[:top]
+    places = []
+    for counts_P in bootstrap_weights(len(data.gold_P), n_bootstrap, seed)[1:].astype(int):
+        rows = np.repeat(np.arange(len(data.gold_P)), counts_P)
+        order = Ranking.from_scores(SCORES[vote.rule](effects_POM[rows], data.gold_P[rows])).order_K.tolist()
+        places.append([order.index(neuron) + 1 for neuron in best])
+    return np.array(places)
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("vote", VOTES, ids=lambda vote: vote.name)
+def test_places_and_agreement_are_those_of_samples_drawn_row_by_row(splits, storage, vote):
+    found = top_neurons(splits[storage], *vote, top=6, n_bootstrap=30, seed=3)
+    places_BK = drawn_places(numbers("train"), vote, 6, 30, 3)
+    assert [one.agreement for one in found] == (places_BK <= 6).mean(axis=0).tolist()
+    sorted_BK = np.sort(places_BK, axis=0)  # of 30 samples, the 2nd smallest is the 5 % quantile, the 29th the 95 %
+    assert [(one.place_low, one.place_high) for one in found] == list(zip(*sorted_BK[[1, 28]].tolist(), strict=True))
+    assert len({one.agreement for one in found}) > 1
+
+
+@pytest.mark.parametrize("storage", [*STORED, "stats"])
+def test_the_listed_neurons_are_the_first_of_the_ranking_with_their_scores(splits, storage):
+    data = numbers("train")
+    scores_M = SCORES["magn"](data.negs_POM, data.gold_P)
+    ranking = negcore.rank(splits[storage])
+    found = top_neurons(splits[storage], top=4, n_bootstrap=2)
+    assert [one.place for one in found] == [1, 2, 3, 4]
+    assert [(one.layer, one.neuron) for one in found] == list(map(tuple, ranking.top(4).neurons_K2.tolist()))
+    assert [one.score for one in found] == ranking.scores_K[:4].tolist()
+    for one in found:
+        of_layer = scores_M.reshape(N_LAYERS, N_NEURONS)[one.layer]
+        assert one.score == of_layer[one.neuron] and one.polarity == np.sign(one.score)
+        assert one.random_score == pytest.approx(np.abs(of_layer).mean())
+
+
+def test_a_planted_neuron_is_the_first_in_every_sample_and_its_rivals_are_not(tmp_path):
+    data = numbers("train")
+    data.negs_POM[np.arange(len(data.gold_P)), data.gold_P, 8] = 9
+    first, *others = top_neurons(write_split(tmp_path, "train", data), top=5)
+    assert (first.layer, first.neuron, first.agreement, first.place_high) == (1, 3, 1.0, 1)
+    assert all(one.place_high > 5 for one in others)
+
+
+def test_means_by_option_and_by_right_option_are_those_of_the_rows(splits):
+    data, pairs = numbers("train"), [(1, 2), (0, 0), (2, 4)]
+    negs_POK = data.negs_POM[:, :, [7, 0, 14]].astype(np.float64)
+    means = neuron_means(splits["values"], pairs)
+    np.testing.assert_allclose(means.by_option_KO, negs_POK.mean(axis=0).T)
+    for gold in range(N_OPTIONS):
+        np.testing.assert_allclose(means.by_class_KCO[:, gold], negs_POK[data.gold_P == gold].mean(axis=0).T)
+    listed = top_neurons(splits["values"], top=N_ALL, n_bootstrap=1)
+    (seventh,) = [one for one in listed if (one.layer, one.neuron) == (1, 2)]
+    np.testing.assert_allclose(seventh.mean_negs, means.by_option_KO[0])
+
+
+def test_an_option_that_is_never_right_has_no_mean_of_its_class(tmp_path):
+    data = numbers("train")
+    few = Numbers(data.negs_POM, data.activations_PM, np.zeros_like(data.gold_P))
+    by_class_KCO = neuron_means(write_split(tmp_path, "train", few), [(0, 1)]).by_class_KCO
+    assert np.isnan(by_class_KCO[0, 1:]).all() and np.isfinite(by_class_KCO[0, 0]).all()
+
+
+def test_codes_have_places_and_no_means(splits):
+    codes, values = (top_neurons(splits[name], top=5, n_bootstrap=9) for name in ("codes", "values"))
+    assert [one.mean_negs for one in codes] == [None] * 5
+    assert [one.agreement for one in codes] == [one.agreement for one in values]
+
+
+def test_vote_sums_rank_neurons_and_leave_empty_what_needs_rows(splits):
+    for one in top_neurons(splits["stats"], top=5):
+        assert (one.agreement, one.place_low, one.place_high, one.mean_negs) == (None, None, None, None)
+
+
+def test_of_chosen_neurons_only_the_stored_ones_have_means(tmp_path):
+    data = numbers("train")
+    stored = write_split(tmp_path, "train", data, storage="stats", neurons=[3, 7])
+    assert stored.stores_values([7, 8, 3]).tolist() == [True, False, True]
+    found = module.stored_means(stored, [7, 8, 3])
+    assert found[1] is None
+    np.testing.assert_allclose([found[0], found[2]], data.negs_POM[:, :, [7, 3]].mean(axis=0).T)
+    with pytest.raises(ShardError, match=r"does not hold neuron 1\.3 \(layer\.neuron\)"):
+        stored.neurons([(1, 3)])
+
+
+def test_blocks_of_layers_shards_and_memory_change_nothing(splits, tmp_path, monkeypatch):
+    votes = {Vote("polar", "neg"): np.array([7, 2, 11]), Vote("magn", "gxa"): np.array([0, 14])}
+    whole = neurons_ahead(splits["values"], range(N_LAYERS), votes, n_bootstrap=20)
+    other = write_split(tmp_path, "train", numbers("train"), shard_rows=7)
+    monkeypatch.setattr(module, "_SCORE_BYTES", 1)
+    parts = [neurons_ahead(other, layers, votes, n_bootstrap=20) for layers in (range(1), range(1, N_LAYERS))]
+    for vote, ahead_BK in whole.items():
+        np.testing.assert_array_equal(ahead_BK, sum(part[vote] for part in parts))
+
+
+@pytest.mark.parametrize("rule", ["polar", "magn"])
+def test_scores_of_rows_add_up_to_the_score(rule):
+    data = numbers("train")
+    rows_PM = row_scores(rule, data.negs_POM, data.gold_P)
+    np.testing.assert_array_equal(rows_PM.sum(axis=0), SCORES[rule](data.negs_POM, data.gold_P))
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"top": 0}, "keep at least 1"), ({"n_bootstrap": 0}, "at least 1")])
+def test_numbers_that_make_no_list_are_refused(splits, wrong, words):
+    with pytest.raises(NegError, match=words):
+        top_neurons(splits["values"], **wrong)
+
+
+def test_nan_is_refused_with_its_rows_and_layer(tmp_path):
+    data = numbers("train")
+    data.negs_POM[20, 1, 7] = np.nan
+    with pytest.raises(NegError, match="layer 1"):
+        top_neurons(write_split(tmp_path, "train", data))
