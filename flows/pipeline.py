@@ -27,6 +27,7 @@ from tasks.measure.missing import names_of
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.model_plans import ModelPlans, all_problems
+from tasks.neurons import NEURONS_FILE, NeuronRow
 from tasks.plan import (
     SUMS,
     Planned,
@@ -61,6 +62,8 @@ class Results(RunResults):
     predictions: list[Predictions] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
     """Comparisons of the probes by their `predictions`."""
+    neurons: list[NeuronRow] = field(default_factory=list)
+    """Best neurons of the vote probes."""
     splits: list[SplitAccount] = field(default_factory=list)
     """Rows of the datasets in `scores`: released, used, left out."""
     n_datasets: int = 0
@@ -254,6 +257,7 @@ def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -
         results.scores += probed.scores
         results.confusion += probed.confusion
         results.predictions += probed.predictions
+        results.neurons += probed.neurons
         results.warnings += probed.warnings
         known = {(account.dataset, account.shots) for account in results.splits}
         if (one.dataset.dataset.name, one.run.shots) not in known:
@@ -277,6 +281,7 @@ def _publish(results: Results) -> None:
     write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
     write_predictions(results.directory, results.predictions)
     write_table(results.directory / "comparisons.arrow", ComparisonRow, [asdict(row) for row in results.comparisons])
+    write_table(results.directory / NEURONS_FILE, NeuronRow, [asdict(row) for row in results.neurons])
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])

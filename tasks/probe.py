@@ -21,6 +21,7 @@ from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
 from tasks.floors import FloorAnswers
 from tasks.measure.planned_negs import planned_negs
+from tasks.neurons import NeuronRow, neuron_rows
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.predictions import Predictions
@@ -82,6 +83,7 @@ class Probed:
     scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
+    neurons: list[NeuronRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -148,8 +150,10 @@ class Prober:
             probe = fitter.fit(name)
             save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
             answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
+        probed = _probed(run, planned, splits, answers)
+        probed.neurons.extend(neuron_rows(run, planned, ranked, splits.train, rankings, self._pool, step))
         step.report(n_steps, n_steps)
-        return _probed(run, planned, splits, answers)
+        return probed
 
     def _rank(self, run: SkillRun, train: NegSplit, step: Step) -> Rankings:
         ranked = rank_split(

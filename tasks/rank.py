@@ -1,10 +1,13 @@
-"""Score all neurons of a training split on the pool: each job scores one block of layers."""
+"""Score all neurons of a training split on the pool, and rank them in samples of its rows, in blocks of layers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from negcore.analysis.neurons import neurons_ahead
+from negcore.arrays import Ints
 from negcore.errors import RunError
 from negcore.measure.votes import Vote
 from negcore.probing.rankings import Rankings, rank_layers, training_scores
@@ -17,29 +20,59 @@ from tasks.steps import Step
 
 
 @dataclass(frozen=True)
-class RankJob:
-    """Consecutive layers of a split to score."""
+class LayersJob:
+    """Consecutive layers of a split to work on."""
 
     root: Path
     place: ShardPlace
     first_layer: int
     end_layer: int
+
+    @property
+    def split(self) -> NegSplit:
+        return open_negs(self.root, verify=False).at(self.place)  # whoever made the job has read all of its bytes
+
+    @property
+    def layers(self) -> range:
+        return range(self.first_layer, self.end_layer)
+
+    def work(self) -> Any:
+        """Do the job; the result takes some bytes a neuron, whatever the prompts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RankJob(LayersJob):
+    """Layers whose neurons to score: the result is their `Rankings` by number of rows."""
+
     votes: tuple[Vote, ...]
     act: bool
     sizes: tuple[int, ...]
     """Numbers of first rows to score; empty for all rows."""
 
+    def work(self) -> dict[int, Rankings]:
+        split = self.split
+        if self.sizes:
+            return training_scores(split, self.layers, self.votes, self.sizes)
+        return {split.n_rows: rank_layers(split, self.layers, self.votes, act=self.act)}
+
+
+@dataclass(frozen=True)
+class AheadJob(LayersJob):
+    """Layers whose neurons to count that rank before chosen ones in samples of the rows: see `neurons_ahead`."""
+
+    tops: Mapping[Vote, Ints]
+    seed: int
+
+    def work(self) -> dict[Vote, Ints]:
+        return neurons_ahead(self.split, self.layers, self.tops, seed=self.seed)
+
 
 class RankWorker:
     """A worker that needs neither a model nor a GPU: it reads one layer of one shard (or one vote's sums) at a time."""
 
-    def run(self, job: RankJob) -> dict[int, Rankings]:
-        """Score the job's layers, by number of rows; the result takes some bytes a neuron, whatever the prompts."""
-        split = open_negs(job.root, verify=False).at(job.place)  # whoever made the job has read all of its bytes
-        layers = range(job.first_layer, job.end_layer)
-        if job.sizes:
-            return training_scores(split, layers, job.votes, job.sizes)
-        return {split.n_rows: rank_layers(split, layers, job.votes, act=job.act)}
+    def run(self, job: LayersJob) -> Any:
+        return job.work()
 
 
 def rank_pool(run: RunFile) -> AbstractContextManager[Pool]:
@@ -76,14 +109,41 @@ def rank_split(
         If the step is to stop.
     """
     whole = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, tuple(sizes))
-    n_blocks = min(n_blocks, split.n_layers)
-    ends = [split.n_layers * index // n_blocks for index in range(n_blocks + 1)]
+    in_order: list[dict[int, Rankings]] = _in_blocks(pool, whole, n_blocks, step)
+    return {size: Rankings.joined([block[size] for block in in_order]) for size in in_order[0]}
+
+
+def count_ahead(
+    pool: Pool, root: Path, split: NegSplit, tops: Mapping[Vote, Ints], step: Step, *, seed: int, n_blocks: int
+) -> dict[Vote, Ints]:
+    """Count all neurons that rank before chosen ones in samples of the rows, in blocks of layers on the pool.
+
+    Parameters
+    ----------
+    tops : mapping of Vote to array of int, shape (K,)
+        Flat indices of the chosen neurons.
+
+    Raises
+    ------
+    RunError
+        If a block cannot be ranked.
+    Stopped
+        If the step is to stop.
+    """
+    whole = AheadJob(root, split.place, 0, split.n_layers, tops, seed)
+    blocks: list[dict[Vote, Ints]] = _in_blocks(pool, whole, n_blocks, step)
+    return {vote: sum((block[vote] for block in blocks[1:]), blocks[0][vote]) for vote in blocks[0]}
+
+
+def _in_blocks(pool: Pool, whole: LayersJob, n_blocks: int, step: Step) -> list[Any]:
+    """Cut a job of all layers into blocks, and return their results in the order of the layers."""
+    n_blocks = min(n_blocks, whole.end_layer)
+    ends = [whole.end_layer * index // n_blocks for index in range(n_blocks + 1)]
     jobs = [replace(whole, first_layer=first, end_layer=end) for first, end in zip(ends, ends[1:], strict=False)]
-    blocks: dict[int, dict[int, Rankings]] = {}
+    blocks: dict[int, Any] = {}
     for outcome in pool.map(jobs, stop=step.stop, on_tick=step.tick, tick_s=2.0):
         if outcome.result is None:
             layers = f"layers {outcome.job.first_layer}..{outcome.job.end_layer - 1}"
-            raise RunError(f"{split.place.dataset}: {layers} cannot be ranked: {outcome.error}")
+            raise RunError(f"{whole.place.dataset}: {layers} cannot be ranked: {outcome.error}")
         blocks[outcome.job.first_layer] = outcome.result
-    in_order = [blocks[first] for first in sorted(blocks)]
-    return {size: Rankings.joined([block[size] for block in in_order]) for size in in_order[0]}
+    return [blocks[first] for first in sorted(blocks)]

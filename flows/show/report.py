@@ -34,6 +34,7 @@ KNOWN_FILES = MappingProxyType(
         "manifest.json": "what belongs together, with checksums",
         "negs": "NEG shards",
         "predictions.arrow": "answer of every probe to every test row",
+        "neurons.arrow": "best neurons of every vote probe",
         "probes": "fitted probes",
         "run.yaml": "run file: repeats the run",
         "skills": "tables and figures",

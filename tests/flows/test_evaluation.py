@@ -13,6 +13,7 @@ from support import SHARED, neg, save_tiny_model
 from flows.pipeline import run_mceval8k, run_pipeline, run_probe
 from flows.show.accuracy_tables import PROBE_TITLES, accuracy_tables, comparison_table, confusion_tables, rows_table
 from flows.show.text import share
+from negcore.analysis.neurons import top_neurons
 from negcore.errors import DatasetError, NegError, RunError
 from negcore.probing.evaluation import Accuracy, accuracy, macro_average
 from negcore.probing.saved_probes import load_probe
@@ -20,12 +21,13 @@ from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
+from tasks.neurons import NeuronRow
 from tasks.plan import plan
 from tasks.pool.base import Stopped
 from tasks.probe import RECIPES, AccuracyRow, Confusion, Prober, probe_path
 from tasks.rank import RankWorker, rank_pool
 from tasks.results import averages
-from tasks.rundir.tables import write_table
+from tasks.rundir.tables import read_table, write_table
 from tasks.steps import PlainSteps, Step
 
 MCEVAL8K = SHARED / "mceval8k"
@@ -212,11 +214,28 @@ def test_names_in_the_table_of_answers_are_stored_once(run, results):
     assert names == ["model", "dataset", "group", "probe", "id"]
 
 
+def test_the_best_neurons_of_every_vote_probe_are_a_table(run, results):
+    rows = read_table(run.directory / "neurons.arrow", NeuronRow)
+    assert rows == results.neurons
+    votes = {name: recipe.vote for name, recipe in RECIPES.items() if recipe.kind == "vote"}
+    assert [(row.dataset, row.probe, row.place) for row in rows] == [
+        (dataset, probe, place) for dataset in ("local/three", "local/two") for probe in votes for place in range(1, 21)
+    ]
+    for dataset, labels in (("local/three", [" A", " B", " C"]), ("local/two", [" A", " B"])):
+        train = open_negs(run.directory).select(dataset=dataset, split="train")
+        for probe, vote in votes.items():
+            own = [row for row in rows if (row.dataset, row.probe) == (dataset, probe)]
+            expected = top_neurons(train, *vote, seed=run.seed)
+            assert [{**vars(one)} for one in expected] == [{k: vars(r)[k] for k in vars(expected[0])} for r in own]
+            assert all((row.labels, row.group, row.shots) == (labels, "", 0) for row in own)
+            assert all(0 <= row.agreement <= 1 and 1 <= row.place_low <= row.place_high <= 72 for row in own)
+
+
 def test_probing_again_on_more_workers_gives_the_same(run, results):
     answers = (run.directory / "predictions.arrow").read_bytes()
     again = run_probe(run.model_copy(update={"workers": 1}), PlainSteps())
-    assert again.scores == results.scores
     assert (run.directory / "predictions.arrow").read_bytes() == answers
+    assert (again.scores, again.neurons) == (results.scores, results.neurons)
 
 
 def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, monkeypatch):
@@ -236,8 +255,9 @@ def test_a_block_that_cannot_be_ranked_is_a_problem_of_its_dataset_alone(run, mo
 
 def test_ray_actors_rank_as_the_local_worker_does(run, results, tmp_path):
     other = run.model_copy(update={"backend": "ray", "probe": ("magn", "act")})
-    scores = run_probe(other, PlainSteps()).scores
-    assert scores == [s for s in results.scores if s.probe in ("lm", "magn", "act")]
+    found = run_probe(other, PlainSteps())
+    assert found.scores == [s for s in results.scores if s.probe in ("lm", "magn", "act")]
+    assert found.neurons == [row for row in results.neurons if row.probe == "magn"]
 
 
 def test_models_that_are_asked_the_same_text_share_it(run, tmp_path):
