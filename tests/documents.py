@@ -172,6 +172,13 @@ def write_facts(file: Path) -> Path:
     return file
 
 
+def write_own_table(file: Path) -> Path:
+    """Write a table of 60 rows, as a user would have it, whose labels are single tokens of the stand-in."""
+    rows = [f"The {number} was {word},{label}" for number in range(30) for word, label in (("ripe", "A"), ("raw", "B"))]
+    file.write_text("\n".join(["text,label", *rows]))
+    return file
+
+
 def check_other(command: str) -> None:
     """Check what can be checked of a command that is no `neg`: targets of make, extras of the package, scripts."""
     program, *words = shlex.split(command)

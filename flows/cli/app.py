@@ -8,6 +8,7 @@ from rich.text import Text
 
 from flows.cli.computing import benchmark, demo, plan, run_command
 from flows.cli.data import datasets, models
+from flows.cli.importing import import_table
 from flows.cli.looking import compare
 from flows.cli.options import Command
 from flows.cli.serving import serve
@@ -93,7 +94,7 @@ def _commands(*commands: Command) -> dict[str, Command]:
 
 
 PANELS: dict[str, dict[str, Command]] = {
-    "Models and data": _commands(models, datasets),
+    "Models and data": {**_commands(models, datasets), "import": import_table},
     "Computing": {
         **_commands(demo),
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from negcore.datasets.base import Example, Tokenizer, describe_label_prefix, fingerprint
-from negcore.datasets.files import MOST_FILE_BYTES, Record, check_row_size, read_file, read_json_lines
+from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.local import text_field
 from negcore.datasets.markup import Defuser, special_token_pattern
 from negcore.datasets.mini import MINI_ROWS
 from negcore.datasets.render import label_prefixes, mask_of
 from negcore.datasets.rows import Row
+from negcore.datasets.sheets import local_file, read_arrow
 from negcore.datasets.splits import seeded_order
-from negcore.errors import DatasetError, one_line
-from negcore.hub import HubError, commit_of, file_of
+from negcore.errors import DatasetError
 from negcore.model.prompt_ids import PromptReader
-from negcore.texts import private
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
 MINI_FACTS = "mini/facts"
-HUB = "hf://datasets/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,70 +131,20 @@ def _rows(source: str | Path, name: str) -> list[Row]:
 
 
 def _local(source: str) -> Path:
-    if source == MINI_FACTS:
-        return MINI_ROWS / "facts.jsonl"
-    if not source.startswith(HUB):
-        return Path(source)
-    organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]
-    try:
-        path = _hub_file(f"{organisation}/{dataset}", file) if file else None
-    except HubError as error:
-        raise DatasetError(f"facts {source!r}: {error}; or give a local file") from None
-    if path is None:
-        raise DatasetError(f"facts {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE")
-    return path
+    return MINI_ROWS / "facts.jsonl" if source == MINI_FACTS else local_file(source, "facts")
 
 
-def _hub_file(repository: str, file: str) -> Path | None:
-    return file_of(repository, file, commit_of(repository, kind="dataset"), kind="dataset")
-
-
-def _read(path: Path) -> list[tuple[str, Record]]:
+def _read(path: Path) -> Sequence[tuple[str, Record]]:
     suffix = path.suffix.lower()
     if suffix not in (".feather", ".parquet", ".jsonl"):
         raise DatasetError(f"facts {str(path)!r}: allowed: a .feather, .parquet or .jsonl file, or {MINI_FACTS!r}")
     if suffix == ".jsonl":
         return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
-    content = read_file(path)
-    import pyarrow as pa  # not at the start: the list of datasets is shown without it
-    import pyarrow.feather
-    import pyarrow.parquet
-
-    try:
-        source = pa.BufferReader(content)
-        if suffix == ".feather":
-            table = pyarrow.feather.read_table(source)
-        else:  # as dictionaries: a text that is stored once is not made as often as it is named
-            table = pyarrow.parquet.read_table(source, read_dictionary=list(COLUMNS))
-        missing = [name for name in COLUMNS if name not in table.column_names]
-        table = table.select([name for name in COLUMNS if name not in missing])
-        _check_size(table, path)
-        records = [] if missing else table.to_pylist()
-    except DatasetError:
-        raise
-    except Exception as error:  # whatever the library meets in the file
-        raise DatasetError(f"{path}: cannot be read ({private(f'{one_line(error):.200}')})") from error
+    sheet = read_arrow(path, COLUMNS)
+    missing = [name for name in COLUMNS if name not in sheet.columns]
     if missing:
         raise DatasetError(f"{path}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}")
-    return [(f"{path}, row {number}", record) for number, record in enumerate(records)]
-
-
-def _check_size(table: Any, path: Path) -> None:
-    """Refuse a table with a text that no model reads, before it becomes Python's."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    total = 0
-    for column in table.itercolumns():
-        for chunk in column.chunks:
-            texts = chunk.dictionary if pa.types.is_dictionary(chunk.type) else chunk
-            if not pa.types.is_string(texts.type) and not pa.types.is_large_string(texts.type):
-                continue
-            sizes = pc.binary_length(texts)
-            check_row_size(pc.max(sizes).as_py() or 0, f"{path}, its largest text")
-            total += pc.sum(sizes if texts is chunk else sizes.take(chunk.indices)).as_py() or 0
-    if total > MOST_FILE_BYTES:
-        raise DatasetError(f"{path} unpacks to {total / 2**20:.0f} MiB; allowed: {MOST_FILE_BYTES // 2**20} MiB")
+    return sheet.records
 
 
 def _row(record: Record, row_id: str, place: str) -> Row:

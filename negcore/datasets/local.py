@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,29 @@ def read_local(path: Path, seed: int) -> Source:
     lines = read_json_lines(path)
     if not lines:
         raise DatasetError(f"{path}: the file has no rows; {NEEDED}")
+    _tell_unread(path, tuple(dict.fromkeys(name for _, record in lines for name in record if name not in FIELDS)))
+    return source_of([(number, f"{path}:{number}", record) for number, record in lines], path, seed)
+
+
+def source_of(lines: Sequence[tuple[int, str, Record]], path: Path, seed: int) -> Source:
+    """Check the rows of a JSONL file and cut them into splits.
+
+    Parameters
+    ----------
+    lines : sequence of (int, str, Record)
+        The number of each line in the file, the place that messages name, and its object.
+    path : Path
+        The file.
+
+    Raises
+    ------
+    DatasetError
+        As `read_local`.
+    """
     rows: dict[str, Row] = {}
     split_of: dict[str, str | None] = {}
-    indexed = {_names(record) for _, record in lines if _is_only_index(record)}
-    _tell_unread(path, tuple(dict.fromkeys(name for _, record in lines for name in record if name not in FIELDS)))
-    for number, record in lines:
-        place = f"{path}:{number}"
+    indexed = {_names(record) for _, _, record in lines if _is_only_index(record)}
+    for number, place, record in lines:
         row = _row(record, path.stem, number, place, is_index=_names(record) in indexed)
         if row.id in rows:
             raise DatasetError(f"{place}: id {row_text(row.id)} occurs twice; ids must be unique")

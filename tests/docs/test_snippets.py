@@ -19,6 +19,7 @@ from documents import (
     save_stand_in,
     write_facts,
     write_mceval8k,
+    write_own_table,
 )
 from support import REPOSITORY
 
@@ -51,6 +52,7 @@ def world(model, patched, tmp_path_factory):
     shutil.copytree(model, world / "models" / "my-model")
     write_mceval8k(world / "data" / "MCEval8K")
     write_facts(world / "llama3.1-8b-it.feather")
+    write_own_table(world / "mine.csv")
     shutil.copytree(REPOSITORY / "docs" / "run-files", world / "docs" / "run-files")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
