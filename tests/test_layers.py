@@ -13,7 +13,7 @@ HEAVY = {"ray": {f"tasks/pool/{name}.py" for name in ("metrics", "nodes", "ray_p
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
     {"negcore.texts"},
-    {"negcore.arrays", "negcore.errors"},
+    {"negcore.arrays", "negcore.errors", "negcore.findings"},
     {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
     {"negcore.store.temporary"},
     {"negcore.store.files"},

@@ -5,10 +5,12 @@ from importlib.util import find_spec
 
 WORKFLOW = (
     "fastapi",
+    "grpc",
     "httpx",
     "jinja2",
     "markupsafe",
     "matplotlib",
+    "packaging",
     "prefect",
     "pydantic",
     "pydantic_core",

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from flows.cli.computing import benchmark, demo, plan, run_command
 from flows.cli.data import datasets, models
+from flows.cli.doctor import doctor
 from flows.cli.importing import import_table
 from flows.cli.looking import compare
 from flows.cli.options import Command
@@ -102,6 +103,7 @@ PANELS: dict[str, dict[str, Command]] = {
     },
     "Looking into runs": _commands(compare),
     "Storage": _commands(status, verify),
+    "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),
 }
 """Every command by name, as the help shows them."""

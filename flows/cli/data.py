@@ -31,7 +31,7 @@ def models(
         show_model(ref, dtype=dtype, device=device, site=site)
         return
     from negcore.model.architectures import ARCHITECTURES
-    from negcore.model.gguf_cache import EMBEDDED
+    from negcore.model.embedded import EMBEDDED
 
     for alias, embedded in EMBEDDED.items():
         console.print(f"[bold]{alias}[/bold]  embedded: {embedded.command}", highlight=False)

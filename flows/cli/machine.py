@@ -19,8 +19,13 @@ def check_machine() -> None:
     RunError
         If there is no home or temporary directory, or a proxy is set that cannot be used; every problem is named.
     """
-    if problems := [*_directories(), *_proxies()]:
+    if problems := machine_problems():
         raise RunError("; ".join(problems))
+
+
+def machine_problems() -> list[str]:
+    """Return a line for everything that keeps a run from starting on this machine."""
+    return [*_directories(), *_proxies()]
 
 
 def _directories() -> Iterator[str]:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from flows.show.accuracy_tables import short
 from flows.show.table import Cell, Number, Table, numbers, texts
 from flows.show.text import duration, printable
-from tasks.forecast.capacity import Requirement, in_binary_units
+from tasks.forecast.capacity import Requirement
 from tasks.forecast.needs import ModelForecast
+from tasks.machine import in_binary_units
 
 Rates = Mapping[str, float]
 """Operations a second of one worker, by model."""

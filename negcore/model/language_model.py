@@ -24,7 +24,8 @@ from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, W
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
 from negcore.model.discovery import find_architecture
-from negcore.model.gguf_cache import EMBEDDED, convert_gguf, embedded_files
+from negcore.model.embedded import EMBEDDED
+from negcore.model.gguf_cache import convert_gguf, embedded_files
 from negcore.model.model_files import (
     check_directory,
     check_sizes,

@@ -1,7 +1,6 @@
 """Requirements of a run on disk, memory and GPU, beside what is there."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import torch
 
 from negcore.errors import RunError
-from negcore.store.files import is_remote
 from tasks.config.dataset_runs import SkillRun
 from tasks.forecast.needs import ModelForecast, missing_shards, splits_of
 from tasks.forecast.shard_size import shard_bytes
+from tasks.machine import free_bytes, in_binary_units, memory_bytes
 from tasks.plan import Planned
 
 
@@ -98,25 +97,3 @@ def _workers(run: SkillRun, model: ModelForecast) -> int:
     if run.backend == "local":
         return 1
     return max(1, min(run.workers, (os.cpu_count() or 1) // run.cpus, sum(one.n_shards for one in model.datasets)))
-
-
-def in_binary_units(n_bytes: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def free_bytes(directory: Path) -> int | None:
-    """Return the free bytes of the disk of a directory, which need not exist yet; None in a bucket."""
-    if is_remote(directory):
-        return None
-    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
-    return shutil.disk_usage(there).free
-
-
-def memory_bytes() -> int:
-    """Return the main memory that this process and its workers may use: the machine's, or a container's limit."""
-    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(installed, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such limit
-        return installed

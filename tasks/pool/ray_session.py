@@ -23,7 +23,7 @@ from negcore.errors import RunError
 from negcore.store.temporary import temporary_directory
 from tasks.environment import environment
 
-__all__ = ["check_head", "ray_session"]
+__all__ = ["check_head", "check_reachable", "ray_session"]
 
 _LONGEST_TEMP = 20
 """Characters: a socket's path has at most 107, and Ray adds about 85."""
@@ -98,7 +98,7 @@ def _local_ray() -> Iterator[None]:
 @contextlib.contextmanager
 def _joined_ray(address: str) -> Iterator[None]:
     if address != "auto":
-        _check_reachable(address)
+        check_reachable(address)
     with (
         environment(_ENVIRONMENT),
         _initialised(address=address) as ray,
@@ -124,7 +124,7 @@ class _HeadWatch:
         answered_at = time.monotonic()
         while not self._over.wait(_HEAD_BEAT_S):
             try:
-                _check_reachable(self._address)
+                check_reachable(self._address)
                 answered_at, self.loss = time.monotonic(), None
             except RunError as error:
                 refuses = isinstance(error.__cause__, ConnectionRefusedError)
@@ -160,13 +160,18 @@ def check_head() -> None:
         raise _watch.loss
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse an address where nobody answers: Ray would try for twenty minutes before it said so."""
+def check_reachable(address: str, timeout_s: float = _CONNECT_S) -> None:
+    """Refuse an address where nobody answers: Ray would try for twenty minutes before it said so.
+
+    Raises
+    ------
+    RunError
+    """
     host, _, port = address.rpartition(":")
     if "/" in host or not host or not port.isdigit():
         raise RunError(f"the Ray address is {address!r}, but it must be host:port, 'auto' or 'local'")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:
         raise RunError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from error
 

@@ -17,7 +17,8 @@ from negcore.measure.loading import load_model
 from negcore.model import checksums as module
 from negcore.model import gguf_cache, language_model
 from negcore.model.checksums import checksum
-from negcore.model.gguf_cache import EmbeddedModel, embedded_files
+from negcore.model.embedded import EmbeddedModel
+from negcore.model.gguf_cache import embedded_files
 from negcore.model.language_model import describe_model, read_model
 from negcore.model.model_files import check_snapshot
 from tasks.measure.worker import ModelWorker

@@ -15,9 +15,10 @@ from tasks.config.linearity_run import LinearityRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.forecast import needs as forecasting
-from tasks.forecast.capacity import check_disk, free_bytes, requirements
+from tasks.forecast.capacity import check_disk, requirements
 from tasks.forecast.needs import ParameterCounts, count_parameters, forecast, measured_rate, skill_runs
 from tasks.forecast.shard_size import shard_bytes
+from tasks.machine import free_bytes
 from tasks.plan import plan
 from tasks.steps import PlainSteps
 

@@ -1,0 +1,1 @@
+"""Checks of a machine and of the servers around it, for `neg doctor`."""
