@@ -61,10 +61,10 @@ class Distance:
 
     @property
     def judgement(self) -> Judgement:
-        for judgement, (signs, error) in (("good", _GOOD), ("look", _USABLE)):
-            if self.signs >= signs and self.error <= error:
-                return "good" if judgement == "good" else "look"
-        return "bad"
+        return "good" if self._is_within(*_GOOD) else "look" if self._is_within(*_USABLE) else "bad"
+
+    def _is_within(self, signs: float, error: float) -> bool:
+        return self.signs >= signs and self.error <= error
 
     def __str__(self) -> str:
         """Tell it in one line."""
@@ -140,9 +140,9 @@ def examine_model(
 
 
 def _example(card: ModelCard) -> Example:
-    rows = []
-    for settings in (PromptSettings(limit=_EACH), PromptSettings(limit=_EACH, shots=1)):
-        rows += load_dataset(_DATASET, card.tokenizer, settings=settings, masked=card.arch.masked).splits["test"]
+    both = (PromptSettings(limit=_EACH), PromptSettings(limit=_EACH, shots=1))
+    loaded = [load_dataset(_DATASET, card.tokenizer, settings=one, masked=card.arch.masked) for one in both]
+    rows = [row for dataset in loaded for row in dataset.splits["test"]]
     return Example([row.prompt for row in rows], [tuple(row.labels) for row in rows])
 
 

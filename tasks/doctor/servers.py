@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 from pydantic import ValidationError
@@ -61,7 +61,7 @@ def _through(url: str) -> str:
     host = urlsplit(url).hostname or ""
     proxies = getproxies_environment()
     proxy = proxies.get(urlsplit(url).scheme) or proxies.get("all")
-    if not proxy or proxy_bypass_environment(host):
+    if not proxy or proxy_bypass(host):
         return ""
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     return f" (through the proxy {parts.hostname}:{parts.port})"
@@ -175,11 +175,12 @@ def check_ray() -> Iterator[Finding]:
     if address == "local":
         yield Finding("Ray", "good", "no cluster is configured: every run starts a private one, and ends it")
         return
-    if address == "auto" and (found := _started_here()) is None:
+    known = _started_here() if address == "auto" else address
+    if known is None:
         advice = "ray start --head, or unset RAY_ADDRESS for a private one"
         yield Finding("Ray", "bad", "RAY_ADDRESS is 'auto', but no cluster was started on this machine", advice)
         return
-    yield _ray(found if address == "auto" else address)
+    yield _ray(known)
 
 
 def _started_here() -> str | None:
