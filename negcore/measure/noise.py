@@ -274,9 +274,6 @@ def _types(
 
 
 def _judged(one: Dtype, dtype: Dtype, apart: Distance) -> tuple[Judgement, str, str]:
-    found = f"{apart}"
-    if apart.judgement == "good":
-        return "good", found, ""
-    if one != dtype:
-        return "look", found, f"keep --dtype {dtype}"
-    return apart.judgement, found, "--dtype float32" if one in HALF_TYPES else ""
+    is_good = apart.judgement == "good"
+    advice = "" if is_good or one not in HALF_TYPES else "--dtype float32"
+    return apart.judgement if is_good or one == dtype else "look", f"{apart}", advice
