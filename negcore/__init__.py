@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from negcore.measure.loading import as_language_model, load_model
     from negcore.measure.model_check import check_model
     from negcore.measure.neurgrad import NeurGradBatch, neurgrad
+    from negcore.measure.steering import steer
     from negcore.measure.sweeps import SweepResult, sweep
     from negcore.model.language_model import LanguageModel, ModelCard, describe_model
     from negcore.probing.rankings import rank
@@ -54,6 +55,7 @@ __all__ = [
     "neurgrad",
     "open_negs",
     "rank",
+    "steer",
     "sweep",
     "top_neurons",
 ]
@@ -69,6 +71,7 @@ _HOMES = {
         "measure.loading": ("as_language_model", "load_model"),
         "measure.model_check": ("check_model",),
         "measure.neurgrad": ("NeurGradBatch", "neurgrad"),
+        "measure.steering": ("steer",),
         "measure.sweeps": ("SweepResult", "sweep"),
         "model.language_model": ("LanguageModel", "ModelCard", "describe_model"),
         "probing.rankings": ("rank",),

@@ -20,9 +20,13 @@ from negcore.model.language_model import LanguageModel
 
 @contextmanager
 def tapped(
-    lm: LanguageModel, positions_B: Tensor, shifts: Mapping[int, Tensor] | None = None
+    lm: LanguageModel,
+    positions_B: Tensor,
+    shifts: Mapping[int, Tensor] | None = None,
+    *,
+    rows_B: Tensor | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Tap the site of every layer at one token a row; no hook remains on leaving, even after an exception.
+    """Tap the site of every layer at some tokens; no hook remains on leaving, even after an exception.
 
     Parameters
     ----------
@@ -31,6 +35,8 @@ def tapped(
         Index of the probed token among the tokens that the forward pass will be given.
     shifts : mapping of layer to Tensor of shape (B, N), in units of activation, optional
         Added to the site at the probed token.
+    rows_B : int Tensor of shape (B,), optional
+        Rising row of each probed token in the batch, up to the last row; by default every row has one.
 
     Yields
     ------
@@ -39,11 +45,12 @@ def tapped(
     """
     activations: dict[int, Tensor] = {}
     shifts = shifts or {}
-    rows = torch.arange(len(positions_B), device=lm.device)
+    rows = torch.arange(len(positions_B), device=lm.device) if rows_B is None else rows_B
+    n_rows = len(positions_B) if rows_B is None else int(rows_B[-1]) + 1
 
     def tap(layer: int, values: Tensor) -> Tensor:
         # Some layers (OPT) fold batch and tokens into one axis.
-        values_BTN = values.view(len(rows), -1, values.shape[-1])
+        values_BTN = values.view(n_rows, -1, values.shape[-1])
         first = values.shape[-1] - lm.layer_width  # a fused projection holds the gate first, then `up`
         activations[layer] = values_BTN[rows, positions_B, first:].detach()
         if layer not in shifts:

@@ -279,6 +279,20 @@ class Ranking:
             raise NegError(f"n_kept is {n_kept}: keep at least 1 neuron")
         return Ranking(self.order_K[:n_kept], self.polarity_K[:n_kept])
 
+    def shifts(self, size: float, layer_width: int) -> list[tuple[int, int, float]]:
+        """Return (layer, neuron, size) of every neuron, for `negcore.steer`: each by its polarity, to raise the gold.
+
+        Parameters
+        ----------
+        size : float
+            In units of activation. A neuron of polarity 1 moves by it away from zero, one of -1 towards zero, and one
+            of 0 stays.
+        layer_width : int
+            Neurons of a layer.
+        """
+        layers_K, neurons_K = np.divmod(self.order_K, layer_width)
+        return list(zip(layers_K.tolist(), neurons_K.tolist(), (size * self.polarity_K).tolist(), strict=True))
+
 
 def neuron_pairs(flat_K: Ints, layer_width: int) -> Ints:
     """Return layer and neuron of flat indices: shape (K, 2)."""

@@ -21,7 +21,7 @@ from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
 from negcore.measure.votes import neuron_pairs
 from negcore.probing.arrow_probes import MAGIC, read_arrow
-from negcore.probing.fitted import FittedProbe
+from negcore.probing.fitted import FittedProbe, FittedVote
 from negcore.probing.probe_parts import Arrays, ProbeParts, parts_of, probe_from
 from negcore.store.files import draft, location, read_bytes
 from negcore.store.identity import canonical_json, content_digest
@@ -99,6 +99,29 @@ class SavedProbe:
                     f"{value!r}: use a probe of the same model, site and labels"
                 )
         return self.probe.predict(split)
+
+    def shifts(self, size: float, k: int | None = None) -> list[tuple[int, int, float]]:
+        """Return (layer, neuron, size) of the best k neurons, or of all that the probe keeps, for `negcore.steer`.
+
+        Parameters
+        ----------
+        size : float
+            In units of activation. Each neuron moves as its polarity says that the gold option gains: by so much away
+            from zero, or towards it.
+        k : int, optional
+
+        Raises
+        ------
+        ProbeError
+            If the probe has no polarities, which Polar and Magn alone have, or keeps fewer neurons.
+        """
+        if not isinstance(self.probe, FittedVote):
+            raise ProbeError(
+                f"{str(self.path)!r} ({self.name}) has no polarities to shift by: use a polar or magn probe"
+            )
+        if k is not None and not 1 <= k <= self.probe.n_kept:
+            raise ProbeError(f"{str(self.path)!r} keeps {self.probe.n_kept} neurons, so its best {k} are not known")
+        return self.probe.ranking.top(k or self.probe.n_kept).shifts(size, index(self.origin.identity["n_neurons"]))
 
 
 def save_probe(path: Path, name: str, probe: FittedProbe, train: NegSplit) -> None:
