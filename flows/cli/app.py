@@ -14,6 +14,7 @@ from flows.cli.looking import compare
 from flows.cli.options import Command
 from flows.cli.serving import serve
 from flows.cli.standard_output import OutputLost, output_kept
+from flows.cli.steer import steer
 from flows.cli.storage import status, verify
 from flows.cli.terminal import stop_on_signals
 from flows.show.console import console, show_all_through_consoles, tell
@@ -101,7 +102,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},
         **_commands(plan, benchmark),
     },
-    "Looking into runs": _commands(compare),
+    "Looking into runs": _commands(compare, steer),
     "Storage": _commands(status, verify),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),

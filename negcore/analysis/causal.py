@@ -63,6 +63,21 @@ class CausalRow:
     """Mean change of the gold option's share of the probability of all options."""
 
 
+class Effect(NamedTuple):
+    """The effect of a shift on prompts' answers; fields and intervals as in `CausalRow`."""
+
+    n_prompts: int
+    base_accuracy: float
+    accuracy: float
+    accuracy_change: float
+    change_low: float
+    change_high: float
+    prob_change: float
+    prob_low: float
+    prob_high: float
+    share_change: float
+
+
 class SkillSet(NamedTuple):
     """Neurons that are shifted together."""
 
@@ -260,9 +275,7 @@ def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int
     kinds = [one._replace(draw=0) for one in result.conditions]
     for kind in dict.fromkeys(kinds):
         drawn_M = [one == kind for one in kinds]
-        right_P, prob_P, share_P = (values_PM[:, drawn_M].mean(axis=1) for values_PM in shifted)
-        accuracy = _interval(right_P - base.right_PM[:, 0], weights_BP)
-        prob = _interval(prob_P - base.prob_PM[:, 0], weights_BP)
+        effect = _effect(base, _Answers(*(values_PM[:, drawn_M] for values_PM in shifted)), weights_BP)
         rows.append(
             CausalRow(
                 probe=probe,
@@ -270,19 +283,37 @@ def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int
                 size=kind.size,
                 direction=kind.direction,
                 shift=kind.shift,
-                n_prompts=len(right_P),
-                base_accuracy=float(base.right_PM.mean()),
-                accuracy=float(right_P.mean()),
-                accuracy_change=accuracy.mean,
-                change_low=accuracy.low,
-                change_high=accuracy.high,
-                prob_change=prob.mean,
-                prob_low=prob.low,
-                prob_high=prob.high,
-                share_change=float((share_P - base.share_PM[:, 0]).mean()),
+                **effect._asdict(),
             )
         )
     return rows
+
+
+def effect_of(
+    gold_P: ArrayLike, base_probs_PO: Numbers, probs_PO: Numbers, *, n_bootstrap: int, seed: int = 0
+) -> Effect:
+    """Summarise the effect of one shift on prompts' answers, as `causal_rows` does.
+
+    Parameters
+    ----------
+    gold_P : int array of shape (P,)
+        Index of each prompt's gold option.
+    base_probs_PO, probs_PO : float arrays of shape (P, O)
+        Probability of every option without and with the shift.
+    n_bootstrap : int
+        Number of samples of prompts behind the intervals.
+
+    Raises
+    ------
+    NegError
+        If there are no prompts, a gold option is not one of the options, or a probability is NaN or infinite.
+    """
+    n_prompts, n_options = base_probs_PO.shape
+    if not n_prompts:
+        raise NegError("no prompts were shifted; a mean needs at least one")
+    gold = _checked_gold(gold_P, n_prompts, n_options)
+    base, shifted = (_answers(probs[:, None], gold) for probs in (base_probs_PO, probs_PO))
+    return _effect(base, shifted, bootstrap_weights(n_prompts, n_bootstrap, seed))
 
 
 def _sets_of_size(ranking: Ranking, size: int, layer_width: int, draws: int, seed: int) -> list[SkillSet]:
@@ -345,6 +376,25 @@ def _answers(probs_PMO: Numbers, gold_P: Ints) -> _Answers:
     # A large shift can make all options too improbable for a float32: then no option is ahead.
     share_PM = np.divide(gold_PM, total_PM, out=np.full_like(total_PM, 1 / probs.shape[2]), where=total_PM > 0)
     return _Answers((probs.argmax(axis=2) == gold_P[:, None]).astype(np.float64), gold_PM, share_PM)
+
+
+def _effect(base: _Answers, shifted: _Answers, weights_BP: Floats) -> Effect:
+    """Compare the answers under one condition (M: its draws) with those without a shift (M: one)."""
+    base_right_P, base_prob_P, base_share_P = (values_PM.mean(axis=1) for values_PM in base)
+    right_P, prob_P, share_P = (values_PM.mean(axis=1) for values_PM in shifted)
+    accuracy, prob = (_interval(change_P, weights_BP) for change_P in (right_P - base_right_P, prob_P - base_prob_P))
+    return Effect(
+        n_prompts=len(right_P),
+        base_accuracy=float(base_right_P.mean()),
+        accuracy=float(right_P.mean()),
+        accuracy_change=accuracy.mean,
+        change_low=accuracy.low,
+        change_high=accuracy.high,
+        prob_change=prob.mean,
+        prob_low=prob.low,
+        prob_high=prob.high,
+        share_change=float((share_P - base_share_P).mean()),
+    )
 
 
 class _Interval(NamedTuple):

@@ -10,7 +10,7 @@ Shapes: L layers, N neurons a layer, K shifted neurons, S steered tokens, V voca
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -96,6 +96,19 @@ def steer(
     >>> probe = load_probe("RUN/probes/model=smollm2-135m/dataset=agnews/magn.safetensors")
     >>> steer(load_model("smollm2-135m"), ["The capital of France is"], probe.shifts(2.0))  # doctest: +SKIP
     """
+    return list(steered_answers(lm, prompts, shifts, max_tokens=max_tokens))
+
+
+def steered_answers(
+    lm: LanguageModel, prompts: Sequence[str], shifts: Sequence[Shift], *, max_tokens: int
+) -> Iterator[SteeredAnswer]:
+    """Return the answers of `steer` one by one; everything is checked at once, before the first of them.
+
+    Raises
+    ------
+    ModelError, PromptError, NegError
+        As for `steer`.
+    """
     if lm.arch.masked:
         raise ModelError(f"{lm.card.name} fills in masks and writes no answers: steer a model of the next token")
     if max_tokens < 1:
@@ -109,11 +122,10 @@ def steer(
                 f"prompt {number} has {len(tokens)} tokens: with an answer of {max_tokens} it is longer than the "
                 f"context of {lm.card.name} ({most}); shorten it, or ask for fewer tokens"
             )
-    with torch.no_grad():
-        return [
-            SteeredAnswer(prompt, *_answers(lm, tokens, joint, max_tokens))
-            for prompt, tokens in zip(prompts, encoded, strict=True)
-        ]
+    return (
+        SteeredAnswer(prompt, *_answers(lm, tokens, joint, max_tokens))
+        for prompt, tokens in zip(prompts, encoded, strict=True)
+    )
 
 
 def joint_shift(lm: LanguageModel, shifts: Sequence[Shift]) -> JointShift:
@@ -133,9 +145,11 @@ def joint_shift(lm: LanguageModel, shifts: Sequence[Shift]) -> JointShift:
         raise NegError("no shifts were given; give a list of (layer, neuron, size)")
     for size in sizes_K[~np.isfinite(sizes_K)]:
         raise NegError(f"a shift of {size} cannot be made; give finite sizes")
-    return JointShift(*choose_neurons(lm, neurons).T, sizes_K)
+    layers_K, neurons_K = choose_neurons(lm, neurons).T
+    return JointShift(layers_K, neurons_K, sizes_K)
 
 
+@torch.no_grad()
 def _answers(lm: LanguageModel, tokens: Sequence[int], joint: JointShift, max_tokens: int) -> list[Answer]:
     """Return the answers to a prompt without and with the shift, which share what comes before its last token."""
     before = _WholeReading(lm, tokens[:-1]) if lm.way == "whole" else _CachedReading(lm, tokens[:-1])

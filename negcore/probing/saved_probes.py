@@ -19,7 +19,7 @@ from safetensors.numpy import load, save
 
 from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
-from negcore.measure.votes import neuron_pairs
+from negcore.measure.votes import Vote, neuron_pairs
 from negcore.probing.arrow_probes import MAGIC, read_arrow
 from negcore.probing.fitted import FittedProbe, FittedVote
 from negcore.probing.probe_parts import Arrays, ProbeParts, parts_of, probe_from
@@ -122,6 +122,21 @@ class SavedProbe:
         if k is not None and not 1 <= k <= self.probe.n_kept:
             raise ProbeError(f"{str(self.path)!r} keeps {self.probe.n_kept} neurons, so its best {k} are not known")
         return self.probe.ranking.top(k or self.probe.n_kept).shifts(size, index(self.origin.identity["n_neurons"]))
+
+
+def check_polarities(path: Path, name: str, vote: Vote) -> None:
+    """Refuse to shift by polarities that do not say what moving away from zero does.
+
+    Raises
+    ------
+    ProbeError
+        If they are those of plain gradients.
+    """
+    if vote.signal == "gradient":
+        raise ProbeError(
+            f"{str(path)!r} ({name}) has polarities of the plain gradient, which say nothing of shifts away from "
+            "zero: use a polar or magn probe"
+        )
 
 
 def save_probe(path: Path, name: str, probe: FittedProbe, train: NegSplit) -> None:
