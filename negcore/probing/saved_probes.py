@@ -113,12 +113,13 @@ class SavedProbe:
         Raises
         ------
         ProbeError
-            If the probe has no polarities, which Polar and Magn alone have, or keeps fewer neurons.
+            If the probe has no polarities of NEGs, which Polar and Magn alone have, or keeps fewer neurons.
         """
         if not isinstance(self.probe, FittedVote):
             raise ProbeError(
                 f"{str(self.path)!r} ({self.name}) has no polarities to shift by: use a polar or magn probe"
             )
+        check_polarities(self.path, self.name, self.probe.vote)
         if k is not None and not 1 <= k <= self.probe.n_kept:
             raise ProbeError(f"{str(self.path)!r} keeps {self.probe.n_kept} neurons, so its best {k} are not known")
         return self.probe.ranking.top(k or self.probe.n_kept).shifts(size, index(self.origin.identity["n_neurons"]))

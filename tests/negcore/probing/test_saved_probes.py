@@ -153,6 +153,22 @@ def test_a_damaged_file_is_refused_in_one_line(path, harm):
     refusal_of(path, "is not a probe or is damaged")
 
 
+def test_the_neurons_of_a_probe_are_shifted_by_layer_and_number(path):
+    saved = load_probe(path)
+    assert saved.shifts(2.0, 2) == [(N_LAYERS - 1, N_NEURONS - 1, 2.0), (N_LAYERS - 1, N_NEURONS - 2, 2.0)]
+    assert len(saved.shifts(2.0)) == saved.probe.n_kept
+    for k in (0, saved.probe.n_kept + 1):
+        with pytest.raises(ProbeError, match=f"best {k} are not known"):
+            saved.shifts(2.0, k)
+
+
+@pytest.mark.parametrize("name", ["polar-gradient", "magn-logistic", "act", "tree"])
+def test_a_probe_without_polarities_of_negs_gives_no_shifts(probes, splits, tmp_path, name):
+    save_probe(tmp_path / name, name, probes[name], splits["train"])
+    with pytest.raises(ProbeError, match="use a polar or magn probe"):
+        load_probe(tmp_path / name).shifts(2.0)
+
+
 def test_an_absent_file_is_refused(tmp_path):
     refusal_of(tmp_path / "none.safetensors", "no probe at")
 
