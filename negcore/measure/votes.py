@@ -290,8 +290,8 @@ class Ranking:
         layer_width : int
             Neurons of a layer.
         """
-        layers_K, neurons_K = np.divmod(self.order_K, layer_width)
-        return list(zip(layers_K.tolist(), neurons_K.tolist(), (size * self.polarity_K).tolist(), strict=True))
+        pairs, sizes = neuron_pairs(self.order_K, layer_width).tolist(), (size * self.polarity_K).tolist()
+        return [(layer, neuron, own) for (layer, neuron), own in zip(pairs, sizes, strict=True)]
 
 
 def neuron_pairs(flat_K: Ints, layer_width: int) -> Ints:

@@ -1,6 +1,7 @@
 """`neg steer` as its user sees it."""
 
 import json
+import re
 
 import pytest
 from support import neg, save_tiny_model, write_questions
@@ -29,7 +30,7 @@ def test_answers_and_side_effects_are_shown_before_and_after(run):
     for words in ("12 neurons shifted, the best of magn on local/questions, by 3", "before", "after", "gold: "):
         assert words in " ".join(result.stdout.split())
     table = result.stdout.partition("Accuracy before and after")[2]
-    assert "local/questions     7" in table and "local/hostile       7" in table
+    assert re.search(r"local/questions +7 ", table) and re.search(r"local/hostile +7 ", table)
     assert "finished accuracy local/hostile" in result.stdout
 
 
