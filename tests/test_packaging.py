@@ -104,12 +104,14 @@ def test_on_windows_the_command_is_refused_in_one_line():
 
 
 def test_the_library_imports_only_what_it_declares():
-    assert imported("negcore") <= names(PROJECT["dependencies"] + EXTRAS["s3"]) | {"botocore"}  # aiobotocore pins it
+    assert imported("negcore") <= names(PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["look"]) | {
+        "botocore"
+    }  # aiobotocore pins it
 
 
 @pytest.mark.parametrize("top", ["tasks", "flows"])
 def test_the_workflow_imports_only_what_it_declares(top):
-    assert imported(top) <= names(PROJECT["dependencies"] + EXTRAS["run"])
+    assert imported(top) <= names(PROJECT["dependencies"] + EXTRAS["run"] + EXTRAS["look"])
 
 
 def test_the_command_looks_for_every_package_of_its_extra():

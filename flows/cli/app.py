@@ -16,6 +16,7 @@ from flows.cli.serving import serve
 from flows.cli.standard_output import OutputLost, output_kept
 from flows.cli.steer import steer
 from flows.cli.storage import status, verify
+from flows.cli.tables import export, sql
 from flows.cli.terminal import stop_on_signals
 from flows.show.console import console, show_all_through_consoles, tell
 from negcore import __version__
@@ -102,7 +103,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},
         **_commands(plan, benchmark),
     },
-    "Looking into runs": _commands(compare, steer),
+    "Looking into runs": _commands(compare, sql, export, steer),
     "Storage": _commands(status, verify),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.tables import Format, Out, deliver, format_of
 from flows.show.console import console, tell
 from negcore.errors import RunError
 from negcore.store.files import location
@@ -11,14 +12,19 @@ from negcore.store.files import location
 
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+    form: Format = None,
+    out: Out = None,
 ) -> None:
     """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
 
     Example: `neg compare runs/clean runs/released`
 
-    Every dataset that two of the runs have is shown, with a line for each run.
+    Every dataset that two of the runs have is shown, with a line for each run. With --format, the rows of
+    accuracy.arrow behind that are written, with the name of the run in front.
     """
-    from flows.show.accuracy_tables import comparison_table
+    import pyarrow as pa
+
+    from flows.show.accuracy_tables import compared_rows, comparison_table
     from tasks.probe import AccuracyRow
     from tasks.rundir.manifest import check_results
     from tasks.rundir.tables import read_table
@@ -36,4 +42,7 @@ def compare(
     table = comparison_table(scores)
     if not table.blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
-    console.print(table)
+    if name := format_of(form, out):
+        deliver(pa.Table.from_pylist(compared_rows(scores)), name, out)
+    else:
+        console.print(table)

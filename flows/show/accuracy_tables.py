@@ -1,8 +1,9 @@
 """Tables of the probes' accuracies, at most 100 columns wide in a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
@@ -45,6 +46,7 @@ _OF_AVERAGES = (
 )
 
 Row = AccuracyRow | Average
+_ByProbe = dict[str, AccuracyRow]
 
 
 class Measured(Protocol):
@@ -129,11 +131,8 @@ def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
     runs : mapping of name to scores
         Those of groups of rows are left out.
     """
-    named = [(name, score) for name, scores in runs.items() for score in scores if not score.group]
-    probes = list(dict.fromkeys(score.probe for _, score in named))
-    questions: dict[tuple[str, int, str], dict[str, dict[str, AccuracyRow]]] = {}
-    for name, score in named:
-        questions.setdefault((score.model, score.shots, score.dataset), {}).setdefault(name, {})[score.probe] = score
+    questions = _questions(runs)
+    probes = list(dict.fromkeys(score.probe for scores in runs.values() for score in scores if not score.group))
     several = len({key[:2] for key in questions}) > 1
     blocks = []
     for question, by_run in questions.items():
@@ -142,6 +141,28 @@ def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
             blocks.append([[_question(*question, several=several), *rows[0]], *(["", *row] for row in rows[1:])])
     columns = [*texts("dataset", "run"), *_accuracy_columns(probes)]
     return Table("runs", "Accuracy on test, run by run", columns, blocks, _CAPTION)
+
+
+def compared_rows(runs: Mapping[str, Sequence[AccuracyRow]]) -> list[dict[str, Any]]:
+    """Return the accuracies of `comparison_table` as rows for other programs, with the run's name first."""
+    return [
+        {"run": name} | asdict(score)
+        for by_run in _questions(runs).values()
+        if len(by_run) > 1
+        for name, by_probe in by_run.items()
+        for score in by_probe.values()
+    ]
+
+
+def _questions(runs: Mapping[str, Sequence[AccuracyRow]]) -> dict[tuple[str, int, str], dict[str, _ByProbe]]:
+    """Return accuracies by what was asked (model, shots, dataset), run and probe, without those of groups of rows."""
+    questions: dict[tuple[str, int, str], dict[str, _ByProbe]] = {}
+    for name, scores in runs.items():
+        for score in scores:
+            if not score.group:
+                asked_of = (score.model, score.shots, score.dataset)
+                questions.setdefault(asked_of, {}).setdefault(name, {})[score.probe] = score
+    return questions
 
 
 def _question(model: str, shots: int, dataset: str, *, several: bool) -> Cell:

@@ -8,10 +8,11 @@ Axes: P prompts (rows, in order of shard and of row in the shard), O options, L 
 neurons, K chosen neurons.
 """
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,16 @@ from negcore.errors import ShardError
 from negcore.measure.votes import Vote
 from negcore.store.codes import SignedRanks
 from negcore.store.files import find, is_dir, location
+from negcore.store.frames import prompts_table, require
 from negcore.store.identity import RunIdentity
 from negcore.store.integrity import check_shards, complete_receipts, damaged_file, metadata_of, sound_batch
 from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, sum_column
 from negcore.store.publish import Receipt, SetAside, ShardPlace, shard_of
 from negcore.store.schema import ShardColumns, first_row
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
 
 Selection = Sequence[int] | Sequence[tuple[int, int]] | npt.NDArray[np.integer]
 """Neurons: flat layer-major indices (layer * N + neuron), or (layer, neuron) pairs."""
@@ -59,7 +65,48 @@ def open_negs(path: str | Path, *, verify: bool = True) -> "Negs":
     return Negs(here, found, verify)
 
 
-class Negs:
+class _AsFrame(ABC):
+    """Prompts that can be had as a data frame."""
+
+    @abstractmethod
+    def _splits(self) -> "Iterable[NegSplit]": ...
+
+    def to_pandas(self, *, layer: int | None = None, neurons: Selection | None = None) -> "pandas.DataFrame":
+        """Return the prompts as a pandas data frame of P rows, with the NEGs and activations of some neurons.
+
+        Its columns are ``model``, ``dataset``, ``split``, ``id``, ``group``, ``gold`` (index of the gold option), and
+        ``prob_0``, ... for each of the O options (probability). With K neurons there are (O + 1) * K columns more:
+        ``neg_LAYER.NEURON_OPTION`` (probability per unit of activation) and ``act_LAYER.NEURON``. Where a prompt has
+        fewer options than others, its numbers for the rest are missing.
+
+        Parameters
+        ----------
+        layer : int, optional
+            Add all neurons of this layer: K = N.
+        neurons : K pairs (layer, neuron), optional
+            Add these neurons, as in `NegSplit.neurons`. By default none.
+
+        Raises
+        ------
+        NegError
+            If pandas is not installed.
+        ShardError
+            If both are given, a neuron does not exist, or shards are damaged or do not hold the neurons' values.
+        """
+        require("pandas")
+        return prompts_table(self._splits(), layer, neurons).to_pandas()
+
+    def to_polars(self, *, layer: int | None = None, neurons: Selection | None = None) -> "polars.DataFrame":
+        """Return what `to_pandas` returns, as a polars data frame; `NegError` if polars is not installed."""
+        require("polars")
+        import polars
+
+        frame = polars.from_arrow(prompts_table(self._splits(), layer, neurons))
+        assert isinstance(frame, polars.DataFrame)
+        return frame
+
+
+class Negs(_AsFrame):
     """All partitions below one directory: iterate over their `NegSplit`s, or `select` one."""
 
     def __init__(self, path: Path, folders: dict[ShardPlace, Path], verify: bool) -> None:
@@ -105,6 +152,9 @@ class Negs:
 
     def __repr__(self) -> str:
         return f"Negs({str(self._path)!r}: {_listed(self.places)})"
+
+    def _splits(self) -> "Iterable[NegSplit]":
+        return self
 
     def _open(self, place: ShardPlace) -> "NegSplit":
         return NegSplit(self._folders[place], verify=self._verify)
@@ -182,7 +232,7 @@ class ShardReader:
         return columns
 
 
-class NegSplit(ShardReader):
+class NegSplit(ShardReader, _AsFrame):
     """The NEGs of one finished (model, dataset, split), read on demand.
 
     Attributes
@@ -222,6 +272,9 @@ class NegSplit(ShardReader):
         """Probability of all options of each row together: float64 (P,). The rest lies on tokens that are no option."""
         mass_P: npt.NDArray[np.float64] = self.probs_PO.sum(axis=1, dtype=np.float64)
         return mass_P
+
+    def _splits(self) -> "Iterable[NegSplit]":
+        return (self,)
 
     def shards(self) -> Iterator["Shard"]:
         for columns in super().shards():

@@ -1,0 +1,90 @@
+"""Prompts of shards as tables for pandas and polars: a row a prompt, a column a number.
+
+Axes: P prompts, O options, K chosen neurons.
+"""
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from negcore.errors import NegError, ShardError
+from negcore.store.levels import FloatArray, NeuronPlaces
+from negcore.store.publish import ShardPlace
+
+
+class Prompts(Protocol):
+    """A split of NEGs, as far as its rows become rows of a table."""
+
+    place: ShardPlace
+    ids: list[str]
+    groups: list[str]
+    gold_P: npt.NDArray[np.int16]
+    probs_PO: FloatArray
+    n_rows: int
+    n_options: int
+    n_neurons: int
+
+    def locate(self, selection: Any) -> NeuronPlaces: ...
+    def neurons(self, selection: Any) -> FloatArray: ...
+    def activations(self, selection: Any) -> FloatArray: ...
+
+
+def prompts_table(splits: Iterable[Prompts], layer: int | None, neurons: Any) -> pa.Table:
+    """Return the prompts of splits, one below the other; columns that a split does not have are empty in its rows.
+
+    Parameters
+    ----------
+    layer : int, optional
+        Add all neurons of this layer.
+    neurons : K neurons, optional
+        Add these neurons, as in `negcore.store.reader.NegSplit.neurons`.
+
+    Raises
+    ------
+    ShardError
+        If both are given, a neuron does not exist, or a split is damaged or does not hold the neurons' values.
+    """
+    if layer is not None and neurons is not None:
+        raise ShardError(f"layer={layer} and neurons are two selections: give one of them")
+    return pa.concat_tables([_table(split, layer, neurons) for split in splits], promote_options="default")
+
+
+def _table(split: Prompts, layer: int | None, neurons: Any) -> pa.Table:
+    columns = {
+        **{name: [value] * split.n_rows for name, value in split.place.names.items()},
+        "id": split.ids,
+        "group": split.groups,
+        "gold": split.gold_P,
+        **{f"prob_{option}": split.probs_PO[:, option] for option in range(split.n_options)},
+    }
+    if layer is not None:
+        neurons = [(layer, neuron) for neuron in range(split.n_neurons)]
+    if neurons is not None:
+        columns |= _neuron_columns(split, neurons)
+    return pa.table(columns)
+
+
+def _neuron_columns(split: Prompts, neurons: Any) -> dict[str, FloatArray]:
+    places = split.locate(neurons)
+    negs_POK, activations_PK = split.neurons(neurons), split.activations(neurons)
+    columns: dict[str, FloatArray] = {}
+    for k, (layer, neuron) in enumerate(zip(places.layers_K, places.neurons_K, strict=True)):
+        for option in range(split.n_options):
+            columns[f"neg_{layer}.{neuron}_{option}"] = negs_POK[:, option, k]
+        columns[f"act_{layer}.{neuron}"] = activations_PK[:, k]
+    return columns
+
+
+def require(package: str) -> None:
+    """Refuse what needs a package that is not installed.
+
+    Raises
+    ------
+    NegError
+    """
+    if find_spec(package) is None:
+        raise NegError(f"this needs {package}, which is not installed; run: pip install 'neg-at-scale[look]'")
