@@ -13,6 +13,7 @@ from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
 from flows.show.comparison_tables import comparison_tables
 from flows.show.report import RunResults, Section
+from flows.show.resample_tables import resample_tables
 from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
@@ -43,6 +44,7 @@ from tasks.pool.base import Pool, Stopped
 from tasks.predictions import Predictions, write_predictions
 from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
+from tasks.resamples import ResampleRow
 from tasks.results import Average, SplitAccount, averages, split_accounts
 from tasks.rundir.layout import write_plan_file
 from tasks.rundir.tables import write_table
@@ -62,6 +64,7 @@ class Results(RunResults):
     predictions: list[Predictions] = field(default_factory=list)
     comparisons: list[ComparisonRow] = field(default_factory=list)
     """Comparisons of the probes by their `predictions`."""
+    resamples: list[ResampleRow] = field(default_factory=list)
     neurons: list[NeuronRow] = field(default_factory=list)
     """Best neurons of the vote probes."""
     splits: list[SplitAccount] = field(default_factory=list)
@@ -75,7 +78,8 @@ class Results(RunResults):
             return []
         accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
-        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *confusion])]
+        resamples = resample_tables(self.resamples, self.scores)
+        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *resamples, *confusion])]
 
 
 extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))
@@ -257,6 +261,7 @@ def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -
         results.scores += probed.scores
         results.confusion += probed.confusion
         results.predictions += probed.predictions
+        results.resamples += probed.resamples
         results.neurons += probed.neurons
         results.warnings += probed.warnings
         known = {(account.dataset, account.shots) for account in results.splits}
@@ -283,5 +288,7 @@ def _publish(results: Results) -> None:
     write_table(results.directory / "comparisons.arrow", ComparisonRow, [asdict(row) for row in results.comparisons])
     write_table(results.directory / NEURONS_FILE, NeuronRow, [asdict(row) for row in results.neurons])
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
+    if results.resamples:
+        write_table(results.directory / "resamples.arrow", ResampleRow, [asdict(row) for row in results.resamples])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])

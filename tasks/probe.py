@@ -21,11 +21,12 @@ from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
 from tasks.floors import FloorAnswers
 from tasks.measure.planned_negs import planned_negs
-from tasks.neurons import NeuronRow, neuron_rows
+from tasks.neurons import NeuronRow, neuron_rows, vote_probes
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.predictions import Predictions
 from tasks.rank import rank_split
+from tasks.resamples import ResampleRow, resample_rows
 from tasks.steps import Step
 
 
@@ -83,6 +84,7 @@ class Probed:
     scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
+    resamples: list[ResampleRow] = field(default_factory=list)
     neurons: list[NeuronRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -96,8 +98,11 @@ class Answers(NamedTuple):
 
 
 def probe_steps(run: SkillRun) -> int:
-    """Return the number of steps in which probing one dataset reports progress: the ranking, and each probe."""
-    return 1 + len(run.probe)
+    """Return the number of steps in which probing one dataset reports progress.
+
+    They are the ranking, each probe, and each that is fitted on samples of the rows.
+    """
+    return 1 + len(run.probe) + (len(vote_probes(run)) if run.train_samples else 0)
 
 
 class Prober:
@@ -152,6 +157,9 @@ class Prober:
             answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
         probed = _probed(run, planned, splits, answers)
         probed.neurons.extend(neuron_rows(run, planned, ranked, splits.train, rankings, self._pool, step))
+        for done, name in enumerate(vote_probes(run) if run.train_samples else (), 1 + len(run.probe)):
+            step.report(done, n_steps)
+            probed.resamples.extend(resample_rows(run, planned, name, *splits, self._pool, step))
         step.report(n_steps, n_steps)
         return probed
 

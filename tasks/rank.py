@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from negcore.analysis.neurons import neurons_ahead
+import numpy as np
+
+from negcore.analysis.neurons import neurons_ahead, scores_in_samples
 from negcore.arrays import Ints
 from negcore.errors import RunError
 from negcore.measure.votes import Vote
@@ -66,6 +68,18 @@ class AheadJob(LayersJob):
 
     def work(self) -> dict[Vote, Ints]:
         return neurons_ahead(self.split, self.layers, self.tops, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class SampleJob(LayersJob):
+    """Layers whose neurons to score in samples of the rows: see `scores_in_samples`."""
+
+    vote: Vote
+    n_samples: int
+    seed: int
+
+    def work(self) -> Ints:
+        return scores_in_samples(self.split, self.layers, self.vote, n_samples=self.n_samples, seed=self.seed)
 
 
 class RankWorker:
@@ -133,6 +147,22 @@ def count_ahead(
     whole = AheadJob(root, split.place, 0, split.n_layers, tops, seed)
     blocks: list[dict[Vote, Ints]] = _in_blocks(pool, whole, n_blocks, step)
     return {vote: sum((block[vote] for block in blocks[1:]), blocks[0][vote]) for vote in blocks[0]}
+
+
+def sample_scores(
+    pool: Pool, root: Path, split: NegSplit, vote: Vote, step: Step, *, n_samples: int, seed: int, n_blocks: int
+) -> Ints:
+    """Score all neurons in samples of the rows, in blocks of layers on the pool: int32 (samples, neurons).
+
+    Raises
+    ------
+    RunError
+        If a block cannot be scored.
+    Stopped
+        If the step is to stop.
+    """
+    whole = SampleJob(root, split.place, 0, split.n_layers, vote, n_samples, seed)
+    return np.concatenate(_in_blocks(pool, whole, n_blocks, step), axis=1)
 
 
 def _in_blocks(pool: Pool, whole: LayersJob, n_blocks: int, step: Step) -> list[Any]:

@@ -36,6 +36,7 @@ KNOWN_FILES = MappingProxyType(
         "predictions.arrow": "answer of every probe to every test row",
         "neurons.arrow": "best neurons of every vote probe",
         "probes": "fitted probes",
+        "resamples.arrow": "accuracies by sample of the training rows",
         "run.yaml": "run file: repeats the run",
         "skills": "tables and figures",
         "splits.arrow": "rows released and used",

@@ -231,6 +231,33 @@ def neurons_ahead(
     return ahead
 
 
+def scores_in_samples(split: NegSplit, layers: range, vote: Vote, *, n_samples: int, seed: int = 0) -> Ints:
+    """Score the neurons of some layers on bootstrap samples of the rows, in one pass over the shards.
+
+    Parameters
+    ----------
+    layers : range
+        Consecutive layers.
+    n_samples : int
+        B, each as large as all rows and drawn with replacement.
+
+    Returns
+    -------
+    array of int32, shape (B, M)
+        The scores that `rank_layers` would give if the split had the rows of the sample.
+
+    Raises
+    ------
+    NegError
+        As `rank_layers`; also if the split holds vote sums, which do not tell rows apart.
+    """
+    if split.level.has_vote_sums:
+        raise NegError(f"storage {split.storage!r} keeps no rows to draw samples of: set it to values or codes")
+    weights_BP = bootstrap_weights(split.n_rows, n_samples, seed)[1:].astype(np.float32)
+    scores_LBN = _sampled_scores(split, layers, [vote], weights_BP)[vote]
+    return np.asarray(scores_LBN.transpose(1, 0, 2).reshape(n_samples, -1))
+
+
 def _keys(scores_BK: Numbers, flat_K: Ints, n_all: int) -> Ints:
     """Return numbers that are larger the better a neuron ranks, all different: as `Ranking.from_scores` orders them."""
     return np.asarray(np.abs(scores_BK.astype(np.int64)) * n_all + (n_all - 1 - flat_K))

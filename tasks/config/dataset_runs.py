@@ -30,6 +30,10 @@ ProbeName = Literal[
 ]
 
 
+_VOTES = ("polar", "magn", "polar-gradient", "magn-gradient", "polar-gxa", "magn-gxa")
+"""Probes that are votes of the neurons that they rank."""
+
+
 def _digit(value: Any) -> Any:
     """Return a number that the command line gives as text as a number."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
@@ -127,7 +131,14 @@ class _ProbedRun(_PromptedRun):
     )
     confusion: bool = Field(False, description="Also count which option was answered for which.")
 
-    not_science = _PromptedRun.not_science | {"confusion"}
+    train_samples: int = Field(
+        0,
+        ge=0,
+        description="Also fit Polar- and Magn-like probes on so many bootstrap samples of the training rows, valid and "
+        "test as they are: how much accuracies depend on the rows drawn.",
+    )
+
+    not_science = _PromptedRun.not_science | {"confusion", "train_samples"}
 
     @model_validator(mode="after")
     def _check_storage(self) -> Self:
@@ -141,6 +152,19 @@ class _ProbedRun(_PromptedRun):
                     f"probe {name!r} reads the activations of all neurons, which storage {self.storage!r} does not "
                     "keep: leave it out, or set storage to values or codes"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_train_samples(self) -> Self:
+        if self.train_samples == 1:
+            raise ValueError("train_samples is 1, and one sample has no spread: set it to 2 or more, or to 0")
+        if self.train_samples and not self.level.has_all_neurons:
+            raise ValueError(
+                f"train_samples draws training rows, which storage {self.storage!r} does not keep: set storage to "
+                "values, bfloat16 or codes"
+            )
+        if self.train_samples and not any(name in _VOTES for name in self.probe):
+            raise ValueError(f"train_samples is for the probes {', '.join(_VOTES)}: add one of them, or leave it out")
         return self
 
 

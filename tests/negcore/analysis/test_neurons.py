@@ -7,7 +7,7 @@ from stored_negs import N_ALL, N_LAYERS, N_NEURONS, N_OPTIONS, Numbers, numbers,
 import negcore
 from negcore.analysis import neurons as module
 from negcore.analysis.linearity import bootstrap_weights
-from negcore.analysis.neurons import neuron_means, neurons_ahead, top_neurons
+from negcore.analysis.neurons import neuron_means, neurons_ahead, scores_in_samples, top_neurons
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import SCORES, VOTES, Ranking, Vote, row_scores
 
@@ -50,6 +50,26 @@ def test_places_and_agreement_are_those_of_samples_drawn_row_by_row(splits, stor
     sorted_BK = np.sort(places_BK, axis=0)  # of 30 samples, the 2nd smallest is the 5 % quantile, the 29th the 95 %
     assert [(one.place_low, one.place_high) for one in found] == list(zip(*sorted_BK[[1, 28]].tolist(), strict=True))
     assert len({one.agreement for one in found}) > 1
+
+
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("vote", VOTES, ids=lambda vote: vote.name)
+def test_scores_in_samples_are_those_of_rows_drawn_one_by_one_in_any_block_of_layers(splits, storage, vote):
+    data = numbers("train")
+    effects_POM = effects(data, vote.signal)
+    found = [
+        scores_in_samples(splits[storage], layers, vote, n_samples=5, seed=3) for layers in (range(2), range(2, 3))
+    ]
+    for counts_P, scores_M in zip(
+        bootstrap_weights(len(data.gold_P), 5, 3)[1:].astype(int), np.concatenate(found, axis=1), strict=True
+    ):
+        rows = np.repeat(np.arange(len(data.gold_P)), counts_P)
+        assert scores_M.tolist() == SCORES[vote.rule](effects_POM[rows], data.gold_P[rows]).tolist()
+
+
+def test_vote_sums_hold_no_rows_to_draw(splits):
+    with pytest.raises(NegError, match="storage 'stats' keeps no rows to draw samples of"):
+        scores_in_samples(splits["stats"], range(N_LAYERS), VOTES[0], n_samples=2)
 
 
 @pytest.mark.parametrize("storage", [*STORED, "stats"])
