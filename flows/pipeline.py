@@ -12,6 +12,7 @@ from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
 from flows.show.comparison_tables import comparison_tables
+from flows.show.neuron_tables import top_table
 from flows.show.report import RunResults, Section
 from flows.show.resample_tables import resample_tables
 from negcore.errors import ModelError, NegError, RunError, typed_line
@@ -78,8 +79,8 @@ class Results(RunResults):
             return []
         accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
-        resamples = resample_tables(self.resamples, self.scores)
-        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *resamples, *confusion])]
+        resamples, neurons = resample_tables(self.resamples, self.scores), top_table(self.neurons, self.scores)
+        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *resamples, *neurons, *confusion])]
 
 
 extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))

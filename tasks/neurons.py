@@ -1,19 +1,25 @@
 """The best neurons of a run's vote probes, as a table: which they are, how sure their places are, what they do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from negcore.analysis.neurons import N_TOP, described
+from negcore.analysis.neurons import N_TOP, described, top_neurons
 from negcore.datasets import Dataset
+from negcore.errors import RunError
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.rankings import Rankings
+from negcore.store.files import n_bytes
 from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES
-from tasks.plan import PlannedDataset
+from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.rank import count_ahead
+from tasks.run_negs import StoredSplit, stored_splits
+from tasks.rundir.manifest import check_results
+from tasks.rundir.tables import read_table
 from tasks.steps import Step
 
 NEURONS_FILE = "neurons.arrow"
@@ -100,3 +106,85 @@ def common_labels(dataset: Dataset) -> list[str] | None:
     """Return the labels of the options, if those of all training rows are the same."""
     first, *others = {example.labels for example in dataset.splits["train"]}
     return None if others else list(first)
+
+
+# Those of a run directory
+
+
+class BestNeurons(NamedTuple):
+    """Best neurons as a run directory tells them, and what must be read with care."""
+
+    rows: list[NeuronRow]
+    warnings: list[str]
+
+
+def best_neurons(
+    directory: Path, probe: str, *, datasets: Sequence[str] = (), model: str | None = None, top: int = N_TOP
+) -> BestNeurons:
+    """List the best neurons of a probe on the datasets of a run: from its table, or ranked anew from its shards.
+
+    Parameters
+    ----------
+    probe : str
+        Name of a vote probe, of the run or not.
+    datasets : sequence of str
+        Names of datasets. By default all.
+    model : str, optional
+        Name of a model. By default all.
+
+    Raises
+    ------
+    NegError
+        If the probe, a dataset or the model is unknown, the table is not of the shards beside it, or shards are missing
+        or damaged.
+    """
+    votes = {name: recipe.vote for name, recipe in RECIPES.items() if recipe.kind == "vote"}
+    if probe not in votes:
+        raise RunError(f"probe {probe!r} ranks no neurons by votes: give one of {', '.join(votes)}")
+    found = stored_splits(directory, ("train", SUMS), model=model, datasets=datasets)
+    # Vote sums rank all neurons, and the training rows beside them are stored for chosen ones only.
+    ranked = {(one.root, one.place.model, one.place.dataset): one for one in sorted(found, key=_has_sums)}
+    wanted = {key[1:] for key in ranked}
+    rows, warnings = listed_neurons(directory)
+    told = [row for row in rows if row.probe == probe and (row.model, row.dataset) in wanted]
+    if top == N_TOP and len({(row.model, row.shots, row.dataset) for row in told}) == len(ranked):
+        return BestNeurons(told, warnings)
+    vote = votes[probe]
+    assert vote is not None
+    return BestNeurons([row for one in ranked.values() for row in _ranked_anew(one, probe, vote, top)], [])
+
+
+def _has_sums(stored: StoredSplit) -> bool:
+    return stored.place.part == SUMS
+
+
+def listed_neurons(directory: Path) -> BestNeurons:
+    """Return the rows of a run's table of best neurons; none if it has no such table.
+
+    Raises
+    ------
+    RunError
+        If the table is not of the shards beside it.
+    """
+    table = directory / NEURONS_FILE
+    if n_bytes(table) is None:
+        return BestNeurons([], [])
+    warning = check_results(directory, [table])
+    return BestNeurons(read_table(table, NeuronRow), [warning] if warning else [])
+
+
+def _ranked_anew(stored: StoredSplit, probe: str, vote: Vote, top: int) -> list[NeuronRow]:
+    split = stored.open()
+    seed, shots = (int(split.identity.prompt.get(name, 0)) for name in ("seed", "shots"))
+    return [
+        NeuronRow(
+            model=stored.place.model,
+            shots=shots,
+            dataset=stored.title,
+            group="",
+            probe=probe,
+            **asdict(one),
+            labels=None,
+        )
+        for one in top_neurons(split, *vote, top=top, seed=seed)
+    ]

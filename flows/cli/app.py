@@ -11,6 +11,7 @@ from flows.cli.data import datasets, models
 from flows.cli.doctor import doctor
 from flows.cli.importing import import_table
 from flows.cli.looking import compare
+from flows.cli.neurons import neuron, neurons
 from flows.cli.options import Command
 from flows.cli.serving import serve
 from flows.cli.standard_output import OutputLost, output_kept
@@ -103,7 +104,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},
         **_commands(plan, benchmark),
     },
-    "Looking into runs": _commands(compare, sql, export, steer),
+    "Looking into runs": _commands(compare, neurons, neuron, sql, export, steer),
     "Storage": _commands(status, verify),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),

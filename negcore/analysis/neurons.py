@@ -7,18 +7,32 @@ Axes: P prompts, O options, C gold options, B bootstrap samples, N neurons a lay
 best first. Flat indices are layer-major.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negcore.analysis.linearity import bootstrap_weights
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
-from negcore.measure.votes import Numbers, Ranking, Rule, Signal, Vote, neuron_pairs, row_scores, signed_rank_effect
+from negcore.measure.votes import (
+    Numbers,
+    Ranking,
+    Rule,
+    Signal,
+    Signs,
+    Vote,
+    neuron_pairs,
+    row_scores,
+    signed_rank_effect,
+)
 from negcore.probing.rankings import chosen_signed_ranks, rank_layers
+from negcore.store.levels import FloatArray
 from negcore.store.reader import NegSplit, Selection
 
 N_TOP = 20
@@ -185,6 +199,67 @@ def neuron_means(split: NegSplit, selection: Selection) -> NeuronMeans:
     by_class_CKO = np.full_like(sums_CKO, np.nan)
     by_class_CKO[n_C > 0] = sums_CKO[n_C > 0] / n_C[n_C > 0, None, None]
     return NeuronMeans(sums_CKO.sum(axis=0) / split.n_rows, by_class_CKO.transpose(1, 0, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronRows:
+    """The numbers of one neuron on the rows of a split."""
+
+    activations_P: FloatArray
+    negs_PO: FloatArray | None
+    """In probability per unit of activation; None where values are not stored."""
+    signs_PO: Signs
+    """Signs of the NEGs."""
+    gold_P: Ints
+
+    def chosen(self, rows: NDArray[Any]) -> NeuronRows:
+        """Return the numbers of some of the rows, by a mask or by indices."""
+        negs_PO = None if self.negs_PO is None else self.negs_PO[rows]
+        return NeuronRows(self.activations_P[rows], negs_PO, self.signs_PO[rows], self.gold_P[rows])
+
+    def same_sign(self, option: int) -> SameSign:
+        """Return the more frequent sign of the NEG for an option, and the share of rows that have it."""
+        share, sign = max((float((self.signs_PO[:, option] == sign).mean()), sign) for sign in (1, 0, -1))
+        return SameSign(sign, share)
+
+    def most_moved(self, n_rows: int) -> list[Moved]:
+        """Return the rows and options with the largest absolute NEGs, one option a row; none without values."""
+        if self.negs_PO is None:
+            return []
+        option_P = np.abs(self.negs_PO).argmax(axis=1)
+        negs_P = self.negs_PO[np.arange(len(option_P)), option_P]
+        order_P = np.argsort(-np.abs(negs_P), kind="stable")[:n_rows]
+        return [Moved(int(row), int(option_P[row]), float(negs_P[row])) for row in order_P]
+
+
+class SameSign(NamedTuple):
+    """A sign, and the share of rows that have it."""
+
+    sign: int
+    share: float
+
+
+class Moved(NamedTuple):
+    """A row, and the option whose probability the neuron moves most there."""
+
+    row: int
+    option: int
+    neg: float
+
+
+def read_neuron(split: NegSplit, layer: int, neuron: int) -> NeuronRows:
+    """Read what a split holds of one neuron.
+
+    Raises
+    ------
+    ShardError
+        If the neuron does not exist, or the shards hold nothing of it.
+    """
+    chosen = [(layer, neuron)]
+    activations_P = split.activations(chosen)[:, 0]
+    negs_PO = split.neurons(chosen)[:, :, 0] if split.stores_values(chosen).all() else None
+    signs_PO = np.concatenate([np.sign(shard.signed_ranks(chosen)[:, :, 0]) for shard in split.shards()])
+    return NeuronRows(activations_P, negs_PO, signs_PO.astype(np.int8), split.gold_P.astype(np.int64))
 
 
 # Places in samples of the rows

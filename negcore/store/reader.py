@@ -351,10 +351,10 @@ class NegSplit(ShardReader, _AsFrame):
         layers_K, neurons_K = np.divmod(chosen, self.n_neurons) if chosen.ndim == 1 else chosen.T
         missing = (layers_K < 0) | (layers_K >= self.n_layers) | (neurons_K < 0) | (neurons_K >= self.n_neurons)
         if missing.any():
+            flat = "" if chosen.ndim == 2 else f", in flat indices 0..{self.n_layers * self.n_neurons - 1}"
             raise ShardError(
-                f"{chosen[missing][0].tolist()} is no neuron of {self.identity.model!r}: it has "
-                f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}, "
-                f"in flat indices 0..{self.n_layers * self.n_neurons - 1}"
+                f"{'.'.join(map(str, np.ravel(chosen[missing][0])))} is no neuron of {self.identity.model!r}: it has "
+                f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}{flat}"
             )
         return NeuronPlaces(layers_K, neurons_K, layers_K * self.n_neurons + neurons_K)
 
