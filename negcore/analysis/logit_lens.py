@@ -101,26 +101,27 @@ def _without_bias(norm: nn.Module, row_H: Tensor) -> Tensor:
 
 @torch.no_grad()
 def final_norm(lm: LanguageModel) -> Any:
-    """Return the module between the last layer and the output layer, found by a pass of one token; None for no module.
+    """Return the normalisation between the last layer and the output layer, found by a pass of one token, if any.
 
     Raises
     ------
     ModelError
-        If there is more than one module, or something else.
+        If something else stands there.
     """
     head = lm.model.get_output_embeddings()
     within = {module for layer in lm.model.get_submodule(lm.arch.layers) for module in layer.modules()}
-    between = [module for module in lm.model.modules() if module not in within and module is not head]
+    outside = (module for module in lm.model.modules() if module not in within)
+    norms = [module for module in outside if "norm" in type(module).__name__.lower()]  # BERT's transform is none
     token = torch.tensor([lm.tokenizer("A", add_special_tokens=False)["input_ids"][:1]], device=lm.device)
-    with _traced([lm.last_block, *between, head]) as traced:
+    with _traced([lm.last_block, *norms, head]) as traced:
         lm.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
     read_H, state_H = traced[head].read, traced[lm.last_block].made
     if read_H is not None and _same(read_H, state_H):
         return None
-    for module in between:
-        passed = traced.get(module)
+    for norm in norms:
+        passed = traced.get(norm)
         if passed and _same(passed.read, state_H) and _same(passed.made, read_H):
-            return module
+            return norm
     raise ModelError(
         f"{lm.card.name} has more than a normalisation between its last layer and its output layer, so the tokens that "
         "a neuron's row writes cannot be read off"

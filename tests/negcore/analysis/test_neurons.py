@@ -7,7 +7,7 @@ from stored_negs import N_ALL, N_LAYERS, N_NEURONS, N_OPTIONS, Numbers, numbers,
 import negcore
 from negcore.analysis import neurons as module
 from negcore.analysis.linearity import bootstrap_weights
-from negcore.analysis.neurons import neuron_means, neurons_ahead, scores_in_samples, top_neurons
+from negcore.analysis.neurons import neuron_means, neurons_ahead, read_neuron, scores_in_samples, top_neurons
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import SCORES, VOTES, Ranking, Vote, row_scores
 
@@ -164,3 +164,58 @@ def test_nan_is_refused_with_its_rows_and_layer(tmp_path):
     data.negs_POM[20, 1, 7] = np.nan
     with pytest.raises(NegError, match="layer 1"):
         top_neurons(write_split(tmp_path, "train", data))
+
+
+# One neuron
+
+
+@pytest.mark.parametrize("storage", STORED)
+def test_what_a_split_holds_of_a_neuron_is_read_at_every_level(splits, storage):
+    data = numbers("train")
+    rows = read_neuron(splits[storage], 1, 2)
+    np.testing.assert_array_equal(rows.activations_P, data.activations_PM[:, 7])
+    np.testing.assert_array_equal(rows.signs_PO, np.sign(data.negs_POM[:, :, 7]))
+    if storage == "codes":
+        assert rows.negs_PO is None and rows.most_moved(3) == []
+    else:
+        np.testing.assert_array_equal(rows.negs_PO, data.negs_POM[:, :, 7])
+
+
+def test_the_prompts_moved_most_are_those_with_the_largest_neg_for_any_option(splits):
+    rows = read_neuron(splits["values"], 1, 2)
+    largest = sorted(range(len(rows.gold_P)), key=lambda row: (-max(abs(rows.negs_PO[row])), row))
+    found = rows.most_moved(5)
+    assert [one.row for one in found] == largest[:5]
+    assert all(one.neg == rows.negs_PO[one.row, one.option] for one in found)
+    assert all(abs(one.neg) == max(abs(rows.negs_PO[one.row])) for one in found)
+
+
+def test_the_more_frequent_sign_is_told_with_its_share(splits):
+    rows = read_neuron(splits["values"], 0, 1)
+    for option in range(N_OPTIONS):
+        signs = np.sign(numbers("train").negs_POM[:, option, 1]).tolist()
+        sign, same = rows.same_sign(option)
+        assert same == signs.count(sign) / len(signs) == max(signs.count(one) for one in (-1, 0, 1)) / len(signs)
+
+
+def test_rows_can_be_chosen(splits):
+    rows = read_neuron(splits["values"], 0, 1)
+    chosen = rows.chosen(rows.gold_P == 2)
+    assert (chosen.gold_P == 2).all() and len(chosen.activations_P) == (rows.gold_P == 2).sum()
+    np.testing.assert_array_equal(chosen.negs_PO, rows.negs_PO[rows.gold_P == 2])
+
+
+def test_a_neuron_that_does_not_exist_is_named_by_layer_and_number(splits):
+    with pytest.raises(ShardError, match=r"1\.5 is no neuron of 'm': it has layers 0\.\.2 with neurons 0\.\.4$"):
+        read_neuron(splits["values"], 1, 5)
+
+
+@pytest.mark.parametrize("rule", ["polar", "magn"])
+def test_a_ranking_names_its_neurons_by_layer_and_number(splits, rule):
+    ranking = negcore.rank(splits["values"], rule)
+    assert (ranking.neurons_K2 @ [N_NEURONS, 1]).tolist() == ranking.order_K.tolist()
+    best = ranking.top(3)
+    assert best.neurons_K2.tolist() == ranking.neurons_K2[:3].tolist()
+    assert best.scores_K.tolist() == ranking.scores_K[:3].tolist()
+    negs_POK = splits["values"].neurons(best.neurons_K2)
+    np.testing.assert_array_equal(negs_POK, numbers("train").negs_POM[:, :, ranking.order_K[:3]])
