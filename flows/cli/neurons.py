@@ -147,7 +147,7 @@ def parsed_neuron(name: str) -> tuple[int, int]:
         If it has another form.
     """
     if not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", name):
-        raise RunError(f"{name!r} is no neuron: give layer and number in it, both from 0, as in 10.901")
+        raise RunError(f"{name!r:.80} is no neuron: give layer and number in it, both from 0, as in 10.901")
     layer, number = map(int, name.split("."))
     return layer, number
 
@@ -237,7 +237,7 @@ def _show_with_model(
             "and curves would be those of other weights"
         )
     load = load_model if sweep else read_model
-    lm = load(card, dtype=run.dtype, device=run.device, site=run.site)
+    lm = load(card, dtype=run.dtype, device=run.worker_device, site=run.site)
     if sweep:
         for about in looked:
             _or_told(missing, lambda about=about: _show_sweep(lm, about, layer, number))
