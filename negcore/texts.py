@@ -6,6 +6,8 @@ without them (`printable`), and Prefect and the files of a run get the message w
 """
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from reprlib import Repr
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -48,6 +50,12 @@ def quoted(value: object, most: int = 80) -> str:
 def row_text(value: object, most: int = 80) -> str:
     """Return a `quoted` value of a row, marked as `private`."""
     return private(quoted(value, most))
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1) -> str:
+    """Return a question that names the known names which are spelt most alike; empty if none is like it."""
+    near = get_close_matches(name, list(dict.fromkeys(known)), n=most)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def shortened_lines(text: str, *, longest: int = 800, most: int = 20) -> str:

@@ -3,8 +3,8 @@
 The analyses themselves are in `negcore.analysis`; here they are put together for a dataset and for a model.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +49,9 @@ from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, all_problems
 from tasks.plan import PlannedDataset, PlannedModel, of_each_model, plan
 from tasks.pool.base import Pool
+from tasks.probe import AccuracyRow
 from tasks.rank import rank_split
-from tasks.rundir.tables import write_tables
+from tasks.rundir.tables import write_table, write_tables
 from tasks.steps import Step
 
 _BOOTSTRAP = 1000
@@ -74,6 +75,8 @@ class ReferenceRow:
     options_only: float | None = None
     calibrated: float | None = None
     label_mass: float | None = None
+    overlapping: bool = False
+    """True if the splits share rows (policy `released`)."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,7 @@ def _reference(run: SkillsRun, planned: PlannedDataset, main: Mapping[str, NegSp
         low=lm.interval.low,
         high=lm.interval.high,
         **floors.beside(np.arange(test.n_rows)),
+        overlapping=planned.dataset.split_report.is_overlapping,
     )
 
 
@@ -298,6 +302,37 @@ def compare_datasets(
     return result
 
 
+def accuracy_rows(run: SkillsRun, findings: Sequence[SkillFindings]) -> list[AccuracyRow]:
+    """Return the accuracies of LM-Prob and of probes fitted on all training rows, as `neg pipeline` has them."""
+    return [
+        row for of_model in findings for one in of_model.datasets for row in _accuracy_rows(run, of_model.model, one)
+    ]
+
+
+def _accuracy_rows(run: SkillsRun, model: str, found: DatasetFindings) -> Iterator[AccuracyRow]:
+    known = asdict(found.reference)
+    lm = {name: known.pop(name) for name in ("lm", "low", "high")}
+    n_test = known.pop("n_test")
+    del known["n_valid"]
+    fitted = [row for row in found.training_rows if row.n_train == known["n_train"]]
+    of_probes = [(row.probe, row.n_neurons, row.accuracy, row.low, row.high) for row in fitted]
+    for probe, n_neurons, value, low, high in [("lm", None, lm["lm"], lm["low"], lm["high"]), *of_probes]:
+        yield AccuracyRow(
+            model=model,
+            shots=run.shots,
+            dataset=found.dataset,
+            group="",
+            probe=probe,
+            n_neurons=n_neurons,
+            accuracy=value,
+            low=low,
+            high=high,
+            n_correct=round(value * n_test),
+            n_test=n_test,
+            **known,
+        )
+
+
 def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
     """Write the tables of all models as Arrow files, and return their folder.
 
@@ -306,6 +341,7 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
     RunError
         If they cannot be written.
     """
+    write_table(run.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in accuracy_rows(run, findings)])
     folder = run.directory / "skills"
     datasets = [((found.model, one.dataset), one) for found in findings for one in found.datasets]
     write_tables(folder, DatasetFindings, datasets, names=("model", "dataset"))

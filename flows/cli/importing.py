@@ -67,7 +67,6 @@ def import_table(
 
     file = local_file(source, "file")
     target = out or Path(file.stem + ".jsonl")
-    _check_target(target)
     columns = Columns(
         prompt=prompt,
         answer=answer,
@@ -80,6 +79,7 @@ def import_table(
         id=id_,
     )
     sheet = read_sheet(file)
+    _check_target(target)
     imported = import_sheet(sheet, columns, target, unreadable=unreadable)
     _write(target, imported.rows)
     console.print(f"{len(imported.rows)} of {len(sheet.records)} rows are in {escape(str(target))}", highlight=False)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from negcore.datasets.markup import special_token_pattern
 from negcore.errors import PromptError, one_line
-from negcore.texts import private
+from negcore.texts import private, row_text
 
 _DAY = datetime(2024, 7, 26)
 _DIRECTIVES = ("%d", "%-d", "%e", "%a", "%A", "%b", "%B", "%m", "%y", "%Y", "%H", "%I", "%p", "%M", "%S", "%j")
@@ -57,6 +57,8 @@ def chat_prompts(tokenizer: Any, texts: Sequence[str], *, system: str | None = N
         If there is no template, it refuses or leaves out what it is given or does not say where the assistant begins,
         or a text holds a special token.
     """
+    if isinstance(texts, str):
+        raise PromptError(f"{row_text(texts)} was given for texts; give a list of strings")
     chat = Chat(tokenizer, system)
     prompts = [chat.prompt(text) for text in texts]
     _ = chat.label_prefix

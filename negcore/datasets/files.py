@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from negcore.errors import DatasetError, NegError, RunError, one_line
-from negcore.store.files import open_file
+from negcore.store.files import near_path, open_file
 from negcore.texts import row_text
 
 Record = Mapping[str, Any]
@@ -134,7 +134,9 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
                 raise DatasetError(f"{path} is a Git LFS pointer, not the file that it stands for: run git lfs pull")
             yield stream
     except OSError as error:
-        raise DatasetError(f"{path}: {str(place)!r} cannot be read ({error.strerror or one_line(error)})") from None
+        near = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        reason = error.strerror or one_line(error)
+        raise DatasetError(f"{path}: {str(place)!r} cannot be read ({reason})" + f"; {near}" * bool(near)) from None
     except RunError as error:
         raise DatasetError(f"{path}: {error}") from None
     except DatasetError:

@@ -6,7 +6,6 @@ differently than it is written, and which columns were not used.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import string
@@ -21,7 +20,7 @@ from negcore.datasets.files import Record
 from negcore.datasets.local import source_of
 from negcore.datasets.sheets import Sheet
 from negcore.errors import DatasetError
-from negcore.texts import row_text
+from negcore.texts import did_you_mean, row_text
 
 Answers = Literal["text", "letter", "0", "1"]
 """What a cell of the answer column is: an option's text, its letter, or its number counted from 0 or from 1."""
@@ -170,9 +169,8 @@ def _taken(sheet: Sheet, columns: Columns) -> tuple[dict[str, tuple[str, ...]], 
 
 def _check_column(name: str, field: str, columns: Sequence[str]) -> None:
     if name not in columns:
-        close = difflib.get_close_matches(name, columns, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise DatasetError(f"--{field} {name!r} is no column; {hint}The columns are {_listed(columns)}")
+        near = did_you_mean(name, columns)
+        raise DatasetError(f"--{field} {name!r} is no column; {near or 'see these'}: {_listed(columns)}")
 
 
 def _listed(columns: Sequence[str]) -> str:

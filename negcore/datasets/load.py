@@ -36,6 +36,7 @@ from negcore.datasets.render import (
     prompt_end,
 )
 from negcore.datasets.rows import Row, Source
+from negcore.datasets.sheets import READERS
 from negcore.datasets.specs import Spec
 from negcore.datasets.splits import (
     Cut,
@@ -169,14 +170,15 @@ def _report(source: Source, settings: PromptSettings, cut: Cut, available: Rows,
 def read_source(name: str, seed: int, root: str | Path | None = None) -> tuple[str, Source]:
     """Return a dataset's canonical name and its rows, before any policy; arguments and errors as of `load_dataset`."""
     canonical = dataset_name(name)
-    if _is_file(name):
+    if is_own_file(name):
         return canonical, read_local(Path(name), seed).with_telling_groups()
     if canonical in MINI_SPECS:
         return canonical, read_mini(canonical).with_telling_groups()
     return canonical, read_mceval8k(SPECS[canonical], Path(root) if root is not None else None).with_telling_groups()
 
 
-def _is_file(name: str) -> bool:
+def is_own_file(name: str) -> bool:
+    """Tell whether a dataset's name is that of a file of the user's own, whose prompts are ready-made."""
     return name.lower().endswith(".jsonl")
 
 
@@ -188,7 +190,7 @@ def dataset_name(name: str) -> str:
     DatasetError
         If there is no dataset of this name.
     """
-    if _is_file(name):
+    if is_own_file(name):
         return f"local/{Path(name).stem}"
     specs: Mapping[str, Spec] = {**SPECS, **MINI_SPECS}
     spellings = {canonical: canonical for canonical in specs}
@@ -198,10 +200,20 @@ def dataset_name(name: str) -> str:
         return spellings[name.lower()]
     if name.lower().endswith((".feather", ".parquet")):
         raise DatasetError(f"{name!r} is a file of facts with one answer each; load it with load_facts")
-    close = difflib.get_close_matches(name.lower(), spellings, n=3, cutoff=0.5)
-    close += [known for known in spellings if known.split("/")[1] == name.lower() and known not in close]
-    hint = f"did you mean {' or '.join(map(repr, close))}" if close else "see list_datasets"
-    raise DatasetError(f"unknown dataset {name!r}; {hint}? A file of your own must end in .jsonl")
+    by_end = {known.split("/")[1]: known for known in spellings}
+    like = [*difflib.get_close_matches(name.lower(), spellings), *difflib.get_close_matches(name.lower(), by_end)]
+    close = list(dict.fromkeys(by_end.get(one, one) for one in like))[:3]
+    hint = f"did you mean {' or '.join(map(repr, close))}" if close else "see neg datasets"
+    raise DatasetError(f"unknown dataset {name!r}; {hint}? A file of your own {_own_file(name)}")
+
+
+def _own_file(name: str) -> str:
+    """Return what a name must be to be a file of the user's own, for one that is none."""
+    if Path(name).suffix.lower() in READERS:
+        return f"must end in .jsonl: neg import {name} makes one"
+    if Path(f"{name}.jsonl").is_file():
+        return f"must end in .jsonl, as {name + '.jsonl'!r} does"
+    return "must end in .jsonl"
 
 
 def _wording(name: str, source: Source, wanted: str | Wording) -> Wording | None:

@@ -75,6 +75,8 @@ def encode_targets(
     PromptError, LabelError
         As for `encode`; LabelError too if there is not one label for each prompt.
     """
+    if isinstance(prompts, str):
+        raise PromptError(f"{row_text(prompts)} was given for prompts; give a list of strings")
     if not isinstance(prompts, EncodedPrompts):
         return encode(card, prompts, _one_label_each(labels, len(prompts)))
     encoded = encode(card, prompts, labels)

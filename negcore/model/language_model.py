@@ -40,6 +40,8 @@ from negcore.model.model_files import (
 from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
 from negcore.model.whole_weights import load_whole
+from negcore.store.files import near_path
+from negcore.texts import did_you_mean
 
 DTYPES: MappingProxyType[str, torch.dtype] = MappingProxyType(
     {
@@ -427,7 +429,8 @@ def _check_shape(card: ModelCard) -> None:
 
 
 def _no_directory(ref: str) -> str:
-    return f"no such directory as {str(Path(ref).absolute()) if ref else ref!r}"
+    near = did_you_mean(ref, EMBEDDED) or near_path(Path(ref)) if ref else ""
+    return f"no such directory as {str(Path(ref).absolute()) if ref else ref!r}" + f" ({near})" * bool(near)
 
 
 def _allowed_refs() -> str:

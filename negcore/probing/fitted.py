@@ -186,8 +186,8 @@ def check_forest_size(n_rows: int, n_kept: int) -> None:
     if needed > FOREST_BYTES:
         raise NegError(
             f"a forest on {n_rows} training rows x {n_kept} neurons needs {needed / 2**30:.1f} GiB, "
-            f"and {FOREST_BYTES / 2**30:g} are allowed: set tree_neurons to at most {FOREST_BYTES // (5 * n_rows)}, "
-            "or set limit"
+            f"and {FOREST_BYTES / 2**30:g} are allowed: set --tree-neurons to at most "
+            f"{FOREST_BYTES // (5 * n_rows)}, or --limit"
         )
 
 

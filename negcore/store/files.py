@@ -5,6 +5,7 @@ annotations say `Path` for both; read and write it through these functions. `neg
 that only buckets need, `negcore.store.locks` those that only local files need.
 """
 
+import difflib
 import errno
 import fnmatch
 import hashlib
@@ -104,6 +105,27 @@ def local_directory(path: Path) -> Path:
 def shortened(name: str, most_bytes: int = 120) -> str:
     """Return a name without what makes it too long for a part of a file's name."""
     return name.encode()[:most_bytes].decode(errors="ignore")
+
+
+def near_path(path: Path) -> str:
+    """Return a question that names an existing path which is spelt like one that is not there; empty if none is."""
+    found = None if is_remote(path) else _near(path)
+    return f"did you mean {str(found)!r}?" if found else ""
+
+
+def _near(path: Path) -> Path | None:
+    try:
+        missing = [part for part in (path, *path.parents) if not os.path.lexists(part)]
+        if not missing:
+            return None
+        names = [entry.name for entry in os.scandir(missing[-1].parent)]
+    except (OSError, ValueError):  # no folder, or a name that none can have
+        return None
+    for name in difflib.get_close_matches(missing[-1].name, names):
+        alike = missing[-1].parent / name / path.relative_to(missing[-1])
+        if found := alike if os.path.lexists(alike) else _near(alike):
+            return found
+    return None
 
 
 # Reading

@@ -1,15 +1,19 @@
 """Run files of the runs on datasets: extraction and probes, evaluation of MCEval8K, analysis of skill neurons."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
+from negcore.datasets.load import is_own_file
 from negcore.datasets.mceval8k import SPECS
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from negcore.store.levels import StorageLevel
@@ -288,6 +292,25 @@ class SkillsRun(_PromptedRun):
     )
     draws: int = Field(3, ge=1, description="Random sets of neurons that the skill neurons are compared with.")
     band: int = Field(64, ge=1, description="Neurons of a band of the ranking.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_variants(cls, values: Any) -> Any:
+        """Leave out the other wording where a dataset has none, unless variants were asked for."""
+        if not isinstance(values, dict) or values.get("variant") is not None:
+            return values
+        named = values.get("dataset") or ()
+        if own := [one for one in ([named] if isinstance(named, str) else named) if is_own_file(one)]:
+            logger.warning("the variant wording is left out: prompts of your own, as in %s, have no other", own[0])
+            return values | {"variant": [one for one in get_args(Variant) if one != "wording"]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_wording_variant(self) -> Self:
+        own = [one for one in self.dataset if is_own_file(one)]
+        if own and "wording" in self.variant:
+            raise ValueError(f"variant 'wording' is not for {own[0]!r}, whose prompts are ready-made: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_stats(self) -> Self:

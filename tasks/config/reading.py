@@ -10,16 +10,18 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from negcore.errors import RunError, one_line
-from negcore.store.files import is_dir, location, read_bytes
+from negcore.store.files import is_dir, location, near_path, read_bytes
 from negcore.texts import quoted
 from tasks.config.kinds import run_classes
 from tasks.config.places import check_relative_paths, moved_here
 from tasks.config.plain_yaml import PlainLoader
-from tasks.config.problems import problem_lines
+from tasks.config.problems import as_options, problem_lines
 from tasks.config.run_file import RUN_FILE, RunFile, kind_of
 
 _MOST_BYTES = 2**19
 """Bytes of a run file: a list of some thousand models and datasets."""
+
+_COMMAND_LINE = "command line"
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def read_run_file(run_class: type[R], path: str | Path | None, overrides: Mappin
         Naming file, field, value and what is allowed, in a line for each problem; or the command that the file is for.
     """
     if path is None:
-        return _validated(run_class, dict(overrides), "command line")
+        return _validated(run_class, dict(overrides), _COMMAND_LINE)
     own = kind_of(run_class)
     values = _read_values(path, overrides, first=own)
     if values["kind"] != own:
@@ -80,7 +82,8 @@ def _validated(run_class: type[R], values: Mapping[str, Any], place: str) -> R:
     try:
         return run_class.model_validate(values)
     except ValidationError as error:
-        raise _refusal(place, problem_lines(run_class, error)) from None
+        lines = problem_lines(run_class, error)
+        raise _refusal(place, lines if place != _COMMAND_LINE else as_options(run_class, lines)) from None
 
 
 def _refusal(place: str, lines: Iterable[str]) -> RunError:
@@ -130,7 +133,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except RunError:
         raise
     except OSError as error:
-        raise RunError(f"run file {str(file)!r} cannot be read: {error.strerror or error}") from error
+        near = near_path(file) if isinstance(error, FileNotFoundError) else ""
+        reason = f"{error.strerror or error}" + f"; {near}" * bool(near)
+        raise RunError(f"run file {str(file)!r} cannot be read: {reason}") from error
     except RecursionError:
         raise RunError(f"run file {str(file)!r} is not YAML of a run: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:

@@ -21,6 +21,7 @@ from negcore.store.files import (
     is_remote,
     listing,
     n_bytes,
+    near_path,
     parse_json,
     read_bytes,
 )
@@ -150,7 +151,8 @@ def shard_folders(directory: Path) -> list[ShardFolder]:
         If there is no such directory, or a plan is damaged.
     """
     if not is_dir(directory):
-        raise RunError(f"run directory {str(directory)!r} does not exist")
+        near = near_path(directory)
+        raise RunError(f"run directory {str(directory)!r} does not exist" + f"; {near}" * bool(near))
     here = _contents(directory)
     begun = [folder for folder in here.places if _is_begun(folder)]
     roots = {folder.parents[3] for folder in begun} | {file.parent for file in here.files if file.name == PLAN_FILE}

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import pyarrow as pa
 
 from negcore.errors import RunError
-from negcore.store.files import find, output, read_bytes
+from negcore.store.files import find, near_path, output, read_bytes
 
 _TYPES = {
     str: pa.string(),
@@ -121,7 +121,9 @@ def read_arrow(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_file(pa.py_buffer(read_bytes(path))).read_all()
     except OSError as error:
-        raise RunError(f"table {str(path)!r} cannot be read: {error.strerror or error}") from error
+        near = near_path(path) if isinstance(error, FileNotFoundError) else ""
+        reason = f"{error.strerror or error}" + f"; {near}" * bool(near)
+        raise RunError(f"table {str(path)!r} cannot be read: {reason}") from error
     except pa.ArrowException as error:
         raise _not_of_this_version(path, error) from error
 

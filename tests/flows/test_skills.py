@@ -1,12 +1,15 @@
 """The skills flow on a tiny model: every analysis, resumed, with a check that fails, and as a command."""
 
+import shutil
 from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from support import neg, save_tiny_model
+from typer.testing import CliRunner
 
+from flows.cli.app import app
 from flows.skills import count_skills_steps, run_skills
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillsRun
@@ -14,6 +17,8 @@ from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
 from tasks.plan import plan
+from tasks.probe import AccuracyRow
+from tasks.rundir.tables import read_table
 from tasks.skills import plan_skills
 from tasks.steps import PlainSteps, handing_over
 
@@ -140,6 +145,21 @@ def test_progress_counts_every_part(run):
         run_skills(run, PlainSteps())
     last = dict(steps)
     assert sum(last.values()) == count_skills_steps(run, plan_skills(run))
+
+
+def test_runs_of_skills_are_compared_like_others(results, run, tmp_path):
+    rows = read_table(run.directory / "accuracy.arrow", AccuracyRow)
+    assert [(row.dataset, row.probe) for row in rows] == [(d, p) for d in DATASETS for p in ("lm", "polar", "magn")]
+    (findings,) = results.findings
+    for one in findings.datasets:
+        (lm, *_) = [row for row in rows if row.dataset == one.dataset]
+        assert (lm.accuracy, lm.n_correct) == (one.reference.lm, round(one.reference.lm * one.reference.n_test))
+    shutil.copytree(run.directory, tmp_path / "again")
+    shown = CliRunner().invoke(app, ["compare", str(run.directory), str(tmp_path / "again")], env={"COLUMNS": "100"})
+    assert shown.exit_code == 0, shown.output
+    assert [line.split()[:2] for line in shown.stdout.splitlines() if line.startswith("mini/")] == [
+        [dataset, "run"] for dataset in DATASETS
+    ]
 
 
 def test_the_command_shows_the_causal_check_first_and_writes_figures(run, results):

@@ -77,7 +77,10 @@ def test_every_problem_of_a_run_file_is_a_line_and_the_exit_code_is_2(tmp_path):
         (["--site", "gate"], "site 'gate' does not exist in this model; choose one of act, paper"),
         (["--wording", "polite"], "the only wording allowed is 'default'"),
         (["--prompt-format", "chat"], "has no chat template; use prompt_format 'plain'"),
-        (["--system-prompt", "Be brief."], "system_prompt is for chats: set prompt_format to chat, or leave it out"),
+        (
+            ["--system-prompt", "Be brief."],
+            "--system-prompt is for chats: set --prompt-format to chat, or leave it out",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(model, questions, tmp_path, options, says):

@@ -9,7 +9,7 @@ from support import REPOSITORY
 from negcore.errors import RunError
 from tasks.config import provenance
 from tasks.config.campaign_run import CampaignRun
-from tasks.config.dataset_runs import EvaluationRun, SkillRun
+from tasks.config.dataset_runs import EvaluationRun, SkillRun, SkillsRun
 from tasks.config.kinds import RUN_KINDS
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.reading import read_run_file, recorded_run
@@ -187,8 +187,50 @@ def test_a_bad_value_is_refused_with_field_and_value(values, field, value, probl
 
 def test_a_missing_field_is_named(values):
     del values["model"]
-    with pytest.raises(RunError, match="'model' is missing"):
+    with pytest.raises(RunError, match="command line: --model is missing"):
         read_run_file(SkillRun, None, values)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "in_file", "on_command_line"),
+    [
+        ("shard_rows", 0, "shard_rows is 0: ", "--shard-rows is 0: "),
+        ("probe", ["pollar"], "probe.0 is 'pollar': ", "--probe is 'pollar': "),
+        ("dtype", "bfloat", "did you mean 'bfloat16'?", "did you mean 'bfloat16'?"),
+        (
+            "system_prompt",
+            "Hi",
+            "system_prompt is for chats: set prompt_format to chat, or leave it out",
+            "--system-prompt is for chats: set --prompt-format to chat, or leave it out",
+        ),
+    ],
+)
+def test_hints_name_fields_in_a_file_and_options_on_the_command_line(
+    values, tmp_path, field, value, in_file, on_command_line
+):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"kind": "pipeline", "model": "m", "dataset": "d", field: value}))
+    with pytest.raises(RunError) as of_file:
+        read_run_file(SkillRun, file, {})
+    with pytest.raises(RunError) as of_options:
+        read_run_file(SkillRun, None, values | {field: value})
+    assert in_file in str(of_file.value) and on_command_line in str(of_options.value)
+
+
+def test_a_path_that_has_the_name_of_a_field_is_quoted_as_it_is(values):
+    with pytest.raises(RunError, match="--node-label is 'a/shard_rows.x': 'a/shard_rows.x' is no label"):
+        read_run_file(SkillRun, None, values | {"node_label": "a/shard_rows.x"})
+
+
+def test_own_prompts_are_asked_in_no_other_wording_unless_that_is_asked_for(values, tmp_path, caplog):
+    own = values | {"dataset": ["mini/fact", "mine.jsonl"], "out": tmp_path / "run"}
+    run = read_run_file(SkillsRun, None, own)
+    assert run.variant == ("shots", "demonstrations")
+    assert "the variant wording is left out: prompts of your own, as in mine.jsonl, have no other" in caplog.text
+    assert read_run_file(SkillsRun, write_run_file(run), {}).variant == run.variant
+    assert read_run_file(SkillsRun, None, own | {"dataset": "mini/fact"}).variant[0] == "wording"
+    with pytest.raises(RunError, match="variant 'wording' is not for 'mine.jsonl', .*: leave it out"):
+        read_run_file(SkillsRun, None, own | {"variant": ["wording", "shots"]})
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a\n- b", "\x00"])
@@ -222,7 +264,7 @@ def test_what_is_stored_is_part_of_the_name_unless_it_is_what_was_always_stored(
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"nonfinite": "keep"}, "none for NaN and infinity: set nonfinite to fail or skip, not keep"),
+        ({"nonfinite": "keep"}, "none for NaN and infinity: set --nonfinite to fail or skip, not keep"),
         ({"probe": ["polar", "magn-logistic"]}, "probe 'magn-logistic' reads values, not codes: leave it out"),
     ],
 )
