@@ -1,17 +1,18 @@
 """Commands that look at single neurons of a run: which are the best, and what one of them does."""
 
-import csv
-import io
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
+from rich.markup import escape
 from rich.text import Text
 
 from flows.cli.options import RunDirectory
+from flows.cli.tables import deliver
 from flows.cli.terminal import quiet_libraries
 from flows.show.console import console, tell
 from negcore.errors import NegError, RunError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from negcore.datasets import Example
     from negcore.model.language_model import LanguageModel, ModelCard
     from negcore.store.reader import NegSplit
-    from tasks.neurons import NeuronRow
     from tasks.run_negs import StoredSplit
 
 Datasets = Annotated[
@@ -50,13 +50,15 @@ def neurons(
     The 20 best of the run's own probes are read from its table `neurons.arrow`; others are ranked anew from its shards.
     """
     quiet_libraries()
-    from tasks.neurons import best_neurons
+    from tasks.neurons import NeuronRow, best_neurons
+    from tasks.rundir.tables import arrow_table
 
-    found = best_neurons(location(directory).absolute(), probe, datasets=dataset or (), model=model, top=top)
+    with _waiting("ranking neurons"):
+        found = best_neurons(location(directory).absolute(), probe, datasets=dataset or (), model=model, top=top)
     for warning in found.warnings:
         tell("warning", warning, "yellow")
     if as_csv:
-        console.print(Text(_csv(found.rows)), soft_wrap=True, end="")
+        deliver(arrow_table(NeuronRow, [asdict(row) for row in found.rows]), "csv", None)
         return
     from flows.show.neuron_tables import neuron_tables
 
@@ -65,19 +67,9 @@ def neurons(
     console.print("what one of them does: neg neuron DIR LAYER.NEURON", highlight=False, soft_wrap=True)
 
 
-def _csv(rows: "Sequence[NeuronRow]") -> str:
-    """Return rows as comma-separated values; lists have a column for each option."""
-    from tasks.neurons import NeuronRow
-
-    n_options = max((len(row.mean_negs or row.labels or ()) for row in rows), default=0)
-    plain = [item.name for item in fields(NeuronRow) if item.name not in ("mean_negs", "labels")]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*plain, *(f"mean_neg_{o}" for o in range(n_options)), *(f"label_{o}" for o in range(n_options))])
-    for row in rows:
-        lists = [[*(values or ()), *[""] * n_options][:n_options] for values in (row.mean_negs, row.labels)]
-        writer.writerow([*(getattr(row, name) for name in plain), *lists[0], *lists[1]])
-    return text.getvalue()
+def _waiting(what: str) -> AbstractContextManager[object]:
+    """Show that something is going on that may take minutes."""
+    return console.status(what) if console.is_terminal else nullcontext()
 
 
 class _Looked(NamedTuple):
@@ -126,8 +118,12 @@ def neuron(
     card = _or_told(missing, lambda: card_of(found[0]))
     looked = []
     for one in found:
-        if about := _or_told(missing, lambda one=one: _looked(one, layer, number, rows)):
-            about = about._replace(examples=_or_told(missing, lambda about=about: _examples(about, card)) or {})
+        with _waiting(f"reading {escape(one.title)}"):
+            about = _or_told(missing, lambda one=one: _looked(one, layer, number, rows))
+            if about is not None:
+                examples = _or_told(missing, lambda about=about: _examples(about, card))
+                about = about._replace(examples=examples or {})
+        if about is not None:
             looked.append(about)
             _show_rows(about)
     if card is not None and looked:
@@ -237,7 +233,8 @@ def _show_with_model(
             "and curves would be those of other weights"
         )
     load = load_model if sweep else read_model
-    lm = load(card, dtype=run.dtype, device=run.worker_device, site=run.site)
+    with _waiting("loading the model"):
+        lm = load(card, dtype=run.dtype, device=run.worker_device, site=run.site)
     if sweep:
         for about in looked:
             _or_told(missing, lambda about=about: _show_sweep(lm, about, layer, number))

@@ -181,16 +181,25 @@ def neuron_table(title: str, numbers_of: NeuronRows, labels: Sequence[str] | Non
     means = [None if one.negs_PO is None else one.negs_PO.mean(axis=0).tolist() for one in chosen.values()]
     options, cells = _by_option(labels, means)
     rows = [
-        [name, Number(len(one.gold_P)), _activation_cell(one), *negs]
+        [name, Number(len(one.gold_P)), _activation_cell(one), _sign_cell(one), *negs]
         for (name, one), negs in zip(chosen.items(), cells, strict=True)
     ]
-    same = [numbers_of.same_sign(option) for option in range(len(names))]
+    same = (numbers_of.same_sign(option) for option in range(len(names)))
     said = ", ".join(f"{name} {_SIGNS[one.sign]} in {share(one.share)}" for name, one in zip(names, same, strict=True))
     what = "Mean NEG by option" if numbers_of.negs_PO is not None else "This storage level keeps no values of NEGs"
-    caption = f"{what}. Sign of the NEG in most rows: {said}."
+    caption = f"{what}. Most frequent sign of the NEG for the right option, and its share of rows; for each: {said}."
     return Table(
-        f"neuron-{title}", title, [*texts("rows"), *numbers("", "activation\n5-95 %"), *options], [rows], caption
+        f"neuron-{title}",
+        title,
+        [*texts("rows"), *numbers("", "activation\n5-95 %", "sign for\nright"), *options],
+        [rows],
+        caption,
     )
+
+
+def _sign_cell(numbers_of: NeuronRows) -> Cell:
+    sign, of_rows = numbers_of.same_sign()
+    return f"{_SIGNS[sign]} {share(of_rows)}"
 
 
 def _activation_cell(numbers_of: NeuronRows) -> Cell:

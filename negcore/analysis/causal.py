@@ -345,7 +345,11 @@ def _check_settings(lm: LanguageModel, sets: Sequence[SkillSet], shifts: Sequenc
     n_total = lm.n_layers * lm.layer_width
     for one in sets:
         for neuron in one.neurons_K[(one.neurons_K < 0) | (one.neurons_K >= n_total)]:
-            raise NegError(f"neuron {neuron} does not exist; {lm.card.name} has neurons 0 to {n_total - 1}")
+            layer, number = divmod(int(neuron), lm.layer_width)
+            raise NegError(
+                f"neuron {layer}.{number} does not exist; {lm.card.name} has layers 0..{lm.n_layers - 1} with neurons "
+                f"0..{lm.layer_width - 1}"
+            )
 
 
 def _checked_gold(gold_P: ArrayLike, n_prompts: int, n_options: int) -> Ints:

@@ -217,9 +217,11 @@ class NeuronRows:
         negs_PO = None if self.negs_PO is None else self.negs_PO[rows]
         return NeuronRows(self.activations_P[rows], negs_PO, self.signs_PO[rows], self.gold_P[rows])
 
-    def same_sign(self, option: int) -> SameSign:
-        """Return the more frequent sign of the NEG for an option, and the share of rows that have it."""
-        share, sign = max((float((self.signs_PO[:, option] == sign).mean()), sign) for sign in (1, 0, -1))
+    def same_sign(self, option: int | None = None) -> SameSign:
+        """Return the more frequent sign of the NEG for an option, by default the right one, and the rows' share."""
+        option_P = self.gold_P if option is None else np.full(len(self.gold_P), option)
+        signs_P = self.signs_PO[np.arange(len(option_P)), option_P]
+        share, sign = max((float((signs_P == sign).mean()), sign) for sign in (1, 0, -1))
         return SameSign(sign, share)
 
     def most_moved(self, n_rows: int) -> list[Moved]:

@@ -44,9 +44,14 @@ def write_table(path: Path, kind: type, rows: Sequence[Mapping[str, Any]], *, na
     RunError
         If it cannot be written.
     """
+    write_arrow(path, arrow_table(kind, rows, names=names))
+
+
+def arrow_table(kind: type, rows: Sequence[Mapping[str, Any]], *, names: Sequence[str] = ()) -> pa.Table:
+    """Return rows as an Arrow table; parameters as of `write_table`."""
     hints = get_type_hints(kind)
     columns = [(name, pa.string()) for name in names] + [(item.name, _type(hints[item.name])) for item in fields(kind)]
-    write_arrow(path, pa.Table.from_pylist(list(rows), schema=pa.schema(columns)))
+    return pa.Table.from_pylist(list(rows), schema=pa.schema(columns))
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:

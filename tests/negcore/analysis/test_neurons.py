@@ -196,6 +196,9 @@ def test_the_more_frequent_sign_is_told_with_its_share(splits):
         signs = np.sign(numbers("train").negs_POM[:, option, 1]).tolist()
         sign, same = rows.same_sign(option)
         assert same == signs.count(sign) / len(signs) == max(signs.count(one) for one in (-1, 0, 1)) / len(signs)
+    right = np.sign(numbers("train").negs_POM[np.arange(len(rows.gold_P)), rows.gold_P, 1]).tolist()
+    sign, same = rows.same_sign()
+    assert same == right.count(sign) / len(right) == max(right.count(one) for one in (-1, 0, 1)) / len(right)
 
 
 def test_rows_can_be_chosen(splits):
