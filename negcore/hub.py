@@ -90,6 +90,42 @@ def file_of(name: str, path: str, commit: Commit, *, kind: Kind) -> Path | None:
             return None
 
 
+def upload_folder(folder: Path, name: str, *, kind: Kind = "dataset") -> str:
+    """Upload a folder to a repository, which is made as a private one if there is none; return the page to see it on.
+
+    Files that are there already are not sent again, so that an upload that ended goes on.
+
+    Parameters
+    ----------
+    name : str
+        `organisation/name` of the repository.
+
+    Raises
+    ------
+    HubError
+        If the hub cannot be reached, or does not let this user write there.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{kind} {name!r} cannot be uploaded: HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise HubError(f"{kind} {name!r} cannot be uploaded without a token: {_LOGIN}")
+    with _in_one_line(name, None, kind):
+        try:
+            api = HfApi()
+            api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+            api.upload_folder(
+                repo_id=name, repo_type=kind, folder_path=folder, commit_message="Publish with neg-at-scale"
+            )
+        except Exception as error:
+            if _status(error) != 403:
+                raise
+            refusal = f"{constants.ENDPOINT} does not let your token write to {kind} {name!r}"
+            raise HubError(f"{refusal}: name another, or {_LOGIN} with one that may") from error
+    return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+
+
 def download_problem(error: BaseException) -> str:
     """Return the reason behind an exception of a library that loads from the hub: that of the first in its chain."""
     from huggingface_hub import constants

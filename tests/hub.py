@@ -1,9 +1,11 @@
 """A small server that speaks the Hugging Face hub's protocol on loopback, for the real client.
 
 It serves folders as repositories: `models/ORGANISATION/NAME` and `datasets/ORGANISATION/NAME`, all at one commit. Its
-faults are those of the real hub: gated repositories, missing ones, too many requests, connections that are cut.
+faults are those of the real hub: gated repositories, missing ones, too many requests, connections that are cut. What is
+uploaded becomes files of its folders.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -14,6 +16,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote
 
 COMMIT = "c" * 40
 REVISIONS = ("main", COMMIT)
@@ -38,6 +41,8 @@ class Hub:
     """Repositories that answer "service unavailable" that many times."""
     unknown_token: set[str] = field(default_factory=set)
     """Repositories for which the token that is sent is not known."""
+    read_only: set[str] = field(default_factory=set)
+    """Repositories that nobody may write to."""
     requests: list[str] = field(default_factory=list)
     """Method, path and range of every request, in order."""
     endpoint: str = ""
@@ -75,9 +80,43 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        """Take what is uploaded: a new repository, the question how to send files, and a commit."""
+        self.hub.requests.append(f"{self.command} {self.path}")
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            about = json.loads(sent)
+            name = f"{about['organization']}/{about['name']}" if about.get("organization") else about["name"]
+            if self._may_write(f"datasets/{name}"):
+                (self.hub.root / "datasets" / name).mkdir(parents=True, exist_ok=True)
+                self._json({"url": f"{self.hub.endpoint}/datasets/{name}", "name": name})
+            return
+        kind, organisation, name, verb, _ = self.path.removeprefix("/api/").split("/")
+        repository = f"{kind}/{organisation}/{name}"
+        if not self._may_write(repository):
+            return
+        if verb == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(sent)["files"]]
+            self._json({"files": [file | {"shouldIgnore": False, "oid": None} for file in files]})
+            return
+        for line in map(json.loads, sent.splitlines()):
+            if line["key"] == "file":
+                target = self.hub.root / repository / line["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(line["value"]["content"]))
+        self._json(
+            {"commitUrl": f"{self.hub.endpoint}/{repository}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        )
+
+    def _may_write(self, repository: str) -> bool:
+        if repository in self.hub.read_only or "Authorization" not in self.headers:
+            self._error(403, "", "you may not write here")
+            return False
+        return True
+
     def _answer(self) -> None:
         self.hub.requests.append(" ".join([self.command, self.path, self.headers.get("Range", "")]).strip())
-        match = _REQUEST.fullmatch(self.path.split("?")[0])
+        match = _REQUEST.fullmatch(unquote(self.path.split("?")[0]))
         if match is None:
             self._error(404, "", "no such page")
             return
@@ -145,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._headers(len(content))
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def _error(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
@@ -155,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content)
 
     def _headers(self, n_bytes: int) -> None:

@@ -13,6 +13,7 @@ from flows.cli.importing import import_table
 from flows.cli.looking import compare
 from flows.cli.neurons import neuron, neurons
 from flows.cli.options import Command
+from flows.cli.publish import publish
 from flows.cli.serving import serve
 from flows.cli.standard_output import OutputLost, output_kept
 from flows.cli.steer import steer
@@ -105,7 +106,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **_commands(plan, benchmark),
     },
     "Looking into runs": _commands(compare, neurons, neuron, sql, export, steer),
-    "Storage": _commands(status, verify),
+    "Storage": _commands(status, verify, publish),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),
 }

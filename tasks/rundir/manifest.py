@@ -100,6 +100,17 @@ def finish(root: Path, before: Before, shards: Mapping[str, Shards]) -> None:
         shards=dict(shards),
         files=dict(_files(root, before, shards)),
     )
+    write_manifest(root, manifest)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write a manifest.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
     record = {"format": _FORMAT, **asdict(manifest)}
     try:
         with draft(root / MANIFEST_FILE) as file:
