@@ -93,7 +93,7 @@ def file_of(name: str, path: str, commit: Commit, *, kind: Kind) -> Path | None:
 def upload_folder(folder: Path, name: str, *, kind: Kind = "dataset") -> str:
     """Upload a folder to a repository, which is made as a private one if there is none; return the page to see it on.
 
-    Files that are there already are not sent again, so that an upload that ended goes on.
+    Hidden files stay here. Files that are there already are not sent again, so that an upload that ended goes on.
 
     Parameters
     ----------
@@ -115,8 +115,9 @@ def upload_folder(folder: Path, name: str, *, kind: Kind = "dataset") -> str:
         try:
             api = HfApi()
             api.create_repo(name, repo_type=kind, private=True, exist_ok=True)
+            message, hidden = "Publish with neg-at-scale", [".*", "*/.*"]
             api.upload_folder(
-                repo_id=name, repo_type=kind, folder_path=folder, commit_message="Publish with neg-at-scale"
+                repo_id=name, repo_type=kind, folder_path=folder, commit_message=message, ignore_patterns=hidden
             )
         except Exception as error:
             if _status(error) != 403:

@@ -309,6 +309,6 @@ def check_publication(folder: Path) -> None:
     _refuse_damaged(folder, shard_folders(folder), [folder], lambda n_bytes: None)
     known = {CARD_FILE, MANIFEST_FILE, *(read_manifest(folder) or Manifest({}, None)).files}
     places = [_below(folder, path) for path in other_files(folder)]
-    strange = [one for one in places if one not in known and not one.startswith((".gitattributes", ".cache/"))]
+    strange = [place for place in places if place not in known and not place.startswith(".")]
     if strange:
         raise RunError(f"{strange[0]!r} in {str(folder)!r} is no part of what was published there: move it away")

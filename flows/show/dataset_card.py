@@ -218,9 +218,9 @@ def _models(publication: Publication) -> Table:
         for one in publication.data
     ]
     caption = (
-        "Site: the vector with a coordinate for every neuron: up, the up projection's output; act, the down projection's "
-        "input; gate, the gate's output. Neurons and layers are numbered from 0. A revision xxh3: is a digest of "
-        "local files."
+        "Site: the vector with a coordinate for every neuron: up, the up projection's output; act, the input of the "
+        "down projection; gate, the gate's output. Neurons and layers are numbered from 0. A revision that begins "
+        "with xxh3: is a digest of local files."
     )
     return Table("models", "Models", columns, [list(map(list, dict.fromkeys(rows)))], caption)
 

@@ -212,7 +212,7 @@ def _contents(directory: Path) -> _Contents:
             found.places.append(folder)
         else:
             here = listing(folder)
-            todo += here.folders
+            todo += [one for one in here.folders if not one.name.startswith(".")]  # such as the hub client's notes
             found.files.extend(folder / name for name in here.files)
     return found
 

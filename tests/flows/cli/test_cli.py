@@ -34,7 +34,20 @@ def questions(tmp_path_factory):
 @pytest.mark.parametrize(
     "command",
     ["demo", "extract", "probe", "pipeline", "mceval8k", "linearity", "skills", "campaign", "compare", "plan", "status"]
-    + ["verify", "serve", "benchmark", "models", "datasets", "import", "doctor", "sql", "export", "neurons", "neuron"],
+    + [
+        "publish",
+        "verify",
+        "serve",
+        "benchmark",
+        "models",
+        "datasets",
+        "import",
+        "doctor",
+        "sql",
+        "export",
+        "neurons",
+        "neuron",
+    ],
 )
 def test_help_of_every_command_shows_an_example(command):
     shown = neg(command, "--help")
