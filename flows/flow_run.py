@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from prefect.states import Cancelled
 
 from flows.cancellation import stopped_by_cancellation
 from flows.lost_server import told_when_back
+from flows.show.about import about_run
 from flows.show.check_tables import check_section, check_warnings
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
@@ -59,7 +61,7 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
     def worked(run: R, steps: Steps) -> E:
         is_claimed = steps.has_claimed(run.directory)
         with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
-            before = begin(run.directory)
+            before, started = begin(run.directory), datetime.now(UTC)
             results = work(run, steps)
             results.problems += moved_away(run)
             shards = shards_of(run.directory)
@@ -69,6 +71,7 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
             results.warnings += check_warnings(noted_checks)
             for table in (table for section in results.sections for table in section.tables):
                 steps.table(table.key, table.records(), described(table))
+            results.about = about_run(run.directory, shards, started)
             with noted(results):
                 write_report(results)
             if not results.problems:

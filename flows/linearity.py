@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
-from flows.show.linearity_figures import write_figures
+from flows.show.linearity_figures import linearity_figures
 from flows.show.linearity_tables import linearity_tables, summary
 from flows.show.report import RunResults, Section
+from flows.show.sentences import linearity_sentences
 from negcore.errors import ModelError, RunError
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
@@ -30,12 +30,19 @@ class LinearityResults(RunResults):
     """The results of linearity studies, and their problems."""
 
     findings: list[Findings] = field(default_factory=list)
-    figures: dict[str, list[Path]] = field(default_factory=dict)
-    """By model, SVG before PNG."""
 
     @cached_property
     def sections(self) -> list[Section]:
-        return [Section(summary(one), linearity_tables(one), self.figures.get(one.model, ())) for one in self.findings]
+        return [
+            Section(
+                summary(one),
+                linearity_tables(one),
+                figures=linearity_figures(one),
+                sentences=list(linearity_sentences(one)),
+                folder="linearity/figures",
+            )
+            for one in self.findings
+        ]
 
 
 linearity = prefect_flow("linearity")
@@ -57,7 +64,7 @@ def run_linearity(run: LinearityRun, steps: Steps) -> LinearityResults:
         _analyse(run, steps, results, study)
     if results.findings:
         with noted(results):
-            _publish(run, results)
+            write_findings(run, results.findings)
     return results
 
 
@@ -88,9 +95,3 @@ def _analyse(run: LinearityRun, steps: Steps, results: LinearityResults, study: 
     findings = attempt(steps, results, analyse_study, name, run, study)
     if findings is not None:
         results.findings.append(findings)
-
-
-def _publish(run: LinearityRun, results: LinearityResults) -> None:
-    folder = write_findings(run, results.findings)
-    for findings in results.findings:
-        results.figures[findings.model] = write_figures(findings, folder / "figures")

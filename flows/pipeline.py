@@ -10,11 +10,14 @@ from functools import cached_property
 
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
+from flows.show.accuracy_figures import accuracy_figures
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
 from flows.show.comparison_tables import comparison_tables
+from flows.show.neuron_figures import neuron_figures
 from flows.show.neuron_tables import top_table
 from flows.show.report import RunResults, Section
 from flows.show.resample_tables import resample_tables
+from flows.show.sentences import accuracy_sentences
 from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, open_negs
@@ -80,7 +83,15 @@ class Results(RunResults):
         accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
         resamples, neurons = resample_tables(self.resamples, self.scores), top_table(self.neurons, self.scores)
-        return [Section("", [rows_table(self.splits), *accuracy, *comparisons, *resamples, *neurons, *confusion])]
+        return [
+            Section(
+                "",
+                [rows_table(self.splits), *accuracy, *comparisons, *resamples, *neurons, *confusion],
+                figures=[*accuracy_figures(self.scores, self.averages), *neuron_figures(self.neurons)],
+                sentences=list(accuracy_sentences(self.scores, self.averages, self.comparisons)),
+                neurons=self.neurons,
+            )
+        ]
 
 
 extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pipeline", "mceval8k"))

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.pipeline import Results, extract_planned
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import short
 from flows.show.report import RunResults, Section
-from flows.show.skill_figures import write_figures
+from flows.show.sentences import skill_sentences
+from flows.show.skill_figures import skill_figures
 from flows.show.skill_tables import skill_tables, summary
 from negcore.model.language_model import ModelCard
 from tasks.config.dataset_runs import SkillRun, SkillsRun
@@ -46,12 +46,19 @@ class SkillResults(RunResults):
     """The results of an analysis of skill neurons, and its problems."""
 
     findings: list[SkillFindings] = field(default_factory=list)
-    figures: dict[str, list[Path]] = field(default_factory=dict)
-    """By model, SVG before PNG."""
 
     @cached_property
     def sections(self) -> list[Section]:
-        return [Section(summary(one), skill_tables(one), self.figures.get(one.model, ())) for one in self.findings]
+        return [
+            Section(
+                summary(one),
+                skill_tables(one),
+                figures=skill_figures(one),
+                sentences=list(skill_sentences(one)),
+                folder="skills/figures",
+            )
+            for one in self.findings
+        ]
 
 
 skills = prefect_flow("skills")
@@ -82,7 +89,7 @@ def run_skills(run: SkillsRun, steps: Steps) -> SkillResults:
             _analyse_model(run, steps, results, of_model.card, datasets)
     if results.findings:
         with noted(results):
-            _publish(run, results)
+            write_findings(run, results.findings)
     results.warnings += mass_warnings(
         (of_model.model, short(one.dataset), one.reference.label_mass)
         for of_model in results.findings
@@ -174,9 +181,3 @@ def _analyse(
 ) -> DatasetFindings | None:
     name = f"{planned.name} analysis"
     return attempt(steps, results, analyse_skills, name, run, planned, card, scores, checks)
-
-
-def _publish(run: SkillsRun, results: SkillResults) -> None:
-    folder = write_findings(run, results.findings)
-    for findings in results.findings:
-        results.figures[findings.model] = write_figures(findings, folder / "figures")

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.feather
 import torch
 import transformers
-from matplotlib.figure import Figure
 from support import CONFIGS, LABELS, REPOSITORY, tiny_tokenizer
 from tokenizers import AddedToken
 from typer.main import get_command
@@ -90,13 +89,23 @@ def run_neg(command: str) -> None:
     options = {option for parameter in NEG.commands[words[0]].params for option in parameter.opts}
     for option, value in (("--backend", "local"), ("--orchestrator", "none")):
         words = [*words, option, value] if option in options and option not in words else words
-    with _as_before(), patch.object(Figure, "savefig", _save_nothing):
+    with _as_before(), patch("flows.show.drawing.vl_convert", _Undrawn):
         result = CliRunner().invoke(app, words, env={"COLUMNS": "100", "HF_HUB_OFFLINE": "1"})
     assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
 
 
-def _save_nothing(figure: Figure, file: Path, **options: Any) -> None:
-    file.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+class _Undrawn:
+    """What stands in for vl-convert."""
+
+    @staticmethod
+    def vegalite_to_svg(specification: dict[str, Any], **options: Any) -> str:
+        return '<svg xmlns="http://www.w3.org/2000/svg"/>'
+
+    @staticmethod
+    def svg_to_png(svg: str, **options: Any) -> bytes:
+        return b""
+
+    svg_to_pdf = svg_to_png
 
 
 @contextmanager

@@ -100,7 +100,7 @@ for module in pkgutil.walk_packages(negcore.__path__, "negcore."):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
-SLOW = ["torch", "transformers", "ray", "prefect", "pandas", "scipy", "sklearn", "matplotlib", "httpx"]
+SLOW = ["torch", "transformers", "ray", "prefect", "pandas", "scipy", "sklearn", "vl_convert", "httpx"]
 
 
 @pytest.mark.parametrize(

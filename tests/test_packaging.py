@@ -189,7 +189,7 @@ def run_in(library: Path, *command: object, **variables: str) -> "subprocess.Com
 MEASURE = """
 import importlib, pkgutil
 from importlib.util import find_spec
-absent = ("ray", "prefect", "fastapi", "sqlalchemy", "matplotlib", "typer", "pydantic", "s3fs", "upath", "pytest")
+absent = ("ray", "prefect", "fastapi", "sqlalchemy", "vl_convert", "typer", "pydantic", "s3fs", "upath", "pytest")
 assert not [name for name in absent if find_spec(name)]
 
 import negcore

@@ -9,7 +9,6 @@ WORKFLOW = (
     "httpx",
     "jinja2",
     "markupsafe",
-    "matplotlib",
     "packaging",
     "prefect",
     "pydantic",
@@ -18,6 +17,7 @@ WORKFLOW = (
     "rich",
     "sqlalchemy",
     "typer",
+    "vl_convert",
     "yaml",
 )
 """Modules of the packages in the extra `run`."""

@@ -1,133 +1,203 @@
-"""Figures of a linearity study, as SVG and PNG; titles hold names and ids, never a prompt's text."""
+"""Figures of a linearity study; titles hold names and ids, never a prompt's text."""
 
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.cm
-import matplotlib.colors
-import matplotlib.ticker
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flows.show.drawing import BLUE, GREY, ORANGE, Axes, panel_grid, plain, save_figures
+from flows.show.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    Chart,
+    Figure,
+    Look,
+    Part,
+    common_scale,
+    curves,
+    field,
+    layer,
+    measured,
+    panel,
+    powers,
+)
 from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
 from flows.show.text import correlation
+from negcore.analysis.linearity import AgreementRow
 from tasks.linearity import Findings
 
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "#b08d2f", "#c1447e")
+_MOST_POINTS = 500
+"""Points of a panel: more are a blot, and make the page heavy."""
+_LEAST_CHANGE = 1e-6
+"""Least span of an axis of probabilities: rounding in float32 is smaller."""
 
-def write_figures(findings: Findings, folder: Path) -> list[Path]:
-    """Draw and write every figure of one model, and return the files, SVG before PNG."""
-    return save_figures({name: partial(draw, findings) for name, draw in FIGURES.items()}, folder, findings.model)
+
+def linearity_figures(findings: Findings) -> list[Figure]:
+    """Return every figure of one model."""
+    return [
+        shift_curves(findings),
+        linear_share(findings),
+        estimators(findings),
+        layer_profile(findings),
+        interventions(findings),
+    ]
 
 
 def shift_curves(findings: Findings) -> Figure:
     """Draw the change of probability against shift for a few neurons, with the lines of the main range."""
-    examples = _examples(findings)
-    figure = Figure(figsize=(9, 2.7 * -(-len(examples) // 3)), layout="constrained")
-    for axes, example in zip(panel_grid(figure, len(examples), 3), examples, strict=True):
-        _shift_curve(findings, axes, example)
-    figure.suptitle(_title(findings, "change of the answer's probability against shift"))
-    return figure
+    return Figure(
+        model=findings.model,
+        name="shift-curves",
+        title=f"{findings.dataset}: change of the answer's probability against shift",
+        says="How the probability of the answer changes when one neuron is shifted, for some neurons; the line is the "
+        f"NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a gradient says "
+        "all.",
+        parts=[Part([_shift_curve(findings, example) for example in _examples(findings)])],
+    )
 
 
 def linear_share(findings: Findings) -> Figure:
     """Draw the share of linear neurons against range, for the model and each layer."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    layers = [row.layer for row in findings.ranges if row.layer is not None]
-    colours = matplotlib.colormaps["viridis"]
-    for layer in sorted(set(layers)):
-        rows = [row for row in findings.ranges if row.layer == layer]
-        axes.plot(*_points(rows, "linear_share"), color=colours(layer / max(1, *layers)), alpha=0.5, linewidth=0.8)
-    whole = [row for row in findings.ranges if row.layer is None]
-    axes.plot(*_points(whole, "linear_share"), color="black", linewidth=2, marker="o", label="model")
-    scale = matplotlib.colors.Normalize(0, max(1, *layers))
-    whole_layers = matplotlib.ticker.MaxNLocator(integer=True)
-    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axes, label="layer", ticks=whole_layers)
-    axes.set(xscale="log", ylim=(0, 1.03), xlabel="range of shifts ± (activation)", ylabel="share of linear neurons")
-    ranges = [row.range for row in whole]
-    axes.set_xticks(ranges, [f"{range_:g}" for range_ in ranges])
-    axes.minorticks_off()
-    axes.legend()
-    figure.suptitle(_title(findings, "linear neurons (|r| ≥ 0.95)"))
-    return figure
+    rows = [{"layer": row.layer, "range": row.range, "share": row.linear_share, "n": row.n} for row in findings.ranges]
+    x = field("range:Q", title="range of shifts ± (activation)", scale={"type": "log"})
+    y = field("share:Q", title="share of linear neurons", scale={"domain": [0, 1]})
+    about = [field("layer:N"), field("range:Q"), *measured("share", "n")]
+    of_layers = [row for row in rows if row["layer"] is not None]
+    whole = [row for row in rows if row["layer"] is None]
+    colour = field("layer:Q", scale={"scheme": "viridis"}, legend={"title": "layer"})
+    thin, thick = {"strokeWidth": 1, "opacity": 0.7}, {"strokeWidth": 3, "color": ORANGE, "point": {"color": ORANGE}}
+    layers = layer("line", thin, of_layers, color=colour, detail=field("layer:N")), layer("line", thick, whole)
+    return Figure(
+        model=findings.model,
+        name="linear-share",
+        title=f"{findings.dataset}: linear neurons (|r| ≥ 0.95)",
+        says="Share of neurons whose change of probability is a straight line, within smaller and larger shifts: each "
+        "layer, and the model (thick). Where the share is high, one gradient describes a neuron.",
+        parts=[Part([panel(rows, *layers, x=x, y=y, tooltip=about)])],
+    )
 
 
 def estimators(findings: Findings) -> Figure:
-    """Draw measured NEG against each estimator, for all prompts and neurons."""
+    """Draw measured NEG against each estimator, for prompts and neurons."""
     negs_PK = findings.sweep.within(findings.main_range).negs_PK
-    rows = whole_model(findings, findings.main_range)
-    figure = Figure(figsize=(9, 2.9 * -(-len(rows) // 3)), layout="constrained")
-    for axes, row in zip(panel_grid(figure, len(rows), 3), rows, strict=True):
-        scores_PK = findings.scores_PK[row.estimator]
-        axes.scatter(scores_PK, negs_PK, s=2, alpha=0.15, color=BLUE, linewidths=0, rasterized=True)
-        _symlog(axes.set_xscale, axes.xaxis, scores_PK)
-        _symlog(axes.set_yscale, axes.yaxis, negs_PK)
-        axes.set(title=f"{ESTIMATOR_TITLES[row.estimator]}, r = {correlation(row.pearson)}", xlabel="estimate")
-        axes.set_ylabel("measured NEG")
-    figure.suptitle(_title(findings, f"NEG measured within ±{findings.main_range:g} against estimates"))
-    return figure
+    chosen = np.linspace(0, negs_PK.size - 1, min(negs_PK.size, _MOST_POINTS)).astype(int)
+    sampled = f" Points: {chosen.size} of {negs_PK.size}, evenly taken." if chosen.size < negs_PK.size else ""
+    return Figure(
+        model=findings.model,
+        name="estimators",
+        title=f"{findings.dataset}: NEG measured within ±{findings.main_range:g} against estimates",
+        says="Measured NEG against what cheaper methods estimate: the nearer the points are to a rising line, the "
+        f"better the estimate. Scales are linear near zero and logarithmic beyond.{sampled}",
+        parts=[Part([_scatter(findings, row, negs_PK, chosen) for row in whole_model(findings, findings.main_range)])],
+    )
+
+
+def _scatter(findings: Findings, row: AgreementRow, negs_PK: NDArray[Any], chosen: NDArray[Any]) -> Chart:
+    scores = findings.scores_PK[row.estimator].ravel()[chosen].astype(float)
+    negs = negs_PK.ravel()[chosen].astype(float)
+    rows = [{"estimate": x, "measured": y} for x, y in zip(scores.tolist(), negs.tolist(), strict=True)]
+    x = field("estimate:Q", title="estimate", scale=_both_signs(scores), axis=_SCIENTIFIC)
+    y = field("measured:Q", title="measured NEG", scale=_both_signs(negs), axis=_SCIENTIFIC)
+    about = measured("estimate", "measured", form=".3~e")
+    title = f"{ESTIMATOR_TITLES[row.estimator]}, r = {correlation(row.pearson)}"
+    points = layer("circle", {"size": 12, "opacity": 0.35, "color": BLUE})
+    return panel(rows, points, title=title, x=x, y=y, tooltip=about)
 
 
 def layer_profile(findings: Findings) -> Figure:
     """Draw the linear share, the size of NEG and the agreement of each estimator by layer."""
-    figure = Figure(figsize=(7, 7.2), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    for range_ in dict.fromkeys(row.range for row in findings.ranges):
-        rows = [row for row in findings.ranges if row.range == range_ and row.layer is not None]
-        top.plot([row.layer for row in rows], [row.linear_share for row in rows], label=f"±{range_:g}", linewidth=1.2)
-    top.set(ylabel="share of linear neurons", ylim=(0, 1.03))
-    sizes = [row for row in findings.sizes if row.layer is not None]
-    layers = [row.layer for row in sizes]
-    middle.fill_between(layers, [r.q05 for r in sizes], [r.q95 for r in sizes], color=BLUE, alpha=0.15, label="5-95 %")
-    middle.fill_between(layers, [r.q25 for r in sizes], [r.q75 for r in sizes], color=BLUE, alpha=0.3, label="25-75 %")
-    middle.plot(layers, [row.q50 for row in sizes], color=BLUE, label="median")
-    middle.set(yscale="log", ylabel="|NEG|\n(probability per activation)")
-    for name in findings.scores_PK:
-        wanted = [row for row in findings.agreement if row.estimator == name and row.range == findings.main_range]
-        by_layer = [row for row in wanted if row.layer is not None]
-        bottom.plot(
-            [row.layer for row in by_layer],
-            [row.pearson for row in by_layer],
-            label=ESTIMATOR_TITLES[name],
-            linewidth=2 if name == "neurgrad" else 1,
-        )
-    bottom.set(xlabel="layer", ylabel=f"r with NEG (±{findings.main_range:g})", ylim=(None, 1.03))
-    bottom.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    for axes in (top, middle, bottom):
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(_title(findings, "by layer"))
-    return figure
+    return Figure(
+        model=findings.model,
+        name="layer-profile",
+        title=f"{findings.dataset}: by layer",
+        says="By layer: the share of linear neurons within each range, the size of NEG (median, and the middle half "
+        "and nine tenths), and the correlation of each estimator with the measured NEG.",
+        parts=[
+            Part([_shares(findings)], "share of linear neurons"),
+            Part([_sizes(findings)], "size of NEG"),
+            Part([_agreements(findings)], f"correlation with NEG (±{findings.main_range:g})"),
+        ],
+    )
+
+
+def _shares(findings: Findings) -> Chart:
+    names = list(dict.fromkeys(f"±{row.range:g}" for row in findings.ranges))
+    rows = [
+        {"line": f"±{row.range:g}", "layer": row.layer, "value": row.linear_share}
+        for row in findings.ranges
+        if row.layer is not None
+    ]
+    y = field("value:Q", title="share of linear neurons", scale={"domain": [0, 1]})
+    return curves(rows, _looks(names), _LAYER, y)
+
+
+def _sizes(findings: Findings) -> Chart:
+    rows = [
+        {name: getattr(row, name) for name in ("layer", "q05", "q25", "q50", "q75", "q95")}
+        for row in findings.sizes
+        if row.layer is not None
+    ]
+    y = field("q50:Q", title="|NEG| (probability per activation)", scale={"type": "log"}, axis={"format": "~e"})
+    about = [field("layer:Q"), *measured("q05", "q25", "q50", "q75", "q95", form=".3~e")]
+    return panel(
+        rows,
+        layer("area", {"opacity": 0.15, "color": BLUE}, y=y | {"field": "q05"}, y2={"field": "q95"}),
+        layer("area", {"opacity": 0.3, "color": BLUE}, y=y | {"field": "q25"}, y2={"field": "q75"}),
+        layer("line", {"color": BLUE, "point": True}, y=y, tooltip=about),
+        x=_LAYER,
+    )
+
+
+def _agreements(findings: Findings) -> Chart:
+    looks = _looks([ESTIMATOR_TITLES[name] for name in findings.scores_PK])
+    rows = [
+        {"line": ESTIMATOR_TITLES[row.estimator], "layer": row.layer, "value": row.pearson}
+        for row in findings.agreement
+        if row.range == findings.main_range and row.layer is not None
+    ]
+    y = field("value:Q", title="r with NEG", scale={"domainMax": 1, "zero": False})
+    return curves(rows, looks, _LAYER, y)
 
 
 def interventions(findings: Findings) -> Figure:
     """Draw the correlation of predicted and true change against the number of neurons shifted together."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for shift in dict.fromkeys(row.shift for row in findings.interventions):
-        rows = [row for row in findings.interventions if row.shift == shift]
-        sizes = [row.set_size for row in rows]
-        (line,) = axes.plot(sizes, [row.pearson for row in rows], marker="o", markersize=3, label=f"shift {shift:g}")
-        low, high = [row.pearson_low for row in rows], [row.pearson_high for row in rows]
-        axes.fill_between(sizes, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="neurons shifted together", ylabel="r of predicted and true change", ylim=(None, 1.03))
-    axes.legend()
-    figure.suptitle(_title(findings, "neurons together"))
-    return figure
+    names = list(dict.fromkeys(f"shift {row.shift:g}" for row in findings.interventions))
+    rows = [
+        {
+            "line": f"shift {row.shift:g}",
+            "neurons": row.set_size,
+            "value": row.pearson,
+            "low": row.pearson_low,
+            "high": row.pearson_high,
+        }
+        for row in findings.interventions
+    ]
+    x = powers("neurons", "neurons shifted together", {row.set_size for row in findings.interventions})
+    y = field("value:Q", title="r of predicted and true change", scale={"domainMax": 1, "zero": False})
+    return Figure(
+        model=findings.model,
+        name="interventions",
+        title=f"{findings.dataset}: neurons together",
+        says="Whether NEGs of single neurons add up: the correlation of the predicted with the true change when "
+        "several neurons are shifted together. Near 1, they do. Shaded: 95 % intervals.",
+        parts=[Part([curves(rows, _looks(names), x, y)])],
+    )
 
 
-FIGURES: dict[str, Callable[[Findings], Figure]] = {
-    "shift-curves": shift_curves,
-    "linear-share": linear_share,
-    "estimators": estimators,
-    "layer-profile": layer_profile,
-    "interventions": interventions,
-}
+# Parts of figures
+
+_LAYER = field("layer:Q", title="layer", axis={"tickMinStep": 1, "format": "d"})
+_SCIENTIFIC = {"format": "~e", "tickCount": 5, "labelAngle": -30}
+
+
+def _looks(names: list[str]) -> dict[str, Look]:
+    """Return a look for every name, with a colour that comes back only with other dashes."""
+    dashes: list[tuple[int, ...]] = [(), (6, 3), (2, 2)]
+    n = len(_COLOURS)
+    return {name: Look(_COLOURS[i % n], dashes[i // n % len(dashes)]) for i, name in enumerate(names)}
 
 
 class _Example(NamedTuple):
@@ -159,38 +229,32 @@ def _place(index: Any, array_PK: NDArray[Any]) -> tuple[int, int]:
     return int(prompt), int(neuron)
 
 
-def _shift_curve(findings: Findings, axes: Axes, example: _Example) -> None:
+def _shift_curve(findings: Findings, example: _Example) -> Chart:
     sweep, main = findings.sweep, findings.sweep.within(findings.main_range)
-    layer, neuron = sweep.neurons_K2[example.neuron]
-    ends = np.array([-1, 1]) * np.abs(sweep.shifts_S).max()
-    axes.plot(sweep.shifts_S, sweep.changes_PKS[example.prompt, example.neuron], "o", markersize=2.5, color=BLUE)
-    axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # the points decide what is shown, not the line
-    axes.axvspan(-findings.main_range, findings.main_range, color=GREY, alpha=0.12, linewidth=0)
-    axes.plot(ends, main.negs_PK[example.prompt, example.neuron] * ends, color=ORANGE, linewidth=1)
-    r = sweep.pearson_PK[example.prompt, example.neuron]
-    id_ = plain(findings.ids[example.prompt])
-    axes.set_title(f"{example.what}: layer {layer}, neuron {neuron}, r = {r:.3f}\n{_shortened(id_)}", fontsize=7.5)
-    axes.set(xlabel="shift (activation)", ylabel="Δp")
-    axes.ticklabel_format(axis="y", scilimits=(-2, 2))
+    place = example.prompt, example.neuron
+    where = sweep.neurons_K2[example.neuron].tolist()
+    changes_S, slope = sweep.changes_PKS[place].astype(float), float(main.negs_PK[place])
+    points = [{"shift": float(d), "change": c} for d, c in zip(sweep.shifts_S, changes_S.tolist(), strict=True)]
+    end = float(np.abs(sweep.shifts_S).max())
+    scale = common_scale(changes_S.tolist(), least=_LEAST_CHANGE)
+    x = field("shift:Q", title="shift (activation)")
+    y = field("change:Q", title="change of p", scale=scale, axis={"format": "~e"})
+    range_ = [{"low": -findings.main_range, "high": findings.main_range}]
+    line = [{"shift": shift, "change": slope * shift} for shift in (-end, end)]
+    r = correlation(float(sweep.pearson_PK[place]))
+    return panel(
+        points,
+        layer("rect", {"color": GREY, "opacity": 0.15}, range_, x=x | {"field": "low"}, x2={"field": "high"}),
+        layer("line", {"color": ORANGE, "strokeWidth": 1.5, "clip": True}, line, x=x, y=y),
+        layer("circle", {"size": 14, "color": BLUE}, x=x, y=y, tooltip=measured("shift", "change", form=".3~g")),
+        title=f"{example.what}: {where[0]}.{where[1]}, r {r}, {_shortened(findings.ids[example.prompt])}",
+    )
 
 
-def _points(rows: list[Any], name: str) -> tuple[list[float], list[float]]:
-    return [row.range for row in rows], [getattr(row, name) for row in rows]
-
-
-def _symlog(set_scale: Callable[..., None], axis: Any, values: NDArray[Any]) -> None:
-    """Set a scale for both signs over many powers of ten, linear below the median size; at most two ticks a side."""
-    sizes = np.abs(values[values != 0])
-    if not sizes.size:
-        return
-    threshold, largest = float(np.median(sizes)), float(sizes.max())
-    set_scale("symlog", linthresh=threshold, linscale=1.5)
-    powers = np.unique(np.linspace(np.ceil(np.log10(threshold)), np.floor(np.log10(largest)), 2).round())
-    axis.set_ticks([*(-(10**powers))[::-1], 0, *10**powers])
-
-
-def _title(findings: Findings, what: str) -> str:
-    return f"{plain(findings.model)} on {plain(findings.dataset)}: {what}"
+def _both_signs(numbers: NDArray[Any]) -> Chart:
+    """Return a scale for both signs over many powers of ten, linear below the median size."""
+    sizes = np.abs(numbers[np.isfinite(numbers) & (numbers != 0)])
+    return {"type": "symlog", "constant": float(np.median(sizes))} if sizes.size else {}
 
 
 def _shortened(text: str) -> str:

@@ -1,8 +1,12 @@
-"""The results of a run, and the page that shows them: `report.html` beside the data, with the terminal's tables.
+"""The results of a run, and the page that shows them: `report.html` beside the data, with figures and tables.
 
-The page needs no network and runs no script; names and errors on it are plain text, whatever they contain.
+The page is one file that can be mailed: it needs no network, and runs the scripts in it alone. Names and errors on it
+are plain text, whatever they contain.
 """
 
+import base64
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +18,15 @@ from urllib.parse import quote
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from flows.show.about import About
+from flows.show.drawing import WIDTH, Figure, Part, look, save_figures
+from flows.show.neuron_figures import listed_neurons
 from flows.show.table import Table
 from flows.show.text import count, printable
+from flows.show.vega import vega_script
 from negcore.store.files import find, output
 from tasks.measure.missing import Extracted
+from tasks.neurons import NeuronRow
 
 REPORT_FILE = "report.html"
 
@@ -30,6 +39,7 @@ KNOWN_FILES = MappingProxyType(
         "checks": "check of every model where it was loaded",
         "comparisons.arrow": "paired tests between probes",
         "confusion.arrow": "answers by gold option",
+        "figures": "figures as SVG, PNG and PDF",
         "linearity": "tables and figures",
         "manifest.json": "what belongs together, with checksums",
         "negs": "NEG shards",
@@ -49,13 +59,18 @@ _REPORTS_OF_PARTS = f"*/*/{REPORT_FILE}"
 
 @dataclass(frozen=True)
 class Section:
-    """Tables and figures that belong together."""
+    """Sentences, figures and tables that belong together."""
 
     title: str
     """One line; may be empty."""
     tables: Sequence[Table]
-    figures: Sequence[Path] = ()
-    """SVG and PNG."""
+    figures: Sequence[Figure] = ()
+    sentences: Sequence[str] = ()
+    """Findings, each with its uncertainty."""
+    neurons: Sequence[NeuronRow] = ()
+    """The best neurons, for the page alone."""
+    folder: str = "figures"
+    """Folder of the figures' files below the run directory."""
 
 
 @dataclass
@@ -72,6 +87,8 @@ class RunResults:
     """One line for everything that is there and must be read with care; the run is whole all the same."""
     checks: Section | None = None
     """The checks of the run's models, for its page alone."""
+    about: About | None = None
+    """The origin of the results, for the page alone."""
     report: Path | None = None
     """The page of this run; None until it is written."""
 
@@ -89,12 +106,12 @@ class RunResults:
 
 
 def write_report(results: RunResults) -> None:
-    """Write the page of a run that has something to report; otherwise an earlier run's page stays.
+    """Write the figures and the page of a run that has something to report; otherwise an earlier run's page stays.
 
     Raises
     ------
     RunError
-        If it cannot be written.
+        If they cannot be written.
     """
     if not (results.sections or results.problems):
         return
@@ -130,6 +147,13 @@ def files_of(directory: Path) -> list[Path]:
 
 # The page
 
+_MOST_ROWS = 30
+"""Rows of a table that is not folded."""
+_MOST_SENTENCES = 12
+"""Findings that are not folded."""
+_LABELS = 64
+"""Pixels beside a panel for labels."""
+
 
 class _Link(NamedTuple):
     """A file below the run directory: the page and its data are moved together."""
@@ -139,33 +163,83 @@ class _Link(NamedTuple):
     about: str = ""
 
 
+class _Shown(NamedTuple):
+    """A figure on the page."""
+
+    figure: Figure
+    parts: Sequence[tuple[int, str]]
+    """Number of the drawing, and heading."""
+    files: Sequence[_Link]
+
+
 def _page(results: RunResults) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable
     )
-    template = environment.from_string(Path(__file__).with_name(REPORT_FILE).read_text(encoding="utf-8"))
+    template = environment.from_string(_file(REPORT_FILE))
     directory = results.directory
+    figures, drawings = _figures(results.sections, directory)
     data = [path for path in files_of(directory) if path.name != REPORT_FILE]
-    sections = [*results.sections, *([results.checks] if results.checks else [])]
+    scripts = [*([vega_script()] if drawings else []), f"\n{_file('report.js')}"]
     return template.render(
         title=directory.name,
+        about=results.about,
         counted=counted(results.extracted) if results.extracted else "",
         problems=results.problems,
         warnings=results.warnings,
         set_aside=results.set_aside,
-        sections=[(section, _figures(section, directory)) for section in sections],
+        sentences=[sentence for section in results.sections for sentence in section.sentences],
+        most_sentences=_MOST_SENTENCES,
+        figures=figures,
+        n_parts=len(drawings),
+        neurons=listed_neurons([row for section in results.sections for row in section.neurons]),
+        sections=[*results.sections, *([results.checks] if results.checks else [])],
+        most_rows=_MOST_ROWS,
         parts=[_link(path, directory) for path in find(directory, _REPORTS_OF_PARTS)],
         data=[_link(path, directory, KNOWN_FILES.get(path.name, "")) for path in data],
+        drawings=_json({"look": look("currentColor"), "figures": drawings}),
+        scripts=[Markup(script) for script in scripts],
+        script_hashes=[_hash(script) for script in scripts],
     )
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> Markup:
+    """Return a value as JSON that ends no element and begins none, whatever texts are in it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _hash(script: str) -> Markup:
+    """Return what the page's policy calls a script by: no other is run."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'")
+
+
+def _figures(sections: Sequence[Section], directory: Path) -> tuple[list[_Shown], list[dict[str, Any]]]:
+    """Write the files of all figures; return the figures, and the drawings of their parts."""
+    shown: list[_Shown] = []
+    drawings: list[dict[str, Any]] = []
+    for folder, figure in ((section.folder, figure) for section in sections for figure in section.figures):
+        first = len(drawings)
+        drawings += [_drawing(part) for part in figure.parts]
+        files = save_figures([figure], directory / folder)
+        parts = [(first + i, part.heading) for i, part in enumerate(figure.parts)]
+        shown.append(
+            _Shown(figure, parts, [_link(path, directory)._replace(name=path.suffix[1:].upper()) for path in files])
+        )
+    return shown, drawings
+
+
+def _drawing(part: Part) -> dict[str, Any]:
+    return {"spec": part.chart, "cell": WIDTH + _LABELS}
 
 
 def _printable(value: Any) -> Any:
     """Make every text on the page printable; markup of the template itself stays."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _figures(section: Section, directory: Path) -> list[_Link]:
-    return [_link(path, directory) for path in section.figures if path.suffix == ".svg"]
 
 
 def _link(path: Path, directory: Path, about: str = "") -> _Link:

@@ -1,57 +1,71 @@
-"""Figures of skill neurons, as SVG and PNG.
+"""Figures of skill neurons.
 
 Every figure that relies on a ranking has a causal check of that ranking in its lower part, so that nobody sees the one
 without the other. The whole check is a figure of its own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.colors
-import matplotlib.ticker
-import numpy as np
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-
 from flows.show.accuracy_tables import PROBE_TITLES, short
-from flows.show.drawing import BLUE, GREY, ORANGE, Axes, panel_grid, plain, save_figures
+from flows.show.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    HEIGHT,
+    ORANGE,
+    PURPLE,
+    Chart,
+    Figure,
+    Look,
+    Part,
+    cells,
+    common_scale,
+    curves,
+    field,
+    layer,
+    line_scales,
+    measured,
+    panel,
+    powers,
+)
 from flows.show.skill_tables import (
     DIRECTION_TITLES,
     NEURON_TITLES,
     band_width,
     check_causal,
     depth_title,
-    few,
     fitted,
     has_forests,
     probes,
     tops,
 )
 from flows.show.text import share, times
+from negcore.analysis.causal import CausalRow
 from tasks.skills import DatasetFindings, SkillFindings
 
-Floats = NDArray[np.float64]
-Texts = Sequence[Sequence[str]]
-
-_WIDTH = 9.3  # inches: 1395 pixels
 _SET_COLOURS = {"top": BLUE, "random": GREY, "bottom": ORANGE}
-_PROBE_COLOURS = {"polar": "#1b7837", "magn": "#762a83"}
-_PROBE_MARKERS = {"polar": "o", "magn": "s"}
+PROBE_COLOURS = MappingProxyType({"polar": GREEN, "magn": PURPLE})
 _SAYS = {"gold": "as each neuron's NEG says", "polarity": "as the ranking says"}
 """Source of the direction towards the gold option."""
-_FLOOR_LINES: Mapping[str, tuple[Any, str]] = {
-    "majority": ("--", "majority"),
-    "random": (":", "random answer"),
-    "options_only": ("-.", "options and lengths"),
-    "calibrated": ((0, (6, 2, 1, 2, 1, 2)), "calibrated LM-Prob"),
-}
-"""Look and name of the lines for floors."""
+FLOOR_LOOKS = MappingProxyType(
+    {
+        "random": ("random answer", Look(GREY, (2, 3))),
+        "majority": ("majority", Look(GREY, (7, 4))),
+        "options_only": ("options and lengths", Look(GREY, (7, 3, 2, 3))),
+        "calibrated": ("calibrated LM-Prob", Look(GREY, (12, 3, 2, 3))),
+    }
+)
+"""Name and look of the lines for floors."""
+_DEPTH_COLOURS = ("#c7d9ea", "#93bfe0", "#5a9fd2", "#2f78b5", "#174f80")
+_LEAST_CHANGE = 0.02
+"""Least span of an axis of changes: smaller ones are nothing to see."""
 _MOST_NUMBERED = 8
-"""Most datasets for which the cells of a heat map of pairs have space for a number."""
+"""Most datasets for which the cells of a map of pairs have space for a number."""
+_LM = "LM-Prob"
 
 
 class _Measure(NamedTuple):
@@ -70,24 +84,24 @@ _CHANGES = (
 )
 
 
-def write_figures(findings: SkillFindings, folder: Path) -> list[Path]:
-    """Draw and write every figure of one model, and return the files, SVG before PNG."""
+def skill_figures(findings: SkillFindings) -> list[Figure]:
+    """Return every figure of one model."""
     check_causal(findings)
-    return save_figures(dict(_drawings(findings)), folder, findings.model)
+    return list(_figures(findings))
 
 
-def _drawings(findings: SkillFindings) -> Iterator[tuple[str, Callable[[], Figure]]]:
+def _figures(findings: SkillFindings) -> Iterator[Figure]:
     for probe, direction in product(probes(findings), DIRECTION_TITLES):
-        yield f"causal-{probe}-{DIRECTION_TITLES[direction].lower()}", partial(causal, findings, probe, direction)
-    yield "efficiency", partial(efficiency, findings)
+        yield causal(findings, probe, direction)
+    yield efficiency(findings)
     if len(findings.conditions) > 1:
-        yield "transfer", partial(transfer, findings)
-    yield "bands", partial(bands, findings)
+        yield transfer(findings)
+    yield bands(findings)
     if has_forests(findings):
-        yield "forests", partial(forests, findings)
+        yield forests(findings)
     if findings.overlaps:
-        yield "overlap", partial(overlap, findings)
-    yield "layers", partial(layers, findings)
+        yield overlap(findings)
+    yield layers(findings)
 
 
 # The causal check
@@ -96,78 +110,91 @@ def _drawings(findings: SkillFindings) -> Iterator[tuple[str, Callable[[], Figur
 def causal(findings: SkillFindings, probe: str, direction: str) -> Figure:
     """Draw what shifting the best, random and last neurons of a ranking changes, by their number: a row a dataset."""
     shifts = sorted({abs(row.shift) for one in findings.datasets for row in one.causal})
-    columns = [(measure, shift) for measure in _CHANGES for shift in shifts]
-    n = len(findings.datasets)
-    figure = Figure(figsize=(_WIDTH, 0.9 + 1.6 * n), layout="constrained")
-    grid = figure.subplots(n, len(columns), squeeze=False, sharey="col")
-    for one, row_of_axes in zip(findings.datasets, grid, strict=True):
-        for axes, (measure, shift) in zip(row_of_axes, columns, strict=True):
-            _changes(axes, one, (probe, direction), shift, measure)
-            axes.set_title(f"{_name(one.dataset)}, ±{shift:g}", fontsize=8)
-            axes.set_ylabel(measure.title if shift == shifts[0] else "")
-    for axes in grid[-1]:
-        axes.set_xlabel("neurons")
-    _legend(figure, grid[0, 0])
-    what = f"causal check of {PROBE_TITLES[probe]}'s ranking, towards gold {_SAYS[direction]} (shaded: 95 %)"
-    figure.suptitle(_title(findings, what))
-    return figure
+    columns = list(product(_CHANGES, shifts))
+    panels = [
+        _changes(findings, one, (probe, direction), shift, measure)
+        for one in findings.datasets
+        for measure, shift in columns
+    ]
+    return Figure(
+        model=findings.model,
+        name=f"causal-{probe}-{DIRECTION_TITLES[direction].lower()}",
+        title=f"causal check of {PROBE_TITLES[probe]}'s ranking, towards gold {_SAYS[direction]}",
+        says="What changes when neurons are shifted together, by their number. If the ranking found what makes the "
+        "answer, the best neurons move it more than random ones of the same layers, and opposite shifts move it "
+        "opposite ways. All datasets have one scale; shaded: 95 % intervals.",
+        parts=[Part(panels, columns=len(columns))],
+    )
 
 
-def _changes(axes: Axes, one: DatasetFindings, check: tuple[str, str], distance: float, measure: _Measure) -> None:
-    axes.axhline(0, color="black", linewidth=0.6)
-    for neurons, title in NEURON_TITLES.items():
-        for shift, style, way in ((distance, "-", "towards"), (-distance, "--", "away")):
-            wanted = (*check, neurons, shift)
-            rows = [row for row in one.causal if (row.probe, row.direction, row.neurons, row.shift) == wanted]
-            sizes, label, colour = [row.size for row in rows], f"{title}, {way}", _SET_COLOURS[neurons]
-            _curve(axes, sizes, rows, measure, label=label, color=colour, linestyle=style, marker="o")
-    _powers(axes, {row.size for row in one.causal})
+def _changes(
+    findings: SkillFindings, one: DatasetFindings, check: tuple[str, str], distance: float, measure: _Measure
+) -> Chart:
+    rows = [
+        {"line": _way(row), "neurons": row.size, **_measured(row, measure)}
+        for row in one.causal
+        if (row.probe, row.direction) == check and abs(row.shift) == distance
+    ]
+    looks = {
+        f"{title}, {way}": Look(_SET_COLOURS[neurons], dash)
+        for neurons, title in NEURON_TITLES.items()
+        for way, dash in (("towards", ()), ("away", (4, 3)))
+    }
+    y = field("value:Q", title=measure.title, scale=_change_scale(findings, measure))
+    x = powers("neurons", "neurons shifted", {row.size for row in one.causal})
+    return curves(rows, looks, x, y, title=f"{short(one.dataset)}, ±{distance:g}")
 
 
-def _with_check(findings: SkillFindings, what: str, height: float) -> tuple[Figure, Any]:
-    """Return a figure with a causal check below, and its upper part of that height in inches to draw in."""
-    check_height = 2.2 if len(findings.datasets) <= _MOST_NUMBERED else 2.8
-    figure = Figure(figsize=(_WIDTH, height + check_height), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=(height, check_height))
-    body, check = parts
-    body.suptitle(_title(findings, what))
+def _way(row: CausalRow) -> str:
+    return f"{NEURON_TITLES[row.neurons]}, {'towards' if row.shift > 0 else 'away'}"
+
+
+def _change_scale(findings: SkillFindings, measure: _Measure) -> Chart:
+    """Return one scale for a measure in all checks of a model."""
+    rows = [row for one in findings.datasets for row in one.causal]
+    ends = [getattr(row, name) for row in rows for name in (measure.low, measure.high, measure.value)]
+    return common_scale(ends, least=_LEAST_CHANGE)
+
+
+def _check(findings: SkillFindings) -> Part:
+    """Return the part of every figure that shows the check of the rankings at one size and shift."""
     size, shift = tops(findings)[len(tops(findings)) // 2], max(row.shift for row in findings.datasets[0].causal)
-    check.suptitle(f"Causal check: {size} neurons shifted together by {shift:g} towards gold (bars: 95 %)", fontsize=9)
-    panels = check.subplots(1, 2, sharey=True)
-    for axes, direction in zip(panels, DIRECTION_TITLES, strict=True):
-        _check(axes, findings, (size, direction, shift))
-        axes.set_title(_SAYS[direction], fontsize=8)
-    _legend(check, panels[0])
-    return figure, body
+    heading = f"Causal check: {size} neurons shifted together by {shift:g} towards gold (bars: 95 %)"
+    return Part([_check_panel(findings, (size, way, shift)) for way in DIRECTION_TITLES], heading, columns=2)
 
 
-def _check(axes: Axes, findings: SkillFindings, condition: tuple[int, str, float]) -> None:
+def _check_panel(findings: SkillFindings, condition: tuple[int, str, float]) -> Chart:
     """Draw the change of accuracy under one size, direction and shift of every dataset's check."""
-    shown = [(probe, neurons) for probe in probes(findings) for neurons in NEURON_TITLES]
-    found = {
-        (one.dataset, row.probe, row.neurons): row
+    looks = {
+        f"{PROBE_TITLES[probe]}, {title}": Look(_SET_COLOURS[neurons], () if probe == "polar" else (1, 1))
+        for probe in probes(findings)
+        for neurons, title in NEURON_TITLES.items()
+    }
+    rows = [
+        {
+            "dataset": short(one.dataset),
+            "line": f"{PROBE_TITLES[row.probe]}, {NEURON_TITLES[row.neurons]}",
+            "probe": PROBE_TITLES[row.probe],
+            **_measured(row, _CHANGES[0]),
+        }
         for one in findings.datasets
         for row in one.causal
         if (row.size, row.direction, row.shift) == condition
-    }
-    axes.axhline(0, color="black", linewidth=0.6)
-    for (probe, neurons), offset in zip(shown, np.linspace(-0.3, 0.3, len(shown)), strict=True):
-        rows = [found[one.dataset, probe, neurons] for one in findings.datasets]
-        places, colour = np.arange(len(rows)) + offset, _SET_COLOURS[neurons]
-        title = f"{PROBE_TITLES[probe]}, {NEURON_TITLES[neurons]}"
-        axes.vlines(places, *_ends(rows, _CHANGES[0]), color=colour, linewidth=1)
-        changes = [row.accuracy_change for row in rows]
-        axes.plot(places, changes, _PROBE_MARKERS[probe], color=colour, markersize=3, label=title)
-    axes.set_xlim(-0.5, len(findings.datasets) - 0.5)
-    axes.set_ylabel(_first(axes, _CHANGES[0].title))
-    axes.grid(axis="x", visible=False)
-    _dataset_ticks(axes, findings.datasets)
-
-
-def _dataset_ticks(axes: Axes, datasets: Sequence[DatasetFindings]) -> None:
-    n = len(datasets)
-    look = {"rotation": 90} if n > _MOST_NUMBERED else {"rotation": 20, "ha": "right"} if n > 3 else {}
-    axes.set_xticks(range(n), [_name(one.dataset) for one in datasets], fontsize=7, **look)
+    ]
+    colour, _ = line_scales(looks)
+    shape = field("probe:N", scale={"range": ["circle", "square"]}, legend=None)
+    x = field("value:Q", title=_CHANGES[0].title, scale=_change_scale(findings, _CHANGES[0]))
+    return panel(
+        rows,
+        layer("rule", x=x | {"field": "low"}, x2={"field": "high"}),
+        layer("point", {"filled": True, "size": 28, "opacity": 1}, x=x, shape=shape),
+        title=_SAYS[condition[1]],
+        height=max(HEIGHT, len(findings.datasets) * 8 * len(looks)),
+        y=field("dataset:N", title=None, sort=None),
+        yOffset=field("line:N", sort=list(looks)),
+        color=colour,
+        tooltip=[field("dataset:N"), field("line:N"), *measured()],
+    )
 
 
 # Accuracies
@@ -175,90 +202,118 @@ def _dataset_ticks(axes: Axes, datasets: Sequence[DatasetFindings]) -> None:
 
 def efficiency(findings: SkillFindings) -> Figure:
     """Draw accuracy against the number of neurons and of training rows."""
-    n, columns = len(findings.datasets), min(4, 2 * len(findings.datasets))
-    height = 0.8 + 1.9 * -(-2 * n // columns)
-    figure, body = _with_check(findings, "accuracy by neurons and by training rows (shaded: 95 %)", height)
-    panels = panel_grid(body, 2 * n, columns)
-    for one, by_neurons, by_rows in zip(findings.datasets, panels[::2], panels[1::2], strict=True):
-        for probe in probes(findings):
-            colour = _PROBE_COLOURS[probe]
-            for order, style in (("best", "-"), ("random", ":")):
-                counts = [row for row in one.neuron_counts if (row.probe, row.order) == (probe, order)]
-                sizes, title = [row.n_neurons for row in counts], f"{PROBE_TITLES[probe]}, {order}"
-                _curve(by_neurons, sizes, counts, _ACCURACY, label=title, color=colour, linestyle=style)
-            rows = [row for row in one.training_rows if row.probe == probe]
-            _curve(by_rows, [row.n_train for row in rows], rows, _ACCURACY, color=colour, marker="o")
-        for axes, label in ((by_neurons, "neurons"), (by_rows, "training rows")):
-            _accuracy_axes(axes, one, label)
-        _powers(by_neurons, {row.n_neurons for row in one.neuron_counts})
-        _powers(by_rows, {row.n_train for row in one.training_rows})
-    _legend(body, panels[0])
-    return figure
+    looks = {
+        f"{PROBE_TITLES[probe]}, {order}": Look(PROBE_COLOURS[probe], dash)
+        for probe in probes(findings)
+        for order, dash in (("best", ()), ("random", (2, 2)))
+    } | _reference_looks(findings)
+    panels = [
+        chart
+        for one in findings.datasets
+        for chart in (
+            _accuracies(one, looks, _by_neurons(one), "n", "neurons"),
+            _accuracies(one, looks, _by_rows(one), "n", "training rows"),
+        )
+    ]
+    return Figure(
+        model=findings.model,
+        name="efficiency",
+        title="accuracy by neurons and by training rows",
+        says="Accuracy of the probes on test against the number of neurons that vote and the number of rows that "
+        "ranked them. Where the best neurons are no better than random ones, the ranking says nothing. Shaded: 95 %.",
+        parts=[Part(panels, columns=4), _check(findings)],
+    )
+
+
+def _by_neurons(one: DatasetFindings) -> list[dict[str, Any]]:
+    return [
+        {"line": f"{PROBE_TITLES[row.probe]}, {row.order}", "n": row.n_neurons, **_measured(row, _ACCURACY)}
+        for row in one.neuron_counts
+    ]
+
+
+def _by_rows(one: DatasetFindings) -> list[dict[str, Any]]:
+    return [
+        {"line": f"{PROBE_TITLES[row.probe]}, best", "n": row.n_train, **_measured(row, _ACCURACY)}
+        for row in one.training_rows
+    ]
 
 
 def bands(findings: SkillFindings) -> Figure:
     """Draw the accuracy of equally many neurons further and further down the ranking."""
-    what = f"accuracy of {band_width(findings)} neurons further down the ranking (shaded: 95 %)"
-    figure, body, panels = _a_panel_each(findings, what)
-    for axes, one in zip(panels, findings.datasets, strict=True):
-        for probe in probes(findings):
-            rows = [row for row in one.bands if row.probe == probe]
-            colour, title = _PROBE_COLOURS[probe], PROBE_TITLES[probe]
-            _curve(axes, range(len(rows)), rows, _ACCURACY, label=title, color=colour, marker="o")
-        _accuracy_axes(axes, one, "rank of the band's first neuron")
-        starts = list(dict.fromkeys(row.first_rank for row in one.bands))
-        axes.set_xticks(range(len(starts)), [str(start) for start in starts], rotation=45, ha="right", fontsize=7)
-    _legend(body, panels[0])
-    return figure
+    looks = {PROBE_TITLES[probe]: Look(PROBE_COLOURS[probe]) for probe in probes(findings)}
+    looks |= _reference_looks(findings)
+    panels = []
+    for one in findings.datasets:
+        rows = [
+            {"line": PROBE_TITLES[row.probe], "first": row.first_rank + 1, **_measured(row, _ACCURACY)}
+            for row in one.bands
+        ]
+        panels.append(_accuracies(one, looks, rows, "first", "rank of the band's first neuron, from 1"))
+    return Figure(
+        model=findings.model,
+        name="bands",
+        title=f"accuracy of {band_width(findings)} neurons further down the ranking",
+        says="Accuracy of equally many neurons, taken further and further down the ranking. A ranking that means "
+        "something falls from left to right. Shaded: 95 %.",
+        parts=[Part(panels, columns=4), _check(findings)],
+    )
 
 
 def forests(findings: SkillFindings) -> Figure:
     """Draw the accuracy of forests against their trees, a line for each depth, beside the probes that vote."""
-    figure, body, panels = _a_panel_each(
-        findings, "accuracy of forests by trees and depth (shaded: 95 % of the deepest)"
+    depths = list(dict.fromkeys(row.depth for one in findings.datasets for row in one.forests))
+    shades = [_DEPTH_COLOURS[i * (len(_DEPTH_COLOURS) - 1) // max(1, len(depths) - 1)] for i in range(len(depths))]
+    looks = {f"depth: {depth_title(depth)}": Look(shade) for depth, shade in zip(depths, shades, strict=True)}
+    looks |= {PROBE_TITLES[probe]: Look(PROBE_COLOURS[probe], (7, 2)) for probe in probes(findings)}
+    looks |= _reference_looks(findings)
+    panels = []
+    for one in findings.datasets:
+        rows = [
+            {"line": f"depth: {depth_title(row.depth)}", "trees": row.n_trees, **_measured(row, _ACCURACY)}
+            for row in one.forests
+        ]
+        rows += [
+            {"line": PROBE_TITLES[probe], **_measured(fitted(one, probe), _ACCURACY)} for probe in probes(findings)
+        ]
+        panels.append(_accuracies(one, looks, rows, "trees", "trees"))
+    return Figure(
+        model=findings.model,
+        name="forests",
+        title="accuracy of forests by trees and depth",
+        says="Accuracy of forests on the best neurons, beside the probes that only count votes. Where forests are "
+        "clearly above, neurons say more together than one by one. Shaded: 95 %.",
+        parts=[Part(panels, columns=4), _check(findings)],
     )
-    colours = matplotlib.colormaps["viridis_r"]
-    for axes, one in zip(panels, findings.datasets, strict=True):
-        depths = list(dict.fromkeys(row.depth for row in one.forests))
-        for i, depth in enumerate(depths):
-            rows = [row for row in one.forests if row.depth == depth]
-            colour, shade = colours(0.1 + 0.9 * i / len(depths)), 0.15 if i == len(depths) - 1 else 0
-            trees, label = [row.n_trees for row in rows], f"depth: {depth_title(depth)}"
-            _curve(axes, trees, rows, _ACCURACY, shade=shade, label=label, color=colour, marker="o")
-        for probe in probes(findings):
-            voted = fitted(one, probe).accuracy
-            axes.axhline(voted, color=_PROBE_COLOURS[probe], linestyle="-.", label=PROBE_TITLES[probe])
-        _accuracy_axes(axes, one, "trees")
-        _powers(axes, {row.n_trees for row in one.forests})
-    _legend(body, panels[0])
-    return figure
 
 
 def transfer(findings: SkillFindings) -> Figure:
     """Draw the accuracy of each condition's probe under each condition, coloured by the loss against its own."""
-    shown = [(one, probe) for one in findings.datasets for probe in probes(findings)]
-    columns = min(4, len(shown))
-    height = 1.2 + 1.75 * -(-len(shown) // columns)
-    figure, body = _with_check(findings, "accuracy of probes under other conditions", height)
-    panels = panel_grid(body, len(shown), columns)
-    names = {i: plain(name) for i, name in enumerate(findings.conditions)}
-    matrices = [_matrix(findings, one, probe) for one, probe in shown]
-    lost = [accuracies - accuracies.diagonal() for accuracies in matrices]
-    norm = matplotlib.colors.CenteredNorm(0, max(0.1, *(np.abs(change).max() for change in lost)))
-    for i, (axes, (one, probe), accuracies) in enumerate(zip(panels, shown, matrices, strict=True)):
-        image = _heat_map(axes, lost[i], norm, "RdBu", _texts(accuracies, share))
-        axes.set_title(f"{_name(one.dataset)}, {PROBE_TITLES[probe]}", fontsize=8)
-        _outer_ticks(axes, i, columns, len(shown), x=names, y=names)
-    body.supxlabel("tested on", fontsize=9)
-    body.supylabel("trained on", fontsize=9)
-    body.colorbar(image, ax=panels, label="difference from the diagonal", shrink=0.8, pad=0.01)
-    return figure
+    panels, shown = [], [(one, probe) for one in findings.datasets for probe in probes(findings)]
+    of_all = [_transfers(one, probe) for one, probe in shown]
+    most = max(0.1, *(abs(row["value"]) for rows in of_all for row in rows))
+    scale = {"scheme": "redblue", "domain": [-most, most], "domainMid": 0}
+    for (one, probe), rows in zip(shown, of_all, strict=True):
+        title = f"{short(one.dataset)}, {PROBE_TITLES[probe]}"
+        x = field("tested:N", sort=None, title="tested on", axis={"labelAngle": -30})
+        y = field("trained:N", sort=None, title="trained on")
+        panels.append(cells(rows, scale, "difference from the diagonal", x=x, y=y, title=title))
+    return Figure(
+        model=findings.model,
+        name="transfer",
+        title="accuracy of probes under other conditions",
+        says="Accuracy of a probe that was trained under one way of asking and tested under another. Red cells lose "
+        "against the probe of the tested way: their neurons belong to the wording, not to the skill.",
+        parts=[Part(panels, columns=4), _check(findings)],
+    )
 
 
-def _matrix(findings: SkillFindings, one: DatasetFindings, probe: str) -> Floats:
-    """Return accuracies: a row for each condition of training, a column for each condition of testing."""
+def _transfers(one: DatasetFindings, probe: str) -> list[dict[str, Any]]:
     found = {(row.trained_on, row.tested_on): row.accuracy for row in one.transfers if row.probe == probe}
-    return np.array([[found[on, to] for to in findings.conditions] for on in findings.conditions])
+    return [
+        {"trained": on, "tested": to, "value": accuracy - found[to, to], "text": share(accuracy)}
+        for (on, to), accuracy in found.items()
+    ]
 
 
 # Which neurons
@@ -266,167 +321,117 @@ def _matrix(findings: SkillFindings, one: DatasetFindings, probe: str) -> Floats
 
 def overlap(findings: SkillFindings) -> Figure:
     """Draw how many times more skill neurons two datasets share than random sets, datasets of a genre side by side."""
-    ordered = sorted(findings.datasets, key=lambda one: one.reference.genre)
-    shown = [(probe, top) for probe in probes(findings) for top in tops(findings)]
-    columns, names = len(tops(findings)), {i: _name(one.dataset) for i, one in enumerate(ordered)}
-    height = 1.5 + len(probes(findings)) * max(1.6, 0.11 * len(ordered) + 0.5)
-    figure, body = _with_check(
-        findings, "skill neurons that two datasets share (white: no more than by chance)", height
+    names = [one.dataset for one in _by_genre(findings)]
+    shown = list(product(probes(findings), tops(findings)))
+    of_all = [_pairs(findings, names, probe, top) for probe, top in shown]
+    most = max(2, *(row["value"] for rows in of_all for row in rows if row["value"] is not None), 2)
+    scale = {"type": "log", "domain": [1, most], "scheme": "yelloworangered"}
+    panels = [
+        cells(
+            rows,
+            scale,
+            "Jaccard index over chance",
+            x=field("a:N", sort=None, title=None, axis={"labelAngle": -40}),
+            y=field("b:N", sort=None, title=None),
+            title=f"{PROBE_TITLES[probe]}, best {top}",
+            has_texts=len(names) <= _MOST_NUMBERED,
+        )
+        for (probe, top), rows in zip(shown, of_all, strict=True)
+    ]
+    return Figure(
+        model=findings.model,
+        name="overlap",
+        title="skill neurons that two datasets share",
+        says="How many times more skill neurons two datasets share than two random sets of the same size do. A cell "
+        "without colour shares no more than random sets do in 39 of 40 cases. Datasets of a genre stand together.",
+        parts=[Part(panels, columns=len(tops(findings))), _check(findings)],
     )
-    panels = panel_grid(body, len(shown), columns)
-    grids = [_pairs(findings, [one.dataset for one in ordered], probe, top) for probe, top in shown]
-    norm = matplotlib.colors.LogNorm(1, max(2, *(np.nanmax(pairs.beyond_DD, initial=2) for pairs in grids)))
-    for i, (axes, (probe, top), pairs) in enumerate(zip(panels, shown, grids, strict=True)):
-        texts = _texts(pairs.ratio_DD, times) if len(ordered) <= _MOST_NUMBERED else ()
-        image = _heat_map(axes, pairs.beyond_DD, norm, "YlOrRd", texts)
-        axes.set_title(f"{PROBE_TITLES[probe]}, best {top}", fontsize=8)
-        _outer_ticks(axes, i, columns, len(shown), x=names, y=names)
-        for border in _borders([one.reference.genre for one in ordered]):
-            axes.axhline(border, color="black", linewidth=0.6)
-            axes.axvline(border, color="black", linewidth=0.6)
-    ticks = matplotlib.ticker.LogLocator(subs=(1, 2, 5))
-    body.colorbar(image, ax=panels, label="Jaccard index over chance", ticks=ticks, format="%g").minorticks_off()
-    return figure
 
 
-class _Pairs(NamedTuple):
-    ratio_DD: Floats
-    """Jaccard index over that of random sets; NaN for a dataset with itself."""
-    beyond_DD: Floats
-    """The same, and NaN where random sets share as much."""
-
-
-def _pairs(findings: SkillFindings, names: Sequence[str], probe: str, top: int) -> _Pairs:
-    ratio_DD = np.full((len(names), len(names)), np.nan)
-    beyond_DD = ratio_DD.copy()
+def _pairs(findings: SkillFindings, names: Sequence[str], probe: str, top: int) -> list[dict[str, Any]]:
+    """Return both directions of every pair; no value where random sets share as much, and none on the diagonal."""
+    order = {name: i for i, name in enumerate(names)}
+    rows: list[dict[str, Any]] = [
+        {"a": short(name), "b": short(name), "shared": None, "value": None, "text": ""} for name in names
+    ]
     for row in findings.overlaps:
         if (row.probe, row.top) == (probe, top):
-            a, b = names.index(row.dataset_a), names.index(row.dataset_b)
-            ratio_DD[[a, b], [b, a]] = row.jaccard / row.chance
-            beyond_DD[[a, b], [b, a]] = row.jaccard / row.chance if row.jaccard > row.chance_high else np.nan
-    return _Pairs(ratio_DD, beyond_DD)
-
-
-def _borders(genres: Sequence[str]) -> list[float]:
-    """Return the places in a heat map where one genre ends and the next begins."""
-    return [i - 0.5 for i in range(1, len(genres)) if genres[i] != genres[i - 1]]
+            ratio = row.jaccard / row.chance
+            known = {
+                "shared": row.n_shared,
+                "value": ratio if row.jaccard > row.chance_high else None,
+                "text": times(ratio),
+            }
+            pair = sorted((row.dataset_a, row.dataset_b), key=order.__getitem__)
+            rows += [{"a": short(a), "b": short(b), **known} for a, b in (pair, pair[::-1])]
+    return rows
 
 
 def layers(findings: SkillFindings) -> Figure:
     """Draw the share of the skill neurons in every layer, over an even share."""
-    ordered = sorted(findings.datasets, key=lambda one: one.reference.genre)
-    columns, n = len(probes(findings)), len(tops(findings)) * len(probes(findings))
-    height = 1.0 + len(tops(findings)) * (0.5 + 0.14 * max(3, len(ordered)))
-    figure, body = _with_check(findings, "layers of the skill neurons", height)
-    panels, names = panel_grid(body, n, columns), {i: _name(one.dataset) for i, one in enumerate(ordered)}
-    for row, top in enumerate(tops(findings)):
-        ratios = [np.array([_layer_ratios(one, probe, top) for one in ordered]) for probe in probes(findings)]
-        most = max(2, *(of_probe.max() for of_probe in ratios))
-        norm = matplotlib.colors.CenteredNorm(1, most - 1)
-        own = panels[row * columns : (row + 1) * columns]
-        for i, (axes, probe, ratios_DL) in enumerate(zip(own, probes(findings), ratios, strict=True)):
-            image = _heat_map(axes, ratios_DL, norm, "RdBu_r")
-            axes.set_title(f"{PROBE_TITLES[probe]}, best {top}", fontsize=8)
-            ticks = {layer: str(layer) for layer in few(range(ratios_DL.shape[1]), 7)}
-            _outer_ticks(axes, row * columns + i, columns, n, x=ticks, y=names)
-        body.colorbar(image, ax=own, pad=0.01).ax.set_ylim(0, most)
-    body.supxlabel("layer; colour: share of the neurons over an even share", fontsize=9)
-    return figure
-
-
-def _layer_ratios(one: DatasetFindings, probe: str, top: int) -> list[float]:
-    return [row.share / row.uniform for row in one.layers if (row.probe, row.top) == (probe, top)]
+    parts = []
+    for top in tops(findings):
+        panels = []
+        most = max(2, *(row.share / row.uniform for one in findings.datasets for row in one.layers if row.top == top))
+        for probe in probes(findings):
+            rows = [
+                {
+                    "dataset": short(one.dataset),
+                    "layer": row.layer,
+                    "value": row.share / row.uniform,
+                    "share": row.share,
+                }
+                for one in _by_genre(findings)
+                for row in one.layers
+                if (row.probe, row.top) == (probe, top)
+            ]
+            x = field("layer:O", title="layer", axis={"labelOverlap": True, "labelAngle": 0})
+            y = field("dataset:N", sort=None, title=None)
+            scale = {"scheme": "redblue", "reverse": True, "domain": [0, most], "domainMid": 1}
+            title, height = f"{PROBE_TITLES[probe]}, best {top}", max(40, 14 * len(findings.datasets))
+            chart = cells(rows, scale, "over an even share", x=x, y=y, title=title, height=height, has_texts=False)
+            panels.append(chart)
+        parts.append(Part(panels, columns=len(panels)))
+    return Figure(
+        model=findings.model,
+        name="layers",
+        title="layers of the skill neurons",
+        says="Share of the skill neurons in every layer, over an even share: red layers hold more of them than their "
+        "part, blue ones fewer.",
+        parts=[*parts, _check(findings)],
+    )
 
 
 # Parts of figures
 
 
-def _title(findings: SkillFindings, what: str) -> str:
-    return f"{plain(findings.model)}: {what}"
+def _by_genre(findings: SkillFindings) -> list[DatasetFindings]:
+    return sorted(findings.datasets, key=lambda one: one.reference.genre)
 
 
-def _name(dataset: str) -> str:
-    name = short(dataset)
-    return plain(name if len(name) <= 20 else f"{name[:17]}...")
+def _measured(row: Any, measure: _Measure) -> dict[str, Any]:
+    return {name: getattr(row, source) for name, source in zip(("value", "low", "high"), measure[1:], strict=True)}
 
 
-def _a_panel_each(findings: SkillFindings, what: str) -> tuple[Figure, Any, list[Axes]]:
-    """Return a figure with a causal check, its upper part, and a panel there for every dataset."""
-    n = len(findings.datasets)
-    columns = n if n < 4 else 2 if n == 4 else 4
-    figure, body = _with_check(findings, what, 0.8 + 2.0 * -(-n // columns))
-    return figure, body, panel_grid(body, n, columns)
+def _reference_looks(findings: SkillFindings) -> dict[str, Look]:
+    """Return the lines to compare with that any dataset has."""
+    known = [one.reference for one in findings.datasets]
+    floors = [look for name, look in FLOOR_LOOKS.items() if any(getattr(row, name) is not None for row in known)]
+    return {_LM: Look(BLUE, (9, 3)), **dict(floors)}
 
 
-def _legend(body: Any, axes: Axes) -> None:
-    """Draw one legend for all panels, below them."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = len(labels) if len(labels) <= 8 else -(-len(labels) // 2)
-    body.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7.5, columnspacing=1.2)
-
-
-def _curve(
-    axes: Axes, x: Iterable[float], rows: Sequence[Any], measure: _Measure, *, shade: float = 0.15, **look: Any
-) -> None:
-    """Draw a line with its shaded interval."""
-    places, values = list(x), [getattr(row, measure.value) for row in rows]
-    axes.plot(places, values, markersize=2.5, linewidth=1.2, **look)
-    axes.fill_between(places, *_ends(rows, measure), color=look["color"], alpha=shade, linewidth=0)
-
-
-def _ends(rows: Sequence[Any], measure: _Measure) -> tuple[list[float], list[float]]:
-    """Return the lower and the upper ends of the rows' intervals."""
-    return [getattr(row, measure.low) for row in rows], [getattr(row, measure.high) for row in rows]
-
-
-def _accuracy_axes(axes: Axes, one: DatasetFindings, label: str) -> None:
-    """Draw a panel's name and scale, and the references for its probes."""
+def _accuracies(
+    one: DatasetFindings, looks: Mapping[str, Look], rows: Iterable[dict[str, Any]], count: str, title: str
+) -> Chart:
+    """Draw a panel of accuracies with the lines to compare them with."""
     known = one.reference
-    axes.axhspan(known.low, known.high, color="black", alpha=0.08, linewidth=0)
-    axes.axhline(known.lm, color="black", linewidth=1, label="LM-Prob")
-    for name, (line, title) in _FLOOR_LINES.items():
-        if (floor := getattr(known, name)) is not None:
-            axes.axhline(floor, color=GREY, linewidth=1, linestyle=line, label=title)
-    axes.set(xlabel=label, ylim=(0, 1))
-    axes.set_title(_name(one.dataset), fontsize=8)
-    axes.set_ylabel(_first(axes, "accuracy"))
-
-
-def _first(axes: Axes, label: str) -> str:
-    """Return a label for panels of the first column, and an empty one for the others."""
-    return label if axes.get_subplotspec().is_first_col() else ""
-
-
-def _powers(axes: Axes, values: Iterable[int]) -> None:
-    """Set a logarithmic scale with at most four of the values as its ticks."""
-    ticks = sorted(values)
-    ticks = ticks[:: -(-len(ticks) // 4)]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-
-
-def _heat_map(axes: Axes, values_YX: Floats, norm: Any, colours: str, texts: Texts = ()) -> Any:
-    """Draw coloured cells, white where there is no value, with a text in each."""
-    image = axes.imshow(values_YX, norm=norm, cmap=colours, aspect="auto")
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(True)
-    rgba_YX4 = image.to_rgba(values_YX)
-    lightness_YX = 1 - rgba_YX4[..., 3] * (1 - rgba_YX4[..., :3] @ (0.3, 0.59, 0.11))
-    for (y, x), text in np.ndenumerate(np.array(texts)):
-        colour = "white" if lightness_YX[y, x] < 0.5 else "black"
-        axes.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
-    return image
-
-
-def _texts(values_YX: Floats, shown: Callable[[float], str]) -> Texts:
-    return [["" if np.isnan(value) else shown(value) for value in row] for row in values_YX.tolist()]
-
-
-def _outer_ticks(axes: Axes, i: int, columns: int, n: int, *, x: Mapping[int, str], y: Mapping[int, str]) -> None:
-    """Write names beside the panels of the first column and below the last panel of every column."""
-    size = 7 if len(y) <= _MOST_NUMBERED else 6
-    below, beside = i + columns >= n, i % columns == 0
-    turned = 90 if max(map(len, x.values())) > 2 else 0
-    axes.set_xticks(list(x), list(x.values()) if below else [""] * len(x), rotation=turned, fontsize=size)
-    axes.set_yticks(list(y), list(y.values()) if beside else [""] * len(y), fontsize=size)
+    references = [{"line": _LM, "value": known.lm, "low": known.low, "high": known.high}]
+    references += [
+        {"line": name, "value": floor, "low": math.nan, "high": math.nan}
+        for floor_name, (name, _) in FLOOR_LOOKS.items()
+        if (floor := getattr(known, floor_name)) is not None
+    ]
+    shown = list(rows)
+    x = powers(count, title, (row[count] for row in shown if count in row))
+    y = field("value:Q", title="accuracy", scale={"domain": [0, 1]})
+    return curves([*shown, *references], looks, x, y, title=short(one.dataset))

@@ -80,6 +80,10 @@ class Table:
             [[*map(_pieces, row), *[()] * (len(self.columns) - len(row))] for row in block] for block in self.blocks
         ]
 
+    @property
+    def n_rows(self) -> int:
+        return sum(map(len, self.blocks))
+
     def __rich__(self) -> Group:
         """Return what rich shows in a terminal."""
         shown = rich_table.Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)

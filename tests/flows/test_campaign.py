@@ -97,8 +97,7 @@ def campaign(models, out, **values):
 def undrawn():
     """Figures and forests take seconds, and these tests are about something else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.linearity.write_figures", lambda findings, folder: [])
-        patch.setattr("flows.skills.write_figures", lambda findings, folder: [])
+        patch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
         patch.setattr("tasks.skills.forest_grid", lambda *args, **kwargs: [])
         yield
 

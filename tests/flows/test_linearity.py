@@ -64,7 +64,7 @@ def run(models, facts, tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures take seconds, and most tests are about something else."""
-    monkeypatch.setattr("flows.linearity.write_figures", lambda findings, folder: [])
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
 
 
 def contents(directory):
@@ -118,13 +118,16 @@ def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
     assert all(row["seconds_per_prompt"] > 0 for row in table(run, "costs"))
 
 
-def test_figures_are_drawn_twice_each_and_show_no_prompt(run):
+def test_figures_are_drawn_in_three_forms_each_and_show_no_prompt(run):
     results = run_linearity(run, PlainSteps())
-    (figures,) = results.figures.values()
-    assert [figure.suffix for figure in figures] == [".svg", ".png"] * 5
-    for figure in figures:
-        assert figure.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
-        assert b"script" not in figure.read_bytes()
+    assert results.problems == []
+    written = sorted((run.directory / "linearity" / "figures").iterdir())
+    assert [path.suffix for path in written] == [".pdf", ".png", ".svg"] * 5
+    for path in written:
+        assert path.read_bytes()[:4] in (b"%PDF", b"\x89PNG", b"<svg")
+        assert b"[link]" not in path.read_bytes()
+    page = (run.directory / "report.html").read_text()
+    assert "[link]" not in page and page.count('data-figure="') == 7
 
 
 def test_a_fact_comes_in_all_its_wordings(run):

@@ -40,7 +40,7 @@ def run(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(run):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flows.skills.write_figures", lambda findings, folder: [])
+        patch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
         return run_skills(run, PlainSteps())
 
 
@@ -100,7 +100,7 @@ def test_conditions_ask_the_same_questions_otherwise(run, results):
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(run, results, monkeypatch):
-    monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
     monkeypatch.setattr(ModelWorker, "__init__", lambda self, *args, **kwargs: pytest.fail("a model was loaded"))
     again = run_skills(run, PlainSteps())
     assert sum(part.n_computed for part in again.extracted) == 0
@@ -115,7 +115,7 @@ def test_nothing_is_said_of_a_dataset_whose_check_failed(run, results, monkeypat
             raise MemoryError("no room")
         return real(self, job)
 
-    monkeypatch.setattr("flows.skills.write_figures", lambda findings, folder: [])
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
     monkeypatch.setattr(ModelWorker, "run", failing)
     partial = run_skills(run.model_copy(update={"shift": (1.5,)}), PlainSteps())
     assert partial.problems and all("mini/nli causal check" in problem for problem in partial.problems)
@@ -167,5 +167,5 @@ def test_the_command_shows_the_causal_check_first_and_writes_figures(run, result
     assert ran.returncode == 0, ran.stderr
     assert "causal" in ran.stdout.lower()
     figures = {path.suffix for path in (run.directory / "skills" / "figures").iterdir()}
-    assert figures == {".svg", ".png"}
+    assert figures == {".svg", ".png", ".pdf"}
     assert open_negs(run.conditions[1].run.directory).places

@@ -5,7 +5,7 @@ import json
 import pytest
 from support import save_tiny_model
 
-from flows.show.drawing import _file_name
+from flows.show.drawing import file_name
 from negcore.errors import RunError
 from negcore.store.publish import ShardPlace
 from tasks.config.campaign_run import CampaignRun
@@ -80,5 +80,5 @@ def test_names_of_directories_are_cut_where_they_get_too_long(tmp_path):
 
 def test_figures_of_models_whose_names_differ_in_signs_alone_are_different_files():
     names = ["org/m.1", "org/m-1", "org-m-1", "\u6a21\u578b", "\u6a21\u5f0f", "n" * 300]
-    assert len({_file_name(name) for name in names}) == len(names)
-    assert _file_name("smollm2-135m") == "smollm2-135m" and all(len(_file_name(name)) < 200 for name in names)
+    assert len({file_name(name) for name in names}) == len(names)
+    assert file_name("smollm2-135m") == "smollm2-135m" and all(len(file_name(name)) < 200 for name in names)

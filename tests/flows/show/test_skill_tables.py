@@ -4,17 +4,20 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import combinations, product
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from flows.show import skill_figures
+from flows.show.accuracy_tables import short
 from flows.show.drawing import save_figures
-from flows.show.skill_figures import write_figures
+from flows.show.skill_figures import skill_figures as all_figures
 from flows.show.skill_tables import skill_tables, summary
+from flows.show.text import printable
 from negcore.analysis.causal import DIRECTIONS, CausalRow
 from negcore.analysis.shared_neurons import CommonNeuronRow, LayerShareRow, OverlapRow, genre_overlaps, jaccard_chance
 from negcore.analysis.skills import (
@@ -192,7 +195,7 @@ def test_the_causal_checks_come_first_and_every_other_title_points_back_to_them(
     assert all(title.endswith("(causal check above)") for title in titles[4:])
 
 
-@pytest.mark.parametrize("show", [skill_tables, lambda findings: write_figures(findings, None)])
+@pytest.mark.parametrize("show", [skill_tables, all_figures])
 def test_a_ranking_without_its_causal_check_is_not_shown(show):
     unchecked = skill_findings()
     unchecked.datasets[2].causal[:] = [row for row in unchecked.datasets[2].causal if row.probe != "magn"]
@@ -200,12 +203,11 @@ def test_a_ranking_without_its_causal_check_is_not_shown(show):
         show(unchecked)
 
 
-def test_without_forests_nothing_is_shown_of_them(monkeypatch):
-    monkeypatch.setattr(skill_figures, "save_figures", lambda drawings, folder, model: list(drawings))
+def test_without_forests_nothing_is_shown_of_them():
     for probe, shown in (("polar", False), ("magn", True)):
         findings = skill_findings(probes=[probe])
         assert any("forests" in table.title for table in skill_tables(findings)) is shown
-        assert ("forests" in write_figures(findings, None)) is shown
+        assert any(figure.name == "forests" for figure in all_figures(findings)) is shown
 
 
 def test_a_causal_check_has_every_set_in_its_own_cell(findings, tables):
@@ -412,82 +414,104 @@ def few():
 
 @pytest.fixture(scope="module")
 def written(few, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.mathtext.MathTextParser.parse", lambda *_: pytest.fail("a formula was drawn"))
-        return write_figures(few, tmp_path_factory.mktemp("figures"))
+    return save_figures(all_figures(few), tmp_path_factory.mktemp("figures"))
 
 
-def test_figures_are_drawn_twice_each_and_names_in_them_stay_text(written):
-    names = ["causal-magn-neg", "causal-magn-rank", "efficiency", "transfer", "bands", "forests", "overlap", "layers"]
-    assert [path.name for path in written] == [
-        f"tiny-y-b-e0b9478b-{name}.{kind}" for name in names for kind in ("svg", "png")
-    ]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1::2])
-    for path in written[::2]:
-        shown = path.read_text()
-        assert "<!-- tiny $y$ [b]\\x07: " in shown
-        assert "local/$x_1$[b]\\x1b[3m`" in shown
+NAMES = ["causal-magn-neg", "causal-magn-rank", "efficiency", "transfer", "bands", "forests", "overlap", "layers"]
+
+
+def test_figures_are_drawn_in_three_forms_each_and_names_in_them_stay_text(written):
+    kinds = ("svg", "png", "pdf")
+    assert [path.name for path in written] == [f"tiny-y-b-e0b9478b-{name}.{kind}" for name in NAMES for kind in kinds]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written[1::3])
+    assert all(path.read_bytes()[:5] == b"%PDF-" for path in written[2::3])
+    for path in written[::3]:
+        shown = "".join(ElementTree.fromstring(path.read_text()).itertext())
+        assert "tiny $y$ [b]\\x07: " in shown
+        assert "local/$x_1$[b]\\x1b" in shown
         assert "\x1b" not in shown
 
 
 @pytest.mark.parametrize("name", ["efficiency", "overlap"])
 def test_figures_are_the_same_bytes_every_time(few, written, name, tmp_path):
-    for path in save_figures({name: partial(getattr(skill_figures, name), few)}, tmp_path, few.model):
+    for path in save_figures([getattr(skill_figures, name)(few)], tmp_path):
         (other,) = [other for other in written if other.name == path.name]
         assert path.read_bytes() == other.read_bytes()
 
 
-def test_figures_of_what_is_missing_are_left_out(monkeypatch):
-    monkeypatch.setattr(skill_figures, "save_figures", lambda drawings, folder, model: list(drawings))
+def test_figures_of_what_is_missing_are_left_out():
     alone = skill_findings({"mini/nli": "nli"}, conditions=["zero-shot"])
     causal = [f"causal-{probe}-{by}" for probe in PROBES for by in ("neg", "rank")]
-    assert write_figures(alone, None) == [*causal, "efficiency", "bands", "forests", "layers"]
+    assert [figure.name for figure in all_figures(alone)] == [*causal, "efficiency", "bands", "forests", "layers"]
+
+
+def rows_of(panel, **wanted):
+    return [row for row in panel["data"]["values"] if all(row.get(name) == value for name, value in wanted.items())]
 
 
 def test_a_causal_figure_shows_changes_towards_and_away(findings):
     figure = skill_figures.causal(findings, "magn", "polarity")
-    axes = figure.axes[4 * 2 + 3]  # third dataset, probability at the larger shift
+    panel = figure.parts[0].panels[4 * 2 + 3]  # third dataset, probability at the larger shift
+    assert panel["title"] == "imdb, ±2"
     rows = findings.datasets[2].causal
-    line = next(line for line in axes.lines if line.get_label() == "random, away")
     wanted = ("magn", "polarity", "random", -2.0)
-    expected = [r.prob_change for r in rows if (r.probe, r.direction, r.neurons, r.shift) == wanted]
-    assert (list(line.get_xdata()), list(line.get_ydata())) == (list(TOPS), expected)
+    expected = [(r.size, r.prob_change) for r in rows if (r.probe, r.direction, r.neurons, r.shift) == wanted]
+    shown = rows_of(panel, line="random, away")
+    assert [(row["neurons"], row["value"]) for row in shown] == expected
+
+
+def test_causal_effects_have_one_scale_which_noise_does_not_fill(findings):
+    def scales(of):
+        return [p["layer"][-1]["encoding"]["y"]["scale"]["domain"] for p in of.parts[0].panels]
+
+    shown = scales(skill_figures.causal(findings, "magn", "gold"))
+    assert shown[0] == shown[1] == shown[4] != shown[2] == shown[3] == shown[6]
+    least = min(row.change_low for one in findings.datasets for row in one.causal)
+    assert shown[0][0] <= least
+    still = skill_findings({"mini/nli": "nli"}, probes=["magn"])
+    tiny = {"accuracy_change": 0.0, "change_low": 0.0, "change_high": 0.0}
+    tiny |= {"prob_change": 1e-17, "prob_low": -1e-17, "prob_high": 1e-17}
+    still.datasets[0].causal[:] = [replace(row, **tiny) for row in still.datasets[0].causal]
+    for low, high in scales(skill_figures.causal(still, "magn", "gold")):
+        assert high - low == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("name", ["efficiency", "transfer", "bands", "forests", "overlap", "layers"])
 def test_every_figure_of_a_ranking_has_the_causal_check_in_it(few, name):
-    figure = getattr(skill_figures, name)(few)
-    check = figure.subfigs[1]
-    assert check.get_suptitle() == "Causal check: 256 neurons shifted together by 2 towards gold (bars: 95 %)"
-    for axes, direction in zip(check.axes, DIRECTIONS, strict=True):
-        (line,) = [line for line in axes.lines if line.get_label() == "Magn, best"]
+    check = getattr(skill_figures, name)(few).parts[-1]
+    assert check.heading == "Causal check: 256 neurons shifted together by 2 towards gold (bars: 95 %)"
+    for panel, direction in zip(check.panels, DIRECTIONS, strict=True):
         wanted = ("top", 256, direction, 2.0)
         rows = [r for one in few.datasets for r in one.causal if (r.neurons, r.size, r.direction, r.shift) == wanted]
-        assert list(line.get_ydata()) == [row.accuracy_change for row in rows]
+        shown = rows_of(panel, line="Magn, best")
+        assert [row["value"] for row in shown] == [row.accuracy_change for row in rows]
 
 
 def test_the_transfer_map_compares_with_the_probe_of_the_tested_condition(few):
-    axes = skill_figures.transfer(few).subfigs[0].axes[1]
+    panel = skill_figures.transfer(few).parts[0].panels[1]
     accuracy = np.array([row.accuracy for row in few.datasets[1].transfers]).reshape(2, 2)
-    np.testing.assert_allclose(axes.images[0].get_array(), accuracy - np.diag(accuracy)[None, :])
-    assert [text.get_text() for text in axes.texts] == [f"{value:.3f}".removeprefix("0") for value in accuracy.flat]
+    shown = panel["data"]["values"]
+    np.testing.assert_allclose([row["value"] for row in shown], (accuracy - np.diag(accuracy)[None, :]).ravel())
+    assert [row["text"] for row in shown] == [f"{value:.3f}".removeprefix("0") for value in accuracy.flat]
 
 
-def test_the_overlap_map_is_white_where_random_sets_share_as_much(findings):
-    axes = skill_figures.overlap(findings).subfigs[0].axes[3 + 1]  # Magn, 256
-    assert axes.get_title() == "Magn, best 256"
+def test_the_overlap_map_is_empty_where_random_sets_share_as_much(findings):
+    panel = skill_figures.overlap(findings).parts[0].panels[3 + 1]  # Magn, 256
+    assert panel["title"] == "Magn, best 256"
     order = sorted(DATASETS, key=DATASETS.get)
-    shown = np.ma.filled(axes.images[0].get_array(), np.nan)
     found = {(r.dataset_a, r.dataset_b): r for r in findings.overlaps if (r.probe, r.top) == ("magn", 256)}
     assert {row.jaccard > row.chance_high for row in found.values()} == {True, False}
-    for (a, one), (b, other) in product(enumerate(order), enumerate(order)):
+    for one, other in product(order, order):
         row = found.get((one, other), found.get((other, one)))
         beyond = row is not None and row.jaccard > row.chance_high
-        assert shown[a, b] == pytest.approx(row.jaccard / row.chance if beyond else np.nan, nan_ok=True)
+        names = [printable(short(name)) for name in (one, other)]
+        (cell,) = rows_of(panel, a=names[0], b=names[1])
+        assert cell["value"] == (pytest.approx(row.jaccard / row.chance) if beyond else None)
 
 
 def test_the_layer_map_is_one_where_neurons_are_spread_evenly():
     even = skill_findings({"mini/nli": "nli"}, probes=["magn"])
     even.datasets[0].layers[:] = [replace(row, share=row.uniform) for row in even.datasets[0].layers]
-    for axes in skill_figures.layers(even).subfigs[0].axes[:3]:
-        np.testing.assert_allclose(axes.images[0].get_array(), np.ones((1, N_LAYERS)))
+    for part in skill_figures.layers(even).parts[:3]:
+        (panel,) = part.panels
+        assert [row["value"] for row in panel["data"]["values"]] == [1] * N_LAYERS

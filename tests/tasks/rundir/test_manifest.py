@@ -75,7 +75,7 @@ def test_a_finished_run_names_versions_plan_shards_and_results(made):
     assert all(one.versions["torch"] == {manifest.versions["torch"]: 3} for one in manifest.shards.values())
     names = {place.split("/")[0] for place in manifest.files}
     tables = {f"{name}.arrow" for name in ("accuracy", "averages", "comparisons", "neurons", "predictions", "splits")}
-    assert names == {"run.yaml", "plan.json", "report.html", "probes", "checks"} | tables
+    assert names == {"run.yaml", "plan.json", "report.html", "probes", "checks", "figures"} | tables
     assert faults(made) == []
     newest = max(made.rglob("*"), key=lambda path: path.stat().st_mtime_ns if path.is_file() else 0)
     assert newest.name == MANIFEST_FILE

@@ -318,7 +318,7 @@ def test_runs_below_an_evaluation_are_checked_and_mended_each_in_its_place(setti
 
 
 def test_sweeps_estimates_and_interventions_are_checked_and_mended(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("flows.linearity.write_figures", lambda findings, folder: [])
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
     values = {"model": [model], "facts": str(tmp_path / "facts.jsonl"), "backend": "local", "prompts": 4, "neurons": 6}
     values |= {
         "shard_prompts": 2,
