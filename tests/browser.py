@@ -74,9 +74,8 @@ class Page:
 
     def value(self, expression: str) -> Any:
         """Return the value of an expression of JavaScript, once it is there."""
-        done = self.send(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, userGesture=True
-        )
+        options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
+        done = self.send("Runtime.evaluate", expression=expression, allowUnsafeEvalBlockedByCSP=False, **options)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 

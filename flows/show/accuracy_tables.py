@@ -245,7 +245,7 @@ def floor_cell(row: Floored, names: Sequence[str] = FLOORS) -> Cell:
     values = {name: getattr(row, name) for name in names}
     return lines(
         *(
-            Words("-" if v is None else share(v), "bold" if best and name == best.name else "")
+            Words("-") if v is None else Number(v, share, "bold" if best and name == best.name else "")
             for name, v in values.items()
         )
     )

@@ -5,6 +5,7 @@ specification.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +75,23 @@ def save_figures(figures: Iterable[Figure], folder: Path) -> list[Path]:
     """
     paths = []
     for figure in figures:
-        svg = vl_convert.vegalite_to_svg(_whole(figure), config=look("#333333") | {"background": "white"})
+        svg = _renumbered(vl_convert.vegalite_to_svg(_whole(figure), config=look("#333333") | {"background": "white"}))
         pictures = (svg.encode(), vl_convert.svg_to_png(svg, scale=2), vl_convert.svg_to_pdf(svg))
         for kind, picture in zip(KINDS, pictures, strict=True):
             paths.append(folder / f"{file_name(figure.model)}-{figure.name}.{kind}")
             with output(paths[-1]) as file:
                 file.write_bytes(picture)
     return paths
+
+
+def _renumbered(svg: str) -> str:
+    """Return a picture that is the same whatever was drawn before it: Vega counts its clips and gradients on."""
+    numbers: dict[str, int] = {}
+
+    def renumbered(match: re.Match[str]) -> str:
+        return f"{match[1]}{match[2]}{numbers.setdefault(match[3], len(numbers))}"
+
+    return re.sub(r'(id="|url\(#)(clip|gradient_)(\d+)', renumbered, svg)
 
 
 def _whole(figure: Figure) -> Chart:

@@ -6,7 +6,7 @@ Cells hold plain text: what names and errors say in it is never read as markup.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
@@ -144,7 +144,14 @@ def by(rows: Iterable[Row], name: str) -> dict[Any, list[Row]]:
 
 def _pieces(cell: Cell) -> tuple[Words | Number, ...]:
     pieces = cell if isinstance(cell, tuple) else (cell,)
-    return tuple(Words(piece) if isinstance(piece, str) else piece for piece in pieces)
+    return tuple(Words(piece) if isinstance(piece, str) else _sober(piece) for piece in pieces)
+
+
+def _sober(piece: Words | Number) -> Words | Number:
+    """Return a piece; a number that is shown as zero is never bold, however sure it is not zero."""
+    if isinstance(piece, Number) and piece.style == "bold" and not re.search("[1-9]", piece.text):
+        return replace(piece, style="")
+    return piece
 
 
 def in_markdown(text: str) -> str:
