@@ -28,7 +28,9 @@ _FORMAT = 1
 _PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow", "scikit-learn")
 _NUMBERS_FROM = ("torch", "transformers")
 """Packages whose versions can change the last digits of what is measured."""
-_RESULTS = frozenset({RUN_FILE, PLAN_FILE, "report.html", "figures", "probes", "checks", "linearity", "skills", "campaign"})
+_RESULTS = frozenset(
+    {RUN_FILE, PLAN_FILE, "report.html", "figures", "probes", "checks", "linearity", "skills", "campaign"}
+)
 """Files and folders of a run directory that hold results, beside the tables in it."""
 _SIZES = re.compile(rb'"n_bytes":(\d+),"n_nonfinite":\d+,"n_rows":(\d+),')
 _VERSIONS = b'"versions":'
