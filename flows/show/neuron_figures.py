@@ -7,10 +7,10 @@ from functools import cached_property
 
 from flows.show.accuracy_tables import SHOTS, asked, probe_title, short
 from flows.show.drawing import BLUE, GREY, ORANGE, Chart, Figure, Part, field, layer, measured, panel
+from flows.show.neuron_tables import SIGNS, name_of
 from flows.show.table import by
 from tasks.neurons import NeuronRow
 
-_SIGNS = {1: "+", -1: "-", 0: "0"}
 _HALF = 9
 """Half the height of the largest bar, in pixels."""
 
@@ -25,7 +25,7 @@ class ListedNeuron:
 
     @property
     def name(self) -> str:
-        return neuron_name(self.row)
+        return name_of(self.row.layer, self.row.neuron)
 
     @property
     def probe(self) -> str:
@@ -33,7 +33,7 @@ class ListedNeuron:
 
     @property
     def sign(self) -> str:
-        return _SIGNS[self.row.polarity]
+        return SIGNS[self.row.polarity]
 
     @property
     def places(self) -> str:
@@ -94,18 +94,18 @@ def layer_map(rows: Sequence[NeuronRow]) -> Figure:
 def _map(rows: Sequence[NeuronRow], last: tuple[int, int]) -> Chart:
     shown = [
         {
-            "name": neuron_name(row),
+            "name": name_of(row.layer, row.neuron),
             "layer": row.layer,
             "neuron": row.neuron,
             "place": row.place,
             "score": row.score,
-            "polarity": _SIGNS[row.polarity],
+            "polarity": SIGNS[row.polarity],
             "agreement": row.agreement,
             "size": 0.5 if row.agreement is None else row.agreement,
         }
         for row in rows
     ]
-    signs = {"domain": list(_SIGNS.values()), "range": [BLUE, ORANGE, GREY]}
+    signs = {"domain": list(SIGNS.values()), "range": [BLUE, GREY, ORANGE]}
     return panel(
         shown,
         layer("circle", {"opacity": 0.75}),
@@ -116,8 +116,3 @@ def _map(rows: Sequence[NeuronRow], last: tuple[int, int]) -> Chart:
         color=field("polarity:N", scale=signs, legend={"title": "polarity"}),
         tooltip=[field("name:N"), *measured("place", "score"), field("polarity:N"), *measured("agreement")],
     )
-
-
-def neuron_name(row: NeuronRow) -> str:
-    """Return LAYER.NEURON."""
-    return f"{row.layer}.{row.neuron}"

@@ -23,7 +23,7 @@ _MOST_COLUMNS = 6
 """Options that have columns of their own; more of them stand in one."""
 _LONGEST_TEXT = 160
 _SHOWN_SHIFTS = (-2.0, -1.0, -0.4, 0.4, 1.0, 2.0)
-_SIGNS = {1: "+", 0: "0", -1: "-"}
+SIGNS = {1: "+", 0: "0", -1: "-"}
 
 
 def neg_size(value: float) -> str:
@@ -185,7 +185,7 @@ def neuron_table(title: str, numbers_of: NeuronRows, labels: Sequence[str] | Non
         for (name, one), negs in zip(chosen.items(), cells, strict=True)
     ]
     same = (numbers_of.same_sign(option) for option in range(len(names)))
-    said = ", ".join(f"{name} {_SIGNS[one.sign]} in {share(one.share)}" for name, one in zip(names, same, strict=True))
+    said = ", ".join(f"{name} {SIGNS[one.sign]} in {share(one.share)}" for name, one in zip(names, same, strict=True))
     what = "Mean NEG by option" if numbers_of.negs_PO is not None else "This storage level keeps no values of NEGs"
     caption = f"{what}. Most frequent sign of the NEG for the right option, and its share of rows; for each: {said}."
     return Table(
@@ -199,7 +199,7 @@ def neuron_table(title: str, numbers_of: NeuronRows, labels: Sequence[str] | Non
 
 def _sign_cell(numbers_of: NeuronRows) -> Cell:
     sign, of_rows = numbers_of.same_sign()
-    return f"{_SIGNS[sign]} {share(of_rows)}"
+    return f"{SIGNS[sign]} {share(of_rows)}"
 
 
 def _activation_cell(numbers_of: NeuronRows) -> Cell:
