@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Sequence
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
+from rich.markup import escape
 
+from flows.show.console import console
 from negcore.errors import RunError
 from tasks.config.kinds import RUN_KINDS
 from tasks.config.reading import read_run_file, recorded_run
@@ -103,6 +106,9 @@ async def _serve(served: "Sequence[RunnerDeployment]") -> None:
         except PrefectHTTPStatusError as error:
             status = error.response.status_code
             raise RunError(f"{deployment.name!r} cannot be registered: Prefect's server answers {status}") from error
+    for deployment in served:
+        console.print(escape(await described(deployment)), highlight=False, soft_wrap=True)
+    console.print("Ctrl-C stops: it cancels the run under way, which goes on with the next one, and pauses schedules")
     serving = asyncio.create_task(runner.start())
 
     async def stop() -> None:
@@ -116,6 +122,18 @@ async def _serve(served: "Sequence[RunnerDeployment]") -> None:
             continue
         asyncio.get_running_loop().add_signal_handler(number, lambda: asyncio.create_task(stop()))
     await serving
+
+
+async def described(deployment: "RunnerDeployment") -> str:
+    """Return what is served, where its numbers go, and when the next run is due."""
+    from prefect.server.schemas.schedules import CronSchedule  # the client's own does not know its dates
+
+    name = f"{deployment.flow_name}/{deployment.name}"
+    schedules = [CronSchedule.model_validate(one.schedule.model_dump()) for one in deployment.schedules or ()]
+    due = [date for schedule in schedules for date in await schedule.get_dates(1)]
+    when = f"next run {min(due).astimezone(UTC):%Y-%m-%d %H:%M} UTC" if due else "on request"
+    how = "" if due else f": in the Prefect UI, or with prefect deployment run '{name}'"
+    return f"serving {name} in {(deployment.parameters or {})['run']['out']}: {when}{how}"
 
 
 def _check_schedule(cron: str | None) -> None:

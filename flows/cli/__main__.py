@@ -25,6 +25,13 @@ WORKFLOW = (
 
 def main() -> None:
     """Run the command line; where it cannot run at all, say why in one line and exit with code 2."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while its modules are being imported
+        sys.exit(130)
+
+
+def _main() -> None:
     missing = [name for name in WORKFLOW if find_spec(name) is None]
     if missing:
         _refuse(f"the command needs {', '.join(missing)}; run: pip install 'neg-at-scale[run]'")

@@ -1,6 +1,9 @@
 """The command line: `neg`."""
 
+import signal
 import sys
+from contextlib import suppress
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
@@ -20,7 +23,7 @@ from flows.cli.steer import steer
 from flows.cli.storage import status, verify
 from flows.cli.tables import export, sql
 from flows.cli.terminal import stop_on_signals
-from flows.show.console import console, show_all_through_consoles, tell
+from flows.show.console import console, errors, show_all_through_consoles, tell
 from negcore import __version__
 from negcore.errors import NegError
 from tasks.config.kinds import RUN_KINDS
@@ -46,6 +49,7 @@ def main() -> None:
     except OutputLost as error:
         tell("error", str(error))
         code = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop but Python's own end
     sys.exit(code)
 
 
@@ -112,6 +116,22 @@ PANELS: dict[str, dict[str, Command]] = {
 }
 """Every command by name, as the help shows them."""
 
+
+def _stoppable(command: Command) -> Command:
+    """Return the command so that Ctrl-C ends it with a line."""
+
+    @wraps(command)
+    def stoppable(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            with suppress(OSError):  # the terminal may be gone
+                errors.print("stopped")
+            raise typer.Exit(130) from None
+
+    return stoppable
+
+
 for _panel, _of_panel in PANELS.items():
     for _name, _command in _of_panel.items():
-        app.command(_name, rich_help_panel=_panel)(_command)
+        app.command(_name, rich_help_panel=_panel)(_stoppable(_command))

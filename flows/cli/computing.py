@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from flows.cli.machine import check_machine
 from flows.cli.options import Command, Orchestrator, RunPath, run_options
-from flows.cli.terminal import carry_out, quiet_libraries, reading, show
+from flows.cli.terminal import carry_out, doing, quiet_libraries, reading, show
 from flows.show.console import console
 from negcore.model.architectures import Dtype
 from tasks.config.kinds import RUN_KINDS, RunKind, load
@@ -118,40 +118,41 @@ def benchmark(
     Example: `neg benchmark --repeats 5`
     """
     quiet_libraries()
-    import torch
-
-    from flows.show.linearity_tables import benchmark_table, types_table
-    from negcore.datasets import PromptSettings, load_dataset
-    from negcore.measure.benchmark import benchmark as compare
-    from negcore.measure.benchmark import compare_types
-    from negcore.measure.loading import load_model
-    from negcore.model.encoding import encode_prompts
-    from negcore.model.language_model import describe_model
-    from negcore.probing.checking_cost import time_checks
-    from negcore.store.temporary import temporary_directory
-
-    card = describe_model(model)
     with reading():
+        import torch
+
+        from flows.show.linearity_tables import benchmark_table, types_table
+        from negcore.datasets import PromptSettings, load_dataset
+        from negcore.measure.benchmark import benchmark as compare
+        from negcore.measure.benchmark import compare_types
+        from negcore.measure.loading import load_model
+        from negcore.model.encoding import encode_prompts
+        from negcore.model.language_model import describe_model
+        from negcore.probing.checking_cost import time_checks
+        from negcore.store.temporary import temporary_directory
+
+        card = describe_model(model)
         dataset = load_dataset("mini/fact", card.tokenizer, settings=PromptSettings(limit=8), masked=card.arch.masked)
         examples = dataset.splits["test"][:3]
         example = examples[0]
         n_tokens = len(encode_prompts(card, [example.prompt])[0])
     torch.set_num_threads(cpus)
     if dtype:
-        rows = compare_types(
-            lambda one: load_model(card, dtype=one, device=device),
-            dtype,
-            [one.prompt for one in examples],
-            [one.labels[one.answer] for one in examples],
-            neurons=neurons,
-        )
+        with doing("loading the model") as watch:
+            rows = compare_types(
+                lambda one: load_model(card, dtype=one, device=device),
+                dtype,
+                [one.prompt for one in examples],
+                [one.labels[one.answer] for one in examples],
+                neurons=neurons,
+                watch=watch,
+            )
         console.print(types_table(rows, f"{card.name}, {len(examples)} prompts, {neurons} swept neurons"))
         return
-    comparisons = compare(
-        load_model(model, device=device), example.prompt, example.labels, neurons=neurons, repeats=repeats
-    )
-    with temporary_directory() as folder:
-        comparisons.append(time_checks(folder, repeats=repeats))
+    with doing("loading the model") as watch, temporary_directory() as folder:
+        lm = load_model(model, device=device)
+        comparisons = compare(lm, example.prompt, example.labels, neurons=neurons, repeats=repeats, watch=watch)
+        comparisons.append(time_checks(folder, repeats=repeats, watch=watch))
     console.print(benchmark_table(comparisons, f"{card.name}, prompt {example.id} of {n_tokens} tokens"))
 
 
@@ -159,7 +160,8 @@ def execute(name: str, run: RunFile, orchestrator: str) -> None:
     """Carry out a run of a kind and show its results."""
     quiet_libraries()
     check_machine()
-    from tasks.steps import handing_over
+    with reading():
+        from tasks.steps import handing_over
 
     kind = RUN_KINDS[name]
     with handing_over() as given:

@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -74,13 +74,17 @@ def carry_out(
         # Claimed before anything is started: a private server would get in the way of another driver's.
         with claim(run.directory, when_lost=given.stop.set), Display(console, title, n_steps) as display:
             given.watcher, given.claimed = display, run.directory
+            of_workers = {"ray": "Ray", "local": "a worker in this process"}[run.backend]
             if prefect_flow is None:
+                display.starting(of_workers)
                 return work(run, PlainSteps())
+            display.starting("Prefect")
             with prefect_api(run.local_directory / "prefect") as api:
                 api.wait_ready()
                 page = api.url.removesuffix("/api")
                 hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
                 console.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
+                display.starting(of_workers)
                 return prefect_flow(run)
     except Withheld as withheld:
         raise withheld.error from None
@@ -120,6 +124,16 @@ def show(results: "RunResults") -> None:
 def reading() -> AbstractContextManager[object]:
     """Show that tokenizers and datasets are being read."""
     return console.status("reading tokenizers and datasets") if console.is_terminal else nullcontext()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[Callable[[str], object]]:
+    """Show what a command does until the block ends, and change that by what is given; only a terminal shows it."""
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(escape(what), refresh_per_second=4) as status:
+        yield lambda text: status.update(escape(text))
 
 
 def stop_on_signals() -> None:

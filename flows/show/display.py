@@ -2,22 +2,23 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 
+from flows.show.progress_columns import Pace, Parts
 from flows.show.table import Cell, Number, Table, numbers, texts
 from flows.show.text import count, printable
 from negcore.datasets import Dataset, DatasetInfo
+from tasks.pool.base import Stopped
 from tasks.steps import Progress
 
 
@@ -28,17 +29,19 @@ class Display:
         self._console = console
         self._progress = Bars(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=16),
+            Parts(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            Pace(),
             TextColumn("{task.fields[note]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self._whole = self._progress.add_task(escape(title), total=total, note="")
+        self._whole = self._progress.add_task(escape(title), total=total, note="starting", since=None, reused=0)
         self._bars: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
+        self._reused: dict[str, int] = {}
+        """Parts that were there when a step began, by its name."""
         self._finished = 0
         """Parts of steps that ended: another step may have the same name."""
 
@@ -51,19 +54,30 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    def starting(self, what: str) -> None:
+        """Show what is being started, as long as no step has begun."""
+        self._progress.update(self._whole, note=escape(f"starting {what}"))
+
     def advance(self, progress: Progress) -> None:
         step = progress.step
         if step not in self._bars:
-            self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, note="")
+            if not self._reused:
+                self._progress.update(self._whole, note="", since=self._progress.get_time())
+            self._reused[step] = self._reused.get(step, 0) + progress.done
+            own: dict[str, Any] = {"note": "", "since": self._progress.get_time(), "reused": progress.done}
+            self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, **own)
         self._progress.update(self._bars[step], completed=progress.done, note=escape(progress.note))
         self._done[step] = progress.done
-        self._progress.update(self._whole, completed=self._finished + sum(self._done.values()))
+        done, reused = self._finished + sum(self._done.values()), sum(self._reused.values())
+        self._progress.update(self._whole, completed=done, reused=reused)
 
     def finish(self, step: str, error: BaseException | None) -> None:
         if step in self._bars:
             self._progress.remove_task(self._bars[step])
             del self._bars[step]
-        if error is not None:
+        if isinstance(error, (Stopped, KeyboardInterrupt)):
+            pass  # on request, of which a line tells at the end
+        elif error is not None:
             self._console.print(f"[red]failed[/red] {escape(step)}: {escape(str(error))}")
         elif not self._console.is_terminal and step in self._done:
             self._console.print(f"finished {escape(step)}", highlight=False)

@@ -27,6 +27,14 @@ N_SHIFTS = 20
 """Shifts of a neuron in the timed sweeps: -2 to 2 by 0.2."""
 
 
+Watch = Callable[[str], object]
+"""Somebody who is told what goes on."""
+
+
+def unseen(text: str) -> None:
+    """Watch nothing."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Times of a fast path and its plain twin, one for each repeat."""
@@ -42,7 +50,13 @@ class Timing:
 
 
 def benchmark(
-    lm: LanguageModel, prompt: str, labels: Sequence[str], *, neurons: int = 16, repeats: int = 3
+    lm: LanguageModel,
+    prompt: str,
+    labels: Sequence[str],
+    *,
+    neurons: int = 16,
+    repeats: int = 3,
+    watch: Watch = unseen,
 ) -> list[Timing]:
     """Time sweeps and gradients both ways.
 
@@ -53,6 +67,8 @@ def benchmark(
     neurons : int
         Neurons that are swept, the same both ways. The time includes the prompt's own pass, so each neuron costs the
         fast path less the more there are.
+    watch : callable
+        Told what is timed, as it begins.
     """
     chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
     shifts = shift_grid(2)
@@ -67,12 +83,14 @@ def benchmark(
             lambda: swept("auto") / neurons,
             lambda: swept("hooks") / neurons,
             repeats,
+            watch,
         ),
         _compare(
             f"gradients for {len(labels)} labels, s a prompt",
             lambda: _time(lambda: neurgrad(lm, [prompt], labels)),
             lambda: _time(lambda: plain_gradients(lm, prompt, labels)),
             repeats,
+            watch,
         ),
     ]
 
@@ -99,6 +117,7 @@ def compare_types(
     labels: Sequence[str],
     *,
     neurons: int,
+    watch: Watch = unseen,
 ) -> list[TypeRow]:
     """Compare NeurGrad and sweeps of a number type with those of float32.
 
@@ -110,6 +129,8 @@ def compare_types(
         Target of each prompt.
     neurons : int
         Neurons that are swept, the same in every type. Gradients are compared for all neurons.
+    watch : callable
+        Told which type is measured, as it begins.
 
     Returns
     -------
@@ -119,6 +140,7 @@ def compare_types(
     rows: list[TypeRow] = []
     exact: dict[str, Floats] = {}
     for type_ in ("float32", dtype):
+        watch(f"NeurGrad and sweeps of {neurons} neurons in {type_}")
         for what, one in _measured_in(load(type_), prompts, labels, neurons):
             truth = exact.setdefault(what.partition(",")[0], one.negs)
             signs = float((np.sign(one.negs) == np.sign(truth)).mean())
@@ -169,9 +191,13 @@ def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> to
     return torch.stack(gradients)
 
 
-def _compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int) -> Timing:
-    fast()  # the first call allocates
-    times = [(fast(), plain()) for _ in range(repeats)]
+def _compare(what: str, fast: Callable[[], float], plain: Callable[[], float], repeats: int, watch: Watch) -> Timing:
+    watch(f"{what}: the first call")  # which allocates
+    fast()
+    times = []
+    for repeat in range(repeats):
+        watch(f"{what}: repeat {repeat + 1} of {repeats}")
+        times.append((fast(), plain()))
     return Timing(what, [a for a, _ in times], [b for _, b in times])
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from negcore.measure.benchmark import Timing
+from negcore.measure.benchmark import Timing, Watch, unseen
 from negcore.probing.rankings import rank
 from negcore.store.identity import RunIdentity
 from negcore.store.integrity import forget_checks
@@ -28,19 +28,22 @@ class _Row(NamedTuple):
     group: str = ""
 
 
-def time_checks(folder: Path, *, repeats: int = 3) -> Timing:
+def time_checks(folder: Path, *, repeats: int = 3, watch: Watch = unseen) -> Timing:
     """Time both ways on random NEGs, in turns.
 
     Parameters
     ----------
     folder : Path
         An empty directory, where the shards are written.
+    watch : callable
+        Told what is timed, as it begins.
 
     Returns
     -------
     Timing
         Seconds to open the NEGs and rank all neurons; the plain way is the checked one.
     """
+    watch(f"checks of shards: writing {N_SHARDS}")
     for index in range(N_SHARDS):
         _write(folder, index)
     shards = list(folder.rglob("*.arrow"))
@@ -48,7 +51,10 @@ def time_checks(folder: Path, *, repeats: int = 3) -> Timing:
     for path in shards:
         os.utime(path, (0, 0))  # what was written just now is not remembered as checked
     _seconds(folder, verify=True)  # the first call allocates
-    times = [(_seconds(folder, verify=False), _seconds(folder, verify=True)) for _ in range(repeats)]
+    times = []
+    for repeat in range(repeats):
+        watch(f"checks of shards: repeat {repeat + 1} of {repeats}")
+        times.append((_seconds(folder, verify=False), _seconds(folder, verify=True)))
     title = f"ranking on {n_bytes / 2**20:.0f} MiB of NEGs, unchecked and checked, s"
     return Timing(title, [unchecked for unchecked, _ in times], [checked for _, checked in times])
 

@@ -1,12 +1,15 @@
 """What `neg serve` refuses, and what it would register; with a server it is tested in test_scheduled.py."""
 
+import asyncio
+import re
+
 import pytest
 import yaml
 from prefect.exceptions import MissingFlowError
 from prefect.flows import load_flow_from_entrypoint
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.serve import deployments, serve_runs
+from flows.serve import deployments, described, serve_runs
 from negcore.errors import RunError
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
@@ -46,6 +49,17 @@ def test_deployments_of_earlier_versions_find_the_same_flows(name, module):
     flow = load_flow_from_entrypoint(f"flows.prefect_flows.{name}")
     assert flow.name == name
     assert load_flow_from_entrypoint(f"{module}.{name}") is flow
+
+
+def test_what_is_served_is_told_with_its_directory_and_the_next_run(run_file, tmp_path):
+    (yearly,) = deployments([run_file], cron="30 2 1 1 *")
+    assert re.fullmatch(
+        rf"serving pipeline/run in {tmp_path / 'run'}: next run \d{{4}}-01-01 02:30 UTC", asyncio.run(described(yearly))
+    )
+    (asked,) = deployments([run_file])
+    assert asyncio.run(described(asked)).endswith(
+        ": on request: in the Prefect UI, or with prefect deployment run 'pipeline/run'"
+    )
 
 
 def test_a_flow_of_no_run_kind_is_an_error():

@@ -8,6 +8,8 @@ import time
 import pytest
 from support import REPOSITORY, save_tiny_model
 
+from flows.cli.app import main
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -76,3 +78,16 @@ def test_a_lost_terminal_ends_a_command_like_ctrl_c_while(tmp_path, phase):
     assert command.returncode == 130, said
     assert b"Traceback" not in said
     assert not list((tmp_path / "t").iterdir())
+
+
+def test_ctrl_c_ends_every_command_with_a_line_and_no_traceback(capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("negcore.datasets.list_datasets", interrupted)
+    monkeypatch.setattr(sys, "argv", ["neg", "datasets"])
+    monkeypatch.setattr("flows.cli.app.signal.signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"

@@ -1,13 +1,18 @@
-"""A dataset as `neg datasets NAME` shows it: rows that were dropped, and what splits still share, are told."""
+"""Progress bars; and a dataset as `neg datasets NAME` shows it: dropped rows, and what splits still share, are told."""
 
 import io
 import json
 
+import pytest
 from rich.console import Console
 from support import tiny_tokenizer
 
-from flows.show.display import describe_dataset
+from flows.show.display import Display, describe_dataset
+from flows.show.progress_columns import Pace, pace
 from negcore.datasets import PromptSettings, load_dataset
+from negcore.errors import RunError
+from tasks.pool.base import Stopped
+from tasks.steps import Progress
 
 
 def shown(tmp_path, rows, **settings):
@@ -44,3 +49,38 @@ def test_groups_that_give_the_answer_away_are_told(tmp_path):
     mine = [row | {"group": "xy"[row["answer"]]} for split in ("train", "valid", "test") for row in rows(split, 10)]
     assert told in shown(tmp_path, mine)
     assert told not in shown(tmp_path, [row | {"group": f"g{i // 10}"} for i, row in enumerate(mine)])
+
+
+def test_the_time_left_follows_the_mean_pace_and_grows_as_long_as_nothing_comes():
+    assert pace(10, 20, elapsed_s=60) == "10 a minute, 2 min left"
+    assert pace(10, 20, elapsed_s=600) == "1 a minute, 20 min left"
+    assert [pace(0, 5, 9), pace(5, 0, 9), pace(5, 5, 0)] == ["", "", ""]
+
+
+@pytest.fixture
+def terminal():
+    return Console(width=120, record=True, file=io.StringIO(), force_terminal=True)
+
+
+def test_progress_says_what_is_started_then_parts_and_a_pace_without_those_that_were_there(terminal):
+    clock = iter(range(0, 10**6, 30))  # half a minute passes at every look
+    with Display(terminal, "pipeline", 40) as display:
+        display.starting("Ray")
+        display._progress.refresh()
+        display._progress.get_time = lambda: next(clock)
+        display.advance(Progress("m d train", 10, 20))
+        display.advance(Progress("m d train", 12, 20))
+        (whole, step) = display._progress.tasks
+        assert (whole.completed, whole.fields["reused"], whole.fields["note"]) == (12, 10, "")
+        elapsed = step.get_time() - step.fields["since"]
+        assert Pace().render(step).plain == pace(2, 8, elapsed + 30)
+    shown = terminal.export_text()
+    assert "0/40 parts" in shown and "starting Ray" in shown
+
+
+@pytest.mark.parametrize(("error", "told"), [(Stopped("stopped on request"), False), (RunError("broken"), True)])
+def test_a_step_that_was_stopped_is_not_called_failed(terminal, error, told):
+    with Display(terminal, "pipeline", 2) as display:
+        display.advance(Progress("m d train", 1, 2))
+        display.finish("m d train", error)
+    assert ("failed m d train" in terminal.export_text()) == told

@@ -24,7 +24,9 @@ def test_the_ratio_is_that_of_the_medians():
 
 def test_every_repeat_of_both_ways_is_timed():
     lm = tiny_model("gpt2")
-    compared = benchmark(lm, prompts_for(lm)[0], LABELS, neurons=2, repeats=2)
+    told = []
+    compared = benchmark(lm, prompts_for(lm)[0], LABELS, neurons=2, repeats=2, watch=told.append)
+    assert [line.partition(": ")[2] for line in told] == ["the first call", "repeat 1 of 2", "repeat 2 of 2"] * 2
     assert [len(one.fast_s) + len(one.plain_s) for one in compared] == [4, 4]
     assert all(seconds > 0 for one in compared for seconds in one.fast_s + one.plain_s)
 
