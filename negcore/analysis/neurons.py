@@ -31,7 +31,7 @@ from negcore.measure.votes import (
     row_scores,
     signed_rank_effect,
 )
-from negcore.probing.rankings import chosen_signed_ranks, rank_layers
+from negcore.probing.rankings import chosen_effects, chosen_signed_ranks, finite_numbers, rank_layers
 from negcore.store.levels import FloatArray
 from negcore.store.reader import NegSplit, Selection
 
@@ -186,13 +186,13 @@ def neuron_means(split: NegSplit, selection: Selection) -> NeuronMeans:
 
     Raises
     ------
-    ShardError
-        If a neuron does not exist, or the shards do not hold its values.
+    NegError
+        If a neuron does not exist, the shards do not hold its values, or one is NaN or infinite.
     """
     n_chosen, n_options = len(selection), split.n_options
     sums_CKO = np.zeros((n_options, n_chosen, n_options))
     for shard in split.shards():
-        negs_POK, gold_P = shard.negs(selection), shard.numbers("gold")
+        negs_POK, gold_P = chosen_effects(shard, "neg", selection), shard.numbers("gold")
         for option in range(n_options):
             sums_CKO[option] += negs_POK[gold_P == option].sum(axis=0, dtype=np.float64).T
     n_C = np.bincount(split.gold_P, minlength=n_options)
@@ -254,14 +254,21 @@ def read_neuron(split: NegSplit, layer: int, neuron: int) -> NeuronRows:
 
     Raises
     ------
-    ShardError
-        If the neuron does not exist, or the shards hold nothing of it.
+    NegError
+        If the neuron does not exist, the shards hold nothing of it, or a number is NaN or infinite.
     """
     chosen = [(layer, neuron)]
-    activations_P = split.activations(chosen)[:, 0]
-    negs_PO = split.neurons(chosen)[:, :, 0] if split.stores_values(chosen).all() else None
-    signs_PO = np.concatenate([np.sign(shard.signed_ranks(chosen)[:, :, 0]) for shard in split.shards()])
-    return NeuronRows(activations_P, negs_PO, signs_PO.astype(np.int8), split.gold_P.astype(np.int64))
+    activations_PK, ranks_POK = [], []
+    for shard in split.shards():
+        activations_PK.append(finite_numbers(shard, shard.activations(chosen), "activation", chosen))
+        ranks_POK.append(chosen_signed_ranks(shard, "neg", chosen))
+    ranks_PO = np.concatenate(ranks_POK)[:, :, 0]
+    return NeuronRows(
+        activations_P=np.concatenate(activations_PK)[:, 0],
+        negs_PO=ranks_PO if split.stores_values(chosen).all() else None,
+        signs_PO=np.sign(ranks_PO).astype(np.int8),
+        gold_P=split.gold_P.astype(np.int64),
+    )
 
 
 # Places in samples of the rows

@@ -195,7 +195,7 @@ def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
     """Return the option with the largest NEG for the given neurons of every prompt: (P, K); see `argmax_features`."""
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
     for shard in split.shards():
-        features_PK[shard.rows] = argmax_features(shard.signed_ranks(order_K))
+        features_PK[shard.rows] = argmax_features(chosen_signed_ranks(shard, "neg", order_K))
     return features_PK
 
 

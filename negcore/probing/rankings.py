@@ -108,19 +108,49 @@ def chosen_effects(shard: Shard, signal: Signal, selection: Selection) -> Number
 
     As NEG is the gradient times s(a), with s(a) = 1 if a > 0 and else -1, the plain gradient is NEG * s(a), and
     gradient x activation is NEG * |a|.
+
+    Raises
+    ------
+    NegError
+        If a number is NaN or infinite, or the shard does not hold it.
     """
-    negs_POK = shard.negs(selection)
+    negs_POK = finite_numbers(shard, shard.negs(selection), "NEG", selection)
     if signal == "neg":
         return negs_POK
-    activations = shard.activations(selection)[:, None]
+    activations = finite_numbers(shard, shard.activations(selection), "activation", selection)[:, None]
     if signal == "gradient":
         return np.where(activations > 0, negs_POK, -negs_POK)
     return np.asarray(negs_POK * np.abs(activations))
 
 
 def chosen_signed_ranks(shard: Shard, signal: Signal, selection: Selection) -> Numbers:
-    """Return numbers with the order and signs of a signal's values, for K chosen neurons of a shard: (P, O, K)."""
-    return signed_rank_effect(signal, shard.signed_ranks(selection), lambda: shard.activations(selection))
+    """Return numbers with the order and signs of a signal's values, for K chosen neurons of a shard: (P, O, K).
+
+    Raises
+    ------
+    NegError
+        As `chosen_effects`.
+    """
+    signed_ranks_POK = finite_numbers(shard, shard.signed_ranks(selection), "NEG", selection)
+    return signed_rank_effect(
+        signal,
+        signed_ranks_POK,
+        lambda: finite_numbers(shard, shard.activations(selection), "activation", selection),
+    )
+
+
+def finite_numbers(shard: Shard, values: Numbers, what: str, selection: Selection) -> Numbers:
+    """Return numbers of K chosen neurons, shape (P, ..., K); raise `NegError` for the first NaN or infinity."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        first = tuple(np.argwhere(~finite)[0])
+        places, row = shard.split.locate(selection), shard.split.ids[shard.rows.start + first[0]]
+        raise NegError(
+            f"{shard.split.place.dataset}, row {row!r}: {what} of neuron "
+            f"{places.layers_K[first[-1]]}.{places.neurons_K[first[-1]]} is {values[first]}: NaN and inf are refused, "
+            "compute this row again"
+        )
+    return values
 
 
 def rank_layers(split: NegSplit, layers: range, votes: Collection[Vote], *, act: bool) -> Rankings:

@@ -201,6 +201,18 @@ def test_the_more_frequent_sign_is_told_with_its_share(splits):
     assert same == right.count(sign) / len(right) == max(right.count(one) for one in (-1, 0, 1)) / len(right)
 
 
+def test_a_number_that_is_none_is_refused_with_its_row_and_neuron(tmp_path):
+    data = numbers("train")
+    data.negs_POM[20, 1, 7] = np.nan
+    data.activations_PM[3, 2] = np.inf
+    split = write_split(tmp_path, "train", data)
+    for read in (lambda: read_neuron(split, 1, 2), lambda: neuron_means(split, [(0, 0), (1, 2)])):
+        with pytest.raises(NegError, match=r"row 'train/20': NEG of neuron 1\.2 is nan"):
+            read()
+    with pytest.raises(NegError, match=r"row 'train/3': activation of neuron 0\.2 is inf"):
+        read_neuron(split, 0, 2)
+
+
 def test_rows_can_be_chosen(splits):
     rows = read_neuron(splits["values"], 0, 1)
     chosen = rows.chosen(rows.gold_P == 2)

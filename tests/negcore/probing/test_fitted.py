@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from stored_negs import N_ALL, N_LAYERS, N_OPTIONS, N_ROWS, numbers, write_split, write_splits
 
 from negcore.errors import NegError
-from negcore.measure.votes import VOTES, Vote, argmax_features
+from negcore.measure.votes import VOTES, Ranking, Vote, argmax_features
 from negcore.probing import fitted
 from negcore.probing.act_probe import ActProbe
 from negcore.probing.evaluation import accuracy, choose_n_kept
@@ -112,6 +112,28 @@ def test_a_neg_that_is_no_number_is_refused_with_its_prompts_and_layer(tmp_path)
     split = write_split(tmp_path, "train", broken)
     with pytest.raises(NegError, match="d, rows from 'train/16' on, layer 1: NEG of row 1, option 0, neuron 1 is nan"):
         rank_layers(split, range(N_LAYERS), [MAGN], act=False)
+
+
+def test_a_number_of_a_kept_neuron_that_is_none_is_refused_by_every_probe_with_row_layer_and_number(splits, tmp_path):
+    broken = numbers("test")
+    broken.negs_POM[17, 2, 7] = np.nan
+    broken.activations_PM[20, 11] = np.inf
+    test = write_split(tmp_path, "test", broken)
+    order_K, gxa = np.array([7, 11]), Vote("magn", "gxa")
+    probes = [
+        fitted.FittedVote(MAGN, Ranking(order_K, np.ones(2, np.int8)), N_OPTIONS, 15),
+        fit_forest(splits["train"], order_K, seed=0),
+        fit_logistic(POLAR, order_K, splits["train"]),
+    ]
+    for probe in probes:
+        with pytest.raises(NegError, match=r"^d, row 'test/17': NEG of neuron 1\.2 is nan: NaN and inf are refused"):
+            probe.predict(test)
+    for probe in (
+        fitted.FittedVote(gxa, Ranking(order_K[1:], np.ones(1, np.int8)), N_OPTIONS, 15),
+        fit_logistic(gxa, order_K[1:], splits["train"]),
+    ):
+        with pytest.raises(NegError, match=r"row 'test/20': activation of neuron 2\.1 is inf"):
+            probe.predict(test)
 
 
 # Forest and baselines
