@@ -147,7 +147,7 @@ def test_the_forest_as_arrays_answers_as_scikit_learns(splits):
 
 
 def test_a_forest_that_would_not_fit_is_refused_with_the_number_that_does():
-    with pytest.raises(NegError, match="set tree_neurons to at most 858") as refused:
+    with pytest.raises(NegError, match="set --tree-neurons to at most 858") as refused:
         check_forest_size(1_000_000, 8192)
     check_forest_size(1_000_000, 858)
     assert "\n" not in str(refused.value)
