@@ -14,6 +14,7 @@ from flows.cli.machine import machine_problems
 from flows.cli.terminal import quiet_libraries
 from flows.show.console import console
 from flows.show.text import printable
+from negcore.errors import NegError
 from negcore.findings import MEANINGS, Finding, Judgement
 from negcore.model.architectures import Dtype, SiteChoice
 
@@ -62,12 +63,26 @@ def _findings(model: str | None, dtype: Dtype, device: str | None, site: SiteCho
         yield Finding("environment", "bad", problem)
     yield from examine()
     if model is not None:
-        from negcore.measure.noise import examine_model
-        from negcore.model.language_model import describe_model
-        from tasks.doctor.model import exact_type
+        yield from _of_model(model, dtype, device, site)
 
+
+def _of_model(model: str, dtype: Dtype, device: str | None, site: SiteChoice) -> Iterator[Finding]:
+    """Examine a model; one that cannot be used is a finding, too."""
+    from negcore.measure.memory import is_out_of_memory
+    from negcore.measure.noise import examine_model
+    from negcore.model.language_model import describe_model
+    from tasks.doctor.model import exact_type
+
+    try:
         card = describe_model(model)
         yield from examine_model(card, dtype=dtype, exact=exact_type(card, device), device=device, site=site)
+    except NegError as error:
+        yield Finding("model", "bad", str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        advice = "another --device, --dtype bfloat16, or a smaller model"
+        yield Finding("model", "bad", f"there is too little memory for it in {dtype}", advice)
 
 
 def _show(finding: Finding) -> None:

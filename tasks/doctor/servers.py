@@ -99,7 +99,10 @@ def _prefect(url: str) -> Finding:
     instead = "start that server, or unset PREFECT_API_URL (prefect config unset PREFECT_API_URL) for a private one"
     try:
         with _prefect_client() as client:
-            answer = client.get(f"{url}/{_asking_for_leave(url)}")
+            # Health is told to everybody; these are told to those who may ask.
+            answer = (
+                client.post(f"{url}/flows/count", json={}) if _is_cloud(url) else client.get(f"{url}/admin/version")
+            )
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError, OSError) as error:
         return Finding("Prefect", "bad", f"{url} {_silence(error)}", instead)
     if answer.status_code in (401, 403):
@@ -140,11 +143,6 @@ def _is_cloud(url: str) -> bool:
     from prefect.settings import PREFECT_CLOUD_API_URL
 
     return url.startswith(PREFECT_CLOUD_API_URL.value())
-
-
-def _asking_for_leave(url: str) -> str:
-    """Return a page that a server shows only to those whom it knows: health is shown to everybody."""
-    return "" if _is_cloud(url) else "admin/version"
 
 
 def _is_secret_set() -> bool:

@@ -31,7 +31,7 @@ def test_a_model_is_examined_and_json_has_every_finding(tmp_path):
     assert told.returncode == 1
 
 
-def test_a_model_that_is_not_there_is_refused_behind_the_findings():
+def test_a_model_that_is_not_there_is_a_finding():
     told = neg("doctor", "no/such/model")
-    assert told.returncode == 2
-    assert "good  Prefect: " in told.stdout and told.stderr.startswith("error: model 'no/such/model'")
+    assert (told.returncode, told.stderr) == (1, "")
+    assert "good  Prefect: " in told.stdout and "bad  model: model 'no/such/model': " in told.stdout

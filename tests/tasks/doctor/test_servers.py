@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from clusters import ray_cluster
 from hub import serving as serving_hub
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_KEY,
+    PREFECT_API_URL,
+    PREFECT_CLOUD_API_URL,
+    temporary_settings,
+)
 from prefect_servers import PrefectServer
 from test_silent_servers import ANSWERS, serving
 
@@ -96,6 +102,14 @@ def test_another_version_of_the_server_is_worth_a_look(prefect_server, monkeypat
     monkeypatch.setattr(servers, "version", lambda package: "3.0.0")
     judgement, said = of_prefect(prefect_server.url, prefect_server.auth)
     assert judgement == "look" and "and here is 3.0.0; use one version of both" in said
+
+
+@pytest.mark.parametrize(("status", "judgement"), [("200 OK", "good"), ("401 Unauthorized", "bad")])
+def test_prefect_cloud_is_asked_in_its_own_way(status, judgement):
+    answer = f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 1\r\n\r\n3"
+    with serving(answer) as url, temporary_settings({PREFECT_CLOUD_API_URL: url}):
+        told = of_prefect(f"{url}/accounts/a/workspaces/w", key="pnu_key")
+    assert told[0] == judgement and "pnu_key" not in told[1]
 
 
 def test_an_address_without_a_server_is_told():
