@@ -17,6 +17,7 @@ WORKFLOW = (
     "rich",
     "sqlalchemy",
     "typer",
+    "uvicorn",
     "vl_convert",
     "yaml",
 )
