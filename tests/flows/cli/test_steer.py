@@ -30,7 +30,7 @@ def test_answers_and_side_effects_are_shown_before_and_after(run):
     for words in ("12 neurons shifted, the best of magn on local/questions, by 3", "before", "after", "gold: "):
         assert words in " ".join(result.stdout.split())
     table = result.stdout.partition("Accuracy before and after")[2]
-    assert re.search(r"local/questions +7 ", table) and re.search(r"local/hostile +7 ", table)
+    assert re.search(r"local/questions +7 ", table) and re.search(r"local/hostile +\d ", table)
     assert "finished accuracy local/hostile" in result.stdout
 
 
