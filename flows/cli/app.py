@@ -23,6 +23,7 @@ from flows.cli.steer import steer
 from flows.cli.storage import status, verify
 from flows.cli.tables import export, sql
 from flows.cli.terminal import stop_on_signals
+from flows.cli.view import view
 from flows.show.console import console, errors, show_all_through_consoles, tell
 from negcore import __version__
 from negcore.errors import NegError
@@ -109,7 +110,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},
         **_commands(plan, benchmark),
     },
-    "Looking into runs": _commands(compare, neurons, neuron, sql, export, steer),
+    "Looking into runs": _commands(compare, neurons, neuron, sql, export, steer, view),
     "Storage": _commands(status, verify, publish),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),
