@@ -3,12 +3,13 @@
 The functions that do the work take their `Steps`, so that the same steps run under Prefect and without it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from flows.flow_run import attempt, noted, run_session, run_work
+from flows.extraction import WhenExtracted, extract_planned
+from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_figures import accuracy_figures
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
@@ -18,41 +19,31 @@ from flows.show.neuron_tables import top_table
 from flows.show.report import RunResults, Section
 from flows.show.resample_tables import resample_tables
 from flows.show.sentences import accuracy_sentences
-from negcore.errors import ModelError, NegError, RunError, typed_line
+from negcore.errors import typed_line
 from negcore.store.publish import receipts
-from negcore.store.reader import NegSplit, open_negs
 from tasks.comparisons import ComparisonRow, comparisons
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.kinds import count_shards
-from tasks.config.recipes import choose_neurons
 from tasks.config.run_file import write_run_file
 from tasks.floors import mass_warnings
-from tasks.forecast.capacity import check_disk
 from tasks.measure.missing import names_of
-from tasks.measure.shard_set import ShardSet
-from tasks.measure.worker import model_pool
-from tasks.model_plans import ModelPlans, all_problems
+from tasks.model_plans import ModelPlans
 from tasks.neurons import NEURONS_FILE, NeuronRow
 from tasks.plan import (
-    SUMS,
     Planned,
     PlannedDataset,
     PlannedModel,
-    choosing,
-    n_chosen,
     of_each_model,
     plan,
     plan_usable,
 )
-from tasks.pool.base import Pool, Stopped
+from tasks.pool.base import Stopped
 from tasks.predictions import Predictions, write_predictions
 from tasks.probe import AccuracyRow, Confusion, Probed, Prober, probe_steps
 from tasks.rank import rank_pool
 from tasks.resamples import ResampleRow
 from tasks.results import Average, SplitAccount, averages, split_accounts
-from tasks.rundir.layout import write_plan_file
 from tasks.rundir.tables import write_table
-from tasks.stages.extract import extract as extract_task
 from tasks.stages.probe import probe as probe_task
 from tasks.steps import Pending, Steps
 
@@ -133,7 +124,7 @@ def run_probe(run: SkillRun, steps: Steps) -> Results:
     results = Results(run.directory, n_datasets=len(run.dataset))
     models = steps.planned(plan, run)
     results.problems += models.problems
-    with _probing(run, steps, results) as probe:
+    with _probing([(run, models)], steps, results) as probe:
         for model in models:
             for dataset in model.datasets:
                 for split in dataset.splits:
@@ -150,7 +141,7 @@ def run_pipeline(run: SkillRun, steps: Steps) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
     planned = [(run, steps.planned(plan, run))]
-    with _probing(run, steps, results) as probe:
+    with _probing(planned, steps, results) as probe:
         extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
@@ -164,88 +155,28 @@ def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
         problem for _, models in planned for model in models for problem in model.problems
     )
     write_run_file(run)
-    with _probing(planned[0][0], steps, results) as probe:
+    with _probing(planned, steps, results) as probe:
         extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
 
-def _warnings(planned: Planned) -> Iterable[str]:
-    """Return what must be read with care of the datasets, each line once."""
-    datasets = (dataset for _, models in planned for model in models for dataset in model.datasets)
-    return dict.fromkeys(warning for dataset in datasets for warning in dataset.warnings)
-
-
-Probe = Callable[[SkillRun, PlannedDataset], None]
-
-
 @contextmanager
-def _probing(run: SkillRun, steps: Steps, results: Results) -> Iterator[Probe]:
-    """Probe datasets in the background as they are handed over inside the block, and collect the results after it."""
-    pending: list[_PendingProbe] = []
+def _probing(planned: Planned, steps: Steps, results: Results) -> Iterator[WhenExtracted]:
+    """Probe datasets in the background as they are handed over inside the block, and collect the results after it.
+
+    They are collected in the order of the plan, whichever dataset was extracted first.
+    """
+    run, pending = planned[0][0], list[_PendingProbe]()
+    models = (model for of_model in of_each_model(planned) for _, model in of_model)
+    in_order = [id(dataset) for model in models for dataset in model.datasets]
     with run_session(run), rank_pool(run) as pool:
         prober = Prober(pool)
         try:
             yield lambda settings, dataset: pending.append(_submit_probe(settings, steps, prober, dataset))
-            _collect(steps, results, pending)
+            _collect(results, sorted(pending, key=lambda one: in_order.index(id(one.dataset))))
         except BaseException:
             steps.stop.set()  # before the pool closes under those who still wait for it
             raise
-
-
-def extract_planned(planned: Planned, steps: Steps, results: Results, *, when_extracted: Probe) -> None:
-    """Extract every missing NEG shard; losses become problems of the results, and whole datasets are handed on."""
-    results.problems += all_problems(models for _, models in planned)
-    check_disk(planned)
-    results.warnings += _warnings(planned)
-    for run, models in planned:
-        write_run_file(run)
-        write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])
-    # The models outside: each is loaded once for all prompts.
-    for of_model in of_each_model(planned):
-        try:
-            _extract_model(of_model, steps, results, when_extracted)
-        except (ModelError, RunError) as error:  # no worker can have this model; the others go on
-            results.problems.append(f"{of_model[0][1].card.name}: {error}")
-    if results.set_aside:
-        steps.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
-
-
-def _extract_model(
-    planned: Sequence[tuple[SkillRun, PlannedModel]], steps: Steps, results: Results, when_extracted: Probe
-) -> None:
-    run, model = planned[0]
-    with model_pool(run, model.card) as pool:
-        for run, model in planned:
-            for dataset in model.datasets:
-                if _extract_dataset(run, steps, results, pool, dataset):
-                    when_extracted(run, dataset)
-
-
-def _extract_dataset(run: SkillRun, steps: Steps, results: Results, pool: Pool, dataset: PlannedDataset) -> bool:
-    """Extract the splits of a dataset; return whether every row is there now, or set aside."""
-    whole, neurons = True, tuple[int, ...]()
-    for split in dataset.splits:
-        if n_chosen(split) is not None:
-            if not (whole or neurons):
-                break  # there is no choice without all sums
-            try:
-                neurons = neurons or choose_neurons(run, _sums(run, split))
-            except NegError as error:
-                results.problems.append(f"{split.title}: {typed_line(error)}")
-                return False
-            split = choosing(split, neurons)
-        extracted = attempt(
-            steps, results, extract_task, split.title, pool, split, run.directory, ends=(ModelError, RunError)
-        )
-        if extracted is not None:
-            results.add(extracted)
-        whole = whole and extracted is not None and not extracted.failures
-    return whole
-
-
-def _sums(run: SkillRun, split: ShardSet) -> NegSplit:
-    """Open the vote sums that the neurons of a split are chosen by."""
-    return open_negs(run.directory).at(split.place._replace(part=SUMS))
 
 
 @dataclass(frozen=True)
@@ -261,7 +192,7 @@ def _submit_probe(run: SkillRun, steps: Steps, prober: Prober, dataset: PlannedD
     return _PendingProbe(run, dataset, probed)
 
 
-def _collect(steps: Steps, results: Results, pending: Sequence[_PendingProbe]) -> None:
+def _collect(results: Results, pending: Sequence[_PendingProbe]) -> None:
     for one in pending:
         try:
             probed = one.probed.result()

@@ -11,6 +11,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.flow_run import listed, under_prefect
 from tasks.config.kinds import RUN_KINDS, load
+from tasks.steps import THREADS
 
 
 @cache
@@ -29,7 +30,8 @@ def prefect_flow(name: str) -> Any:
     carry_out.__name__ = carry_out.__qualname__ = name
     carry_out.__doc__ = kind.summary
     carry_out.__annotations__["run"] = kind.run_class
-    return flow(name=name, flow_run_name=flow_run_name, task_runner=ThreadPoolTaskRunner(max_workers=8))(carry_out)
+    runner = ThreadPoolTaskRunner(max_workers=THREADS)
+    return flow(name=name, flow_run_name=flow_run_name, task_runner=runner)(carry_out)
 
 
 def __getattr__(name: str) -> Any:

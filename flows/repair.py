@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flows.extraction import extract_planned
 from flows.flow_run import run_session
-from flows.pipeline import Results, extract_planned
+from flows.pipeline import Results
 from flows.show.report import RunResults
 from negcore.errors import RunError
 from negcore.store.files import n_bytes

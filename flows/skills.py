@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from flows.extraction import extract_planned
 from flows.flow_run import attempt, noted, run_session, run_work
-from flows.pipeline import Results, extract_planned
+from flows.pipeline import Results
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import short
 from flows.show.report import RunResults, Section

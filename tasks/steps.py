@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from negcore.texts import printable, public
 from tasks.config.run_file import RunFile
@@ -38,7 +39,8 @@ _SILENCE_S = 60.0
 _MOST_RETRIES = 3
 """Tries of what is to stay: workers that outlive long losses have more patience than a run has time."""
 _STOP_S = 10.0
-_THREADS = 8
+THREADS = 80
+"""Steps at the same time. Those that measure mostly wait for workers, and those that fit probes for their turn."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Progress:
     total: int
     note: str = ""
     """Reason why its workers wait, or what is done before they start, for people; may be empty."""
+    is_queued: bool = False
+    """True as long as all workers are busy with other steps."""
 
 
 class Watcher(Protocol):
@@ -87,7 +91,8 @@ class Step:
 
     def report(self, done: int, total: int, status: PoolStatus | None = None, note: str = "") -> None:
         """Report that `done` of `total` parts are finished, and what the workers are doing or else goes on."""
-        self._progress = Progress(self.name, done, total, note or _note(status))
+        is_queued = status is not None and not status.running and status.elsewhere > 0 and status.queued > 0
+        self._progress = Progress(self.name, done, total, note or _note(status), is_queued)
         for watcher in self._watchers:
             watcher.advance(self._progress)
 
@@ -154,6 +159,8 @@ class Pending(Protocol[R]):
 
     def result(self, timeout: float | None = None) -> R: ...
 
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> None: ...
+
 
 class Steps(ABC):
     """The steps of one run, carried out until the run is stopped."""
@@ -176,14 +183,22 @@ class Steps(ABC):
 
     def run(self, task: Any, name: str, *args: Any) -> Any:
         """Carry a step out to its end. Whatever interrupts the wait stops the step before it goes on."""
-        step = self._step(task, name)
-        pending = self._submit(task, step, args)
+        with self.together() as together:
+            together.start(None, self, task, name, *args)
+            ended = together.ended()
+            assert ended is not None, name
+            return ended.pending.result()
+
+    @contextmanager
+    def together(self) -> Iterator["Together"]:
+        """Carry out steps side by side. Whatever interrupts the block stops those under way before it goes on."""
+        together = Together()
         try:
-            return pending.result()
+            yield together
         except BaseException:
-            if not step.ended.is_set():  # the error is not the step's: a signal, or the flow was cancelled
+            if together.under_way:  # the error is not the last step's: a signal, or the flow was cancelled
                 self.stop.set()
-                step.ended.wait(_STOP_S)
+                together.wait(_STOP_S)
             raise
 
     def planned(self, make: Callable[[Any], T], run: RunFile) -> T:
@@ -219,12 +234,56 @@ class Steps(ABC):
         return [self._handover.watcher] if self._handover.watcher else []
 
 
+class Together:
+    """Steps that are carried out side by side, each under a key; more may be started as others end."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[int, tuple[Any, Step, Pending[Any]]] = {}
+        self._told: SimpleQueue[int] = SimpleQueue()
+
+    @property
+    def under_way(self) -> list[Step]:
+        """The steps that have not ended."""
+        return [step for _, step, _ in self._under_way.values() if not step.ended.is_set()]
+
+    def start(self, key: Any, steps: Steps, task: Any, name: str, *args: Any) -> None:
+        """Start one of some steps, as `Steps.submit` does."""
+        step = steps._step(task, name)
+        pending = steps._submit(task, step, args)
+        self._under_way[id(step)] = key, step, pending
+        pending.add_done_callback(lambda _: self._told.put(id(step)))
+
+    def ended(self, wait_s: float | None = None) -> "Ended | None":
+        """Return the next step that ends; None if none does for some time, or there is none."""
+        try:
+            number = self._told.get(timeout=wait_s) if self._under_way else None
+        except Empty:
+            return None
+        if number is None:
+            return None
+        key, _, pending = self._under_way.pop(number)
+        return Ended(key, pending)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all steps have ended, but no longer."""
+        deadline = time.monotonic() + timeout_s
+        for step in self.under_way:
+            step.ended.wait(max(0.0, deadline - time.monotonic()))
+
+
+class Ended(NamedTuple):
+    """A step that ended, with the key that it was started under."""
+
+    key: Any
+    pending: Pending[Any]
+
+
 class PlainSteps(Steps):
     """Steps without Prefect: for tests, notebooks and machines where no server may run."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._threads = ThreadPoolExecutor(_THREADS)
+        self._threads = ThreadPoolExecutor(THREADS)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None: ...
 
@@ -278,6 +337,9 @@ class _OpenPending:
             return self._future.result(timeout)
         except Withheld as withheld:
             raise withheld.error from None
+
+    def add_done_callback(self, fn: Callable[[Any], None], /) -> None:
+        self._future.add_done_callback(fn)
 
 
 class _PartStop(threading.Event):
@@ -350,7 +412,8 @@ class _ProgressArtifact:
         if progress.note and now - self._told_at >= _TELL_S:
             self._told_at = now
             get_run_logger().info("%s: %s", self._title, progress.note)
-        if progress.done < progress.total and now - self._shown_at < _ARTIFACT_INTERVAL_S:
+        is_soon = now - self._shown_at < _ARTIFACT_INTERVAL_S or progress.is_queued
+        if progress.done < progress.total and is_soon:
             return
         self._shown_at = now
         percent, text = 100.0 * progress.done / max(progress.total, 1), self._text(progress)

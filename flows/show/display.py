@@ -1,5 +1,6 @@
 """Progress of a run, and datasets, as a person at a terminal sees them."""
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from tasks.steps import Progress
 
 
 class Display:
-    """Progress bars of the whole run and of each step under way; without a terminal, one line for each step."""
+    """Progress bars of the whole run and of each step that has workers; without a terminal, one line for each step."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console = console
@@ -44,6 +45,7 @@ class Display:
         """Parts that were there when a step began, by its name."""
         self._finished = 0
         """Parts of steps that ended: another step may have the same name."""
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -59,29 +61,32 @@ class Display:
         self._progress.update(self._whole, note=escape(f"starting {what}"))
 
     def advance(self, progress: Progress) -> None:
-        step = progress.step
-        if step not in self._bars:
-            if not self._reused:
-                self._progress.update(self._whole, note="", since=self._progress.get_time())
-            self._reused[step] = self._reused.get(step, 0) + progress.done
-            own: dict[str, Any] = {"note": "", "since": self._progress.get_time(), "reused": progress.done}
-            self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, **own)
-        self._progress.update(self._bars[step], completed=progress.done, note=escape(progress.note))
-        self._done[step] = progress.done
-        done, reused = self._finished + sum(self._done.values()), sum(self._reused.values())
-        self._progress.update(self._whole, completed=done, reused=reused)
+        with self._lock:
+            step, is_shown = progress.step, not progress.is_queued
+            if step not in self._bars:
+                if not self._reused:
+                    self._progress.update(self._whole, note="", since=self._progress.get_time())
+                self._reused[step] = self._reused.get(step, 0) + progress.done
+                own: dict[str, Any] = {"note": "", "since": self._progress.get_time(), "reused": progress.done}
+                self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, **own)
+            note = escape(progress.note)
+            self._progress.update(self._bars[step], completed=progress.done, note=note, visible=is_shown)
+            self._done[step] = progress.done
+            done, reused = self._finished + sum(self._done.values()), sum(self._reused.values())
+            self._progress.update(self._whole, completed=done, reused=reused)
 
     def finish(self, step: str, error: BaseException | None) -> None:
-        if step in self._bars:
-            self._progress.remove_task(self._bars[step])
-            del self._bars[step]
-        if isinstance(error, (Stopped, KeyboardInterrupt)):
-            pass  # on request, of which a line tells at the end
-        elif error is not None:
-            self._console.print(f"[red]failed[/red] {escape(step)}: {escape(str(error))}")
-        elif not self._console.is_terminal and step in self._done:
-            self._console.print(f"finished {escape(step)}", highlight=False)
-        self._finished += self._done.pop(step, 0)
+        with self._lock:
+            if step in self._bars:
+                self._progress.remove_task(self._bars[step])
+                del self._bars[step]
+            if isinstance(error, (Stopped, KeyboardInterrupt)):
+                pass  # on request, of which a line tells at the end
+            elif error is not None:
+                self._console.print(f"[red]failed[/red] {escape(step)}: {escape(str(error))}")
+            elif not self._console.is_terminal and step in self._done:
+                self._console.print(f"finished {escape(step)}", highlight=False)
+            self._finished += self._done.pop(step, 0)
 
 
 def dataset_table(infos: Sequence[DatasetInfo]) -> Table:

@@ -1,10 +1,13 @@
 """Examples cut into shards, and the job of measuring one shard."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from negcore.errors import NegError
 from negcore.model.check import ModelCheck
@@ -20,6 +23,32 @@ It is no part of a run's identity: it decides which rows are stored, never a num
 
 _MOST_NAMED = 8
 """Rows that a message names."""
+
+
+class Shards(Sequence[Sequence[EncodedExample]]):
+    """The examples of every shard, in order. They are cut when asked for: there may be a million shards."""
+
+    def __init__(self, examples: Sequence[EncodedExample], shard_rows: int) -> None:
+        self._examples, self._shard_rows = examples, shard_rows
+
+    def __len__(self) -> int:
+        return -(-len(self._examples) // self._shard_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[EncodedExample]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[EncodedExample]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[EncodedExample] | Sequence[Sequence[EncodedExample]]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self._shard_rows
+        return self._examples[start : start + self._shard_rows]
+
+    @property
+    def n_tokens_S(self) -> NDArray[np.int64]:
+        """Tokens of every shard's prompts, shape (S,)."""
+        n_tokens_P = np.fromiter((len(example.token_ids) for example in self._examples), np.int64, len(self._examples))
+        return np.add.reduceat(n_tokens_P, np.arange(0, len(n_tokens_P), self._shard_rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +68,14 @@ class ShardSet:
         self.place.check()
 
     @cached_property
-    def shards(self) -> list[Sequence[EncodedExample]]:
+    def shards(self) -> Shards:
         """The examples of every shard, in order."""
-        starts = range(0, len(self.examples), self.shard_rows)
-        return [self.examples[start : start + self.shard_rows] for start in starts]
+        return Shards(self.examples, self.shard_rows)
+
+    def longest_first(self, indices: Iterable[int]) -> Iterator[int]:
+        """Yield the indices of some shards, those with the most tokens first: no long one is left for the end."""
+        index_S = np.fromiter(indices, np.int64)
+        return iter(index_S[np.argsort(-self.shards.n_tokens_S[index_S], kind="stable")].tolist())
 
     @property
     def n_options(self) -> int:

@@ -1,4 +1,4 @@
-"""Pools of plain workers: one queue of jobs, bounded retries, a stop event.
+"""Pools of plain workers: jobs from several threads in one queue, bounded retries, a stop event.
 
 A *worker* is a plain class with a method ``run(job) -> result``, made from a recipe ``(cls, kwargs)``. Jobs and
 results are small plain data: a worker writes its arrays itself and returns a receipt. `tasks.pool.opening` opens a
@@ -11,13 +11,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
 
 from negcore.errors import NegError, RunError, first_line
 
 __all__ = [
+    "Jobs",
     "NodeLost",
     "OutOfMemory",
     "Outcome",
@@ -134,48 +136,105 @@ class PoolStatus:
     """Workers: these three are those that are usable, are being made, and died or were ended."""
     note: str = ""
     """Thing that the pool waits for; empty if it does not wait."""
+    elsewhere: int = 0
+    """Jobs that its workers do for other calls of ``map``."""
+    pool: int = 0
+    """Number of the pool in this process."""
+
+
+class Jobs(Protocol):
+    """Some jobs, whose number is known and each of which may be made when its turn comes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Attempt:
     """A job and the number of the attempt that is next or under way."""
 
-    __slots__ = ("is_alone", "job", "nodes_lost", "number")
+    __slots__ = ("batch", "is_alone", "job", "nodes_lost", "number")
 
-    def __init__(self, job: Any) -> None:
+    def __init__(self, job: Any, batch: Batch) -> None:
         self.job = job
+        self.batch = batch
         self.number = 1
         self.nodes_lost = 0
         self.is_alone = False
         """True if its node ran out of memory: it is tried once nothing else runs, by a fresh worker."""
 
 
-@dataclass
 class Batch:
-    """The jobs of one ``map`` call."""
+    """The jobs of one ``map`` call. They are taken from the given ones when their turn comes: there may be millions."""
 
-    todo: deque[Attempt]
-    max_attempts: int
-    suspect: bool
-    stop: threading.Event | None
-    on_tick: Callable[[PoolStatus], None] | None
-    tick_s: float
-    alone: deque[Attempt] = field(default_factory=deque)
-    """Jobs that wait until no other job runs."""
-    done: int = 0
-    failed: int = 0
-    ticked_at: float = float("-inf")
+    def __init__(
+        self,
+        jobs: Jobs,
+        max_attempts: int,
+        *,
+        suspect: bool = False,
+        turn: int = 0,
+        stop: threading.Event | None = None,
+        on_tick: Callable[[PoolStatus], None] | None = None,
+        tick_s: float = 5.0,
+        lock: threading.Lock | None = None,
+    ) -> None:
+        self.suspect = suspect
+        self.turn = turn
+        self.again: deque[Attempt] = deque()
+        """Jobs that failed and are tried once more."""
+        self.alone: deque[Attempt] = deque()
+        """Jobs that wait until no other job runs."""
+        self.done = self.failed = self.running = 0
+        self.outcomes: deque[Outcome] = deque()
+        """Outcomes that the caller has not taken yet."""
+        self.error: Exception | None = None
+        """The error that ends the call."""
+        self.news = threading.Condition(lock)
+        """Told when there is an outcome or an error."""
+        self._fresh, self._n_fresh = iter(jobs), len(jobs)
+        self._max_attempts = max_attempts
+        self._stop = stop
+        self._on_tick, self._tick_s, self._ticked_at = on_tick, tick_s, float("-inf")
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs that a worker may have now."""
+        return self._n_fresh + len(self.again)
+
+    @property
+    def n_queued(self) -> int:
+        """Jobs that wait, also those that wait until no other runs."""
+        return self.n_waiting + len(self.alone)
+
+    @property
+    def is_over(self) -> bool:
+        """True if every job has its outcome."""
+        return not (self.running or self.n_queued)
+
+    def take(self) -> Attempt:
+        """Return the next of the jobs that wait."""
+        if not self._n_fresh:
+            return self.again.popleft()
+        self._n_fresh -= 1
+        return Attempt(next(self._fresh), self)
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once the stop event is set."""
+        return self._stop is not None and self._stop.is_set()
 
     def check_stop(self) -> None:
-        if self.stop is not None and self.stop.is_set():
+        if self.is_stopped:
             raise Stopped("stopped on request")
 
     def tick_due(self) -> bool:
-        return self.on_tick is not None and time.monotonic() - self.ticked_at >= self.tick_s
+        return self._on_tick is not None and time.monotonic() - self._ticked_at >= self._tick_s
 
     def tick(self, status: PoolStatus) -> None:
-        if self.on_tick is not None:
-            self.ticked_at = time.monotonic()
-            self.on_tick(status)
+        if self._on_tick is not None:
+            self._ticked_at = time.monotonic()
+            self._on_tick(status)
 
     def succeeded(self, attempt: Attempt, result: Any) -> Outcome:
         self.done += 1
@@ -187,13 +246,16 @@ class Batch:
             attempt.nodes_lost += 1
         elif isinstance(exception, OutOfMemory) and not attempt.is_alone:
             attempt.is_alone = True
-        elif attempt.number < self.max_attempts and not isinstance(exception, NegError):
+        elif attempt.number < self._max_attempts and not isinstance(exception, NegError):
             attempt.number += 1
         else:
             self.failed += 1
             return Outcome(attempt.job, None, exception, attempt.number)
-        (self.alone if attempt.is_alone else self.todo).append(attempt)
+        (self.alone if attempt.is_alone else self.again).append(attempt)
         return None
+
+
+_numbers = count(1)
 
 
 class Pool(ABC):
@@ -204,26 +266,29 @@ class Pool(ABC):
         self._kwargs = dict(kwargs)
         self._resources = resources
         self._label = label
+        self._number = next(_numbers)
         self._lock = threading.Lock()
+        """Held by whoever touches the jobs or the workers."""
 
     def map(
         self,
-        jobs: Iterable[Any],
+        jobs: Jobs,
         *,
         stop: threading.Event | None = None,
         on_tick: Callable[[PoolStatus], None] | None = None,
         tick_s: float = 5.0,
         suspect: bool = False,
+        turn: int = 0,
     ) -> Iterator[Outcome]:
         """Run the jobs and yield their outcomes in order of completion.
 
-        Work starts with the first ``next``. Calls from several threads take turns. An error that only the user
+        Work starts with the first ``next``. The jobs of several threads share the workers. An error that only the user
         can repair (`NegError`) is not tried again; every other error is, up to ``max_attempts`` times.
 
         Parameters
         ----------
-        jobs : iterable
-            Small plain data, one item a job.
+        jobs : list or other Jobs
+            Small plain data, one item a job; taken as workers become free.
         stop : threading.Event, optional
             Once set, no further outcome follows.
         on_tick : callable, optional
@@ -233,6 +298,8 @@ class Pool(ABC):
         suspect : bool
             True if the jobs are expected to fail: then each gets one attempt, a worker whose job failed is not
             used again, and what they cost is replaced whatever `max_replacements` is.
+        turn : int
+            Of the jobs of several calls, those with the lowest turn come first.
 
         Yields
         ------
@@ -247,16 +314,33 @@ class Pool(ABC):
         RunError
             If no worker can be started, or all were lost and may not be replaced.
         """
-        todo = deque(Attempt(job) for job in jobs)
-        batch = Batch(todo, 1 if suspect else self._resources.max_attempts, suspect, stop, on_tick, tick_s)
-        while not self._lock.acquire(timeout=POLL_S):
-            batch.check_stop()
-        try:
-            batch.tick(self._status(batch))
-            yield from self._outcomes(batch)
-            batch.tick(self._status(batch))
-        finally:
-            self._lock.release()
+        attempts = 1 if suspect else self._resources.max_attempts
+        batch = Batch(
+            jobs, attempts, suspect=suspect, turn=turn, stop=stop, on_tick=on_tick, tick_s=tick_s, lock=self._lock
+        )
+        batch.tick(self._status(batch))
+        yield from self._outcomes(batch)
+        batch.tick(self._status(batch))
+
+    @property
+    @abstractmethod
+    def calls_at_once(self) -> int:
+        """Calls of ``map`` at the same time that keep every worker busy, however few jobs each has."""
+
+    @abstractmethod
+    def has_room(self, n_calls: int) -> bool:
+        """Tell whether a worker has nothing to do though so many calls of ``map`` are under way.
+
+        Of a pool whose worker nobody else could use, this is never said.
+        """
+
+    @abstractmethod
+    def follow(self, earlier: Pool) -> None:
+        """Take over the workers of an earlier pool one by one, as it runs out of jobs.
+
+        Together both have no more workers than this one may have. The earlier one ends those that it does not need any
+        more, and if it needs one again, this one gives way.
+        """
 
     @abstractmethod
     def _outcomes(self, batch: Batch) -> Iterator[Outcome]:

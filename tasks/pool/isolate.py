@@ -11,13 +11,13 @@ import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from negcore.datasets import Example
 from negcore.errors import NegError
 from negcore.store.publish import SetAside
 from negcore.texts import public
-from tasks.pool.base import NodeLost, Outcome, OutOfMemory, Pool, PoolStatus
+from tasks.pool.base import Jobs, NodeLost, Outcome, OutOfMemory, Pool, PoolStatus
 
 if TYPE_CHECKING:
     from tasks.measure.shard_set import ShardJob
@@ -35,7 +35,7 @@ _QUOTED = 16
 
 
 def map_isolating(
-    pool: Pool, jobs: Sequence[ShardJob], *, stop: threading.Event, on_tick: Tick
+    pool: Pool, jobs: Jobs, *, stop: threading.Event, on_tick: Tick, turn: int = 0
 ) -> Generator[Outcome, None, None]:
     """Run jobs as `Pool.map` does, and a job that fails because of single rows once more without them.
 
@@ -44,8 +44,11 @@ def map_isolating(
 
     Parameters
     ----------
-    jobs : sequence of ShardJob
-        Or of others with `examples`, `trial` and `without`; those without `trial` are handed back as they fail.
+    jobs : Jobs
+        Of `ShardJob`, or of others with `examples`, `trial` and `without`; those without `trial` are handed back as
+        they fail.
+    turn : int
+        As in `Pool.map`.
 
     Yields
     ------
@@ -54,7 +57,8 @@ def map_isolating(
     """
     failed: list[Outcome] = []
     is_proven = False
-    for outcome in pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=_TICK_S):
+    options = _Options(stop, on_tick, turn)
+    for outcome in pool.map(jobs, **options.of_map()):
         if _is_suspect(outcome):
             failed.append(outcome)
         else:
@@ -62,12 +66,28 @@ def map_isolating(
             yield outcome
     while failed:
         chosen, failed = (failed, []) if is_proven else (failed[:1], failed[1:])
-        finding = _Search(pool, stop, on_tick, len(chosen)).run([outcome.job for outcome in chosen])
+        finding = _Search(pool, options, len(chosen)).run([outcome.job for outcome in chosen])
         is_proven = is_proven or finding.is_any_computed
         if not is_proven:
             yield from (*chosen, *failed)
             return
-        yield from _without(pool, chosen, finding, stop, on_tick)
+        yield from _without(pool, chosen, finding, options)
+
+
+class _Options(NamedTuple):
+    """Options of every call of the pool."""
+
+    stop: threading.Event
+    on_tick: Tick
+    turn: int
+
+    def of_map(self, note: str = "") -> dict[str, Any]:
+        """Return them as `Pool.map` takes them, with a note for whoever watches."""
+
+        def tick(status: PoolStatus) -> None:
+            self.on_tick(replace(status, note=status.note or note))
+
+        return {"stop": self.stop, "on_tick": tick, "tick_s": _TICK_S, "turn": self.turn}
 
 
 class _Finding(NamedTuple):
@@ -79,8 +99,8 @@ class _Finding(NamedTuple):
 class _Search:
     """A search for the rows that make some jobs fail."""
 
-    def __init__(self, pool: Pool, stop: threading.Event, on_tick: Tick, n_jobs: int) -> None:
-        self._pool, self._stop, self._on_tick = pool, stop, on_tick
+    def __init__(self, pool: Pool, options: _Options, n_jobs: int) -> None:
+        self._pool, self._options = pool, options
         self._note = f"looking for the rows at fault in {n_jobs} shard{'s' * (n_jobs > 1)}"
         self._is_any_computed = False
 
@@ -98,26 +118,19 @@ class _Search:
         return _Finding(found, self._is_any_computed)
 
     def _failing(self, jobs: Sequence[ShardJob]) -> list[Outcome]:
-        outcomes = list(
-            self._pool.map(jobs, suspect=True, stop=self._stop, on_tick=self._tick, tick_s=_TICK_S) if jobs else ()
-        )
+        outcomes = list(self._pool.map(jobs, suspect=True, **self._options.of_map(self._note)) if jobs else ())
         self._is_any_computed = self._is_any_computed or any(outcome.exception is None for outcome in outcomes)
         return [outcome for outcome in outcomes if _is_suspect(outcome)]
 
-    def _tick(self, status: PoolStatus) -> None:
-        self._on_tick(replace(status, note=status.note or self._note))
 
-
-def _without(
-    pool: Pool, failed: Sequence[Outcome], finding: _Finding, stop: threading.Event, on_tick: Tick
-) -> Iterator[Outcome]:
+def _without(pool: Pool, failed: Sequence[Outcome], finding: _Finding, options: _Options) -> Iterator[Outcome]:
     """Do the jobs again without the rows that were found; each outcome names the job as it was given."""
     given = {}
     for outcome in failed:
         rows = [finding.rows[id(row)] for row in outcome.job.examples if id(row) in finding.rows]
         again = outcome.job.without(rows)
         given[id(again)] = (again, outcome.job)
-    for outcome in pool.map([again for again, _ in given.values()], stop=stop, on_tick=on_tick, tick_s=_TICK_S):
+    for outcome in pool.map([again for again, _ in given.values()], **options.of_map()):
         yield replace(outcome, job=given[id(outcome.job)][1])
 
 

@@ -1,11 +1,11 @@
 """The pool that runs jobs in this process, one after the other."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from negcore.errors import NegError
-from tasks.pool.base import Attempt, Batch, Outcome, Pool, PoolStatus
+from tasks.pool.base import POLL_S, Attempt, Batch, Outcome, Pool, PoolStatus, Resources
 
 __all__ = ["LocalPool"]
 
@@ -13,14 +13,28 @@ logger = logging.getLogger(__name__)
 
 
 class LocalPool(Pool):
-    """One worker in this process."""
+    """One worker in this process. Threads that call it at the same time take turns, job by job."""
 
-    _worker: Any = None
+    calls_at_once = 1
+
+    def __init__(self, cls: type, kwargs: Mapping[str, Any], resources: Resources, label: str) -> None:
+        super().__init__(cls, kwargs, resources, label)
+        self._worker: Any = None
+
+    def has_room(self, n_calls: int) -> bool:
+        return False
+
+    def follow(self, earlier: Pool) -> None: ...
 
     def _outcomes(self, batch: Batch) -> Iterator[Outcome]:
-        while batch.todo:
+        while batch.n_waiting:
             batch.check_stop()
-            outcome = self._run(batch, batch.todo.popleft())
+            if not self._lock.acquire(timeout=POLL_S):
+                continue
+            try:
+                outcome = self._run(batch, batch.take())
+            finally:
+                self._lock.release()
             if outcome is not None:
                 yield outcome
             if batch.tick_due():
@@ -45,4 +59,4 @@ class LocalPool(Pool):
 
     def _status(self, batch: Batch) -> PoolStatus:
         ready = int(self._worker is not None)
-        return PoolStatus(self._label, batch.done, batch.failed, 0, len(batch.todo), ready, 0, 0)
+        return PoolStatus(self._label, batch.done, batch.failed, 0, batch.n_queued, ready, 0, 0, pool=self._number)

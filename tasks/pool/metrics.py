@@ -54,7 +54,8 @@ class Meter:
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._lost: dict[str, int] = {}
+        self._lost: dict[str, tuple[int, int]] = {}
+        """By model, the number of its last pool and that pool's losses."""
         self._lock = threading.Lock()
 
     def shards(self, place: ShardPlace, finished: int, wanted: int) -> None:
@@ -79,15 +80,16 @@ class Meter:
     def workers(self, status: PoolStatus) -> None:
         """Record what the workers of a pool are doing, and those lost since its last status."""
         labels = {"run": self._run, "model": status.label}
-        idle = status.ready - status.running
-        for state, number in (("busy", status.running), ("idle", idle), ("starting", status.starting)):
+        busy = status.running + status.elsewhere
+        for state, number in (("busy", busy), ("idle", status.ready - busy), ("starting", status.starting)):
             _record("neg_workers", number, labels | {"state": state})
         with self._lock:
-            # A pool's losses only grow, and its first status has none: fewer than before are those of a new pool.
-            before = self._lost.get(status.label, 0)
-            self._lost[status.label] = status.lost
-        lost = status.lost - before if status.lost >= before else status.lost
-        _record("neg_workers_lost_total", lost, labels)
+            pool, before = self._lost.get(status.label, (status.pool, 0))
+            if pool != status.pool:
+                before = 0
+            # Several steps tell of one pool, and one may be late with what another has told.
+            self._lost[status.label] = status.pool, max(status.lost, before)
+        _record("neg_workers_lost_total", max(status.lost - before, 0), labels)
 
     def _of_place(self, place: ShardPlace) -> dict[str, str]:
         return {"run": self._run, **place._asdict()}

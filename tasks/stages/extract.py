@@ -10,7 +10,7 @@ from tasks.steps import Step
 
 
 @step_task("extract")
-def extract(step: Step, pool: Pool, split: ShardSet, root: Path) -> Extracted:
-    """Measure the NEG shards of a split that are missing."""
-    (extracted,) = measure_missing(pool, [split], root, step)
+def extract(step: Step, pool: Pool, split: ShardSet, root: Path, turn: int) -> Extracted:
+    """Measure the NEG shards of a split that are missing, behind those of splits with a lower turn."""
+    (extracted,) = measure_missing(pool, [split], root, step, turn)
     return extracted

@@ -403,7 +403,7 @@ def test_an_error_that_stops_the_threads_of_its_part_stops_no_other(run, results
         if "tiny-llama" in str(root):
             raise OSError("disk gone")
 
-    monkeypatch.setattr("flows.pipeline.write_plan_file", failing)
+    monkeypatch.setattr("flows.extraction.write_plan_file", failing)
     partial = run_campaign(run.model_copy(update={"model": tuple(whole_models)}), PlainSteps())
     assert partial.problems == ["tiny-llama, mceval8k: OSError: disk gone"]
     assert [row.outcome for row in partial.comparison.outcomes] == ["failed", "whole", "whole", "whole"]

@@ -146,7 +146,7 @@ def _fail_later(fails, data, patch, models):
         fails("numbers that are not finite", "extract", dataset=[data("nan", rows)], nonfinite="fail")
         fails("rows that are skipped", "extract", dataset=[data("skipped", rows)], nonfinite="skip")
     with patch.context() as broken:
-        broken.setattr("flows.pipeline.write_plan_file", _raise)
+        broken.setattr("flows.extraction.write_plan_file", _raise)
         fails("a bug", "extract", dataset=[good])
 
 

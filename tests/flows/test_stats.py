@@ -232,7 +232,7 @@ def test_without_all_sums_nothing_is_chosen(run, monkeypatch):
 
 def test_sums_of_other_settings_choose_no_neurons(run, monkeypatch):
     run_extract(run, PlainSteps())
-    monkeypatch.setattr("flows.pipeline.choose_neurons", None)
+    monkeypatch.setattr("flows.extraction.choose_neurons", None)
     results = run_extract(run.model_copy(update={"site": "act"}), PlainSteps())
     (problem,) = results.problems
     assert "site: 'act' here, 'up' there" in problem

@@ -30,6 +30,7 @@ from tasks.steps import Step
 
 PLACE = ShardPlace("negs", "größe\x1b/llama", "mini/fact", "test")
 _EXPORTED_S = 30.0
+_NUMBERS = ("done", "failed", "running", "queued", "ready", "starting")
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -85,8 +86,8 @@ def wait_for(run: str, wanted: Samples, record: Callable[[], None] = lambda: Non
     return seen
 
 
-def status(lost: int = 0, *, running: int = 0, ready: int = 0, starting: int = 0, label: str = "tiny") -> PoolStatus:
-    return PoolStatus(label, 0, 0, running, 0, ready, starting, lost)
+def status(lost: int = 0, *, label: str = "tiny", pool: int = 1, **numbers: int) -> PoolStatus:
+    return PoolStatus(**dict.fromkeys(_NUMBERS, 0) | {"label": label, "lost": lost, "pool": pool} | numbers)
 
 
 def receipt(n_rows: int, n_set_aside: int) -> Receipt:
@@ -142,7 +143,7 @@ def test_losses_are_exported_with_any_name(cluster):
 
     def tick() -> None:
         meter.shards(PLACE, 4, 9)
-        meter.workers(status(2, running=1, ready=3, starting=1))
+        meter.workers(status(2, running=1, elsewhere=1, ready=4, starting=1))
 
     place = PLACE._replace(model="gr\\xf6\\xdfe\\x1b/llama")
     wanted = {
@@ -152,7 +153,7 @@ def test_losses_are_exported_with_any_name(cluster):
         of_place("neg_shards_failed_total", run, place): 1,
         of_place("neg_shards_finished", run, place): 4,
         of_place("neg_shards_wanted", run, place): 9,
-        of_workers("neg_workers", run, "tiny", state="busy"): 1,
+        of_workers("neg_workers", run, "tiny", state="busy"): 2,
         of_workers("neg_workers", run, "tiny", state="idle"): 2,
         of_workers("neg_workers", run, "tiny", state="starting"): 1,
         of_workers("neg_workers_lost_total", run, "tiny"): 2,
@@ -164,8 +165,8 @@ def test_losses_are_exported_with_any_name(cluster):
 
 def test_each_lost_worker_is_counted_once_in_pools_that_follow_each_other(cluster):
     meter = Meter("campaign")
-    for lost in (0, 1, 1, 3, 0, 2):  # a second pool for the same model begins with none
-        meter.workers(status(lost))
+    for pool, lost in ((1, 0), (1, 1), (1, 3), (1, 1), (2, 0), (2, 2)):  # steps that share a pool may be late
+        meter.workers(status(lost, pool=pool))
     meter.workers(status(4, label="other"))
     wanted = {
         of_workers("neg_workers_lost_total", "campaign", "tiny"): 5,

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,29 +93,32 @@ def drain(node_id):
 
 
 def batch(max_attempts=3, suspect=False) -> Batch:
-    return Batch(deque(), max_attempts, suspect, None, None, 1.0)
+    return Batch([], max_attempts, suspect=suspect)
 
 
 # Which losses count
 
 
 def test_a_job_may_lose_five_nodes_before_they_count_as_attempts():
-    one, jobs = Attempt("job"), batch(max_attempts=2)
+    jobs = batch(max_attempts=2)
+    one = Attempt("job", jobs)
     for _ in range(6):
         assert jobs.failed_once(one, NodeLost("gone")) is None
     assert jobs.failed_once(one, NodeLost("gone")).attempts == 2
 
 
 def test_a_lost_node_is_no_fault_of_a_suspect_either():
-    one, jobs = Attempt("job"), batch(max_attempts=1, suspect=True)
+    jobs = batch(max_attempts=1, suspect=True)
+    one = Attempt("job", jobs)
     assert jobs.failed_once(one, NodeLost("gone")) is None
     assert jobs.failed_once(one, WorkerLost("killed")) is not None
 
 
 def test_a_job_whose_node_ran_out_of_memory_is_tried_alone_before_that_counts():
-    one, jobs = Attempt("job"), batch(max_attempts=1)
+    jobs = batch(max_attempts=1)
+    one = Attempt("job", jobs)
     assert jobs.failed_once(one, OutOfMemory("full")) is None
-    assert (list(jobs.todo), list(jobs.alone)) == ([], [one])
+    assert (list(jobs.again), list(jobs.alone)) == ([], [one])
     assert jobs.failed_once(one, OutOfMemory("full")) is not None
 
 

@@ -297,7 +297,7 @@ def test_a_demand_that_no_node_meets_is_refused_at_once(session):
 
 
 def test_a_pool_that_waits_for_a_busy_cluster_says_so_and_gives_up(session, monkeypatch):
-    monkeypatch.setattr("tasks.pool.ray_pool._PLACED_SOON_S", 0.5)
+    monkeypatch.setattr("tasks.pool.actor_pool._PLACED_SOON_S", 0.5)
     seen: list[PoolStatus] = []
     cores = float(os.cpu_count())
     with open_pool("ray", Worker, {}, Resources(cpus=cores), label="first") as first:

@@ -9,8 +9,9 @@ from support import negs_place, save_tiny_model, write_questions
 from typer.testing import CliRunner
 
 from flows.cli.app import app
+from flows.extraction import extract_planned
 from flows.linearity import run_linearity
-from flows.pipeline import Results, extract_planned, run_extract
+from flows.pipeline import Results, run_extract
 from negcore.errors import RunError
 from negcore.store import integrity
 from negcore.store.identity import canonical_json, content_digest
