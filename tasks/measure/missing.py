@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from negcore.arrays import Ints
 from negcore.errors import RunError
 from negcore.store.files import is_remote, remove
 from negcore.store.integrity import Finished, finished_shards
@@ -146,9 +147,8 @@ class _Account:
     def n_wanted(self) -> int:
         return len(self._is_there_S)
 
-    @property
-    def missing(self) -> Iterator[int]:
-        """The indices of the shards that are not there, longest first."""
+    def missing(self) -> Ints:
+        """Return the indices of the shards that are not there, longest first."""
         return self.set.longest_first(np.flatnonzero(~self._is_there_S))
 
     def extracted(self) -> Extracted:
@@ -173,16 +173,16 @@ class _MissingJobs:
     """The jobs of all shards that are missing, each made when a worker is free for it."""
 
     def __init__(self, root: Path, accounts: Collection[_Account]) -> None:
-        self._root, self._accounts = root, accounts
-        self._n_jobs = sum(account.n_wanted - account.n_there for account in accounts)
+        self._root = root
+        self._missing = [(account.set, account.missing()) for account in accounts]
 
     def __len__(self) -> int:
-        return self._n_jobs
+        return sum(len(indices) for _, indices in self._missing)
 
     def __iter__(self) -> Iterator[ShardJob]:
-        for account in self._accounts:
-            for index in account.missing:
-                yield account.set.job(self._root, index)
+        for shard_set, indices in self._missing:
+            for index in indices:
+                yield shard_set.job(self._root, int(index))
 
 
 class _Progress:

@@ -1,14 +1,14 @@
 """Examples cut into shards, and the job of measuring one shard."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
+from negcore.arrays import Ints
 from negcore.errors import NegError
 from negcore.model.check import ModelCheck
 from negcore.store.identity import RunIdentity
@@ -45,7 +45,7 @@ class Shards(Sequence[Sequence[EncodedExample]]):
         return self._examples[start : start + self._shard_rows]
 
     @property
-    def n_tokens_S(self) -> NDArray[np.int64]:
+    def n_tokens_S(self) -> Ints:
         """Tokens of every shard's prompts, shape (S,)."""
         n_tokens_P = np.fromiter((len(example.token_ids) for example in self._examples), np.int64, len(self._examples))
         return np.add.reduceat(n_tokens_P, np.arange(0, len(n_tokens_P), self._shard_rows))
@@ -72,10 +72,9 @@ class ShardSet:
         """The examples of every shard, in order."""
         return Shards(self.examples, self.shard_rows)
 
-    def longest_first(self, indices: Iterable[int]) -> Iterator[int]:
-        """Yield the indices of some shards, those with the most tokens first: no long one is left for the end."""
-        index_S = np.fromiter(indices, np.int64)
-        return iter(index_S[np.argsort(-self.shards.n_tokens_S[index_S], kind="stable")].tolist())
+    def longest_first(self, indices: Ints) -> Ints:
+        """Return the indices of some shards, those with the most tokens first: no long one is left for the end."""
+        return indices[np.argsort(-self.shards.n_tokens_S[indices], kind="stable")]
 
     @property
     def n_options(self) -> int:
