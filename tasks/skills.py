@@ -47,6 +47,7 @@ from tasks.floors import FloorAnswers
 from tasks.measure.causal import plan_causal, read_causal
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, all_problems
+from tasks.neurons import NEURONS_FILE, NeuronRow, neuron_rows
 from tasks.plan import PlannedDataset, PlannedModel, of_each_model, plan
 from tasks.pool.base import Pool
 from tasks.probe import AccuracyRow
@@ -92,6 +93,8 @@ class DatasetFindings:
     bands: list[BandRow]
     forests: list[ForestRow]
     layers: list[LayerShareRow]
+    neurons: Sequence[NeuronRow] = ()
+    """Not a list: their table is that of other runs, in the run directory."""
 
     @property
     def reference(self) -> ReferenceRow:
@@ -159,6 +162,8 @@ class NeuronScores:
     """Scores under the main condition, by number of training rows; the last number is all rows."""
     by_condition: Mapping[str, Mapping[Vote, Ints]]
     """Scores on all training rows, by the condition's folder."""
+    best: Sequence[NeuronRow]
+    """The best neurons under the main condition."""
 
     @property
     def main(self) -> Mapping[Vote, Ints]:
@@ -166,13 +171,7 @@ class NeuronScores:
         return self.by_condition["main"]
 
 
-def rank_dataset(
-    pool: Pool,
-    run: SkillsRun,
-    model: str,
-    dataset: str,
-    step: Step,
-) -> NeuronScores:
+def rank_dataset(pool: Pool, run: SkillsRun, planned: PlannedDataset, step: Step) -> NeuronScores:
     """Score all neurons on the training rows under every condition, and on growing numbers of rows of the main one.
 
     Raises
@@ -185,15 +184,17 @@ def rank_dataset(
     votes = tuple(Vote(name, "neg") for name in run.probe)
     by_size: dict[int, Mapping[Vote, Ints]] = {}
     by_condition: dict[str, Mapping[Vote, Ints]] = {}
+    best: list[NeuronRow] = []
     for condition in run.conditions:
         root = condition.run.directory
-        train = open_negs(root).select(model, dataset, "train")
+        train = open_negs(root).select(planned.model, planned.dataset.name, "train")
         sizes = training_sizes(train.n_rows) if condition.folder == "main" else ()
         ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=run.workers)
         by_condition[condition.folder] = ranked[train.n_rows].votes_M
         if sizes:
             by_size = {size: rankings.votes_M for size, rankings in ranked.items()}
-    return NeuronScores(by_size, by_condition)
+            best = neuron_rows(condition.run, planned, train, train, ranked[train.n_rows], pool, step)
+    return NeuronScores(by_size, by_condition, best)
 
 
 def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores) -> dict[str, ShardSet]:
@@ -238,7 +239,7 @@ def analyse_dataset(
     main = {split: open_negs(run.conditions[0].run.directory).select(card.name, dataset, split) for split in _SPLITS}
     valid, test = main["valid"], main["test"]
     votes = {probe: Vote(probe, "neg") for probe in run.probe}
-    found = DatasetFindings(dataset, [_reference(run, planned, main)], [], [], [], [], [], [], [])
+    found = DatasetFindings(dataset, [_reference(run, planned, main)], [], [], [], [], [], [], [], scores.best)
     for probe, part in checks.items():
         result = read_causal(run.conditions[0].run.directory, part)
         found.causal.extend(causal_rows(probe, result, n_bootstrap=_BOOTSTRAP, seed=run.seed))
@@ -342,6 +343,8 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
         If they cannot be written.
     """
     write_table(run.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in accuracy_rows(run, findings)])
+    neurons = [asdict(row) for of_model in findings for one in of_model.datasets for row in one.neurons]
+    write_table(run.directory / NEURONS_FILE, NeuronRow, neurons)
     folder = run.directory / "skills"
     datasets = [((found.model, one.dataset), one) for found in findings for one in found.datasets]
     write_tables(folder, DatasetFindings, datasets, names=("model", "dataset"))

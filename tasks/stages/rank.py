@@ -11,6 +11,6 @@ from tasks.steps import Step
 @step_task("rank")
 def rank(step: Step, pool: Pool, run: SkillsRun, planned: PlannedDataset) -> NeuronScores:
     """Score all neurons under every condition, and on growing numbers of training rows."""
-    scores = rank_dataset(pool, run, planned.model, planned.dataset.name, step)
+    scores = rank_dataset(pool, run, planned, step)
     step.report(1, 1)
     return scores

@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.skills import count_skills_steps, run_skills
+from negcore.analysis.neurons import top_neurons
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillsRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
+from tasks.neurons import NeuronRow
 from tasks.plan import plan
 from tasks.probe import AccuracyRow
 from tasks.rundir.tables import read_table
@@ -88,6 +90,19 @@ def test_the_tables_are_written(results, run):
     causal = table(run, "causal")
     assert {row["dataset"] for row in causal} == set(DATASETS)
     assert causal[0] == {"model": findings.model, "dataset": DATASETS[0], **asdict(findings.datasets[0].causal[0])}
+
+
+def test_the_best_neurons_of_the_main_way_of_asking_are_a_table_as_of_other_runs(results, run):
+    rows = read_table(run.directory / "neurons.arrow", NeuronRow)
+    assert [(row.dataset, row.probe) for row in rows if row.place == 20] == [
+        (dataset, probe) for dataset in DATASETS for probe in ("polar", "magn")
+    ]
+    train = open_negs(run.conditions[0].run.directory).select(dataset=DATASETS[1], split="train")
+    own = [row for row in rows if (row.dataset, row.probe) == (DATASETS[1], "magn")]
+    expected = top_neurons(train, "magn", seed=run.seed)
+    assert [(row.layer, row.neuron, row.agreement) for row in own] == [
+        (one.layer, one.neuron, one.agreement) for one in expected
+    ]
 
 
 def test_conditions_ask_the_same_questions_otherwise(run, results):
