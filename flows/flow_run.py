@@ -16,11 +16,13 @@ from flows.cancellation import stopped_by_cancellation
 from flows.lost_server import told_when_back
 from flows.show.about import about_run
 from flows.show.check_tables import check_section, check_warnings
+from flows.show.model_names import told_apart
 from flows.show.report import RunResults, write_report
 from flows.show.summary import described, run_summary
 from flows.skipped import skipped
 from flows.stuck_runs import end_stuck_runs
 from negcore.errors import NegError, RunError, typed_line
+from negcore.model.language_model import model_name
 from negcore.store.files import n_bytes
 from negcore.texts import printable, public
 from tasks.config.run_file import RUN_FILE, RunFile
@@ -60,7 +62,8 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
     @wraps(work)
     def worked(run: R, steps: Steps) -> E:
         is_claimed = steps.has_claimed(run.directory)
-        with nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set):
+        claimed = nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set)
+        with claimed, told_apart(map(model_name, run.model)):
             before, started = begin(run.directory), datetime.now(UTC)
             results = work(run, steps)
             results.problems += moved_away(run)

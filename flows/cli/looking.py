@@ -25,6 +25,7 @@ def compare(
     import pyarrow as pa
 
     from flows.show.accuracy_tables import compared_rows, comparison_table
+    from flows.show.model_names import told_apart
     from tasks.probe import AccuracyRow
     from tasks.rundir.manifest import check_results
     from tasks.rundir.tables import read_table
@@ -39,7 +40,8 @@ def compare(
         place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
         for place in places
     }
-    table = comparison_table(scores)
+    with told_apart(row.model for rows in scores.values() for row in rows):
+        table = comparison_table(scores)
     if not table.blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
     if name := format_of(form, out):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
 from tasks.floors import FLOORS, SMALL_MASS, Floored, best_floor
@@ -280,7 +281,7 @@ def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:
 
 def asked(model: str, shots: int) -> str:
     """Return a model and the number of demonstrations it is shown, for people."""
-    return f"{model}, {SHOTS[shots]}"
+    return f"{shown_model(model)}, {SHOTS[shots]}"
 
 
 def probe_title(probe: str) -> str:

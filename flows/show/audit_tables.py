@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flows.show.accuracy_tables import short
+from flows.show.model_names import shown_model
 from flows.show.table import Cell, Column, Number, Table, interval, numbers, texts
 from flows.show.text import share
 from negcore.datasets import SPLITS, Dataset, PromptSettings
@@ -87,7 +88,11 @@ def _floors(audits: Sequence[DatasetAudit], settings: PromptSettings) -> Table:
         for one in audits
     ]
     titles = ("options", "random", "majority", "options only", "95 %", "label mass")
-    how = {"shots": ("zero-shot", "one-shot")[settings.shots], "wording": settings.wording, "model": audits[0].model}
+    how = {
+        "shots": ("zero-shot", "one-shot")[settings.shots],
+        "wording": settings.wording,
+        "model": shown_model(audits[0].model),
+    }
     n_asked = max(one.n_asked for one in audits)
     caption = FLOORS + (ASKED.format(n=n_asked, **how) if n_asked else "")
     return Table("audit-floors", "Floors and label mass", [*texts("dataset"), *numbers(*titles)], [rows], caption)

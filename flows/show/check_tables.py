@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from flows.show.model_names import shown_model
 from flows.show.report import Section
 from flows.show.table import Cell, Number, Style, Table, Words, numbers, texts
 from negcore.model.architectures import WAYS
@@ -39,13 +40,15 @@ def facts_table(lm: LanguageModel) -> Table:
         ["longest prompt", f"{card.context_tokens} tokens"],
         ["vocabulary", f"{card.vocab_size} tokens"],
     ]
-    return Table("model", card.name, texts("", ""), [rows])
+    return Table("model", shown_model(card.name), texts("", ""), [rows])
 
 
 def check_section(noted: Sequence[NotedCheck]) -> Section:
     """Return the checks of a run's models, for its page."""
     tables = [
-        check_table(one.check, f"{one.model}: site {one.site}, {one.dtype} on {one.device}", f"check-{one.model}")
+        check_table(
+            one.check, f"{shown_model(one.model)}: site {one.site}, {one.dtype} on {one.device}", f"check-{one.model}"
+        )
         for one in noted
     ]
     return Section("", tables)
@@ -54,4 +57,4 @@ def check_section(noted: Sequence[NotedCheck]) -> Section:
 def check_warnings(noted: Sequence[NotedCheck]) -> Iterator[str]:
     """Return a line for every way to measure that failed a model's check and was done without."""
     for one in noted:
-        yield from (f"{one.model}: {line}" for line in one.check.replaced)
+        yield from (f"{shown_model(one.model)}: {line}" for line in one.check.replaced)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import vl_convert
 
+from flows.show.model_names import shown_model
 from flows.show.text import printable
 from negcore.store.files import output, shortened
 from negcore.store.identity import content_digest
@@ -97,7 +98,7 @@ def _renumbered(svg: str) -> str:
 def _whole(figure: Figure) -> Chart:
     """Return a figure with all its parts, the title above and the headings between."""
     return {
-        "title": _long(f"{figure.model}: {figure.title}", 13),
+        "title": _long(f"{shown_model(figure.model)}: {figure.title}", 13),
         "vconcat": [part.chart | ({"title": _long(part.heading, 12)} if part.heading else {}) for part in figure.parts],
         "resolve": {"scale": dict.fromkeys(("color", "strokeDash", "shape", "size"), "independent")},
     }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from flows.show.accuracy_tables import short
+from flows.show.model_names import shown_model
 from flows.show.table import Cell, Number, Table, numbers, texts
 from flows.show.text import duration, printable
 from tasks.forecast.capacity import Requirement
@@ -23,14 +24,14 @@ def forecast_tables(models: Sequence[ModelForecast], rates: Rates) -> Iterator[T
             sizes = in_binary_units(one.n_bytes), in_binary_units(one.n_bytes_left)
             time = duration(one.operations / rates[model.name]) if model.name in rates else "unknown"
             rows.append([f"{short(one.name)} {one.condition}".rstrip(), *amounts, *sizes, time])
-        yield Table(model.name, model.name, [*texts("dataset"), *numbers(*titles)], [rows])
+        yield Table(model.name, shown_model(model.name), [*texts("dataset"), *numbers(*titles)], [rows])
 
 
 def forecast_lines(models: Sequence[ModelForecast], rates: Rates, requirements: Sequence[Requirement]) -> Iterator[str]:
     """Return what models and workers need, what is there, and the time."""
     for model in models:
-        yield f"{printable(model.name)}: {_model(model)}"
-        yield f"{printable(model.name)}: {_time(model, rates.get(model.name))}"
+        yield f"{printable(shown_model(model.name))}: {_model(model)}"
+        yield f"{printable(shown_model(model.name))}: {_time(model, rates.get(model.name))}"
     for one in requirements:
         there = "unknown here" if one.there_bytes is None else f"{in_binary_units(one.there_bytes)} there"
         yield f"{one.resource}: {in_binary_units(one.needed_bytes)} needed, {there}"

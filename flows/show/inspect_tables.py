@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flows.show.model_names import shown_model
 from flows.show.table import Cell, Number, Table, Words, numbers, texts
 from flows.show.text import count, duration, printable
 from negcore.errors import RunError
@@ -179,7 +180,7 @@ def _by_model(items: Sequence[T], directory: Path) -> dict[str, list[T]]:
     """Return directories of shards by their table's title: where they are, what they hold, and the model."""
     groups: dict[str, list[T]] = {}
     for item in items:
-        title = f"{_where(item.folder, directory)}{item.folder.kind}, {item.folder.names[0]}"
+        title = f"{_where(item.folder, directory)}{item.folder.kind}, {shown_model(item.folder.names[0])}"
         groups.setdefault(title, []).append(item)
     return groups
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from types import MappingProxyType
 
+from flows.show.model_names import shown_model
 from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, texts
 from flows.show.text import correlation, printable
 from negcore.analysis.linearity import AgreementRow
@@ -28,7 +29,7 @@ def summary(findings: Findings) -> str:
     """Return model, facts and how much was measured, in one line."""
     n_prompts, n_neurons, n_shifts = findings.sweep.probs_PKS.shape
     left_out = f"{findings.n_multi_token} of {findings.n_facts} facts left out: their answer is not one token"
-    names = f"{printable(findings.model)} on {printable(findings.dataset)}"
+    names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
     return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts ({left_out})"
 
 

@@ -6,6 +6,7 @@ from flows.show import comparison_tables
 from flows.show.accuracy_tables import FLOOR_TITLES, PROBE_TITLES, asked, probe_title, short
 from flows.show.comparison_tables import listed
 from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
+from flows.show.model_names import shown_model
 from flows.show.skill_tables import DIRECTION_TITLES, probes, tops
 from flows.show.table import by
 from flows.show.text import change, correlation, share
@@ -75,9 +76,9 @@ def skill_sentences(findings: SkillFindings) -> Iterator[str]:
                 else "which is not clearly more than random ones do: nothing is shown about these neurons"
             )
             yield (
-                f"{findings.model} on {short(one.dataset)}: shifting {PROBE_TITLES[probe]}'s best {size} neurons by "
-                f"{best.shift:g} towards gold changes the gold option's probability by {_effect_text(best)}, random "
-                f"ones of the same layers by {_effect_text(drawn)}; {verdict}."
+                f"{shown_model(findings.model)} on {short(one.dataset)}: shifting {PROBE_TITLES[probe]}'s best {size} "
+                f"neurons by {best.shift:g} towards gold changes the gold option's probability by {_effect_text(best)}, "
+                f"random ones of the same layers by {_effect_text(drawn)}; {verdict}."
             )
 
 
@@ -94,7 +95,7 @@ def _effect_text(row: CausalRow) -> str:
 
 def linearity_sentences(findings: Findings) -> Iterator[str]:
     """Say how linear the neurons are and how well NeurGrad predicts them."""
-    where = f"{findings.model} on {findings.dataset}, within ±{findings.main_range:g}"
+    where = f"{shown_model(findings.model)} on {findings.dataset}, within ±{findings.main_range:g}"
     linear = [row for row in findings.ranges if row.layer is None and row.range == findings.main_range]
     if linear:
         row = linear[0]

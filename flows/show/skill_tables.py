@@ -21,6 +21,7 @@ from flows.show.accuracy_tables import (
     rows_cell,
     short,
 )
+from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Number, Piece, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import bare, change, printable, share, times
 from negcore.analysis.shared_neurons import OverlapRow
@@ -80,7 +81,7 @@ def summary(findings: SkillFindings) -> str:
     known = [one.reference for one in findings.datasets]
     n_train, n_valid, n_test = (sum(getattr(row, name) for row in known) for name in ("n_train", "n_valid", "n_test"))
     rows = f"{n_train} training, {n_valid} validation and {n_test} test rows"
-    line = f"{findings.model} on {names}: {rows}; asked: {'; '.join(findings.conditions)}"
+    line = f"{shown_model(findings.model)} on {names}: {rows}; asked: {'; '.join(findings.conditions)}"
     return printable(line).replace("\n", " ").replace("`", "'")
 
 
@@ -150,7 +151,7 @@ def _accuracies(findings: SkillFindings) -> Table:
         return [[known.genre, sizes, floor_cell(known), lm, *((*_kept(row), floor_mark(row, known)) for row in chosen)]]
 
     names = ["train\nvalid, test\nmass", FLOORS_TITLE, "LM-Prob", *_titles(probes(findings))]
-    title, caption = f"Accuracy on test: {findings.model}", f"{_KEPT} {_INTERVALS} {BESIDE_CAPTION}"
+    title, caption = f"Accuracy on test: {shown_model(findings.model)}", f"{_KEPT} {_INTERVALS} {BESIDE_CAPTION}"
     return _over_datasets(findings, "accuracy", title, caption, ["genre"], names, rows)
 
 
