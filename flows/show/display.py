@@ -71,6 +71,8 @@ class Display:
                 self._bars[step] = self._progress.add_task(f"  {escape(step)}", total=progress.total, **own)
             note = escape(progress.note)
             self._progress.update(self._bars[step], completed=progress.done, note=note, visible=is_shown)
+            if progress.is_queued:  # its time begins with its first worker
+                self._progress.update(self._bars[step], since=self._progress.get_time(), reused=progress.done)
             self._done[step] = progress.done
             done, reused = self._finished + sum(self._done.values()), sum(self._reused.values())
             self._progress.update(self._whole, completed=done, reused=reused)

@@ -77,8 +77,8 @@ def skill_sentences(findings: SkillFindings) -> Iterator[str]:
             )
             yield (
                 f"{shown_model(findings.model)} on {short(one.dataset)}: shifting {PROBE_TITLES[probe]}'s best {size} "
-                f"neurons by {best.shift:g} towards gold changes the gold option's probability by {_effect_text(best)}, "
-                f"random ones of the same layers by {_effect_text(drawn)}; {verdict}."
+                f"neurons by {best.shift:g} towards gold changes the gold option's probability by {_effect_text(best)}"
+                f", random ones of the same layers by {_effect_text(drawn)}; {verdict}."
             )
 
 
