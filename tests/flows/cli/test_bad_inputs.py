@@ -386,6 +386,11 @@ BAD: dict[str, tuple[int, str, Callable[[Place], tuple[Any, ...]]]] = {
     "its run file is a pipe": (2, "is a pipe", again(lambda p: p.changed_run("run.yaml", kind="pipe"))),
     "its run file is a bomb": (2, "stands for", again(lambda p: p.changed_run("run.yaml", BOMB))),
     "a table that is a pipe": (2, "is a pipe", lambda p: compared(p, kind="pipe")),
+    "a list of neurons that is none": (
+        2,
+        "neurons.arrow",
+        lambda p: ("neurons", p.changed_run("neurons.arrow", b"ARROW1\0\0" * 10)),
+    ),
     "a table that is none": (2, "accuracy.arrow", lambda p: compared(p, b"ARROW1\0\0" * 10)),
 }
 
