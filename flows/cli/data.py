@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from flows.cli.completion import complete_dataset, complete_model
 from flows.cli.terminal import quiet_libraries
 from flows.show.console import console, tell
 from negcore.errors import RunError
@@ -13,7 +14,9 @@ from negcore.model.architectures import Dtype, SiteChoice
 
 
 def models(
-    ref: Annotated[str | None, typer.Argument(help="A model to load, describe and check.")] = None,
+    ref: Annotated[
+        str | None, typer.Argument(help="A model to load, describe and check.", autocompletion=complete_model)
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number type to check it in.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Torch device. By default the first GPU, else the CPU.")] = None,
     site: Annotated[SiteChoice, typer.Option(help="Site of the neurons to check.")] = "paper",
@@ -47,9 +50,16 @@ def models(
 
 def datasets(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME...", help="Datasets to look at more closely, by name or file.")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME...",
+            help="Datasets to look at more closely, by name or file.",
+            autocompletion=complete_dataset,
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Model whose tokenizer makes the prompts.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help="Model whose tokenizer makes the prompts.", autocompletion=complete_model)
+    ] = "smollm2-135m",
     shots: Annotated[Literal["0", "1"], typer.Option(help="Demonstrations of each class.")] = "0",
     wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
     prompt_format: Annotated[Literal["plain", "chat"], typer.Option(help="chat: by the model's template.")] = "plain",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.markup import escape
 
+from flows.cli.completion import complete_model, complete_table
 from flows.cli.terminal import quiet_libraries, reading
 from flows.show.console import console, tell
 from negcore.errors import LabelError, NegError, RunError
@@ -18,6 +19,7 @@ def import_table(
         typer.Argument(
             metavar="FILE",
             help="A .csv, .tsv, .json, .jsonl, .parquet or .feather file, or hf://datasets/ORG/NAME/FILE.",
+            autocompletion=complete_table,
         ),
     ],
     out: Annotated[
@@ -51,7 +53,9 @@ def import_table(
     unreadable: Annotated[
         Literal["fail", "skip"], typer.Option(help="Rows without prompt, answer or options: refuse, or leave out.")
     ] = "fail",
-    model: Annotated[str, typer.Option(help="Model whose tokenizer checks the prompts and labels.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help="Model whose tokenizer checks the prompts and labels.", autocompletion=complete_model)
+    ] = "smollm2-135m",
 ) -> None:
     r"""Make a dataset out of a table of yours, and show it as a model will read it, with an audit.
 

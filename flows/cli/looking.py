@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli.completion import complete_run
 from flows.cli.tables import Format, Out, deliver, format_of
 from flows.show.console import console, tell
 from negcore.errors import RunError
@@ -11,7 +12,10 @@ from negcore.store.files import location
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Run directories of `neg pipeline`, `probe` or `mceval8k`.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Run directories: of pipeline, probe, mceval8k, skills.", autocompletion=complete_run),
+    ],
     form: Format = None,
     out: Out = None,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from flows.cli.completion import complete_dataset, complete_model, complete_run
 from tasks.config.run_file import FORMER_KEYS, RunFile
 
 Orchestrator = Annotated[
@@ -17,13 +18,24 @@ Orchestrator = Annotated[
 ]
 # Text, not a Path: that would take one of the slashes of s3://.
 RunDirectory = Annotated[
-    str, typer.Argument(metavar="DIR", help="Run directory, or a part of one; on disk or s3://BUCKET/PREFIX.")
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Run directory, or a part of one; on disk or s3://BUCKET/PREFIX.",
+        autocompletion=complete_run,
+    ),
 ]
 RunPath = Annotated[
-    str | None, typer.Argument(help="Run file (YAML), or a run directory. Options take precedence over it.")
+    str | None,
+    typer.Argument(
+        help="Run file (YAML), or a run directory. Options take precedence over it.", autocompletion=complete_run
+    ),
 ]
 
 Command = Callable[..., None]
+
+_COMPLETED = {"model": complete_model, "dataset": complete_dataset}
+"""What a shell completes behind options, by the name of the field."""
 
 
 def run_options(run_class: type[RunFile]) -> Callable[[Command], Command]:
@@ -57,7 +69,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         help_text += f" [default: {shown}]"
     keys = [name, FORMER_KEYS[name]] if name in FORMER_KEYS else [name]
-    option = typer.Option(*(f"--{key.replace('_', '-')}" for key in keys), help=help_text, show_default=False)
+    names = (f"--{key.replace('_', '-')}" for key in keys)
+    option = typer.Option(*names, help=help_text, show_default=False, autocompletion=_COMPLETED.get(name))
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
