@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -141,7 +142,7 @@ def config_names(publication: Publication) -> dict[str, PublishedData]:
     """Return the data by a name that the hub's library takes."""
     several = len({one.kind for one in publication.data}) > 1
     told = (
-        " ".join(filter(None, [one.condition, one.kind if several else "", one.model, one.dataset]))
+        " ".join(filter(None, [one.condition, one.kind if several else "", _called(one.model), one.dataset]))
         for one in publication.data
     )
     names = _distinct(re.sub(r"[^\w.-]+", "-", name).strip("-") or "data" for name in told)
@@ -161,9 +162,14 @@ def _distinct(names: Iterator[str]) -> list[str]:
 
 
 def _title(publication: Publication) -> str:
-    models = list(dict.fromkeys(one.model for one in publication.data))
+    models = list(dict.fromkeys(_called(one.model) for one in publication.data))
     datasets = list(dict.fromkeys(one.dataset for one in publication.data))
     return printable(f"Neuron empirical gradients of {_listed(models)} on {_listed(datasets)}")
+
+
+def _called(model: str) -> str:
+    """Return the name of a model; one that is named by a path of a machine is called by its last part."""
+    return Path(model).name if model.startswith(("/", "~", "./", "../")) else model
 
 
 def _listed(names: list[str]) -> str:

@@ -90,7 +90,8 @@ def test_shards_receipts_tables_probes_and_checks_are_there_and_nothing_else(mad
     assert all(of_folder[place] == of_run[place] for place in of_folder.keys() - own)
     left_out = of_run.keys() - of_folder.keys()
     hidden = {place for place in left_out if "/." in place}
-    assert left_out - hidden <= {"run.yaml", "plan.json", "report.html", "claim.json"}
+    left_out = {place.split("/")[0] for place in left_out - hidden}
+    assert left_out <= {"run.yaml", "plan.json", "report.html", "claim.json", "figures"}
     assert {"accuracy.arrow", *own} <= of_folder.keys()
     assert {place.split("/")[0] for place in of_folder if "/" in place} == {"negs", "probes", "checks"}
 
@@ -152,6 +153,7 @@ def test_the_card_says_what_a_reader_needs(made, folder, model):
         assert said in card, said
     assert "| neg\\_LL | " in card and "probability per activation" in card
     assert "train: 20, valid: 20, test: 20" in card
+    assert front(folder)["pretty_name"] == "Neuron empirical gradients of tiny-llama on local/questions"
     assert front(folder)["license"] == "cc-by-4.0" and front(folder)["size_categories"] == ["n<1K"]
 
 
