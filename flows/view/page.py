@@ -13,9 +13,6 @@ from markupsafe import Markup
 from flows.show.table import Table
 from flows.show.text import printable
 
-_LONG = 40
-"""Characters of a cell that is kept wide where the screen is narrow."""
-
 LinkOf = Callable[[Sequence[str]], str]
 """Address for a cell, from the texts of its row."""
 
@@ -71,6 +68,8 @@ def style_sheet() -> str:
 
 class _Cell(NamedTuple):
     pieces: Any
+    title: str
+    """That of its column."""
     classes: str
     address: str
 
@@ -79,15 +78,12 @@ def _grid(part: Part) -> list[list[_Cell]]:
     """Return the rows of a part's table, each cell with where it leads."""
     table = part.table
     assert table is not None
-    rows = []
+    rows, titles = [], [column.title for column in table.columns]
     for row in (row for block in table.pieces for row in block):
         texts = ["".join(piece.text for piece in cell) for cell in row]
         leads = [part.links[one.title](texts) if one.title in part.links else "" for one in table.columns]
-        classes = [
-            "number" if column.is_numeric else "long" if len(text) > _LONG else ""
-            for column, text in zip(table.columns, texts, strict=True)
-        ]
-        rows.append(list(map(_Cell, row, classes, leads)))
+        classes = ["number" if column.is_numeric else "" for column in table.columns]
+        rows.append(list(map(_Cell, row, titles, classes, leads)))
     return rows
 
 

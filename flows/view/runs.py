@@ -20,7 +20,7 @@ from tasks.rundir.manifest import MANIFEST_FILE, read_manifest
 SPLITS = ("test", "valid", "train")
 _HELD = 8
 """Splits whose columns and texts are held in memory."""
-_KINDS: Mapping[str, str] = MappingProxyType({".svg": "image/svg+xml", ".png": "image/png"})
+_KINDS: Mapping[str, str] = MappingProxyType({".svg": "image/svg+xml", ".png": "image/png", ".pdf": "application/pdf"})
 
 
 @dataclass(frozen=True)

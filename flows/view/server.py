@@ -32,8 +32,8 @@ REPORT = "/report/"
 
 _PAGE_POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 _REPORT_POLICY = (
-    "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: "
-    "'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    "sandbox allow-scripts allow-downloads; default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data: 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -122,7 +122,10 @@ def _add_pages(app: FastAPI, runs: Runs, key_of: Callable[[str], str]) -> None:
         if name is None:
             raise HTTPException(404)
         content, kind = runs.report_file(name, file)
-        return Response(content, media_type=kind, headers={"Content-Security-Policy": _REPORT_POLICY})
+        headers = {"Content-Security-Policy": _REPORT_POLICY}
+        if kind == "application/pdf":  # what shows them in a browser does not run in a sandbox
+            headers["Content-Disposition"] = "attachment"
+        return Response(content, media_type=kind, headers=headers)
 
     @app.get("/compare")
     def compare(run: Annotated[list[str], Query(max_length=50)]) -> HTMLResponse:

@@ -180,7 +180,7 @@ def test_the_report_is_the_runs_own_file_in_a_sandbox(browser, root):
     answer = browser.get(report)
     assert answer.content == (root / "copy" / "report.html").read_bytes()
     policy = answer.headers["Content-Security-Policy"]
-    assert policy.startswith("sandbox allow-scripts;") and "allow-same-origin" not in policy
+    assert policy.startswith("sandbox allow-scripts allow-downloads;") and "allow-same-origin" not in policy
     alone = httpx.get(f"{browser.base_url}{report.replace('report.html', 'figure.svg')}")  # a sandbox has no cookie
     assert alone.status_code == 200 and alone.headers["Content-Type"] == "image/svg+xml"
 
