@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from flows.cli.terminal import quiet_libraries
-from flows.show.console import console
+from flows.show.console import console, errors
 from negcore.errors import RunError
 from negcore.store.files import location
 
@@ -33,6 +33,8 @@ def view(
         serve(location(directory).absolute(), port, _tell)
     except OSError as error:
         raise RunError(f"port {port} cannot be used: {error.strerror or error}; choose another, or none") from error
+    errors.print("stopped")
+    raise typer.Exit(130)
 
 
 def _tell(address: str) -> None:

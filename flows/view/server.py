@@ -11,6 +11,7 @@ import hmac
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -72,7 +73,8 @@ def serve(root: Path, port: int, tell: Callable[[str], None]) -> None:
             server_header=False,
             timeout_graceful_shutdown=_STOP_S,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal that stopped it once more
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def view_app(runs: Runs, token: str, port: int) -> FastAPI:
