@@ -16,11 +16,13 @@ from flows.cancellation import stopped_by_cancellation
 from flows.lost_server import told_when_back
 from flows.show.about import about_run
 from flows.show.check_tables import check_section, check_warnings
+from flows.show.drawing import png_of
 from flows.show.model_names import told_apart
 from flows.show.report import RunResults, write_report
-from flows.show.summary import described, run_summary
+from flows.show.summary import described, described_figure, run_summary, summary_title
 from flows.skipped import skipped
 from flows.stuck_runs import end_stuck_runs
+from flows.tags import tag_flow_run
 from negcore.errors import NegError, RunError, typed_line
 from negcore.model.language_model import model_name
 from negcore.store.files import n_bytes
@@ -155,7 +157,8 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
 
 
 def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
-    steps, is_deployed = PrefectSteps(), _is_deployed()
+    tag_flow_run(run)
+    steps, is_deployed = PrefectSteps(run.directory), _is_deployed()
     if is_deployed:
         run = run.model_copy(update={"wait_for_nodes": True})
         end_stuck_runs(FlowRunContext.get().flow_run)
@@ -171,7 +174,10 @@ def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
             if not cancelled.is_set():
                 raise
             return Cancelled(message=_CANCELLED)  # type: ignore[no-any-return]
-    steps.note("summary", run_summary(results))
+    public_figures = (figure for section in results.sections for figure in section.figures if not figure.is_private)
+    if figure := next(public_figures, None):
+        steps.picture(figure.name, png_of(figure), described_figure(figure))
+    steps.note("summary", run_summary(results), summary_title(results))
     _log(results)
     if results.problems:
         raise IncompleteRun(results)

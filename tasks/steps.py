@@ -5,6 +5,7 @@ function is one of the Prefect tasks in `tasks.stages`. Both kinds of `Steps` ru
 is a task run with a progress artifact.
 """
 
+import base64
 import copy
 import logging
 import re
@@ -21,6 +22,8 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
+from negcore.store.files import shortened
+from negcore.store.identity import content_digest
 from negcore.texts import printable, public
 from tasks.config.run_file import RunFile
 from tasks.pool.base import PoolStatus, Stopped
@@ -221,8 +224,12 @@ class Steps(ABC):
         """Show a table of results."""
 
     @abstractmethod
-    def note(self, key: str, markdown: str) -> None:
+    def note(self, key: str, markdown: str, title: str) -> None:
         """Show a text."""
+
+    @abstractmethod
+    def picture(self, key: str, png: bytes, title: str) -> None:
+        """Show a picture."""
 
     @abstractmethod
     def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]: ...
@@ -287,7 +294,9 @@ class PlainSteps(Steps):
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None: ...
 
-    def note(self, key: str, markdown: str) -> None: ...
+    def note(self, key: str, markdown: str, title: str) -> None: ...
+
+    def picture(self, key: str, png: bytes, title: str) -> None: ...
 
     def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]:
         return self._threads.submit(task.fn, step, *args)
@@ -297,23 +306,42 @@ class PlainSteps(Steps):
 
 
 class PrefectSteps(Steps):
-    """Steps as task runs of the Prefect flow that this is made in."""
+    """Steps as task runs of the Prefect flow that this is made in.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    directory : Path
+        The run directory. Keys of artifacts begin with it, so that each has the history of one directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
         super().__init__()
         self._page = _Page()
+        self._name = f"{shortened(artifact_key(directory.name), 40)}-{content_digest(str(directory))[:6]}"
+
+    def _key(self, key: str) -> str:
+        return artifact_key(f"{self._name}-{key}")
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         from prefect.artifacts import create_table_artifact
 
         self._page.keep(
-            lambda: create_table_artifact([_public_row(row) for row in rows], key=artifact_key(key), description=title)
+            lambda: create_table_artifact([_public_row(row) for row in rows], key=self._key(key), description=title)
         )
 
-    def note(self, key: str, markdown: str) -> None:
+    def note(self, key: str, markdown: str, title: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
-        self._page.keep(lambda: create_markdown_artifact(public(markdown), key=artifact_key(key)))
+        self._page.keep(
+            lambda: create_markdown_artifact(public(markdown), key=self._key(key), description=public(title))
+        )
+
+    def picture(self, key: str, png: bytes, title: str) -> None:
+        from prefect.artifacts import create_image_artifact
+
+        # The picture itself, not where it lies: whoever looks may sit at another machine.
+        inside = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        self._page.keep(lambda: create_image_artifact(inside, key=self._key(key), description=public(title)))
 
     def _submit(self, task: Any, step: Step, args: Sequence[Any]) -> Pending[Any]:
         from prefect.utilities.annotations import quote
@@ -323,7 +351,7 @@ class PrefectSteps(Steps):
         return _OpenPending(task.with_options(task_run_name=name).submit(quote(step), *map(quote, args)))
 
     def _step(self, task: Any, name: str) -> Step:
-        return Step(name, self.stop, [*self._watchers(), _ProgressArtifact(task.name, name, self._page)])
+        return Step(name, self.stop, [*self._watchers(), _ProgressArtifact(task.name, name, self._page, self._key)])
 
 
 class _OpenPending:
@@ -389,11 +417,12 @@ class _Page:
 class _ProgressArtifact:
     """A progress bar in the Prefect UI, refreshed every few seconds, and lines in the log.
 
-    There is one at its end, and one a minute while it waits.
+    There is one at its end, and one a minute while it waits. The bar of a finished step is taken away: dozens of them
+    would bury the results. That of a failed one stays and tells where it stopped.
     """
 
-    def __init__(self, kind: str, name: str, page: _Page) -> None:
-        self._title = printable(f"{kind} {name}")
+    def __init__(self, kind: str, name: str, page: _Page, key: Callable[[str], str]) -> None:
+        self._title, self._key = printable(f"{kind} {name}"), key
         self._page = page
         self._id: Any = None
         self._shown_at = self._told_at = float("-inf")
@@ -418,7 +447,7 @@ class _ProgressArtifact:
         self._shown_at = now
         percent, text = 100.0 * progress.done / max(progress.total, 1), self._text(progress)
         if self._id is None:
-            key = artifact_key(self._title)
+            key = self._key(self._title)
             self._id = self._page.refresh(lambda: create_progress_artifact(percent, key=key, description=text))
         else:
             self._page.refresh(lambda: update_progress_artifact(self._id, percent, description=text))
@@ -429,6 +458,8 @@ class _ProgressArtifact:
         if error is None:
             seconds = f"finished in {time.monotonic() - self._started_at:.1f} s"
             get_run_logger().info("%s: %s", self._title, f"{self._parts}, {seconds}" if self._parts else seconds)
+            if self._id is not None:
+                self._page.refresh(lambda: _delete_artifact(self._id))
 
     def _text(self, progress: Progress) -> str:
         text = self._parts
@@ -437,6 +468,13 @@ class _ProgressArtifact:
             rate = gained / seconds
             text += f", {rate * 60:.1f} a minute, {(progress.total - progress.done) / rate:.0f} s left"
         return public(f"{text}; {progress.note}" if progress.note else text)
+
+
+def _delete_artifact(artifact_id: Any) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.delete_artifact(artifact_id)
 
 
 def _public_row(row: Mapping[str, Any]) -> dict[str, Any]:

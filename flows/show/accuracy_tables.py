@@ -81,7 +81,18 @@ def accuracy_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], 
                 columns=[*texts("dataset"), *_accuracy_columns(probes)],
                 blocks=list(_genre_blocks(own, means, probes, n_datasets)) if means else [_rows_of(own, probes)],
                 caption=_CAPTION + (_OF_AVERAGES if means else ""),
+                says=_says([score for score in own if score.probe in probes and not score.group]),
             )
+
+
+def _says(scores: Sequence[AccuracyRow]) -> str:
+    """Return on how many datasets each probe of neurons is above the floors."""
+    above: dict[str, list[bool]] = {}
+    for score in scores:
+        if score.probe != "lm" and (best := best_floor(score)):
+            above.setdefault(probe_title(score.probe), []).append(score.low > best.accuracy)
+    counts = (f"{probe} on {sum(found)} of {len(found)}" for probe, found in above.items())
+    return f"Above the best floor with the whole interval, by dataset: {', '.join(counts)}." if above else ""
 
 
 def _genre_blocks(
@@ -187,7 +198,9 @@ def rows_table(accounts: Sequence[SplitAccount]) -> Table:
     asked = SHOTS[shots] + ", chat" * (accounts[0].prompt_format == "chat")
     title = f"Rows released and used, {asked}, split policy {accounts[0].policy}"
     columns = [*texts("dataset"), *numbers("train", "valid", "test"), *texts("left out, or drawn from elsewhere")]
-    return Table("rows", title, columns, [rows])
+    n_used = sum(account.n_used for account in accounts if account.shots == shots)
+    says = f"{n_used} rows were used; of two numbers, the first is of rows released, the second of rows used."
+    return Table("rows", title, columns, [rows], says=says)
 
 
 def confusion_tables(confusion: Sequence[Confusion]) -> Iterator[Table]:
@@ -215,6 +228,7 @@ def _confusion_table(counts: Sequence[Confusion]) -> Table:
             ]
             for probe, of_probe in by(counts, "probe").items()
         ],
+        says="In bold, the right answers; a column that holds most rows is an answer given whatever is asked.",
     )
 
 

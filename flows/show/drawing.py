@@ -64,6 +64,8 @@ class Figure:
     says: str
     """What the figure shows, in a sentence or two: for those who see it and for those who cannot."""
     parts: Sequence[Part]
+    is_private: bool = False
+    """It names rows by their ids, so it is left out in Prefect."""
 
 
 def save_figures(figures: Iterable[Figure], folder: Path) -> list[Path]:
@@ -76,13 +78,22 @@ def save_figures(figures: Iterable[Figure], folder: Path) -> list[Path]:
     """
     paths = []
     for figure in figures:
-        svg = _renumbered(vl_convert.vegalite_to_svg(_whole(figure), config=look("#333333") | {"background": "white"}))
+        svg = _svg_of(figure)
         pictures = (svg.encode(), vl_convert.svg_to_png(svg, scale=2), vl_convert.svg_to_pdf(svg))
         for kind, picture in zip(KINDS, pictures, strict=True):
             paths.append(folder / f"{file_name(figure.model)}-{figure.name}.{kind}")
             with output(paths[-1]) as file:
                 file.write_bytes(picture)
     return paths
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG of the size of a screen's pixels."""
+    return vl_convert.svg_to_png(_svg_of(figure))
+
+
+def _svg_of(figure: Figure) -> str:
+    return _renumbered(vl_convert.vegalite_to_svg(_whole(figure), config=look("#333333") | {"background": "white"}))
 
 
 def _renumbered(svg: str) -> str:

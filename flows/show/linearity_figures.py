@@ -56,6 +56,7 @@ def shift_curves(findings: Findings) -> Figure:
         f"NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a gradient says "
         "all.",
         parts=[Part([_shift_curve(findings, example) for example in _examples(findings)])],
+        is_private=True,
     )
 
 

@@ -1,32 +1,57 @@
-"""The summary of a whole run on Prefect's pages: its rows, its report and its files."""
+"""The summary of a whole run on Prefect's pages: its findings, accuracies, rows and files."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from flows.show.drawing import Figure
 from flows.show.report import KNOWN_FILES, RunResults, counted_now, files_of
-from flows.show.table import Table
+from flows.show.table import Table, in_markdown
 from negcore.store.files import is_remote
 from negcore.texts import printable, public
 
 _MOST_LINES = 20
-_LONGEST_LINE = 300
+_LONGEST_LINE = 600
+_MOST_TABLES = 4
+_ACCURACIES = ("accuracy-", "campaign-accuracy")
+"""Beginnings of the keys of tables that the summary shows."""
 
 
 def run_summary(results: RunResults) -> str:
-    """Return Markdown that counts a run's rows and links its report and files; it holds no prompt.
+    """Return Markdown with a run's findings and accuracies, its rows, problems and files; it holds no prompt.
 
-    Browsers follow a link to a file only on the machine that has it, and not from every page, so paths are written out
-    too.
+    Whoever reads it may sit at another machine, so it says itself what the report says first, and links only places
+    that can be reached from anywhere: those in a bucket.
     """
     lines = [f"**{counted_now(results.extracted)}**", ""] if results.extracted else []
-    lines += [f"- {_code(section.title)}" for section in results.sections if section.title]
-    lines += ["", f"Run directory: {_linked(results.directory, str(results.directory))}", ""]
-    lines += map(_file_line, files_of(results.directory))
     for title, found in (("Missing", results.problems), ("Warnings", results.warnings)):
-        if found:
-            lines += ["", f"**{title}: {len(found)}**", ""]
-            lines += [f"- {_code(public(line)[:_LONGEST_LINE])}" for line in found[:_MOST_LINES]]
+        lines += [f"**{title}: {len(found)}**", "", *_listed(found), ""] if found else []
+    lines += [f"- {_code(section.title)}" for section in results.sections if section.title]
+    sentences = [sentence for section in results.sections for sentence in section.sentences]
+    lines += (
+        ["", "## Findings", "", "In brackets: 95 % intervals.", "", *_listed(sentences, in_markdown), ""]
+        if sentences
+        else []
+    )
+    tables = [table for section in results.sections for table in section.tables if table.key.startswith(_ACCURACIES)]
+    lines += [public(table.markdown) + "\n" for table in tables[:_MOST_TABLES]]
+    lines += ["## Repeat and read on", ""]
+    if results.about:
+        lines += [f"Repeat this run: {_code(results.about.command)}", ""]
+    lines += [f"Run directory: {_place(results.directory, str(results.directory))}", ""]
+    lines += map(_file_line, files_of(results.directory))
     return "\n".join(lines)
+
+
+def summary_title(results: RunResults) -> str:
+    """Return the description of the summary: what the run found, or how many rows it did."""
+    sentences = [sentence for section in results.sections for sentence in section.sentences]
+    return in_markdown(public(sentences[0])) if sentences else counted_now(results.extracted)
+
+
+def described_figure(figure: Figure) -> str:
+    """Return Markdown with a figure's title, which may hold names, and what it shows."""
+    return f"{_code(figure.title)}\n\n{figure.says}"
 
 
 def described(table: Table) -> str:
@@ -34,13 +59,22 @@ def described(table: Table) -> str:
     return "\n\n".join([_code(table.title), table.caption]).strip()
 
 
+def _listed(found: Sequence[str], written: Callable[[str], str] | None = None) -> list[str]:
+    """Return lines as a list, the first ones of many, and how many more there are."""
+    written = written or _code
+    more = len(found) - _MOST_LINES
+    shown = [f"- {written(public(line)[:_LONGEST_LINE])}" for line in found[:_MOST_LINES]]
+    return [*shown, f"- and {more} more, on the report's page"] if more > 0 else shown
+
+
 def _file_line(path: Path) -> str:
     what = KNOWN_FILES.get(path.name)
-    return f"- {_linked(path, path.name)}" + (f": {what}" if what else "")
+    return f"- {_place(path, path.name)}" + (f": {what}" if what else "")
 
 
-def _linked(path: Path, text: str) -> str:
-    return f"{_code(text)} ([open]({quote(str(path), safe=':/') if is_remote(path) else path.as_uri()}))"
+def _place(path: Path, text: str) -> str:
+    """Return where something is; a link where one leads there from any machine."""
+    return f"{_code(text)} ([open]({quote(str(path), safe=':/')}))" if is_remote(path) else _code(text)
 
 
 def _code(text: str) -> str:

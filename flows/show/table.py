@@ -72,6 +72,8 @@ class Table:
     columns: Sequence[Column]
     blocks: Sequence[Block]
     caption: str = ""
+    says: str = ""
+    """What the table says, in a sentence above it on the page."""
 
     @property
     def pieces(self) -> list[list[list[tuple[Words | Number, ...]]]]:

@@ -1,6 +1,7 @@
 """A Prefect server that is lost takes along what it would have shown, and nothing else."""
 
 import logging
+from pathlib import Path
 
 import httpx
 import pytest
@@ -21,8 +22,8 @@ def test_tables_and_notes_that_cannot_be_shown_do_not_end_the_run(monkeypatch, c
     monkeypatch.setattr("prefect.artifacts.create_table_artifact", lose)
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lose)
     with caplog.at_level(logging.WARNING, "tasks.steps"):
-        PrefectSteps().table("scores", [{"accuracy": 0.5}], "Scores")
-        PrefectSteps().note("summary", "text")
+        PrefectSteps(Path("/runs/one")).table("scores", [{"accuracy": 0.5}], "Scores")
+        PrefectSteps(Path("/runs/one")).note("summary", "text", "title")
     assert [record.message for record in caplog.records] == [
         "Prefect does not answer (Connection refused): the run goes on, unseen"
     ] * 2

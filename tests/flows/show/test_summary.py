@@ -1,6 +1,7 @@
 """The text about a whole run on Prefect's pages: rows, files, problems, and no markup but our own."""
 
 import re
+from dataclasses import dataclass, field
 
 import pytest
 from markdown_it import MarkdownIt
@@ -8,12 +9,23 @@ from support import negs_place
 from upath import UPath
 
 from flows.show import report
-from flows.show.report import RunResults
-from flows.show.summary import run_summary
+from flows.show.about import About
+from flows.show.report import RunResults, Section
+from flows.show.summary import run_summary, summary_title
+from flows.show.table import Number, Table, numbers, texts
 from negcore.store.publish import SetAside
 from tasks.measure.missing import Extracted, Failure
 
 HOSTILE = "[click](http://evil) <b>bold<b> `code` www.evil.org *x* | \x1b[31m"
+
+
+@dataclass
+class Shown(RunResults):
+    shown: list[Section] = field(default_factory=list)
+
+    @property
+    def sections(self):
+        return self.shown
 
 
 @pytest.fixture
@@ -41,11 +53,31 @@ def links(text: str) -> list[str]:
     return re.findall(r'href="([^"]*)"', rendered(text))
 
 
-def test_every_file_is_linked_and_known_ones_are_explained(directory):
+def test_every_file_is_named_and_known_ones_are_explained_without_a_link_that_is_dead_elsewhere(directory):
     text = run_summary(RunResults(directory))
-    places = (directory, *(directory / name for name in ("accuracy.arrow", "negs", "run.yaml")))
-    assert links(text) == [place.as_uri() for place in places]
-    assert "NEG shards" in text
+    assert links(text) == []
+    assert str(directory) in text
+    for name in ("accuracy.arrow", "negs", "run.yaml"):
+        assert f"`{name}`" in text
+    assert "NEG shards" in text and "file://" not in text
+
+
+def test_it_says_itself_what_the_report_says_first(directory):
+    accuracy = Table("accuracy-tiny", "Accuracy", [*texts("dataset"), *numbers("Magn")], [[["fact", Number(0.75)]]])
+    other = Table("rows", "Rows used", texts("dataset"), [[["nli"]]])
+    sentences = [f"finding {i}" for i in range(25)]
+    results = Shown(directory, shown=[Section("", [other, accuracy], sentences=sentences)])
+    results.about = About((), "neg pipeline 'a b/run.yaml'", "")
+    text = run_summary(results)
+    for part in ("finding 0", "finding 19", "and 5 more", "| fact | 0.75 |", "`neg pipeline 'a b/run.yaml'`"):
+        assert part in text
+    assert "Rows used" not in text and "finding 20" not in text
+    assert "<table>" in rendered(text)
+    assert summary_title(results) == "finding 0"
+
+
+def test_without_findings_its_title_counts_the_rows(directory):
+    assert summary_title(RunResults(directory, extracted=[extracted(10)])).startswith("10 rows done")
 
 
 def test_rows_are_counted_over_all_parts(directory):
@@ -59,10 +91,11 @@ def test_rows_are_counted_over_all_parts(directory):
 def test_hostile_names_and_errors_are_code(directory):
     place = directory / HOSTILE.replace("/", "_")
     place.mkdir()
-    text = run_summary(RunResults(place, problems=[HOSTILE], warnings=[HOSTILE]))
+    shown = [Section("", [], sentences=[HOSTILE])]
+    text = run_summary(Shown(place, shown=shown, problems=[HOSTILE], warnings=[HOSTILE]))
     html = rendered(text)
-    assert links(text) == [place.as_uri()]
-    assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "a", "strong", "ul", "li"}
+    assert links(text) == []
+    assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "strong", "ul", "li", "h2"}
     assert html.count("<code>") == 3
     assert "Missing: 1" in text and "Warnings: 1" in text
     assert "[click](http://evil) &lt;b&gt;bold" in html
