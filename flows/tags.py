@@ -23,7 +23,7 @@ def tag_flow_run(run: RunFile) -> None:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
-    tags = sorted({*context.flow_run.tags, *run_tags(run)})
+    tags = list(dict.fromkeys([*context.flow_run.tags, *run_tags(run)]))
     try:
         with get_client(sync_client=True) as client:
             client.update_flow_run(context.flow_run.id, tags=tags)

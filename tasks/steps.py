@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,6 +332,7 @@ class PrefectSteps(Steps):
     def note(self, key: str, markdown: str, title: str) -> None:
         from prefect.artifacts import create_markdown_artifact
 
+        self._page.sweep()
         self._page.keep(
             lambda: create_markdown_artifact(public(markdown), key=self._key(key), description=public(title))
         )
@@ -386,6 +387,8 @@ class _Page:
 
     def __init__(self) -> None:
         self._silent_until = float("-inf")
+        self._dropped: list[Any] = []
+        """Artifacts to take away: what a server that was away still has is tried again."""
 
     def keep(self, show: Callable[[], T]) -> T | None:
         """Show something that is to stay: patiently, unless the server is silent anyway."""
@@ -394,6 +397,24 @@ class _Page:
     def refresh(self, show: Callable[[], T]) -> T | None:
         """Show something that will soon be shown anew: it is not tried twice, and not while the server is silent."""
         return None if self._is_silent else self._tried(show, patient=False)
+
+    def drop(self, artifact_id: Any) -> None:
+        """Take an artifact away, now or at the next `sweep`."""
+        self._dropped.append(artifact_id)
+        self.refresh(self._sweep)
+
+    def sweep(self) -> None:
+        """Take away, patiently, what could not be taken away before."""
+        self.keep(self._sweep)
+
+    def _sweep(self) -> None:
+        while self._dropped:
+            one = self._dropped.pop()
+            try:
+                _delete_artifact(one)
+            except BaseException:
+                self._dropped.append(one)
+                raise
 
     @property
     def _is_silent(self) -> bool:
@@ -459,7 +480,7 @@ class _ProgressArtifact:
             seconds = f"finished in {time.monotonic() - self._started_at:.1f} s"
             get_run_logger().info("%s: %s", self._title, f"{self._parts}, {seconds}" if self._parts else seconds)
             if self._id is not None:
-                self._page.refresh(lambda: _delete_artifact(self._id))
+                self._page.drop(self._id)
 
     def _text(self, progress: Progress) -> str:
         text = self._parts
@@ -472,8 +493,9 @@ class _ProgressArtifact:
 
 def _delete_artifact(artifact_id: Any) -> None:
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
 
-    with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):
         client.delete_artifact(artifact_id)
 
 

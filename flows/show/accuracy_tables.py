@@ -34,6 +34,8 @@ FLOOR_TITLES = MappingProxyType(
 )
 """Short titles of the floors, in the order of `FLOORS`."""
 FLOORS_TITLE = "\n".join(FLOOR_TITLES[name] for name in FLOORS)
+BESIDE_TITLES = ("train\ntest\nmass", "train\nvalid, test\nmass", FLOORS_TITLE, "genre")
+"""Titles of the columns that stand between a dataset and its accuracies."""
 SHOTS = ("zero-shot", "one-shot")
 _PROBES_A_TABLE = 5
 BESIDE_CAPTION = (

@@ -145,7 +145,11 @@ if (choice) {
   const parts = (name) => name.split(".").map(Number);
   const ordered = [...names].sort((a, b) => parts(a)[0] - parts(b)[0] || parts(a)[1] - parts(b)[1]);
   for (const name of ordered) choice.append(new Option(name, name));
-  choice.addEventListener("change", () => tables.get(box)(choice.value));
+  choice.addEventListener("change", () => {
+    const folded = box.closest("details");
+    if (folded) folded.open = true;
+    tables.get(box)(choice.value);
+  });
   box.addEventListener("click", (event) => {
     const row = event.target.closest("tr[data-neuron]");
     if (row) pick(choice.value === row.dataset.neuron ? "" : row.dataset.neuron);

@@ -9,7 +9,7 @@ from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
 from flows.show.model_names import shown_model
 from flows.show.skill_tables import DIRECTION_TITLES, probes, tops
 from flows.show.table import by
-from flows.show.text import change, correlation, share
+from flows.show.text import change, correlation, count, share
 from negcore.analysis.causal import CausalRow
 from tasks.comparisons import ComparisonRow
 from tasks.floors import best_floor
@@ -60,7 +60,7 @@ def _said(where: str, rows: Sequence[Row]) -> str:
 
 
 def _measured(row: Row) -> str:
-    kept = f", {row.n_neurons} neurons" if isinstance(row, AccuracyRow) and row.n_neurons else ""
+    kept = f", {count(row.n_neurons, 'neuron')}" if isinstance(row, AccuracyRow) and row.n_neurons else ""
     return f"{share(row.accuracy)} ({share(row.low)}-{share(row.high)}{kept})"
 
 

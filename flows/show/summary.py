@@ -1,9 +1,13 @@
 """The summary of a whole run on Prefect's pages: its findings, accuracies, rows and files."""
 
+import platform
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+from flows.show.accuracy_tables import BESIDE_TITLES
 from flows.show.drawing import Figure
 from flows.show.report import KNOWN_FILES, RunResults, counted_now, files_of
 from flows.show.table import Table, in_markdown
@@ -11,7 +15,7 @@ from negcore.store.files import is_remote
 from negcore.texts import printable, public
 
 _MOST_LINES = 20
-_LONGEST_LINE = 600
+_LONGEST_LINE = 1200
 _MOST_TABLES = 4
 _ACCURACIES = ("accuracy-", "campaign-accuracy")
 """Beginnings of the keys of tables that the summary shows."""
@@ -34,13 +38,23 @@ def run_summary(results: RunResults) -> str:
         else []
     )
     tables = [table for section in results.sections for table in section.tables if table.key.startswith(_ACCURACIES)]
-    lines += [public(table.markdown) + "\n" for table in tables[:_MOST_TABLES]]
+    lines += [public(_narrow(table).markdown) + "\n" for table in tables[:_MOST_TABLES]]
     lines += ["## Repeat and read on", ""]
     if results.about:
         lines += [f"Repeat this run: {_code(results.about.command)}", ""]
     lines += [f"Run directory: {_place(results.directory, str(results.directory))}", ""]
+    if not is_remote(results.directory):
+        look = shlex.join(["neg", "view", str(results.directory)])
+        lines += [f"Figures, neurons and rows, on the machine {_code(platform.node())}: {_code(look)}", ""]
     lines += map(_file_line, files_of(results.directory))
     return "\n".join(lines)
+
+
+def _narrow(table: Table) -> Table:
+    """Return a table of accuracies without what stands beside them: Prefect's page is too narrow for it."""
+    kept = [i for i, column in enumerate(table.columns) if column.title not in BESIDE_TITLES]
+    blocks = [[[row[i] for i in kept if i < len(row)] for row in block] for block in table.blocks]
+    return replace(table, columns=[table.columns[i] for i in kept], blocks=blocks, caption="")
 
 
 def summary_title(results: RunResults) -> str:

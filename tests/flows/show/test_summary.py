@@ -57,13 +57,15 @@ def test_every_file_is_named_and_known_ones_are_explained_without_a_link_that_is
     text = run_summary(RunResults(directory))
     assert links(text) == []
     assert str(directory) in text
+    assert f"`neg view {directory}`" in text
     for name in ("accuracy.arrow", "negs", "run.yaml"):
         assert f"`{name}`" in text
     assert "NEG shards" in text and "file://" not in text
 
 
 def test_it_says_itself_what_the_report_says_first(directory):
-    accuracy = Table("accuracy-tiny", "Accuracy", [*texts("dataset"), *numbers("Magn")], [[["fact", Number(0.75)]]])
+    columns = [*texts("dataset"), *numbers("train\ntest\nmass", "Magn")]
+    accuracy = Table("accuracy-tiny", "Accuracy", columns, [[["knowledge"], ["fact", "100", Number(0.75)]]])
     other = Table("rows", "Rows used", texts("dataset"), [[["nli"]]])
     sentences = [f"finding {i}" for i in range(25)]
     results = Shown(directory, shown=[Section("", [other, accuracy], sentences=sentences)])
@@ -96,7 +98,7 @@ def test_hostile_names_and_errors_are_code(directory):
     html = rendered(text)
     assert links(text) == []
     assert set(re.findall(r"<(\w+)", html)) == {"p", "code", "strong", "ul", "li", "h2"}
-    assert html.count("<code>") == 3
+    assert html.count("<code>") == 5
     assert "Missing: 1" in text and "Warnings: 1" in text
     assert "[click](http://evil) &lt;b&gt;bold" in html
     assert "\x1b" not in html
