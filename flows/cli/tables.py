@@ -52,8 +52,8 @@ def sql(
         raise RunError(f"--csv and --format {form} contradict each other: give one of them")
     name = format_of("csv" if csv else form, out)
     root = location(run).absolute()
-    warn_of(root)
     found = answer(root, LIST_VIEWS if query is None else query)
+    warn_of(root)
     if name is None:
         console.print(answer_table(found, _MOST_ROWS))
     else:

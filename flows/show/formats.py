@@ -115,12 +115,14 @@ _WRITERS: Mapping[FormatName, Callable[[pa.Table], Written]] = MappingProxyType(
 
 
 def cells(table: pa.Table) -> list[list[Any]]:
-    """Return the values of every row; numbers of 32 bits as such, so that their digits are theirs."""
+    """Return the values of every row; numbers of 32 bits with the digits that they have."""
     columns = []
     for column in table.columns:
-        values = column.to_pylist()
-        if pa.types.is_float32(column.type):
+        values, kind = column.to_pylist(), column.type
+        if pa.types.is_float32(kind):
             values = [None if value is None else np.float32(value) for value in values]
+        elif pa.types.is_list(kind) and pa.types.is_float32(kind.value_type):
+            values = [None if value is None else [float(str(np.float32(one))) for one in value] for value in values]
         columns.append(values)
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -153,6 +155,18 @@ def _exact(number: Any) -> str:
     return "NaN" if number != number else str(number)
 
 
+def _rounded_within(value: Any) -> Any:
+    """Return a list or record with its numbers as `rounded` writes them."""
+    match value:
+        case list():
+            return [_rounded_within(one) for one in value]
+        case dict():
+            return {name: _rounded_within(one) for name, one in value.items()}
+        case float():
+            return float(f"{value:.4g}")
+    return value
+
+
 def _are_numeric(table: pa.Table) -> list[bool]:
     return [is_number(field.type) for field in table.schema]
 
@@ -179,5 +193,6 @@ def shown(value: Any, text: Text = str, number: Callable[[Any], str] = rounded) 
         case int() | float() | Decimal() | np.number():
             return number(value)
         case list() | dict():
-            return text(json.dumps(value, ensure_ascii=False, default=str))
+            kept = value if number is _exact else _rounded_within(value)
+            return text(json.dumps(kept, ensure_ascii=False, default=str))
     return text(str(value))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from negcore.errors import NegError, RunError
+from negcore.errors import RunError
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, Shard
 from tasks.rundir.layout import ShardFolder, shard_folders
@@ -92,9 +92,13 @@ def query(root: Path, sql: str) -> pa.Table:
             views.create(connection, sql)
             connection.execute("SET lock_configuration = true")
             return connection.sql(sql).to_arrow_table()
-        except duckdb.Error as error:
+        except (duckdb.Error, RuntimeError) as error:
             if views.error is not None:
                 raise views.error from None
+            if isinstance(error, duckdb.InterruptException) or str(error) == "Query interrupted":
+                raise KeyboardInterrupt from None
+            if not isinstance(error, duckdb.Error):
+                raise
             raise RunError(f"the query cannot be answered: {_reason(error)}{views.hint(str(error))}") from None
 
 
@@ -118,7 +122,7 @@ class _Views:
         self._folders = [folder for folder in shard_folders(root) if folder.kind == "negs"]
         self._tables = result_tables(root)
         self._root = root
-        self.error: NegError | None = None
+        self.error: BaseException | None = None
         if not (self._folders or self._tables):
             raise RunError(f"{str(root)!r} holds no tables of results and no NEGs: give a run directory")
 
@@ -150,6 +154,8 @@ class _Views:
         """Return what a user could have meant who asked for something that is not there."""
         if "negs_" in error and self._folders:
             return f"; negs takes the number of a layer as digits, such as negs(0): {self._layers}"
+        if "syntax error" in error:
+            return "; names that are words of SQL, such as group and right, need double quotes"
         if "does not exist" in error:
             names = [name.replace("/", ".") for name in self._tables] + ["prompts", "negs(layer)"] * bool(self._folders)
             return f"; the views are {', '.join(names)}"
@@ -189,7 +195,9 @@ class _Rows:
     def _kept(self) -> Iterator[pa.RecordBatch]:
         try:
             yield from self._batches()
-        except NegError as error:
+        except GeneratorExit:  # the query needs no more rows
+            raise
+        except BaseException as error:
             self._views.error = self._views.error or error
             raise
 

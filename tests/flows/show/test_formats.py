@@ -66,6 +66,13 @@ def test_lists_and_truth_values_have_a_form_in_text():
     assert read_csv(content)[1:] == [["true", "[0.5, 0.25]", '{"a": "=x"}'], ["", "", ""]]
 
 
+def test_numbers_in_lists_keep_their_digits_or_are_rounded_like_others():
+    halves = pa.array([[0.1, 1 / 3], None], pa.list_(pa.float32()))
+    lists = table(h=halves, d=[[1 / 3, -1e-9], []])
+    assert read_csv(written(lists, "csv").content)[1] == ["[0.1, 0.33333334]", "[0.3333333333333333, -1e-09]"]
+    assert r"| \[0.1, 0.3333\] | \[0.3333, -1e-09\] |" in written(lists, "md").content.decode()
+
+
 def unescaped(text):
     """What a reader of Markdown sees: a backslash before punctuation goes."""
     shown, rest = "", iter(text)

@@ -261,6 +261,38 @@ def test_a_query_that_sorts_much_leaves_no_file(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_duckdb_makes_of_a_stop_is_a_stop(run, monkeypatch):
+    def stopped(self, connection, sql):
+        raise RuntimeError("Query interrupted")  # DuckDB's own after Ctrl-C
+
+    monkeypatch.setattr(module._Views, "create", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        query(run, "SELECT 1")
+
+
+def test_a_stop_while_rows_are_read_is_a_stop(run, monkeypatch):
+    def stopped(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader.NegSplit, "shards", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        query(run, "SELECT sum(neg) FROM negs(0)")
+
+
+def test_a_disk_that_fails_under_a_query_is_the_disks_error(run, monkeypatch):
+    def failing(self):
+        raise OSError(5, "Input/output error", "part-00000.arrow")
+
+    monkeypatch.setattr(reader.NegSplit, "shards", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        query(run, "SELECT sum(neg) FROM negs(0)")
+
+
+def test_words_of_sql_that_are_names_here_are_told_to_need_quotes(run):
+    with pytest.raises(RunError, match="such as group and right, need double quotes"):
+        query(run, "SELECT right FROM prompts")
+
+
 def test_names_in_a_run_are_names_not_sql(tmp_path):
     hostile = "x'); DROP VIEW prompts; --"
     write_split(tmp_path, "test", numbers("test"), dataset=hostile)
