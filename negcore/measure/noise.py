@@ -268,7 +268,8 @@ def _types(
         except Exception as error:  # of whichever kind: a type that a device does not know is asked about here
             if not isinstance(error, NegError) and not is_out_of_memory(error) and one == dtype:
                 raise
-            yield Finding(one, "look", f"it could not be compared with {exact}: {error}")
+            advice = "--dtype float32" if one in HALF_TYPES else ""
+            yield Finding(f"{one} against {exact}", "look", f"they could not be compared: {error}", advice)
             continue
         yield Finding(f"{one} against {exact}", *_judged(one, dtype, apart))
 
