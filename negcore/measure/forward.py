@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,16 @@ from negcore.measure.hooks import tapped
 from negcore.measure.memory import BatchLimit
 from negcore.model.language_model import LanguageModel
 from negcore.model.masks import Layout, laid_out
+from negcore.model.past import KeysValues, PartsCache, PromptTokens
 
 TOKEN_BUDGET = 8192
 """Most tokens of a batch, cached ones included: 16 prompts of 512 tokens."""
+
+OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 128, "cuda": 8192})
+"""Most tokens that run side by side before the last ones, padding included, by type of device.
+
+A processor gains nothing beyond about a hundred, where a prompt is enough; a GPU needs thousands to be busy.
+"""
 
 
 class Prediction(NamedTuple):
@@ -70,57 +78,65 @@ class ProbedBatch(ABC):
 
 
 class CausalBatch(ProbedBatch):
-    """Prompts of a causal model; a cache holds everything before their last tokens.
+    """Prompts of a causal model; keys and values of everything before their last tokens are kept.
 
-    Slot p of the cache holds position p; shorter prompts leave the slots after their own tokens unused. Masks are made
-    from positions, so padding never changes a distance, whatever the window of an attention layer.
+    Slot p holds position p; shorter prompts leave the slots after their own tokens unused. Masks are made from
+    positions, so padding never changes a distance, whatever the window of an attention layer.
+
+    Parameters
+    ----------
+    ids : token ids of every row
+    shared : sequence of KeysValues, one a layer
+        Of the tokens that all rows begin with, see `run_prefix`.
     """
 
     def __init__(
-        self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]], prefix: Any, n_prefix: int
+        self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]], shared: Sequence[KeysValues]
     ) -> None:
         super().__init__(lm, rows)
-        own = [tokens[n_prefix:-1] for tokens in ids]
-        self._last_B1 = torch.tensor([[tokens[-1]] for tokens in ids], device=lm.device)
-        self._lengths_B = torch.tensor([len(tokens) - 1 for tokens in ids], device=lm.device)
-        self._cache = _expanded(prefix, len(own))
-        if any(own):
-            self._run_own(own, n_prefix)
+        n_shared = shared[0].keys.shape[2] if shared else 0
+        own = [tokens[n_shared:-1] for tokens in ids]
+        self._last_B1 = on_device(lm, [[tokens[-1]] for tokens in ids])
+        self._lengths_B = on_device(lm, [len(tokens) - 1 for tokens in ids])
+        self._tokens = PromptTokens(shared, len(own), max(map(len, own)))
+        for part in _runs(list(map(len, own)), lm.device.type):
+            self._run_own(own, part)
 
     @property
     def positions_B(self) -> Tensor:
         return torch.zeros(len(self.rows), dtype=torch.long, device=self.lm.device)
 
-    @property
-    def cache(self) -> Any:
-        """Keys and values of every token before the last, slot by position."""
-        return self._cache
+    def copies(self, tokens: Sequence[int], n_rows: int) -> "CausalBatch":
+        """Repeat the one prompt of this batch, whose tokens are given, in rows; only its last token is run again."""
+        return CausalBatch(self.lm, range(n_rows), [tokens] * n_rows, self._tokens.joined())
 
-    def _run_own(self, own: Sequence[Sequence[int]], n_prefix: int) -> None:
-        n_slots = max(map(len, own))
-        padded_BT = torch.tensor([[*tokens, *[0] * (n_slots - len(tokens))] for tokens in own])
-        slots_K = torch.arange(n_prefix + n_slots, device=self.lm.device)
+    def _run_own(self, own: Sequence[Sequence[int]], rows: slice) -> None:
+        """Run the own tokens of some rows side by side."""
+        chosen, n_shared = own[rows], self._tokens.n_shared
+        n_slots = max(map(len, chosen))
+        slots_K = torch.arange(n_shared + n_slots, device=self.lm.device)
         with torch.no_grad():
             self._run(
                 self.lm.body,
-                padded_BT.to(self.lm.device),
-                slots_K[n_prefix:].expand(len(own), -1),
-                slots_K < self._lengths_B[:, None],
-                self._cache,
+                on_device(self.lm, [[*tokens, *[0] * (n_slots - len(tokens))] for tokens in chosen]),
+                slots_K[n_shared:].expand(len(chosen), -1),
+                slots_K < self._lengths_B[rows, None],
+                PartsCache(self._tokens, rows, joined=self.lm.joined),
             )
 
     def run_last(self, module: nn.Module) -> Any:
-        """Run the last tokens, at their positions after the cache, through the model or its part without a head."""
-        n_slots = self._cache.get_seq_length()
+        """Run the last tokens, at their positions after the others, through the model or its part without a head."""
+        n_slots = self._tokens.n_shared + self._tokens.n_slots
         slots_K = torch.arange(n_slots + 1, device=self.lm.device)
         used_BK = (slots_K < self._lengths_B[:, None]) | (slots_K == n_slots)
-        return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, _shared(self._cache))
+        cache = PartsCache(self._tokens, joined=self.lm.joined)
+        return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, cache)
 
     def _logits(self) -> Tensor:
         logits: Tensor = self.run_last(self.lm.model).logits[:, -1]
         return logits
 
-    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, cache: Any) -> Any:
+    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, cache: PartsCache) -> Any:
         """Run tokens in the newest slots; each sees used slots as the model lets it, and itself, padding or not."""
         n_keys, n_queries = used_BK.shape[1], ids_BT.shape[1]
         slots_K = torch.arange(n_keys, device=self.lm.device)
@@ -184,18 +200,16 @@ def probed_batches(
         for rows in groups:
             yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
-    n_prefix = common_prefix_length(ids)
-    prefix = run_prefix(lm, ids[0][:n_prefix])
+    shared = run_prefix(lm, ids[0][: common_prefix_length(ids)])
     for rows in groups:
-        yield CausalBatch(lm, rows, [ids[row] for row in rows], prefix, n_prefix)
+        yield CausalBatch(lm, rows, [ids[row] for row in rows], shared)
 
 
 def copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
     """Repeat the one prompt of a batch in rows; a causal model does not run the tokens before the probed one again."""
-    ids = [tokens] * n_rows
     if isinstance(prompt, CausalBatch):
-        return CausalBatch(prompt.lm, range(n_rows), ids, prompt.cache, len(tokens) - 1)
-    return WholeBatch(prompt.lm, range(n_rows), ids)
+        return prompt.copies(tokens, n_rows)
+    return WholeBatch(prompt.lm, range(n_rows), [tokens] * n_rows)
 
 
 def measure_batches(
@@ -254,28 +268,29 @@ def _by_length(lengths: Sequence[int], batch_size: int | None, max_rows: int | N
     return groups
 
 
-def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> Any:
-    """Return a cache of the keys and values of the tokens that prompts begin with, of which there may be none."""
+def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> list[KeysValues]:
+    """Return the keys and values, layer by layer, of the tokens that prompts begin with; there may be none."""
+    if not tokens:
+        return []
     cache = DynamicCache()
-    if tokens:
-        with torch.no_grad():
-            ids_1T = torch.tensor([list(tokens)], device=lm.device)
-            lm.body(input_ids=ids_1T, past_key_values=cache, use_cache=True)
-    return cache
+    with torch.no_grad():
+        lm.body(input_ids=on_device(lm, [list(tokens)]), past_key_values=cache, use_cache=True)
+    return [KeysValues(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _expanded(cache: Any, n_rows: int) -> Any:
-    """Return a cache in which rows share one prompt's keys and values, without a copy."""
-    return _mapped(cache, lambda tensor: tensor.expand(n_rows, -1, -1, -1))
+def on_device(lm: LanguageModel, numbers: Any) -> Tensor:
+    """Return numbers as a tensor on the model's device; a GPU gets them without waiting for what it is doing."""
+    tensor = torch.tensor(numbers)
+    return tensor.pin_memory().to(lm.device, non_blocking=True) if lm.device.type == "cuda" else tensor.to(lm.device)
 
 
-def _shared(cache: Any) -> Any:
-    """Return a cache that can grow without changing the one it shares its tensors with."""
-    return _mapped(cache, lambda tensor: tensor)
-
-
-def _mapped(cache: Any, change: Any) -> Any:
-    result = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        result.update(change(layer.keys), change(layer.values), index)
-    return result
+def _runs(lengths: Sequence[int], device: str) -> Iterator[slice]:
+    """Part rows into those whose own tokens run side by side: as many as fit in the device's budget, padded."""
+    start, budget = 0, OWN_TOKENS.get(device, OWN_TOKENS["cuda"])
+    while start < len(lengths):
+        stop = start + 1
+        while stop < len(lengths) and (stop + 1 - start) * max(lengths[start : stop + 1]) <= budget:
+            stop += 1
+        if any(lengths[start:stop]):
+            yield slice(start, stop)
+        start = stop

@@ -102,10 +102,16 @@ def settled(lm: LanguageModel) -> LanguageModel:
     One that no row names is given the fastest way that passes.
     """
     for way in FASTER if lm.arch.discovered and not lm.arch.masked else ():
-        faster = lm.along(way)
-        if (check := check_model(faster)).passed:
-            return replace(faster, check=check)
+        for joined in (False, True):
+            faster = replace(lm.along(way), joined=joined)
+            if (check := check_model(faster)).passed:
+                return replace(faster, check=check)
     check = check_model(lm)
+    if check.failed and lm.way != "whole":  # its code may work on keys and values itself
+        joining = replace(lm, joined=True)
+        again = check_model(joining)
+        if len(again.failed) < len(check.failed):
+            lm, check = joining, again
     if check.failed and all(one.name == "virtual" for one in check.failed):
         # All that virtual tokens do beyond the cached way is shifting: nothing else is to be checked again.
         check = check.in_place_of(check, "single neurons are shifted by hooks, which is slower")

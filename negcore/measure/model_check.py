@@ -157,7 +157,7 @@ class _Trial:
         ids = [self.ids[row] for row in rows]
         if self.lm.way == "whole":
             return WholeBatch(self.lm, rows, ids)
-        return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]), n_prefix)
+        return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]))
 
     def _logits(self, batch: ProbedBatch) -> Tensor:
         with torch.no_grad():

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from negcore.model.masks import mask_by_position, refuse_lookahead
+from negcore.model.past import KeysValues, Past, past_of
 
 ATTENTION_NAME = "negcore"
 
@@ -58,10 +59,11 @@ def attention(
     ----------
     query : Tensor of shape (B, H, Q, D)
     key, value : Tensor of shape (B, G, K, D)
+        From a `PartsCache`: of the newest tokens alone; the keys tell what comes before them.
     attention_mask : bool Tensor of shape (B or 1, 1, Q, K), or None
-        True where a query may look. Without a mask, causal modules look back and the others look everywhere.
-        Inside `side_by_side` it is the mask of one token after the prompt's, and the keys are those of the prompt, then
-        those of the Q virtual tokens.
+        True where a query may look at a token, those before the newest counted. Without a mask, causal modules look
+        back and the others look everywhere. Inside `side_by_side` it is the mask of one token after the prompt's, and
+        the newest tokens are virtual.
 
     Returns
     -------
@@ -73,9 +75,17 @@ def attention(
         If a causal model's module looks at later tokens too.
     """
     refuse_lookahead(not _looks_back_only(module, is_causal))
+    past, newest = past_of(key), KeysValues(key, value)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _side_by_side.get():
         assert attention_mask is not None
-        return _virtual(query, key, value, attention_mask[0, 0, 0, :-1], scaling, softcap), None
+        return _virtual(query * scale, newest, past, attention_mask[0, 0, 0, :-1], softcap), None
+    if past is not None and query.shape[2] == 1:
+        assert attention_mask is not None
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return _last(query.to(wide) * scale, newest, past, attention_mask, softcap).to(query.dtype), None
+    if past is not None:
+        key, value = past.joined(newest)
     if softcap is None and not torch.is_grad_enabled():
         # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
@@ -122,30 +132,79 @@ def _explicit(
     return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2)
 
 
-def _virtual(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible_K: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _last(query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: float | None) -> Tensor:
+    """Let the last token of each row attend to the tokens before it and to itself, part by part.
+
+    Query, newest keys and values carry the graph; what comes before takes no gradient, stays in its own number type and
+    is not copied for every row. Queries are scaled.
+    """
+    batch, n_heads, _, _ = query.shape
+    n_groups = newest.keys.shape[1]
+    grouped_query = grouped(query, n_groups)
+    own_scores = (grouped_query * newest.keys).sum(-1, keepdim=True)
+    parts = [part for part in past if part is not None]
+    scores = torch.cat([*(_product(grouped_query, part.keys.mT) for part in parts), own_scores], dim=-1)
+    # The lowest finite number, not -inf: a padding token that sees nothing at all must not become NaN.
+    scores = capped(scores, softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1).split([*(part.keys.shape[2] for part in parts), 1], dim=-1)
+    output = weights[-1] * newest.values.to(scores.dtype)
+    for weight, part in zip(weights[:-1], parts, strict=True):
+        output = output + _product(weight, part.values)
+    return output.reshape(batch, n_heads, 1, -1).transpose(1, 2)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply (B, G, Q, K) by (B or 1, G, K, D), of which one for all rows is not repeated."""
+    if len(matrix) == 1 and len(rows) > 1:
+        together = rows.transpose(0, 1).flatten(1, 2)[None]
+        return Product.apply(together, matrix)[0].unflatten(1, (len(rows), -1)).transpose(0, 1)
+    return Product.apply(rows, matrix)
+
+
+class Product(torch.autograd.Function):
+    """Product (B, G, Q, K) @ (B, G, K, D) with a matrix that takes no gradient, in the number type of the rows.
+
+    In a batched backward pass the options join the rows. PyTorch's own rule would copy the matrix for each option.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, matrix: Tensor) -> Tensor:
+        return rows @ matrix.to(rows.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (matrix,) = ctx.saved_tensors
+        return Product.apply(gradient, matrix.mT), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], rows: Tensor, matrix: Tensor) -> tuple[Tensor, int]:
+        assert in_dims[0] is not None and in_dims[1] is None
+        together = rows.movedim(in_dims[0], 2).flatten(2, 3)
+        return Product.apply(together, matrix).unflatten(2, (info.batch_size, -1)), 2
+
+
+def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Tensor, softcap: float | None) -> Tensor:
     """Let each query attend to the visible keys of the prompt and its own.
 
-    Its own key is one more column of scores; a mask over all virtual tokens would cost queries squared.
+    Its own key is one more column of scores; a mask over all virtual tokens would cost queries squared. Queries are
+    scaled.
     """
     _, n_heads, n_queries, width = query.shape
-    scale = width**-0.5 if scaling is None else scaling
-    n_groups, n_prompt = key.shape[1], key.shape[2] - n_queries
-    prompt_keys, prompt_values = (one[:, :, :n_prompt][:, :, visible_K] for one in (key, value))
-    own_keys, own_values = (one[:, :, None, n_prompt:] for one in (key, value))
-    folded = grouped(query * scale, n_groups)
+    n_groups = given.keys.shape[1]
+    together = given if past is None else past.joined(given)
+    prompt_keys, prompt_values = (one[:, :, :-n_queries][:, :, visible_K] for one in together)
+    own_keys, own_values = (one[:, :, None, -n_queries:] for one in together)
+    folded = grouped(query, n_groups)
     per_head = folded.view(1, n_groups, -1, n_queries, width)
     own_scores = (per_head * own_keys).sum(-1).view(1, n_groups, -1, 1)
     scores = torch.cat([folded @ prompt_keys.transpose(-1, -2), own_scores], dim=-1)
     weights = capped(scores, softcap).softmax(-1)
     own_weights = weights[..., -1].view(1, n_groups, -1, n_queries, 1)
-    from_prompt = (weights[..., :-1] @ prompt_values).view(1, n_groups, -1, n_queries, value.shape[-1])
+    from_prompt = (weights[..., :-1] @ prompt_values).view(1, n_groups, -1, n_queries, own_values.shape[-1])
     output = from_prompt + own_weights * own_values
     return output.reshape(1, n_heads, n_queries, -1).transpose(1, 2)
 

@@ -134,6 +134,8 @@ class LanguageModel:
     site: Site
     check: ModelCheck | None = None
     """What the check at load found; None only while it is being made."""
+    joined: bool = False
+    """True if the model's own code works on keys and values behind the cache, which then come whole; see `PartsCache`."""
 
     def __repr__(self) -> str:
         family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.layer_width} neurons"

@@ -1,0 +1,124 @@
+"""Keys and values of the tokens before the newest ones, kept in parts, so that no row holds what all rows share.
+
+The cache gives a layer's attention its newest keys and values alone; the older ones come along in two parts. The first
+belongs to the tokens that all prompts begin with and is held once; the second to each prompt's own tokens.
+
+Shapes: B rows of a batch, G key/value heads, P shared tokens, S slots for own tokens, T newest tokens, D head width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of some tokens in one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+    def joined(self, later: "KeysValues") -> "KeysValues":
+        """Return these tokens and then later ones; one row stands for as many as those have."""
+        n_rows = len(later.keys)
+        pairs = zip(self, later, strict=True)
+        return KeysValues(*(torch.cat([early.expand(n_rows, -1, -1, -1), late], dim=2) for early, late in pairs))
+
+
+class Past(NamedTuple):
+    """Keys and values of the tokens before the newest ones, in one layer; a part without tokens is None."""
+
+    shared: KeysValues | None
+    """(1, G, P, D)."""
+    own: KeysValues | None
+    """(B, G, S, D). A prompt that is shorter than others leaves the slots behind its own tokens unused."""
+
+    def joined(self, newest: KeysValues) -> KeysValues:
+        """Return all tokens, the newest last."""
+        for part in (self.own, self.shared):
+            newest = part.joined(newest) if part is not None else newest
+        return newest
+
+
+def past_of(keys: Tensor) -> Past | None:
+    """Return what comes before the keys that a `PartsCache` gave to an attention; None for those of whole prompts."""
+    return getattr(keys, "past", None)
+
+
+class PromptTokens:
+    """Keys and values of some prompts' tokens but their last, in every layer.
+
+    Parameters
+    ----------
+    shared : sequence of KeysValues, one a layer, shape (1, G, P, D)
+        Empty if the prompts share no token.
+    n_rows, n_slots : int
+        Prompts, and the most own tokens that one has before its last.
+    """
+
+    def __init__(self, shared: Sequence[KeysValues], n_rows: int, n_slots: int) -> None:
+        self.shared, self.own = shared, list[KeysValues]()
+        self.n_shared = shared[0].keys.shape[2] if shared else 0
+        self._n_rows, self.n_slots = n_rows, n_slots
+
+    def write(self, layer: int, rows: slice, newest: KeysValues) -> None:
+        """Keep keys and values of some rows' own tokens, shape (rows, G, T, D)."""
+        if layer == len(self.own):
+            # Zeros, as a slot that is not used must hold a number all the same.
+            self.own.append(KeysValues(*(self._slots(one) for one in newest)))
+        for slots, one in zip(self.own[layer], newest, strict=True):
+            slots[rows, :, : one.shape[2]] = one
+
+    def _slots(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self._n_rows, like.shape[1], self.n_slots, like.shape[3])
+
+    def part(self, layer: int, parts: Sequence[KeysValues]) -> KeysValues | None:
+        return parts[layer] if layer < len(parts) else None
+
+    def joined(self) -> list[KeysValues]:
+        """Return the tokens of all layers with those that are shared in every row."""
+        if not self.own:
+            return list(self.shared)
+        return [Past(self.part(layer, self.shared), None).joined(own) for layer, own in enumerate(self.own)]
+
+
+class PartsCache(DynamicCache):
+    """Cache of one pass, as a model of transformers knows it.
+
+    Parameters
+    ----------
+    tokens : PromptTokens
+        What comes before the newest tokens.
+    rows : slice, optional
+        Rows for whose own tokens the newest are kept; without it, they come behind the own tokens of all rows.
+    joined : bool
+        Give the model all keys and values at once, for code that works on them before its attention does.
+    """
+
+    def __init__(self, tokens: PromptTokens, rows: slice | None = None, *, joined: bool = False) -> None:
+        super().__init__()
+        self._tokens, self._rows, self._joined = tokens, rows, joined
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the newest keys and values, the keys with a note of what comes before them; or all, joined."""
+        tokens, newest = self._tokens, KeysValues(key_states, value_states)
+        own = tokens.part(layer_idx, tokens.own) if self._rows is None else None
+        past = Past(tokens.part(layer_idx, tokens.shared), own)
+        if self._rows is not None:
+            tokens.write(layer_idx, self._rows, newest)
+        if self._joined:
+            return past.joined(newest)
+        newest.keys.past = past  # type: ignore[attr-defined]
+        return newest
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of slots before the newest tokens."""
+        return self._tokens.n_shared + (self._tokens.n_slots if self._rows is None else 0)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return the number of keys of a pass, and that none is left out before them."""
+        return self.get_seq_length() + query_length, 0
