@@ -34,9 +34,9 @@ from support import CONFIGS, LABELS, Row, prompts_for, tiny_model, tiny_tokenize
 from negcore.measure.benchmark import plain_gradients
 from negcore.measure.forward import common_prefix_length
 from negcore.measure.loading import checked
+from negcore.measure.model_check import check_model
 from negcore.measure.neurgrad import NeurGradBatch, away_from_zero, neurgrad
 from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
-from negcore.model.architectures import ARCHITECTURES
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import DTYPES, LanguageModel, describe_model, read_model, wrap_model
@@ -95,7 +95,10 @@ def random_prompts(
     random, vocabulary = np.random.default_rng(0), lm.card.vocab_size
     shared = random.integers(vocabulary, size=n_shared).tolist()
     lengths = random.integers(own[0], own[1] + 1, size=n_prompts)
-    ids = [[*shared, index % vocabulary, *random.integers(vocabulary, size=n - 1).tolist()] for index, n in enumerate(lengths)]
+    ids = [
+        [*shared, index % vocabulary, *random.integers(vocabulary, size=length - 1).tolist()]
+        for index, length in enumerate(lengths)
+    ]
     options = np.tile(random.choice(vocabulary, n_options, replace=False), (n_prompts, 1))
     prompts = EncodedPrompts(ids, options)
     return Workload(name, prompts, common_prefix_length(ids))
@@ -120,7 +123,7 @@ def real_prompts(lm: LanguageModel, n_prompts: int) -> EncodedPrompts:
 
     topics = ["capital", "sport", "science", "business", "weather", "history", "music", "food"]
     texts = [
-        f"Question {index}: {' '.join(topics[(index + step) % 8] for step in range(3 + index % 9))}, which one fits best? Answer:"
+        f"Question {index}: {' '.join(topics[(index + step) % 8] for step in range(3 + index % 9))}, which fits? Answer:"
         for index in range(n_prompts)
     ]
     return encode(lm.card, texts, LABELS[:4])
@@ -139,10 +142,11 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def timed(setting: Setting, call: Callable[[], object], repeats: int = 3) -> Timed:
-    """Time a call after one that warms up; return its median and the most bytes that it held on the device."""
+def timed(setting: Setting, call: Callable[[], object], repeats: int = 3, *, warm: bool = True) -> Timed:
+    """Time a call, after one that warms up; return its median and the most bytes that it held on the device."""
     is_cuda = setting.device.startswith("cuda")
-    call()
+    if warm:
+        call()
     if is_cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -273,6 +277,7 @@ def zero_shot(setting: Setting) -> Iterator[Figures]:
 
 
 def _beside_forward(setting: Setting, lm: LanguageModel, work: Workload) -> Iterator[Figures]:
+    yield {"check": {one.name: one.difference for one in check_model(lm).comparisons}}
     ours = timed(setting, lambda: neurgrad(lm, work.prompts), 1)
     budgets = [256, 1024] if setting.tiny else [1024, 2048, 4096, 8192, 16384]
     limits = forward_limit(setting, lm, work, budgets)
@@ -294,7 +299,7 @@ def _beside_forward(setting: Setting, lm: LanguageModel, work: Workload) -> Iter
 def profiled(setting: Setting) -> Iterator[Figures]:
     """5: where the time of check 3 goes, by kind of kernel, and how long the device does nothing."""
     lm = llama_7b(setting, "bfloat16")
-    work = random_prompts(lm, "one-shot", 8 if setting.tiny else 96, 461, (86, 86))
+    work = random_prompts(lm, "one-shot", 8 if setting.tiny else 128, 461, (86, 86))
     neurgrad(lm, work.prompts)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * setting.device.startswith("cuda")
     synchronize(setting.device)
@@ -335,13 +340,13 @@ def _kernel_shares(recorded: Any) -> Figures:
 
 
 def sweeps(setting: Setting) -> Iterator[Figures]:
-    """6: a sweep of 2,048 neurons of 4 prompts in float32, against passes of whole prompts."""
+    """6: a sweep of 512 neurons of 4 prompts in float32, against passes of whole prompts."""
     lm = llama_7b(setting, "float32")
     work = random_prompts(lm, "sweep", 4, 16, (60, 86), n_options=1)
-    n_neurons, n_plain = (32, 4) if setting.tiny else (2048, 4)
+    n_neurons, n_plain = (32, 4) if setting.tiny else (512, 4)
     chosen = draw_neurons(lm.n_layers, lm.layer_width, n_neurons)
     shifts = shift_grid(2)
-    fast = timed(setting, lambda: sweep(lm, work.prompts, neurons=chosen, shifts=shifts), 1)
+    fast = timed(setting, lambda: sweep(lm, work.prompts, neurons=chosen, shifts=shifts), 1, warm=False)
     plain = timed(
         setting,
         lambda: sweep(lm, work.prompts, neurons=chosen[:: n_neurons // n_plain], shifts=shifts, method="hooks"),

@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,18 @@ from transformers import DynamicCache
 
 from negcore.measure.hooks import tapped
 from negcore.measure.memory import BatchLimit
-from negcore.model.language_model import LanguageModel
+from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.model.masks import Layout, laid_out
 from negcore.model.past import KeysValues, PartsCache, PromptTokens
 
 TOKEN_BUDGET = 8192
-"""Most tokens of a batch, cached ones included: 16 prompts of 512 tokens."""
+"""Most tokens of a batch that runs whole: 16 prompts of 512 tokens."""
+
+LAST_ROWS = 64
+"""Most last tokens that run side by side, with their gradients, if no other number is asked for."""
+
+CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 2**32})
+"""Most bytes of the keys and values before them, those of shared tokens not counted, by type of device."""
 
 OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 128, "cuda": 8192})
 """Most tokens that run side by side before the last ones, padding included, by type of device.
@@ -184,6 +191,7 @@ def probed_batches(
     *,
     batch_size: int | None = None,
     max_rows: int | None = None,
+    n_shared: int | None = None,
 ) -> Iterator[ProbedBatch]:
     """Run prompts up to their probed tokens, in batches of similar length.
 
@@ -191,18 +199,41 @@ def probed_batches(
     ----------
     ids : token ids of every prompt
     batch_size : int, optional
-        Prompts of a batch; by default as many as fit in `TOKEN_BUDGET` tokens.
+        Prompts whose probed tokens run side by side; by default as many as `largest_batch` says.
     max_rows : int, optional
         Most prompts of a batch of default size, for callers whose own memory grows with rows.
+    n_shared : int, optional
+        Tokens that all prompts begin with, which run once; by default as many as these prompts do.
     """
-    groups = _by_length([len(tokens) for tokens in ids], batch_size, max_rows)
+    n_shared = common_prefix_length(ids) if n_shared is None else n_shared
     if lm.way == "whole":
-        for rows in groups:
+        for rows in _by_length(lm, ids, 0, batch_size, max_rows):
             yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
-    shared = run_prefix(lm, ids[0][: common_prefix_length(ids)])
-    for rows in groups:
+    prefix = ids[0][:n_shared]
+    shared = lm.prefixes.get(prefix, partial(run_prefix, lm, prefix)) if lm.prefixes else run_prefix(lm, prefix)
+    for rows in _by_length(lm, ids, n_shared, batch_size, max_rows):
         yield CausalBatch(lm, rows, [ids[row] for row in rows], shared)
+
+
+def largest_batch(card: ModelCard, itemsize: int, device: str, n_tokens: int, *, whole: bool) -> int:
+    """Return how many prompts a batch holds by default.
+
+    Parameters
+    ----------
+    itemsize : int
+        Bytes of a number of the model.
+    device : str
+        Type of the model's device.
+    n_tokens : int
+        Own tokens of the longest prompt; where prompts run whole, all of its tokens.
+    whole : bool
+        True if prompts run whole: a graph then leads through all of their tokens.
+    """
+    if whole:
+        return max(1, TOKEN_BUDGET // n_tokens)
+    budget = CACHE_BYTES.get(device, CACHE_BYTES["cuda"])
+    return max(1, min(LAST_ROWS, budget // max(1, n_tokens * card.cached_numbers * itemsize)))
 
 
 def copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
@@ -220,6 +251,7 @@ def measure_batches(
     *,
     batch_size: int | None = None,
     max_rows: int,
+    n_shared: int | None = None,
 ) -> None:
     """Run prompts as `probed_batches` does and measure each batch; batches are halved where memory runs out.
 
@@ -231,7 +263,7 @@ def measure_batches(
 
     def work(todo: list[int], size: int) -> Iterator[list[int]]:
         sizes = {"batch_size": size} if batch_size else {"max_rows": size}
-        for batch in probed_batches(lm, [ids[row] for row in todo], **sizes):
+        for batch in probed_batches(lm, [ids[row] for row in todo], n_shared=n_shared, **sizes):
             rows = [todo[index] for index in batch.rows]
             measure(batch, rows)
             yield rows
@@ -257,11 +289,19 @@ def label_probabilities(logits_BV: Tensor, label_ids_BO: Tensor) -> Tensor:
     return (logits.gather(1, label_ids_BO) - logits.logsumexp(1, keepdim=True)).exp()
 
 
-def _by_length(lengths: Sequence[int], batch_size: int | None, max_rows: int | None) -> list[list[int]]:
+def _by_length(
+    lm: LanguageModel,
+    ids: Sequence[Sequence[int]],
+    n_shared: int,
+    batch_size: int | None,
+    max_rows: int | None,
+) -> list[list[int]]:
+    lengths = [len(tokens) - n_shared for tokens in ids]
     order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
+    of_length = partial(largest_batch, lm.card, lm.model.dtype.itemsize, lm.device.type, whole=lm.way == "whole")
     groups: list[list[int]] = []
     for row in order:  # ascending, so the newest row is the longest of its group
-        limit = batch_size or min(max(1, TOKEN_BUDGET // lengths[row]), max_rows or len(order))
+        limit = batch_size or min(of_length(lengths[row]), max_rows or len(order))
         if not groups or len(groups[-1]) >= limit:
             groups.append([])
         groups[-1].append(row)
@@ -280,7 +320,7 @@ def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> list[KeysValues]:
 
 def on_device(lm: LanguageModel, numbers: Any) -> Tensor:
     """Return numbers as a tensor on the model's device; a GPU gets them without waiting for what it is doing."""
-    tensor = torch.tensor(numbers)
+    tensor = torch.as_tensor(numbers)
     return tensor.pin_memory().to(lm.device, non_blocking=True) if lm.device.type == "cuda" else tensor.to(lm.device)
 
 

@@ -5,6 +5,7 @@ Shapes: P prompts, O options (labels), L layers, N neurons a layer, B rows of a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints, count_nonfinite
-from negcore.measure.forward import ProbedBatch, label_probabilities, measure_batches
+from negcore.measure.forward import ProbedBatch, label_probabilities, measure_batches, on_device
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.model.encoding import EncodedPrompts, Labels, encode
@@ -20,6 +21,8 @@ from negcore.model.language_model import LanguageModel
 
 # Most bytes of the gradients of a batch's logits: options x rows x vocabulary.
 _LOGIT_BYTES = 2**28
+# Most bytes of one array that are locked in the host's memory.
+_PINNED_BYTES = 2**32
 
 
 class Nonfinite(NamedTuple):
@@ -78,8 +81,8 @@ def neurgrad(
     labels : sequence of str, or one such sequence for each prompt
         Encoded exactly as given: a leading space is part of a label.
     batch_size : int, optional
-        Prompts of a batch; by default chosen by length. It changes memory, speed and the last digits of the result.
-        Where memory runs out, the batch and all after it are halved.
+        Prompts whose last tokens, or which as a whole, run side by side; by default chosen by length. It changes
+        memory, speed and the last digits of the result. Where memory runs out, the batch and all after it are halved.
 
     Returns
     -------
@@ -106,22 +109,28 @@ def neurgrad(
     """
     encoded = encode(lm.card, prompts, labels)
     n_prompts, n_options = encoded.label_ids_PO.shape
-    result = NeurGradBatch(
-        negs_POLN=np.empty((n_prompts, n_options, lm.n_layers, lm.layer_width), lm.result_type),
-        activations_PLN=np.empty((n_prompts, lm.n_layers, lm.layer_width), lm.result_type),
-        probs_PO=np.empty((n_prompts, n_options), lm.result_type),
-        label_ids_PO=encoded.label_ids_PO,
+    results = _Results(
+        negs_POLN=_host_tensor(lm, n_prompts, n_options, lm.n_layers, lm.layer_width),
+        activations_PLN=_host_tensor(lm, n_prompts, lm.n_layers, lm.layer_width),
+        probs_PO=_host_tensor(lm, n_prompts, n_options),
     )
-    max_rows = _LOGIT_BYTES // (4 * n_options * lm.card.vocab_size)
+
+    def measure(batch: ProbedBatch, rows: list[int]) -> None:
+        _fill(results, rows, batch, encoded.label_ids_PO[rows])
+
     measure_batches(
         lm,
         encoded.ids,
-        lambda batch, rows: _fill(result, rows, batch),
+        measure,
         BatchLimit("prompts"),
         batch_size=batch_size,
-        max_rows=max_rows,
+        max_rows=_LOGIT_BYTES // (4 * n_options * lm.card.vocab_size),
+        n_shared=encoded.n_shared,
     )
-    return result
+    if lm.device.type == "cuda":
+        torch.cuda.synchronize(lm.device)  # the last numbers may still be on their way
+    negs_POLN, activations_PLN, probs_PO = (tensor.numpy() for tensor in results)
+    return NeurGradBatch(negs_POLN, activations_PLN, probs_PO, encoded.label_ids_PO)
 
 
 def away_from_zero(activations: Tensor) -> Tensor:
@@ -158,15 +167,28 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
     return LabelGradients(grads, activations_BLN, probs_BO.detach())
 
 
-def _fill(result: NeurGradBatch, rows: Sequence[int], batch: ProbedBatch) -> None:
-    label_ids_BO = torch.from_numpy(result.label_ids_PO[rows]).to(batch.lm.device)
-    grads, activations_BLN, probs_BO = label_gradients(batch, label_ids_BO)
-    signs_BLN = away_from_zero(activations_BLN)
-    for layer, grad_OBN in enumerate(grads):
-        negs_BON = (grad_OBN * signs_BLN[:, layer]).transpose(0, 1)
-        result.negs_POLN[rows, :, layer] = _numpy(negs_BON)
-    result.activations_PLN[rows] = _numpy(activations_BLN)
-    result.probs_PO[rows] = _numpy(probs_BO)
+class _Results(NamedTuple):
+    """Tensors on the host, as `NeurGradBatch` has them."""
+
+    negs_POLN: Tensor
+    activations_PLN: Tensor
+    probs_PO: Tensor
+
+
+def _host_tensor(lm: LanguageModel, *shape: int) -> Tensor:
+    """Return an empty tensor on the host, one that a GPU can write to while it computes unless that takes too much."""
+    result_type = torch.float64 if lm.model.dtype == torch.float64 else torch.float32
+    is_pinned = lm.device.type == "cuda" and prod(shape) * result_type.itemsize <= _PINNED_BYTES
+    return torch.empty(shape, dtype=result_type, pin_memory=is_pinned)
+
+
+def _fill(results: _Results, rows: Sequence[int], batch: ProbedBatch, label_ids_BO: Ints) -> None:
+    grads, activations_BLN, probs_BO = label_gradients(batch, on_device(batch.lm, label_ids_BO))
+    negs_BOLN = torch.stack(grads, dim=2).transpose(0, 1) * away_from_zero(activations_BLN)[:, None]
+    for result, values in zip(results, (negs_BOLN, activations_BLN, probs_BO), strict=True):
+        wide = values.to(result.dtype).contiguous()
+        for row, value in zip(rows, wide, strict=True):
+            result[row].copy_(value, non_blocking=True)
 
 
 def _gradients(lm: LanguageModel, probs_BO: Tensor, inputs: list[Tensor], unit_OBO: Tensor) -> tuple[Tensor, ...]:
@@ -175,9 +197,3 @@ def _gradients(lm: LanguageModel, probs_BO: Tensor, inputs: list[Tensor], unit_O
         return torch.autograd.grad(probs_BO, inputs, unit_OBO, is_grads_batched=True)
     by_option = [torch.autograd.grad(probs_BO, inputs, unit_BO, retain_graph=True) for unit_BO in unit_OBO]
     return tuple(torch.stack(grads) for grads in zip(*by_option, strict=True))
-
-
-def _numpy(tensor: Tensor) -> Floats:
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    array: Floats = wide.cpu().numpy()
-    return array

@@ -9,6 +9,7 @@ fused kernels have no rule for a batched backward pass.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from negcore.model.masks import mask_by_position, refuse_lookahead
+from negcore.model.masks import looks_back, mask_by_position, refuse_lookahead
 from negcore.model.past import KeysValues, Past, past_of
 
 ATTENTION_NAME = "negcore"
@@ -84,8 +85,12 @@ def attention(
         assert attention_mask is not None
         wide = torch.promote_types(query.dtype, torch.float32)
         return _last(query.to(wide) * scale, newest, past, attention_mask, softcap).to(query.dtype), None
+    if past is not None and past.shared is not None and softcap is None and _may_merge(query, value, attention_mask):
+        return _merged(query, newest, past.shared, scale), None
     if past is not None:
         key, value = past.joined(newest)
+        if past.shared is None and looks_back(attention_mask):
+            attention_mask, is_causal = None, True
     if softcap is None and not torch.is_grad_enabled():
         # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
@@ -146,7 +151,7 @@ def _last(query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: 
     scores = torch.cat([*(_product(grouped_query, part.keys.mT) for part in parts), own_scores], dim=-1)
     # The lowest finite number, not -inf: a padding token that sees nothing at all must not become NaN.
     scores = capped(scores, softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1).split([*(part.keys.shape[2] for part in parts), 1], dim=-1)
+    weights = torch.split(scores.softmax(-1), [*(part.keys.shape[2] for part in parts), 1], dim=-1)
     output = weights[-1] * newest.values.to(scores.dtype)
     for weight, part in zip(weights[:-1], parts, strict=True):
         output = output + _product(weight, part.values)
@@ -157,11 +162,17 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     """Multiply (B, G, Q, K) by (B or 1, G, K, D), of which one for all rows is not repeated."""
     if len(matrix) == 1 and len(rows) > 1:
         together = rows.transpose(0, 1).flatten(1, 2)[None]
-        return Product.apply(together, matrix)[0].unflatten(1, (len(rows), -1)).transpose(0, 1)
-    return Product.apply(rows, matrix)
+        product = _multiplied(together, matrix)[0]
+        return product.view(len(product), len(rows), -1, product.shape[-1]).transpose(0, 1)
+    return _multiplied(rows, matrix)
 
 
-class Product(torch.autograd.Function):
+def _multiplied(rows: Tensor, matrix: Tensor) -> Tensor:
+    product: Tensor = _Product.apply(rows, matrix)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Product(torch.autograd.Function):
     """Product (B, G, Q, K) @ (B, G, K, D) with a matrix that takes no gradient, in the number type of the rows.
 
     In a batched backward pass the options join the rows. PyTorch's own rule would copy the matrix for each option.
@@ -178,13 +189,14 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (matrix,) = ctx.saved_tensors
-        return Product.apply(gradient, matrix.mT), None
+        return _multiplied(gradient, matrix.mT), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], rows: Tensor, matrix: Tensor) -> tuple[Tensor, int]:
         assert in_dims[0] is not None and in_dims[1] is None
         together = rows.movedim(in_dims[0], 2).flatten(2, 3)
-        return Product.apply(together, matrix).unflatten(2, (info.batch_size, -1)), 2
+        product = _multiplied(together, matrix)
+        return product.view(*product.shape[:2], info.batch_size, -1, product.shape[-1]), 2
 
 
 def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Tensor, softcap: float | None) -> Tensor:
@@ -207,6 +219,30 @@ def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Ten
     from_prompt = (weights[..., :-1] @ prompt_values).view(1, n_groups, -1, n_queries, own_values.shape[-1])
     output = from_prompt + own_weights * own_values
     return output.reshape(1, n_heads, n_queries, -1).transpose(1, 2)
+
+
+def _may_merge(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Tell whether the fused kernel of GPUs, which knows no masks, can take two parts that are merged behind it."""
+    width, is_half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    fits = width == value.shape[-1] and width % 8 == 0 and width <= 256
+    return query.is_cuda and is_half and fits and not torch.is_grad_enabled() and looks_back(mask)
+
+
+def _merged(query: Tensor, newest: KeysValues, shared: KeysValues, scale: float) -> Tensor:
+    """Attend to what all rows share, all rows' queries together, and to a row's own tokens; merge by log-sum-exp.
+
+    The shared keys and values are not copied for every row.
+    """
+    n_rows, n_heads, n_queries, _ = query.shape
+    together = query.transpose(0, 1).reshape(1, n_heads, n_rows * n_queries, -1)
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention, scale=scale)
+    of_shared, shared_lse, *_ = flash(together, *shared)
+    of_own, own_lse, *_ = flash(query, *newest, is_causal=True)
+    of_shared = of_shared.view(n_heads, n_rows, n_queries, -1).transpose(0, 1)
+    shared_lse = shared_lse.view(n_heads, n_rows, n_queries).transpose(0, 1)
+    weight = torch.sigmoid(shared_lse - own_lse)[..., None]
+    output = torch.lerp(of_own.float(), of_shared.float(), weight)
+    return output.to(query.dtype).transpose(1, 2)
 
 
 def _looks_back_only(module: nn.Module, is_causal: bool | None) -> bool:

@@ -22,6 +22,8 @@ class EncodedPrompts:
     """Token ids of every prompt."""
     label_ids_PO: NDArray[np.int64]
     """Token id of every label."""
+    n_shared: int | None = None
+    """Tokens that all prompts begin with, as they are run; None for as many as these prompts do."""
 
 
 def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Labels | None = None) -> EncodedPrompts:

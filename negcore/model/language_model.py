@@ -37,6 +37,7 @@ from negcore.model.model_files import (
     read_object,
     reading,
 )
+from negcore.model.past import Prefixes
 from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
 from negcore.model.whole_weights import load_whole
@@ -92,6 +93,14 @@ class ModelCard:
     def vocab_size(self) -> int:
         return int(self.text_config.vocab_size)
 
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that a token's keys and values take in all layers."""
+        config = self.text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * width)
+
     @cached_property
     def layer_width(self) -> int:
         """Neurons of a layer, read from a model without weights."""
@@ -135,7 +144,9 @@ class LanguageModel:
     check: ModelCheck | None = None
     """What the check at load found; None only while it is being made."""
     joined: bool = False
-    """True if the model's own code works on keys and values behind the cache, which then come whole; see `PartsCache`."""
+    """True if the model's own code works on keys and values behind the cache: then they come whole."""
+    prefixes: Prefixes | None = None
+    """Given by who alone has the model and does not change it: NEGs then run the tokens that prompts share once."""
 
     def __repr__(self) -> str:
         family, shape = self.card.config.model_type, f"{self.n_layers} layers x {self.layer_width} neurons"

@@ -59,7 +59,19 @@ def mask_by_position(*, mask_function: Callable[..., Tensor], **size: Any) -> Te
     refuse_lookahead(bool(mask_function(zero, zero, zero, zero + 1)))
     rows_B = torch.arange(len(layout.queries_BT), device=layout.queries_BT.device)[:, None, None, None]
     queries_B1T1, keys_B11K = layout.queries_BT[:, None, :, None], layout.keys_BK[:, None, None, :]
-    return mask_function(rows_B, torch.zeros_like(rows_B), queries_B1T1, keys_B11K) & layout.visible_BTK[:, None]
+    rule_B1TK = mask_function(rows_B, torch.zeros_like(rows_B), queries_B1T1, keys_B11K)
+    visible_B1TK = rule_B1TK & layout.visible_BTK[:, None]
+    if layout.queries_BT.shape[1] > 1:
+        visible_B1TK.looks_back = bool((rule_B1TK == (keys_B11K <= queries_B1T1)).all())  # type: ignore[attr-defined]
+    return visible_B1TK
+
+
+def looks_back(mask: Tensor | None) -> bool:
+    """Tell whether a mask of a pass that is laid out lets every token see all those before it, and nothing else.
+
+    Slots of padding come behind a prompt's own tokens, so that such a mask is causal slot by slot.
+    """
+    return getattr(mask, "looks_back", False)
 
 
 def refuse_lookahead(looks_ahead: bool) -> None:

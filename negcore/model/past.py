@@ -6,12 +6,15 @@ belongs to the tokens that all prompts begin with and is held once; the second t
 Shapes: B rows of a batch, G key/value heads, P shared tokens, S slots for own tokens, T newest tokens, D head width.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+_MOST_PREFIXES = 4
 
 
 class KeysValues(NamedTuple):
@@ -84,7 +87,24 @@ class PromptTokens:
         return [Past(self.part(layer, self.shared), None).joined(own) for layer, own in enumerate(self.own)]
 
 
-class PartsCache(DynamicCache):
+class Prefixes:
+    """Keys and values of what prompts began with lately, of a model that nobody changes."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[int, ...], list[KeysValues]] = OrderedDict()
+
+    def get(self, tokens: Sequence[int], make: Callable[[], list[KeysValues]]) -> list[KeysValues]:
+        """Return the keys and values of some tokens, made now or earlier; the least recently used are dropped."""
+        kept, key = self._kept, tuple(tokens)
+        if key not in kept:
+            kept[key] = make()
+        kept.move_to_end(key)
+        if len(kept) > _MOST_PREFIXES:
+            kept.popitem(last=False)
+        return kept[key]
+
+
+class PartsCache(DynamicCache):  # type: ignore[misc]
     """Cache of one pass, as a model of transformers knows it.
 
     Parameters
