@@ -279,7 +279,7 @@ def zero_shot(setting: Setting) -> Iterator[Figures]:
 def _beside_forward(setting: Setting, lm: LanguageModel, work: Workload) -> Iterator[Figures]:
     yield {"check": {one.name: one.difference for one in check_model(lm).comparisons}}
     ours = timed(setting, lambda: neurgrad(lm, work.prompts), 1)
-    budgets = [256, 1024] if setting.tiny else [1024, 2048, 4096, 8192, 16384]
+    budgets = [256, 1024] if setting.tiny else [2048, 4096, 8192]
     limits = forward_limit(setting, lm, work, budgets)
     n_prompts, best = len(work.prompts.ids), min(limits.values())
     yield {

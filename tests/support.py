@@ -246,7 +246,7 @@ MASKED = [name for name in CORE if ARCHITECTURES[name].masked]
 CAUSAL = [name for name in CORE if name not in MASKED]
 
 
-_CHECKS: dict[Any, ModelCheck | None] = {}
+_CHECKS: dict[Any, tuple[ModelCheck | None, bool]] = {}
 
 
 @cache
@@ -291,8 +291,10 @@ def tiny_model(
     lm = wrap_model(model, tiny_tokenizer(), name=f"tiny-{family}", revision="memory", site=site)
     # The same weights every time: one check serves all tests.
     if (family, dtype, site) not in _CHECKS:
-        _CHECKS[family, dtype, site] = checked(lm).check
-    return replace(lm, check=_CHECKS[family, dtype, site])
+        found = checked(lm)
+        _CHECKS[family, dtype, site] = found.check, found.joined
+    check, joined = _CHECKS[family, dtype, site]
+    return replace(lm, check=check, joined=joined)
 
 
 def prompts_for(lm: LanguageModel) -> list[str]:

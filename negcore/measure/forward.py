@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,10 +27,10 @@ from negcore.model.past import KeysValues, PartsCache, PromptTokens
 TOKEN_BUDGET = 8192
 """Most tokens of a batch that runs whole: 16 prompts of 512 tokens."""
 
-LAST_ROWS = 64
+LAST_ROWS = 128
 """Most last tokens that run side by side, with their gradients, if no other number is asked for."""
 
-CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 2**32})
+CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 3 * 2**31})
 """Most bytes of the keys and values before them, those of shared tokens not counted, by type of device."""
 
 OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 128, "cuda": 8192})
@@ -116,6 +117,14 @@ class CausalBatch(ProbedBatch):
     def copies(self, tokens: Sequence[int], n_rows: int) -> "CausalBatch":
         """Repeat the one prompt of this batch, whose tokens are given, in rows; only its last token is run again."""
         return CausalBatch(self.lm, range(n_rows), [tokens] * n_rows, self._tokens.joined())
+
+    def repeated(self, count: int) -> "CausalBatch":
+        """Return the batch with every row repeated, copies side by side; keys and values are held once."""
+        batch = copy(self)
+        batch.rows = [row for row in self.rows for _ in range(count)]
+        batch._last_B1 = self._last_B1.repeat_interleave(count, 0)
+        batch._lengths_B = self._lengths_B.repeat_interleave(count)
+        return batch
 
     def _run_own(self, own: Sequence[Sequence[int]], rows: slice) -> None:
         """Run the own tokens of some rows side by side."""

@@ -52,10 +52,15 @@ def tapped(
         # Some layers (OPT) fold batch and tokens into one axis.
         values_BTN = values.view(n_rows, -1, values.shape[-1])
         first = values.shape[-1] - lm.layer_width  # a fused projection holds the gate first, then `up`
-        activations[layer] = values_BTN[rows, positions_B, first:].detach()
+        has_others = values_BTN.shape[1] > 1
+        probed_BN = values_BTN[rows, positions_B] if has_others else values_BTN[:, 0]
+        activations[layer] = probed_BN[:, first:].detach()
         if layer not in shifts:
             return values
-        shift = nn.functional.pad(shifts[layer].to(values.dtype), (first, 0))
+        shift = shifts[layer].to(values.dtype)
+        shift = nn.functional.pad(shift, (first, 0)) if first else shift
+        if not has_others:  # the same sum, for which a GPU needs one step instead of twenty
+            return values + shift.view_as(values)
         return values_BTN.index_put((rows, positions_B), shift, accumulate=True).view_as(values)
 
     with ExitStack() as hooks:

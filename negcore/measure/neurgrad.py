@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints, count_nonfinite
-from negcore.measure.forward import ProbedBatch, label_probabilities, measure_batches, on_device
+from negcore.measure.forward import CausalBatch, ProbedBatch, label_probabilities, measure_batches, on_device
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.model.encoding import EncodedPrompts, Labels, encode
@@ -156,6 +156,8 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
         If the model's gradients failed its check at load.
     """
     batch.lm.require("neurgrad")
+    if isinstance(batch, CausalBatch) and not computes_by_row(batch.lm.device):
+        return _options_in_rows(batch, label_ids_BO)
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows)
     with torch.enable_grad():
@@ -165,6 +167,26 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
         unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
         grads = _gradients(batch.lm, probs_BO, list(shifts.values()), unit_OBO)
     return LabelGradients(grads, activations_BLN, probs_BO.detach())
+
+
+def computes_by_row(device: torch.device) -> bool:
+    """Tell whether a pass of few tokens takes longer the more they are, as on a CPU.
+
+    A GPU takes as long for hundreds of tokens as for one: it reads the same weights.
+    """
+    return device.type != "cuda"
+
+
+def _options_in_rows(batch: CausalBatch, label_ids_BO: Tensor) -> LabelGradients:
+    """Differentiate with a row for each option: a plain backward pass, whose steps a GPU's host starts faster."""
+    n_rows, n_options = label_ids_BO.shape
+    shifts = zero_shifts(batch.lm, n_rows * n_options)
+    with torch.enable_grad():
+        logits_RV, activations_RLN = batch.repeated(n_options).predict(shifts)
+        probs_R1 = label_probabilities(logits_RV, label_ids_BO.reshape(-1, 1))
+        grads_RN = torch.autograd.grad(probs_R1.sum(), list(shifts.values()))
+    grads = tuple(grad_RN.view(n_rows, n_options, -1).transpose(0, 1) for grad_RN in grads_RN)
+    return LabelGradients(grads, activations_RLN[::n_options], probs_R1.detach().view(n_rows, n_options))
 
 
 class _Results(NamedTuple):

@@ -159,12 +159,14 @@ def _last(query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: 
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply (B, G, Q, K) by (B or 1, G, K, D), of which one for all rows is not repeated."""
-    if len(matrix) == 1 and len(rows) > 1:
-        together = rows.transpose(0, 1).flatten(1, 2)[None]
-        product = _multiplied(together, matrix)[0]
-        return product.view(len(product), len(rows), -1, product.shape[-1]).transpose(0, 1)
-    return _multiplied(rows, matrix)
+    """Multiply (B, G, Q, K) by (C, G, K, D), where each of the C serves B / C rows side by side and is not repeated."""
+    n_rows, n_groups, _, _ = rows.shape
+    if len(matrix) == n_rows:
+        return _multiplied(rows, matrix)
+    together = rows.reshape(len(matrix), -1, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
+    product = _multiplied(together, matrix)
+    apart = product.view(len(matrix), n_groups, n_rows // len(matrix), -1, product.shape[-1])
+    return apart.transpose(1, 2).flatten(0, 1)
 
 
 def _multiplied(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -24,10 +24,14 @@ class KeysValues(NamedTuple):
     values: Tensor
 
     def joined(self, later: "KeysValues") -> "KeysValues":
-        """Return these tokens and then later ones; one row stands for as many as those have."""
-        n_rows = len(later.keys)
-        pairs = zip(self, later, strict=True)
-        return KeysValues(*(torch.cat([early.expand(n_rows, -1, -1, -1), late], dim=2) for early, late in pairs))
+        """Return these tokens and then later ones, whose rows may be several for each row of these."""
+        copies = len(later.keys) // len(self.keys)
+        return KeysValues(
+            *(
+                torch.cat([early.repeat_interleave(copies, 0) if copies > 1 else early, late], dim=2)
+                for early, late in zip(self, later, strict=True)
+            )
+        )
 
 
 class Past(NamedTuple):
