@@ -33,11 +33,15 @@ LAST_ROWS = 128
 CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 3 * 2**31})
 """Most bytes of the keys and values before them, those of shared tokens not counted, by type of device."""
 
-OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 128, "cuda": 8192})
+OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 512, "cuda": 8192})
 """Most tokens that run side by side before the last ones, padding included, by type of device.
 
-A processor gains nothing beyond about a hundred, where a prompt is enough; a GPU needs thousands to be busy.
+A processor gains nothing beyond a few hundred, and pays for padding; a GPU needs thousands to be busy.
 """
+
+
+# Fewer shared tokens are not worth a part of their own.
+_LEAST_SHARED = 8
 
 
 class Prediction(NamedTuple):
@@ -215,6 +219,7 @@ def probed_batches(
         Tokens that all prompts begin with, which run once; by default as many as these prompts do.
     """
     n_shared = common_prefix_length(ids) if n_shared is None else n_shared
+    n_shared = n_shared if n_shared >= _LEAST_SHARED else 0
     if lm.way == "whole":
         for rows in _by_length(lm, ids, 0, batch_size, max_rows):
             yield WholeBatch(lm, rows, [ids[row] for row in rows])

@@ -182,7 +182,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, matrix: Tensor) -> Tensor:
-        return rows @ matrix.to(rows.dtype)
+        is_bfloat16 = rows.is_cuda and matrix.dtype == torch.bfloat16
+        return _in_halves(rows, matrix) if is_bfloat16 else rows @ matrix.to(rows.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -199,6 +200,18 @@ class _Product(torch.autograd.Function):
         together = rows.movedim(in_dims[0], 2).flatten(2, 3)
         product = _multiplied(together, matrix)
         return product.view(*product.shape[:2], info.batch_size, -1, product.shape[-1]), 2
+
+
+def _in_halves(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply float32 rows by a bfloat16 matrix, which is not widened: by the upper and the lower half of the rows.
+
+    Both products are summed in float32: of each row's number 16 binary digits count, of the matrix's all.
+    """
+    upper = rows.to(matrix.dtype)
+    lower = (rows - upper).to(matrix.dtype)
+    flat = matrix.flatten(0, 1)
+    products = (torch.bmm(half.flatten(0, 1), flat, out_dtype=torch.float32) for half in (upper, lower))
+    return sum(products, start=torch.zeros((), device=rows.device)).view(*rows.shape[:-1], -1)
 
 
 def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Tensor, softcap: float | None) -> Tensor:
