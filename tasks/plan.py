@@ -12,6 +12,7 @@ from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_n
 from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, NegError, PromptError
+from negcore.measure.forward import common_prefix_length
 from negcore.model.language_model import ModelCard, describe_model, model_name
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.probing.fitted import check_forest_size
@@ -213,11 +214,14 @@ def _shard_set(
     examples: tuple[EncodedExample, ...],
     n_chosen: int | None,
 ) -> ShardSet:
+    n_shared = common_prefix_length([example.token_ids for example in examples])
     return ShardSet(
         place=ShardPlace("negs", identity.model, dataset.name, part),
         identity=identity if n_chosen is None else replace(identity, neurons=""),
         examples=examples,
-        measurement=NegMeasurement(identity.n_layers, identity.n_neurons, run.storage, run.batch_size, n_chosen),
+        measurement=NegMeasurement(
+            identity.n_layers, identity.n_neurons, run.storage, run.batch_size, n_chosen, n_shared=n_shared
+        ),
         shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,
         title=f"{identity.model} {dataset.name} {part}{_asked(dataset.settings)}",

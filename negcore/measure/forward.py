@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -30,10 +31,10 @@ TOKEN_BUDGET = 8192
 LAST_ROWS = 128
 """Most last tokens that run side by side, with their gradients, if no other number is asked for."""
 
-CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 3 * 2**31})
+_CACHE_BYTES: Mapping[str, int] = MappingProxyType({"cpu": 2**29, "cuda": 3 * 2**31})
 """Most bytes of the keys and values before them, those of shared tokens not counted, by type of device."""
 
-OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 512, "cuda": 8192})
+_OWN_TOKENS: Mapping[str, int] = MappingProxyType({"cpu": 512, "cuda": 8192})
 """Most tokens that run side by side before the last ones, padding included, by type of device.
 
 A processor gains nothing beyond a few hundred, and pays for padding; a GPU needs thousands to be busy.
@@ -246,8 +247,13 @@ def largest_batch(card: ModelCard, itemsize: int, device: str, n_tokens: int, *,
     """
     if whole:
         return max(1, TOKEN_BUDGET // n_tokens)
-    budget = CACHE_BYTES.get(device, CACHE_BYTES["cuda"])
+    budget = _CACHE_BYTES.get(device, _CACHE_BYTES["cuda"])
     return max(1, min(LAST_ROWS, budget // max(1, n_tokens * card.cached_numbers * itemsize)))
+
+
+def own_tokens(device: str) -> int:
+    """Return how many tokens run side by side before the last ones, at most and padded, on a type of device."""
+    return _OWN_TOKENS.get(device, _OWN_TOKENS["cuda"])
 
 
 def copies(prompt: ProbedBatch, tokens: Sequence[int], n_rows: int) -> ProbedBatch:
@@ -290,7 +296,7 @@ def probed_position(lm: LanguageModel, tokens: Sequence[int]) -> int:
     return tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
 
 
-def common_prefix_length(ids: Sequence[Sequence[int]]) -> int:
+def common_prefix_length(ids: Sequence[Sequence[int] | NDArray[Any]]) -> int:
     """Count the token ids that all prompts begin with, leaving each at least its last token."""
     shortest = min(map(len, ids)) - 1
     first, last = min(map(list, ids)), max(map(list, ids))  # in lexicographic order these two differ first
@@ -340,7 +346,7 @@ def on_device(lm: LanguageModel, numbers: Any) -> Tensor:
 
 def _runs(lengths: Sequence[int], device: str) -> Iterator[slice]:
     """Part rows into those whose own tokens run side by side: as many as fit in the device's budget, padded."""
-    start, budget = 0, OWN_TOKENS.get(device, OWN_TOKENS["cuda"])
+    start, budget = 0, own_tokens(device)
     while start < len(lengths):
         stop = start + 1
         while stop < len(lengths) and (stop + 1 - start) * max(lengths[start : stop + 1]) <= budget:

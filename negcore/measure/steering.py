@@ -226,15 +226,15 @@ class _CachedReading(_Reading):
 
     def __init__(self, lm: LanguageModel, tokens: Sequence[int]) -> None:
         super().__init__(lm, tokens)
-        self._cache = run_prefix(lm, self._tokens)
+        self._before = run_prefix(lm, self._tokens)
 
     def read(self, token: int, steps_LN: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._tokens = [*self._tokens, token]
-        batch = CausalBatch(self.lm, [0], [self._tokens], self._cache, len(self._tokens) - 1)
+        batch = CausalBatch(self.lm, [0], [self._tokens], self._before)
         steps = {} if steps_LN is None else dict(enumerate(steps_LN[:, None]))
         with tapped(self.lm, batch.positions_B, steps) as activations:
             output = batch.run_last(self.lm.model)
-        self._cache = output.past_key_values
+        self._before = output.past_key_values.grown()
         return output.logits[0, -1], _newest(activations)
 
 

@@ -131,20 +131,29 @@ class PartsCache(DynamicCache):  # type: ignore[misc]
     def __init__(self, tokens: PromptTokens, rows: slice | None = None, *, joined: bool = False) -> None:
         super().__init__()
         self._tokens, self._rows, self._joined = tokens, rows, joined
+        self._newest: dict[int, KeysValues] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the newest keys and values, the keys with a note of what comes before them; or all, joined."""
-        tokens, newest = self._tokens, KeysValues(key_states, value_states)
-        own = tokens.part(layer_idx, tokens.own) if self._rows is None else None
-        past = Past(tokens.part(layer_idx, tokens.shared), own)
+        tokens, newest, past = self._tokens, KeysValues(key_states, value_states), self._past(layer_idx)
         if self._rows is not None:
             tokens.write(layer_idx, self._rows, newest)
+        self._newest[layer_idx] = newest
         if self._joined:
             return past.joined(newest)
         newest.keys.past = past  # type: ignore[attr-defined]
         return newest
+
+    def _past(self, layer: int) -> Past:
+        tokens = self._tokens
+        own = tokens.part(layer, tokens.own) if self._rows is None else None
+        return Past(tokens.part(layer, tokens.shared), own)
+
+    def grown(self) -> list[KeysValues]:
+        """Return all tokens after a pass, the newest too, as those that a next pass shares."""
+        return [self._past(layer).joined(newest) for layer, newest in sorted(self._newest.items())]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of slots before the newest tokens."""

@@ -9,7 +9,7 @@ import torch
 
 from negcore.errors import RunError
 from tasks.config.dataset_runs import SkillRun
-from tasks.forecast.needs import ModelForecast, missing_shards, splits_of
+from tasks.forecast.needs import ModelForecast, missing_shards, on_gpu, splits_of
 from tasks.forecast.shard_size import shard_bytes
 from tasks.machine import free_bytes, in_binary_units, memory_bytes
 from tasks.plan import Planned
@@ -62,7 +62,7 @@ def requirements(run: SkillRun, models: Sequence[ModelForecast]) -> list[Require
     """Return all that a run needs, beside what this machine has; a cluster's memory is not known here."""
     is_here = run.backend == "local" or (run.ray_address or os.environ.get("RAY_ADDRESS", "local")) == "local"
     needed = [_disk(run.directory, sum(model.n_bytes_left for model in models)), _memory(run, models, is_here)]
-    return [*needed, _gpu(run, models, is_here)] if _on_gpu(run) else needed
+    return [*needed, _gpu(run, models, is_here)] if on_gpu(run) else needed
 
 
 def _disk(directory: Path, needed_bytes: int) -> Requirement:
@@ -72,7 +72,7 @@ def _disk(directory: Path, needed_bytes: int) -> Requirement:
 
 def _memory(run: SkillRun, models: Sequence[ModelForecast], is_here: bool) -> Requirement:
     needed = [
-        _workers(run, model) * (model.host_bytes + (0 if _on_gpu(run) else model.device_bytes)) + model.forest_bytes
+        _workers(run, model) * (model.host_bytes + (0 if on_gpu(run) else model.device_bytes)) + model.forest_bytes
         for model in models
     ]
     remedy = "use fewer --workers, or a smaller --shard-rows, --batch-size or --tree-neurons"
@@ -85,11 +85,6 @@ def _gpu(run: SkillRun, models: Sequence[ModelForecast], is_here: bool) -> Requi
     there = torch.cuda.get_device_properties(0).total_memory if is_here and torch.cuda.is_available() else None
     remedy = "use a smaller --batch-size, --dtype bfloat16, or more --gpus a worker"
     return Requirement("GPU memory", sharing * max(model.device_bytes for model in models), there, remedy)
-
-
-def _on_gpu(run: SkillRun) -> bool:
-    """Tell whether workers measure on a GPU."""
-    return (run.worker_device or ("cuda" if run.gpus or torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
 def _workers(run: SkillRun, model: ModelForecast) -> int:

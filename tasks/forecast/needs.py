@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from negcore.errors import RunError
-from negcore.measure.forward import TOKEN_BUDGET, common_prefix_length
+from negcore.measure.forward import common_prefix_length, largest_batch, own_tokens
 from negcore.measure.loading import load_model
-from negcore.measure.neurgrad import neurgrad
+from negcore.measure.neurgrad import computes_by_row, neurgrad
 from negcore.model.language_model import DTYPES, ModelCard
+from negcore.model.past import Prefixes
 from negcore.model.skeleton import skeleton
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
@@ -30,8 +31,8 @@ from tasks.plan import Planned, PlannedDataset, PlannedModel, of_each_model
 
 _PROCESS_BYTES = 600 * 2**20
 """A worker's process before it holds a model."""
-_CACHE_COPIES = 3
-"""Copies of a batch's keys and values: its own, those with the probed token, and those needed to make them."""
+_SCORE_BYTES = 4
+"""Bytes of an attention score of a probed token, in whatever type the model is."""
 _SHARD_COPIES = 2
 """Copies of a shard: as columns, and as bytes on their way to the disk."""
 _FOREST_BYTES_A_FEATURE = 5
@@ -111,6 +112,11 @@ class ModelForecast:
         return sum(one.operations for one in self.datasets)
 
 
+def on_gpu(run: SkillRun) -> bool:
+    """Tell whether workers measure on a GPU."""
+    return (run.worker_device or ("cuda" if run.gpus or torch.cuda.is_available() else "cpu")).startswith("cuda")
+
+
 def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
     """Return the runs on datasets that a run consists of.
 
@@ -145,16 +151,20 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    lm = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site)
+    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site)
+    lm = replace(loaded, prefixes=Prefixes())
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
-    prompts = encoded_prompts(examples)
+    encoded = encoded_prompts(examples)
+    prompts = replace(encoded, n_shared=common_prefix_length(encoded.ids))
     with _threads(run.cpus):
-        neurgrad(lm, encoded_prompts(examples[:1]))  # the first call costs more
+        # The first call costs more, and runs the tokens that all prompts begin with.
+        neurgrad(lm, replace(encoded_prompts(examples[:1]), n_shared=prompts.n_shared))
         started = time.perf_counter()
         neurgrad(lm, prompts, batch_size=run.batch_size)
         seconds = time.perf_counter() - started
-    return _operations(model.card, count_parameters(model.card), prompts.ids, split.n_options) / seconds
+    parameters, n_shared = count_parameters(model.card), 0 if model.card.arch.whole else prompts.n_shared or 0
+    return _operations(model.card, parameters, prompts.ids, n_shared, split.n_options) / seconds
 
 
 @contextmanager
@@ -242,13 +252,14 @@ class _Needs(NamedTuple):
 def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, split: ShardSet) -> _Needs:
     ids = encoded_prompts(split.examples).ids
     n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
+    n_shared = 0 if card.arch.whole else common_prefix_length(ids)
     shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
     return _Needs(
         n_tokens=sum(map(len, ids)),
         n_bytes=sum(sizes),
         n_bytes_left=sum(sizes[index] for index in missing),
-        operations=sum(_operations(card, parameters, shards_ids[index], n_options) for index in missing),
-        batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_options),
+        operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
+        batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_shared, n_options),
         assembly_bytes=max(shard_bytes(_with_values(split))) + _SHARD_COPIES * max(sizes),
     )
 
@@ -259,29 +270,31 @@ def _with_values(split: ShardSet) -> ShardSet:
     return replace(split, identity=identity, measurement=NegMeasurement(identity.n_layers, identity.n_neurons))
 
 
-def _operations(card: ModelCard, parameters: ParameterCounts, ids: Sequence[Sequence[int]], n_options: int) -> float:
-    """Count the operations of one shard; the tokens that all prompts begin with run once, without a gradient."""
+def _operations(
+    card: ModelCard, parameters: ParameterCounts, ids: Sequence[Sequence[int]], n_shared: int, n_options: int
+) -> float:
+    """Count the operations of one shard; the tokens that all prompts begin with run once a worker, and are left out."""
     n_rows, n_tokens, passes = len(ids), sum(map(len, ids)), 1 + n_options
     if card.arch.whole:
         return 2.0 * passes * (parameters.n_in_layers * n_tokens + parameters.n_in_head * n_rows)
-    n_prefix = common_prefix_length(ids)
-    n_before = n_prefix + n_tokens - n_rows * (n_prefix + 1)
+    n_before = n_tokens - n_rows * (n_shared + 1)
     return 2.0 * (parameters.n_in_layers * (n_before + n_rows * passes) + parameters.n_in_head * n_rows * passes)
 
 
-def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_options: int) -> int:
+def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_shared: int, n_options: int) -> int:
     """Return the bytes of a batch of the longest prompts: the values of its layers, and its gradients."""
-    config, width = card.text_config, DTYPES[run.dtype].itemsize
-    n_rows = min(run.batch_size or max(1, TOKEN_BUDGET // n_tokens), run.shard_rows)
+    config, width, device = card.text_config, DTYPES[run.dtype].itemsize, torch.device("cuda" if on_gpu(run) else "cpu")
+    largest = largest_batch(card, width, device.type, n_tokens - n_shared, whole=card.arch.whole)
+    n_rows = min(run.batch_size or largest, run.shard_rows)
     gradients = n_options * n_rows * (card.n_layers * card.layer_width + 3 * config.vocab_size) * width
-    a_token = 3 * card.layer_width + 6 * config.hidden_size
+    a_token, heads = 3 * card.layer_width + 6 * config.hidden_size, config.num_attention_heads * n_tokens
     if card.arch.whole:
-        heads = config.num_attention_heads * n_tokens
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width
-    cache = _CACHE_COPIES * 2 * card.n_layers * keys * n_rows * n_tokens * width
-    return int(cache + n_rows * n_tokens * a_token * width + gradients)
+    n_last = n_rows if computes_by_row(device) else n_rows * n_options
+    graph = n_last * card.n_layers * (a_token * width + 3 * heads * _SCORE_BYTES)
+    own = max(n_tokens - n_shared, own_tokens(device.type))
+    cache = card.cached_numbers * width * (n_shared + n_rows * (n_tokens - n_shared))
+    return int(cache + own * a_token * width + graph + gradients)
 
 
 def _count(module: Any) -> int:

@@ -1,7 +1,7 @@
 """NEGs of all neurons for all options: the measurement that probes and rankings are made from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class NegMeasurement(Measurement):
     """Neurons whose numbers are stored, if not all are."""
     neurons: tuple[int, ...] | None = None
     """Which these are: flat indices, rising; None as long as they are not chosen."""
+    n_shared: int | None = None
+    """Tokens that all prompts of the shards begin with: a worker runs them once. None to look at each shard."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,7 +57,8 @@ class NegMeasurement(Measurement):
         }
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
-        batch = neurgrad(lm, encoded_prompts(examples), batch_size=self.batch_size)
+        prompts = replace(encoded_prompts(examples), n_shared=self.n_shared)
+        batch = neurgrad(lm, prompts, batch_size=self.batch_size)
         return {name: getattr(batch, name) for name in self.column_types(0)}
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from negcore.errors import ModelError
 from negcore.measure.loading import load_model
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import ModelCard
+from negcore.model.past import Prefixes
 from negcore.store.publish import Receipt
 from negcore.store.study import write_seconds
 from tasks.config.run_file import RunFile
@@ -37,7 +39,7 @@ class ModelWorker:
     ) -> None:
         # The number of threads decides how sums are split, so it is part of what makes results repeatable.
         torch.set_num_threads(threads)
-        self._lm = load_model(model, dtype=dtype, device=device, site=site)
+        self._lm = replace(load_model(model, dtype=dtype, device=device, site=site), prefixes=Prefixes())
         if revision not in (None, self._lm.revision):
             raise ModelError(
                 f"model {model!r} is {self._lm.revision} here, but {revision} where the run was planned: its files "

@@ -124,7 +124,7 @@ FAULTS = {
     scaled_logits: set(),  # no fault: every way asks the model's own head
     dropped_attention_bias: {"logits", "neurgrad"},
     reads_across_tokens: {"logits", "neurgrad", "prefix", "virtual"},
-    rows_change_each_other: {"batch", "virtual"},
+    rows_change_each_other: {"batch", "prefix", "virtual"},
     dropout_is_left_on: {"logits", "neurgrad", "batch", "prefix", "virtual"},
     first_tokens_of_a_pass_are_special: {"prefix", "virtual"},
     later_layer_reads_an_earlier_one: {"virtual"},

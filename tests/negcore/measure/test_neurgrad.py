@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,10 +7,12 @@ from support import CAUSAL, CORE, LABELS, MASKED, PROMPTS, prompts_for, tiny_mod
 from torch import nn
 
 from negcore.errors import LabelError, PromptError
+from negcore.measure import forward
 from negcore.measure import neurgrad as gradients
 from negcore.measure.forward import common_prefix_length, probed_batches
 from negcore.measure.neurgrad import NeurGradBatch, Nonfinite, neurgrad
 from negcore.model.encoding import encode, encode_prompts
+from negcore.model.past import Prefixes
 
 OPTIONS = LABELS[:3]
 
@@ -218,6 +222,35 @@ def test_a_prediction_is_the_same_with_and_without_a_graph(family):
 
 
 # Memory
+
+
+@pytest.mark.parametrize("family", [*CAUSAL, "deepseek_v3", "gpt_bigcode"])
+def test_a_row_for_each_option_gives_the_gradients_of_a_batched_backward_pass(family, monkeypatch):
+    lm = tiny_model(family)
+    batched = neurgrad(lm, PROMPTS, OPTIONS)
+    monkeypatch.setattr(gradients, "computes_by_row", lambda device: False)
+    by_row = neurgrad(lm, PROMPTS, OPTIONS)
+    for name in ("negs_POLN", "activations_PLN", "probs_PO"):
+        assert_close(getattr(by_row, name), getattr(batched, name))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("most", [1, 9, 40])
+def test_own_tokens_may_run_in_any_number_of_batches(family, most, monkeypatch):
+    lm = tiny_model(family)
+    together = neurgrad(lm, PROMPTS, OPTIONS)
+    monkeypatch.setattr(forward, "_OWN_TOKENS", {"cuda": most})
+    assert_close(neurgrad(lm, PROMPTS, OPTIONS).negs_POLN, together.negs_POLN)
+
+
+@pytest.mark.parametrize("n_shared", [0, 8, 10])
+def test_fewer_tokens_than_all_prompts_begin_with_may_be_shared_and_kept(n_shared):
+    lm = replace(tiny_model("llama"), prefixes=Prefixes())
+    encoded = encode(lm.card, [PROMPTS[3] + " " + prompt for prompt in PROMPTS], OPTIONS)
+    assert common_prefix_length(encoded.ids) > n_shared
+    plain = neurgrad(tiny_model("llama"), encoded).negs_POLN
+    for _ in range(2):  # the second time, they are there
+        assert_close(neurgrad(lm, replace(encoded, n_shared=n_shared)).negs_POLN, plain)
 
 
 def scarce_memory(monkeypatch, most, error=None):

@@ -113,12 +113,13 @@ def test_parameters_are_counted_without_weights(family):
 
 
 def test_operations_of_two_prompts_that_fit_on_paper():
-    # Tokens 1 2 run once for both, token 4 once; then the last tokens: forward and a gradient for each of 2 options.
+    # Tokens 1 2 run once a worker; token 4 once; then the last tokens: forward and a gradient for each of 2 options.
     causal = SimpleNamespace(arch=SimpleNamespace(whole=False))
     size = ParameterCounts(n_all=999, n_in_layers=10, n_in_head=100)
-    assert forecasting._operations(causal, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 10 * (3 + 2 * 3) + 2 * 100 * 2 * 3
+    ids = [[1, 2, 3], [1, 2, 4, 5]]
+    assert forecasting._operations(causal, size, ids, 2, 2) == 2 * 10 * (1 + 2 * 3) + 2 * 100 * 2 * 3
     masked = SimpleNamespace(arch=SimpleNamespace(whole=True))
-    assert forecasting._operations(masked, size, [[1, 2, 3], [1, 2, 4, 5]], 2) == 2 * 3 * (10 * 7 + 100 * 2)
+    assert forecasting._operations(masked, size, ids, 0, 2) == 2 * 3 * (10 * 7 + 100 * 2)
 
 
 def test_the_forest_is_counted_where_one_is_to_grow(run):
