@@ -257,7 +257,7 @@ def _merged(query: Tensor, newest: KeysValues, shared: KeysValues, scale: float)
     shared_lse = shared_lse.view(n_heads, n_rows, n_queries).transpose(0, 1)
     weight = torch.sigmoid(shared_lse - own_lse)[..., None]
     of_own, of_shared = (part.to(weight.dtype) for part in (of_own, of_shared))
-    output = of_own + weight * (of_shared - of_own)
+    output: Tensor = of_own + weight * (of_shared - of_own)
     return output.to(query.dtype).transpose(1, 2)
 
 
