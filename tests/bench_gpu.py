@@ -241,7 +241,7 @@ def families(setting: Setting) -> Iterator[Figures]:
             )
             yield {
                 "family": family,
-                "passed": worst < 1e-6,
+                "passed": worst < 1e-5,  # normalisations of most models round to float32, each device in its way
                 "negs": worst,
                 "sweep": relative(swept.probs_PKS - plain.probs_PKS, plain.probs_PKS),
             }
