@@ -151,7 +151,8 @@ def best_neurons(
         return BestNeurons(told, warnings)
     vote = votes[probe]
     assert vote is not None
-    return BestNeurons([row for one in ranked.values() for row in _ranked_anew(one, probe, vote, top)], [])
+    labels = {(row.model, row.dataset): row.labels for row in rows}
+    return BestNeurons([row for one in ranked.values() for row in _ranked_anew(one, probe, vote, top, labels)], [])
 
 
 def _has_sums(stored: StoredSplit) -> bool:
@@ -173,7 +174,9 @@ def listed_neurons(directory: Path) -> BestNeurons:
     return BestNeurons(read_table(table, NeuronRow), [warning] if warning else [])
 
 
-def _ranked_anew(stored: StoredSplit, probe: str, vote: Vote, top: int) -> list[NeuronRow]:
+def _ranked_anew(
+    stored: StoredSplit, probe: str, vote: Vote, top: int, labels: Mapping[tuple[str, str], list[str] | None]
+) -> list[NeuronRow]:
     split = stored.open()
     seed, shots = (int(split.identity.prompt.get(name, 0)) for name in ("seed", "shots"))
     return [
@@ -184,7 +187,7 @@ def _ranked_anew(stored: StoredSplit, probe: str, vote: Vote, top: int) -> list[
             group="",
             probe=probe,
             **asdict(one),
-            labels=None,
+            labels=labels.get(stored.place[1:3]),
         )
         for one in top_neurons(split, *vote, top=top, seed=seed)
     ]

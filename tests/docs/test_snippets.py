@@ -82,6 +82,9 @@ def parse(command):
         check_other(command)
         return
     name, *options = words[1:]
+    if name.startswith("--"):
+        assert name in {option for parameter in NEG.params for option in parameter.opts}, command
+        return
     values = NEG.commands[name].make_context(name, options).params
     if name in RUN_KINDS and not values.pop("run_file"):
         given = {field: value for field, value in values.items() if value not in (None, ()) and field != "orchestrator"}

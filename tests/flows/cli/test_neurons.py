@@ -133,6 +133,7 @@ def test_each_way_of_asking_is_listed_apart(made, tmp_path):
     assert {(row.dataset, row.shots) for row in rows} == {("local/two", 0)}
     anew = best_neurons(run.directory, "magn", top=3).rows
     assert {row.dataset for row in anew} == {"local/two (shots-0)"}
+    assert anew[0].labels == rows[0].labels and rows[0].labels
     shown = neg("neuron", run.directory, "1.2", "--rows", 1)
     assert (shown.exit_code, "local/two (shots-0), test" in shown.output) == (0, True)
 
