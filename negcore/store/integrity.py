@@ -10,9 +10,10 @@ bits that rot on a disk change none of these, so every process reads the files t
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -32,8 +33,12 @@ from negcore.texts import row_text
 
 _AT_ONCE = 4
 """Files that are read at the same time."""
+_TOGETHER = 16
+"""Files that a thread reads one after the other: to hand one over costs as much as to check a small one."""
 _SETTLED_NS = 2_000_000_000
 """Age, in nanoseconds, from which on the time of change tells: file systems count it in steps of up to 2 s."""
+_SMALL_BYTES = 2**20
+"""A shard of so few bytes is read as a whole: to map it costs more."""
 _OTHER_CHECKSUM = "its checksum is not the one in its receipt"
 
 _sound: set[bytes] = set()
@@ -78,14 +83,14 @@ def finished_shards(
         If the directory holds shards of another run, or of the same run cut into other rows.
     """
     folder = place.path(root)
-    found = read_receipts(folder)
+    found, digest = read_receipts(folder), identity.digest
     for receipt in found.whole:
-        if receipt.digest != identity.digest:
+        if receipt.digest != digest:
             raise _other_run(folder, identity, receipt)
         if not _is_same_cut(receipt, shards) and not _is_misplaced(folder, receipt, len(shards)):
             raise _other_rows(folder, len(shards), receipt)
     faults = {index_of(path.name): "its receipt is damaged" for path in found.damaged}
-    rows = [shards[receipt.index] for receipt in found.whole]
+    rows = (shards[receipt.index] for receipt in found.whole)
     for receipt, fault in shard_faults(folder, found.whole, rows=rows, checked=checked):
         if fault is not None:
             faults[receipt.index] = fault
@@ -146,7 +151,7 @@ def shard_faults(
     known: Sequence[Receipt],
     *,
     file_of: Callable[[Path, Receipt], Path] = shard_of,
-    rows: Sequence[Sequence[StoredExample]] | None = None,
+    rows: Iterable[Sequence[StoredExample]] | None = None,
     checked: Callable[[int], None] = lambda n_bytes: None,
 ) -> Iterator[tuple[Receipt, str | None]]:
     """Check the shards of some receipts, several at a time; yield each with what is wrong with it, or None.
@@ -155,21 +160,27 @@ def shard_faults(
     ----------
     file_of : callable
         Returns the file to check of a receipt's shard: itself, or `local_shard`.
-    rows : sequence of sequences of examples, optional
+    rows : iterable of sequences of examples, optional
         What each of the shards should say of its rows.
     checked : callable
         Called with the bytes of every shard that was checked; what it raises ends the checks.
     """
 
-    def fault_of(receipt: Receipt, rows: Sequence[StoredExample] | None) -> str | None:
-        return shard_fault(folder, receipt, file_of(folder, receipt), rows=rows)
+    def faults_of(some: Sequence[tuple[Receipt, Sequence[StoredExample] | None]]) -> list[tuple[Receipt, str | None]]:
+        return [(receipt, shard_fault(folder, receipt, file_of(folder, receipt), rows=rows)) for receipt, rows in some]
 
     pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
+    todo = zip(known, rows if rows is not None else repeat(None), strict=False)
+    under_way: deque[Future[list[tuple[Receipt, str | None]]]] = deque()
     try:
-        faults = pool.map(fault_of, known, rows if rows is not None else repeat(None))
-        for receipt, fault in zip(known, faults, strict=True):
-            checked(receipt.n_bytes)
-            yield receipt, fault
+        while True:
+            while len(under_way) < 2 * _AT_ONCE and (some := list(islice(todo, _TOGETHER))):
+                under_way.append(pool.submit(faults_of, some))
+            if not under_way:
+                return
+            for receipt, fault in under_way.popleft().result():
+                checked(receipt.n_bytes)
+                yield receipt, fault
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -219,7 +230,7 @@ def _fault(
     if content_digest(dict(receipt.identity)) != receipt.digest:
         return "the digest in its receipt is not that of the settings in it"
     try:
-        source = _source(file)
+        source = pa.py_buffer(read_bytes(file)) if receipt.n_bytes <= _SMALL_BYTES else _source(file)
         if verify and (xxh3_128_hexdigest(source) if is_remote(file) else checksum(file)) != receipt.file_xxh3:
             return _OTHER_CHECKSUM
         batch = _batch_of(source)

@@ -42,8 +42,8 @@ from negcore.store.files import (
     n_bytes,
     open_file,
     parse_json,
-    read_all,
     read_bytes,
+    small_files,
     sync,
 )
 from negcore.store.identity import RunIdentity, canonical_json, content_digest
@@ -54,6 +54,8 @@ from negcore.store.temporary import temporary_directory
 _ABANDONED_S = 24 * 3600
 """Age at which a temporary file has no writer any more, where the file system has no locks to tell by."""
 
+
+_INDEX = re.compile(r"part-([0-9]{5,})[.-]")
 
 _PART_KEYS: Mapping[str, str] = {
     "negs": "split",
@@ -247,10 +249,25 @@ class ReadReceipts(NamedTuple):
 
 def read_receipts(folder: Path) -> ReadReceipts:
     """Read the receipts of a directory of shards."""
-    contents = read_all(folder, "_receipts/part-*.json")
-    found = {path: parsed_receipt(path.name, content) for path, content in contents.items()}
-    whole = sorted((receipt for receipt in found.values() if receipt is not None), key=lambda receipt: receipt.index)
-    return ReadReceipts(whole, [path for path, receipt in found.items() if receipt is None])
+    whole: list[Receipt] = []
+    damaged: list[Path] = []
+    shared: dict[str, Any] = {}
+    for file in small_files(folder / "_receipts", "part-*.json"):
+        receipt = parsed_receipt(file.name, file.content)
+        if receipt is None:
+            damaged.append(folder / "_receipts" / file.name)
+        else:
+            whole.append(_sharing(receipt, shared))
+    return ReadReceipts(sorted(whole, key=lambda receipt: receipt.index), sorted(damaged))
+
+
+def _sharing(receipt: Receipt, shared: dict[str, Any]) -> Receipt:
+    """Return a receipt that has what it says of its run in common with others: there may be half a million."""
+    for name in ("digest", "identity", "versions"):
+        value = getattr(receipt, name)
+        if shared.setdefault(name, value) == value:
+            object.__setattr__(receipt, name, shared[name])
+    return receipt
 
 
 def receipts(folder: Path) -> list[Receipt]:
@@ -260,8 +277,8 @@ def receipts(folder: Path) -> list[Receipt]:
 
 def index_of(name: str) -> int:
     """Return the index of the shard that a file belongs to by its name, or -1."""
-    digits = name.removeprefix("part-")[:5]
-    return int(digits) if digits.isdecimal() else -1
+    found = _INDEX.match(name)
+    return int(found[1]) if found else -1
 
 
 def shard_of(folder: Path, receipt: Receipt) -> Path:
@@ -276,7 +293,11 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def receipt_path(folder: Path, index: int) -> Path:
     """Return the file of a shard's receipt in the shard's directory."""
-    return folder / "_receipts" / f"{shard_path(folder, index).stem}.json"
+    return folder / "_receipts" / _receipt_name(index)
+
+
+def _receipt_name(index: int) -> str:
+    return f"part-{index:05d}.json"
 
 
 # Files: all that touches the disk on the writing side
@@ -396,7 +417,7 @@ def parsed_receipt(name: str, content: bytes) -> Receipt | None:
         seal = record.pop("seal")
         known = {item.name: record[item.name] for item in fields(Receipt) if item.name in record}
         receipt = Receipt(**known | {"set_aside": tuple(SetAside(**row) for row in record.get("set_aside", ()))})
-        in_place = receipt_path(Path(), receipt.index).name == name
+        in_place = _receipt_name(receipt.index) == name
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return receipt if in_place and _has_seal(content, seal) and _names_its_own(receipt) else None
