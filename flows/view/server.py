@@ -18,14 +18,13 @@ from typing import Annotated
 import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from flows.view import pages
 from flows.view.page import Link, Page, Part, html, style_sheet
 from flows.view.runs import Runs
-from negcore.errors import NegError
+from negcore.errors import NegError, RunError
 
 HOST = "127.0.0.1"
 HOSTS = (HOST, "localhost")
@@ -100,7 +99,7 @@ def view_app(runs: Runs, token: str, port: int) -> FastAPI:
         return response
 
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
-    for kind in (NegError, HTTPException, RequestValidationError):
+    for kind in (NegError, RequestValidationError, 404, 405):
         app.add_exception_handler(kind, _refusal)
     return app
 
@@ -122,7 +121,7 @@ def _add_pages(app: FastAPI, runs: Runs, key_of: Callable[[str], str]) -> None:
     def report(key: str, file: str) -> Response:
         name = next((name for name in runs.places() if _same(key_of(name), key)), None)
         if name is None:
-            raise HTTPException(404)
+            raise RunError("there is no such report: open the run's page again")
         content, kind = runs.report_file(name, file)
         headers = {"Content-Security-Policy": _REPORT_POLICY}
         if kind == "application/pdf":  # what shows them in a browser does not run in a sandbox
@@ -169,9 +168,11 @@ def _plain(status: int, text: str) -> Response:
 
 async def _refusal(request: Request, error: Exception) -> HTMLResponse:
     """Tell what cannot be shown, and why."""
-    status, reason = 404, str(error)
-    if isinstance(error, HTTPException):
-        status, reason = error.status_code, str(error.detail)
-    if isinstance(error, RequestValidationError):
+    status, reason = 404, "there is no such page"
+    if isinstance(error, NegError):
+        reason = str(error)
+    elif isinstance(error, RequestValidationError):
         status, reason = 400, "something is missing in this address, or is not what belongs there"
+    elif getattr(error, "status_code", 404) == 405:
+        status, reason = 405, "pages can only be read"
     return _page(Page("This cannot be shown", [Part(lines=[reason, Link("all runs", "/")])]), status)
