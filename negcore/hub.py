@@ -127,6 +127,22 @@ def upload_folder(folder: Path, name: str, *, kind: Kind = "dataset") -> str:
     return f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
 
 
+def files_of(name: str, commit: Commit, *, kind: Kind) -> list[str]:
+    """Return the paths of a repository's files; none if the hub cannot be asked.
+
+    Raises
+    ------
+    HubError
+        If they cannot be had for another reason.
+    """
+    from huggingface_hub import HfApi
+
+    if commit.problem is not None:
+        return []
+    with _in_one_line(name, commit.id, kind):
+        return sorted(HfApi().list_repo_files(name, repo_type=kind, revision=commit.id))
+
+
 def download_problem(error: BaseException) -> str:
     """Return the reason behind an exception of a library that loads from the hub: that of the first in its chain."""
     from huggingface_hub import constants

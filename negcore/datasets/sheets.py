@@ -22,10 +22,11 @@ from negcore.datasets.files import (
     read_json_lines,
 )
 from negcore.errors import DatasetError, one_line
-from negcore.hub import HubError, commit_of, file_of
+from negcore.hub import HubError, commit_of, file_of, files_of
 from negcore.texts import private, row_text
 
 HUB = "hf://datasets/"
+_MOST_NAMED = 10
 _DELIMITERS = MappingProxyType({",": "commas", ";": "semicolons", "\t": "tabs"})
 
 
@@ -77,17 +78,25 @@ def local_file(source: str, what: str) -> Path:
         return Path(source)
     organisation, dataset, file = (*source.removeprefix(HUB).split("/", 2), "", "")[:3]
     dataset, _, revision = dataset.partition("@")
+    path, others = None, ""
     try:
-        path = _hub_file(f"{organisation}/{dataset}", revision or None, file) if dataset and file else None
+        if dataset:
+            repository = f"{organisation}/{dataset}"
+            commit = commit_of(repository, revision or None, kind="dataset")
+            path = file_of(repository, file, commit, kind="dataset") if file else None
+            others = _readable(files_of(repository, commit, kind="dataset")) if path is None else ""
     except HubError as error:
         raise DatasetError(f"{what} {source!r}: {error}; or give a local file") from None
     if path is None:
-        raise DatasetError(f"{what} {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE")
+        raise DatasetError(f"{what} {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE{others}")
     return path
 
 
-def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
-    return file_of(repository, file, commit_of(repository, revision, kind="dataset"), kind="dataset")
+def _readable(files: Sequence[str]) -> str:
+    """Return what a message says of the files of a dataset that can be read."""
+    found = [file for file in files if Path(file).suffix.lower() in READERS]
+    more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    return f"; this dataset has {', '.join(map(repr, found[:_MOST_NAMED]))}{more}" if found else ""
 
 
 def read_arrow(path: Path, columns: Sequence[str] | None = None) -> Sheet:

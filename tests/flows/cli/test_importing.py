@@ -74,8 +74,11 @@ def test_a_file_of_the_hub_is_imported(table, model):
     with serving(table.parent / "hub") as hub:
         online = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": home, "HF_HUB_OFFLINE": "0"}
         shown = neg("import", source, "--prompt", "{question} {options}", "--model", model, **online)
+        whole = neg("import", "hf://datasets/org/quiz", **online)
         absent = neg("import", "hf://datasets/org/quiz/none.csv", **online)
     assert shown.returncode == 0, shown.stderr
     assert len((table.parent / "quiz.jsonl").read_text().splitlines()) == 60
     assert (absent.returncode, absent.stderr.count("\n")) == (2, 1)
-    assert "no such file; allowed: hf://datasets/ORGANISATION/DATASET/FILE" in absent.stderr
+    for refused in (absent, whole):
+        assert "no such file; allowed: hf://datasets/ORGANISATION/DATASET/FILE" in refused.stderr
+        assert "; this dataset has 'data/quiz.csv'" in refused.stderr
