@@ -93,7 +93,8 @@ def import_table(
         _show(target, model)
     except NegError as error:
         if isinstance(error, LabelError) and not imported.has_letters:
-            error = type(error)(f"{error}; or ask for a letter: --prompt '{{COLUMN}}\\n{{options}}\\nAnswer:'")
+            by_letter = f"remove {target} and ask for a letter: --prompt '{{COLUMN}}\\n{{options}}\\nAnswer:'"
+            error = type(error)(f"{error}; or {by_letter}")
         tell("error", f"{error}")
         raise typer.Exit(1) from None
 

@@ -63,7 +63,7 @@ def test_options_that_are_no_tokens_are_told_with_the_way_round(table, model):
     shown = run(f"import quiz.csv --model {model} --out other.jsonl")
     assert shown.exit_code == 1
     assert (table.parent / "other.jsonl").exists()
-    assert "or ask for a letter: --prompt '{COLUMN}\\n{options}\\nAnswer:'" in shown.stderr
+    assert "or remove other.jsonl and ask for a letter: --prompt '{COLUMN}\\n{options}\\nAnswer:'" in shown.stderr
 
 
 def test_a_file_of_the_hub_is_imported(table, model):
