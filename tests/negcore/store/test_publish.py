@@ -550,3 +550,14 @@ def test_reading_needs_no_model_library():
     heavy = "('torch', 'transformers', 'ray', 'prefect')"
     check = f"import sys, negcore.store.reader; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("index", [0, 99_999, 123_456, 1_000_000])
+def test_the_number_of_a_shard_is_read_from_its_names(index):
+    names = (shard_path(Path(), index).name, shards.receipt_path(Path(), index).name)
+    assert [shards.index_of(name) for name in (*names, f"part-{index:05d}-{'0' * 32}.arrow")] == [index] * 3
+
+
+@pytest.mark.parametrize("name", ["part-1.arrow", "part-.arrow", "other-00001.arrow", "part-00001"])
+def test_other_names_have_no_number(name):
+    assert shards.index_of(name) == -1
