@@ -168,7 +168,7 @@ def test_a_schedule_that_is_due_during_a_run_is_skipped_and_names_that_run(serve
 def test_a_served_run_ends_without_its_server_and_tells_it_afterwards(served, server):
     assert served.n_shards_without_server == N_ROWS
     assert served.first["state"]["type"] == "COMPLETED"
-    assert any(one["key"].endswith("-summary") for one in server.of(served.first, "artifacts"))
+    assert any((one["key"] or "").endswith("-summary") for one in server.of(served.first, "artifacts"))
 
 
 def test_serving_says_when_the_server_is_away_and_back_and_what_it_missed(served):
