@@ -7,7 +7,7 @@ APT := DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -o Dpkg::Use-Pty=0
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: bench-gpu setup gemma cluster-tools browser demo test faults lint check docs clean
+.PHONY: bench bench-gpu setup gemma cluster-tools browser demo test faults lint check docs clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ test: $(VENV)/.developing
 # Kills, damages and starves real runs (see tests/fault_suite.py); disks can only be made by root.
 faults: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/fault_suite.py
+
+# The engine and the shards beside their plain twins, in about five minutes; figures go to bench.json.
+bench: $(VENV)/.developing
+	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/bench.py
 
 # The engine on this machine's GPU, in about ten minutes; figures go to bench-gpu.json.
 bench-gpu: $(VENV)/.developing
