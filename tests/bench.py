@@ -64,7 +64,7 @@ def prompts(n_prompts: int, n_shared: int, n_own: int) -> EncodedPrompts:
 
 
 class Forward:
-    """A plain forward pass (SDPA, no gradient) of each prompt's own tokens after a copy of the shared prefix's cache."""
+    """A forward pass (SDPA, no gradient) of each prompt's own tokens after a copy of the shared prefix's cache."""
 
     def __init__(self, lm: LanguageModel, encoded: EncodedPrompts, *, whole: bool = False) -> None:
         self._lm, self._ids = lm, encoded.ids

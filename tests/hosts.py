@@ -118,8 +118,9 @@ class Host:
             text=True,
         )
         assert self._outer.stdout is not None
-        if self._outer.stdout.readline() != "ready\n":
-            self.end()
+        ready = self._outer.stdout.readline() == "ready\n"
+        if not ready:
+            self._outer.kill()
             raise RuntimeError(f"no host {name}")
         (self.first,) = psutil.Process(self._outer.pid).children()
 
@@ -156,9 +157,19 @@ class Host:
         with suppress(BrokenPipeError):
             self._outer.stdin.close()
         self._outer.stdout.close()
-        self._outer.wait()
+        while self._outer.poll() is None:
+            self._let_go()
+            time.sleep(POLL_S)
         for process in self._started:
             process.wait()
+
+    def _let_go(self) -> None:
+        """Continue what entered this host, stopped with its child and did not see it die: the host waits for it."""
+        for process in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                entered = f"--target={self.first.pid}" in process.cmdline() and process.children()
+                if entered and all(child.status() == psutil.STATUS_ZOMBIE for child in process.children()):
+                    process.resume()
 
 
 def _space(process: psutil.Process) -> str:
