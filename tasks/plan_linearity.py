@@ -64,7 +64,10 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
     grid_S = nested_grid(run.ranges, run.points)
     measurements: list[tuple[str, str, Measurement]] = [
-        *(("sweeps", name, Sweeps(block_K2, grid_S)) for name, block_K2 in _blocks(neurons_K2, run.block_layers)),
+        *(
+            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges))
+            for name, block_K2 in _blocks(neurons_K2, run.block_layers)
+        ),
         *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
         ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
     ]

@@ -30,7 +30,9 @@ def summary(findings: Findings) -> str:
     n_prompts, n_neurons, n_shifts = findings.sweep.probs_PKS.shape
     left_out = f"{findings.n_multi_token} of {findings.n_facts} facts left out: their answer is not one token"
     names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
-    return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts ({left_out})"
+    by_nodes_PK = findings.sweep.by_nodes_PK
+    nodes = "" if by_nodes_PK is None else f", {by_nodes_PK.mean():.1%} of the curves by nodes"
+    return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts{nodes} ({left_out})"
 
 
 def linearity_tables(findings: Findings) -> list[Table]:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.neurgrad import away_from_zero
+from negcore.measure.quadrature import NodeGrid, node_grid, range_masks, within_range
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, encode_targets
 from negcore.model.language_model import LanguageModel
@@ -23,6 +24,9 @@ Neurons = Literal["all"] | int | Sequence[tuple[int, int]] | Ints
 
 LINEAR_PEARSON = 0.95
 """A neuron is linear where |Pearson r| between shift and change is at least this."""
+
+LARGEST_TAIL = 0.01
+"""Largest share of a curve's variation in its last coefficients with which nodes stand for the whole grid."""
 
 # Most rows whose sizes are held at once, so that memory does not grow with the number of neurons.
 _PLANNED_ROWS = 2**16
@@ -102,6 +106,10 @@ class SweepResult:
     change is taken within one pass, so that a shift without effect has a change of exactly zero."""
     label_ids_P: Ints
     """Token id that each label became."""
+    by_nodes_PK: NDArray[np.bool_] | None = None
+    """True where only nodes were measured, and probabilities lie on the polynomials through them; None: all shifts."""
+    ranges: tuple[float, ...] = ()
+    """Ranges whose sums nodes give, beside the whole grid."""
 
     @cached_property
     def changes_PKS(self) -> Floats:
@@ -134,12 +142,17 @@ class SweepResult:
         Raises
         ------
         NegError
-            If no shift is that small.
+            If no shift is that small, or the range was not named to a sweep by nodes.
         """
-        kept_S = np.abs(self.shifts_S) <= max_shift * (1 + 1e-9)
+        kept_S = within_range(self.shifts_S, max_shift)
         if not kept_S.any():
             smallest = np.abs(self.shifts_S).min()
             raise NegError(f"range {max_shift} holds no shift; the smallest of this sweep is {smallest}")
+        if self.by_nodes_PK is not None and not (range_masks(self.shifts_S, self.ranges) == kept_S).all(1).any():
+            known = ", ".join(f"{size:g}" for size in (*self.ranges, np.abs(self.shifts_S).max()))
+            raise NegError(
+                f"range {max_shift} is none that this sweep's nodes were chosen for ({known}); sweep with it"
+            )
         return replace(self, shifts_S=self.shifts_S[kept_S], probs_PKS=self.probs_PKS[..., kept_S])
 
 
@@ -150,6 +163,8 @@ def sweep(
     *,
     neurons: Neurons = 8,
     shifts: ArrayLike | None = None,
+    nodes: int | None = None,
+    ranges: Sequence[float] = (),
     method: Method = "auto",
     seed: int = 0,
     max_rows: int | None = None,
@@ -169,6 +184,12 @@ def sweep(
         All neurons, that many of each layer at random (the same for all prompts), or the listed ones.
     shifts : float array of shape (S,), optional
         Sizes other than zero in units of activation; by default `DEFAULT_SHIFTS`.
+    nodes : int, optional
+        Measure that many Gauss nodes of the grid in place of its shifts, at least 4; zero, one of an odd number on a
+        symmetric grid, costs nothing. Slopes, r and R^2 are then those of the grid, as far as the curve is a polynomial
+        of that degree. See Notes for the neurons that are measured at every shift all the same.
+    ranges : sequence of float
+        With nodes: ranges that `SweepResult.within` will be asked for. Each ring between two has nodes of its own.
     method : {"auto", "virtual", "hooks"}
         `virtual` runs shifted copies of the last token side by side, `hooks` runs the whole prompt for each shift;
         `auto` is `virtual` for causal models and `hooks` for masked ones. They agree to rounding.
@@ -190,11 +211,18 @@ def sweep(
     ModelError
         If virtual tokens are asked of a masked model, or the method is unknown.
     NegError
-        If the shifts are empty, hold zero or are not finite, or a neuron does not exist.
+        If the shifts are empty, hold zero or are not finite, a neuron does not exist, or there are fewer than 4 nodes.
+
+    Notes
+    -----
+    With nodes, let t be the energy of the last two coefficients (one even, one odd) of the polynomials through them,
+    orthonormal over the grid, as a share of the sum of squares of the changes about their mean. A neuron of a prompt is
+    measured at every shift if, in any range, nothing varies at the nodes, t is above 0.01, or |r| is within t of 0.95.
 
     References
     ----------
     Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053: neuron intervention experiment.
+    Golub, Welsch (1969), Calculation of Gauss quadrature rules.
 
     Differs from the paper: a neuron whose activation is exactly zero moves in the negative direction, as in NeurGrad;
     the released sweep never moves it.
@@ -205,7 +233,7 @@ def sweep(
         raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
     encoded = encode_targets(lm.card, prompts, labels)
     with in_float32(lm):
-        return measured(lm, encoded, neurons_K2, shifts_S, method=method, max_rows=max_rows)
+        return measured(lm, encoded, neurons_K2, shifts_S, nodes=nodes, ranges=ranges, method=method, max_rows=max_rows)
 
 
 def measured(
@@ -214,10 +242,13 @@ def measured(
     neurons_K2: Ints,
     shifts_S: Floats,
     *,
+    nodes: int | None = None,
+    ranges: Sequence[float] = (),
     method: Method = "auto",
     max_rows: int | None = None,
 ) -> SweepResult:
     """Measure a checked sweep in the model's own number type, which is too coarse if it is a half type."""
+    grid = None if nodes is None else node_grid(shifts_S, nodes, ranges)
     n_prompts, n_chosen = len(encoded.ids), len(neurons_K2)
     result = SweepResult(
         neurons_K2=neurons_K2,
@@ -226,9 +257,11 @@ def measured(
         activations_PK=np.empty((n_prompts, n_chosen), lm.result_type),
         probs_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
         label_ids_P=encoded.label_ids_PO[:, 0],
+        by_nodes_PK=None if grid is None else np.zeros((n_prompts, n_chosen), np.bool_),
+        ranges=() if grid is None else tuple(ranges),
     )
     for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
-        _fill(result, index, prompt)
+        _fill(result, index, prompt, grid)
     return result
 
 
@@ -299,17 +332,42 @@ def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     return neurons.astype(np.int64)
 
 
-def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt) -> None:
+def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt, grid: NodeGrid | None) -> None:
     layers_K, neurons_K = result.neurons_K2.T
-    n_shifts = len(result.shifts_S)
     activations_K = prompt.activations_LN[layers_K, neurons_K]
     signs_K = away_from_zero(activations_K).double().cpu().numpy()
     result.activations_PK[index] = activations_K.double().cpu().numpy()
     result.base_probs_P[index] = prompt.log_probs_O[0].exp().item()
+
+    def changes_at(part: Ints, shifts_S: Floats) -> Floats:
+        """Measure some of the neurons at each of some shifts."""
+        sizes_KS = signs_K[part, None] * shifts_S
+        layers_R, neurons_R = (values[part].repeat(len(shifts_S)) for values in (layers_K, neurons_K))
+        return (
+            prompt.measure(Shifts(layers_R, neurons_R, sizes_KS.ravel())).prob_changes_RO[:, 0].reshape(sizes_KS.shape)
+        )
+
     order = np.argsort(layers_K, kind="stable")
-    for start in range(0, len(order), step := max(1, _PLANNED_ROWS // n_shifts)):
+    for start in range(0, len(order), step := max(1, _PLANNED_ROWS // len(result.shifts_S))):
         part = order[start : start + step]
-        sizes_KS = signs_K[part, None] * result.shifts_S
-        shifts = Shifts(layers_K[part].repeat(n_shifts), neurons_K[part].repeat(n_shifts), sizes_KS.ravel())
-        changes_KS = prompt.measure(shifts).prob_changes_RO[:, 0].reshape(sizes_KS.shape)
+        if grid is None or result.by_nodes_PK is None:
+            changes_KS = changes_at(part, result.shifts_S)
+        else:
+            changes_KM = changes_at(part, grid.shifts_M)
+            changes_KS, unsettled_K = grid.on_grid(changes_KM), _unsettled(grid, changes_KM)
+            if unsettled_K.any():
+                changes_KS[unsettled_K] = changes_at(part[unsettled_K], result.shifts_S)
+            result.by_nodes_PK[index, part] = ~unsettled_K
         result.probs_PKS[index, part] = result.base_probs_P[index].astype(np.float64) + changes_KS
+
+
+def _unsettled(grid: NodeGrid, changes_KM: Floats) -> NDArray[np.bool_]:
+    """Tell which neurons the nodes say too little of, by the rule in the notes of `sweep`."""
+    shifts_S, changes_KS = grid.shifts_S, grid.on_grid(changes_KM)
+    unsettled_K = np.zeros(len(changes_KM), np.bool_)
+    for within_S, tails_K in zip(grid.ranges_RS, grid.tail_energies(changes_KM).T, strict=True):
+        energies_K = changes_KS[:, within_S].var(-1) * within_S.sum()
+        shares_K = np.divide(tails_K, energies_K, out=np.full_like(tails_K, np.inf), where=energies_K > 0)
+        near_K = np.abs(np.abs(fit_lines(shifts_S[within_S], changes_KS[:, within_S]).pearson) - LINEAR_PEARSON)
+        unsettled_K |= (shares_K > LARGEST_TAIL) | ~(near_K > shares_K)
+    return unsettled_K

@@ -34,7 +34,7 @@ def sweep_columns(result: SweepResult) -> Columns:
         "base_prob": result.base_probs_P,
         "activations": result.activations_PK,
         "probs": result.probs_PKS,
-    }
+    } | ({} if result.by_nodes_PK is None else {"by_nodes": result.by_nodes_PK.astype(np.uint8)})
 
 
 def intervention_columns(result: InterventionResult) -> Columns:
@@ -113,7 +113,7 @@ def read_studies(folders: Sequence[Path]) -> list[StudyShards]:
 
 def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
     """Put the blocks of layers of a sweep together, which hold the same rows."""
-    shifts_S = np.array(blocks[0].axes["shifts"])
+    axes, shifts_S = blocks[0].axes, np.array(blocks[0].axes["shifts"])
     n_prompts = len(blocks[0].ids)
     return SweepResult(
         neurons_K2=np.concatenate([np.array(block.axes["neurons"], np.int64) for block in blocks]),
@@ -124,6 +124,12 @@ def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
             [block.columns["probs"].reshape(n_prompts, -1, len(shifts_S)) for block in blocks], axis=1
         ),
         label_ids_P=blocks[0].columns["label_id"].astype(np.int64),
+        by_nodes_PK=(
+            np.concatenate([block.columns["by_nodes"].astype(bool) for block in blocks], axis=1)
+            if axes.get("nodes")
+            else None
+        ),
+        ranges=tuple(axes.get("ranges", ())),
     )
 
 

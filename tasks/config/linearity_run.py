@@ -53,6 +53,12 @@ class LinearityRun(RunFile):
     points: int = Field(
         5, ge=2, description="Shifts on each side of zero in a range, evenly spaced; a range has the smaller ones' too."
     )
+    nodes: int | None = Field(
+        None,
+        ge=4,
+        description="Measure so many Gauss nodes of each range (5 cost 4 shifts), and every shift only of neurons that "
+        "need it; see docs/analyses.md. By default every shift of every neuron.",
+    )
     estimator: Several[EstimatorName] = Field(
         get_args(EstimatorName), description="Estimator to compare with the sweep. Repeatable."
     )
@@ -68,6 +74,13 @@ class LinearityRun(RunFile):
     block_layers: int = Field(5, ge=1, description="Layers that are swept together.")
 
     not_science = RunFile.not_science | {"shard_rows", "block_layers"}
+
+    @property
+    def science(self) -> dict[str, Any]:
+        science = super().science
+        if science["nodes"] is None:
+            del science["nodes"]  # runs have the names from before there was a choice
+        return science
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 from negcore.arrays import Floats, Ints
 from negcore.measure.estimators import Target, estimate
 from negcore.measure.interventions import intervene, random_sets
-from negcore.measure.sweeps import sweep
+from negcore.measure.sweeps import LARGEST_TAIL, sweep
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
 from negcore.store.study import intervention_columns, sweep_columns
@@ -28,14 +28,23 @@ class Sweeps(Measurement):
 
     neurons_K2: Ints
     shifts_S: Floats
+    nodes: int | None = None
+    """Gauss nodes of each ring between ranges, in place of every shift."""
+    ranges: tuple[float, ...] = ()
+    """Ranges whose lines are asked for."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"neurons": _digest(self.neurons_K2), "shifts": self.shifts_S.tolist()}
+        rule = {"largest_tail": LARGEST_TAIL} if self.nodes else {}
+        return {"neurons": _digest(self.neurons_K2), "shifts": self.shifts_S.tolist()} | self._by_nodes | rule
 
     @property
     def axes(self) -> dict[str, Any]:
-        return {"neurons": self.neurons_K2.tolist(), "shifts": self.shifts_S.tolist()}
+        return {"neurons": self.neurons_K2.tolist(), "shifts": self.shifts_S.tolist()} | self._by_nodes
+
+    @property
+    def _by_nodes(self) -> dict[str, Any]:
+        return {"nodes": self.nodes, "ranges": sorted(self.ranges)} if self.nodes else {}
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         n_neurons, n_shifts = len(self.neurons_K2), len(self.shifts_S)
@@ -44,10 +53,18 @@ class Sweeps(Measurement):
             "base_prob": ColumnType(np.float32),
             "activations": ColumnType(np.float32, (n_neurons,)),
             "probs": ColumnType(np.float32, (n_neurons, n_shifts)),
-        }
+        } | ({"by_nodes": ColumnType(np.uint8, (n_neurons,))} if self.nodes else {})
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
-        return sweep_columns(sweep(lm, encoded_prompts(examples), neurons=self.neurons_K2, shifts=self.shifts_S))
+        result = sweep(
+            lm,
+            encoded_prompts(examples),
+            neurons=self.neurons_K2,
+            shifts=self.shifts_S,
+            nodes=self.nodes,
+            ranges=self.ranges,
+        )
+        return sweep_columns(result)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from faults import spoil
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
+from flows.show.linearity_tables import summary
 from negcore.errors import DatasetError, NegError
 from negcore.measure.estimators import ESTIMATORS, estimate
 from negcore.measure.interventions import intervene, random_sets
@@ -100,6 +101,34 @@ def test_the_shards_hold_what_the_library_measures(run, models, undrawn):
     (row,) = [row for row in findings.interventions if (row.set_size, row.shift) == (64, 2)]
     pearson = np.corrcoef(true.predicted_PDM.ravel(), true.changes_PDM.ravel())[0, 1]
     assert row.pearson == pytest.approx(pearson, abs=1e-3)
+
+
+def test_a_run_by_nodes_has_the_lines_of_the_whole_grid_and_says_how_many_curves(run, undrawn):
+    by_nodes = run.model_copy(update={"nodes": 5, "out": run.out.with_name("nodes")})
+    (whole,), (few,) = (run_linearity(one, PlainSteps()).findings for one in (run, by_nodes))
+    share = few.sweep.by_nodes_PK.mean()
+    assert share > 0.5 and whole.sweep.by_nodes_PK is None
+    assert f"16 shifts, {share:.1%} of the curves by nodes (" in summary(few)
+    assert "16 shifts (" in summary(whole)
+    for one, other in zip(few.ranges, whole.ranges, strict=True):
+        assert (one.range, one.layer, one.n_constant) == (other.range, other.layer, other.n_constant)
+        assert one.linear_share == other.linear_share
+    scale = np.abs(whole.sweep.negs_PK).max()
+    np.testing.assert_allclose(few.sweep.negs_PK, whole.sweep.negs_PK, atol=5e-3 * scale)
+
+
+def test_shards_of_other_nodes_are_never_mixed(run, undrawn):
+    assert not run_linearity(run, PlainSteps()).problems
+    before = contents(run.directory)
+    for other in ({"nodes": 5}, {"nodes": 6}):
+        problems = run_linearity(run.model_copy(update=other), PlainSteps()).problems
+        assert problems and "sweeps" in str(problems)
+    assert contents(run.directory) == before
+    assert len({one.model_copy(update={"out": None}).directory for one in (run, by(run, 5), by(run, 6))}) == 3
+
+
+def by(run, nodes):
+    return run.model_copy(update={"nodes": nodes})
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

@@ -7,11 +7,12 @@ import transformers
 from support import CAUSAL, CONFIGS, LABELS, MASKED, PROMPTS, prompts_for, tiny_model, tiny_tokenizer
 
 from negcore.errors import LabelError, ModelError, NegError
-from negcore.measure import interventions, virtual_tokens
+from negcore.measure import interventions, sweeps, virtual_tokens
 from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
+from negcore.measure.quadrature import gauss_rule, node_grid
 from negcore.measure.sweeps import (
     DEFAULT_SHIFTS,
     PAPER_SHIFTS,
@@ -408,3 +409,76 @@ def test_bad_interventions_are_refused(settings, message):
 def test_more_neurons_than_the_model_has_are_refused():
     with pytest.raises(NegError, match="a set of 73 neurons cannot be drawn; tiny-llama has 1 to 72"):
         random_sets(tiny_model("llama"), [73])
+
+
+def by_nodes(lm, shifts, **settings):
+    """A sweep of all neurons by nodes, and its slow twin: the whole grid."""
+    both = [sweep(lm, prompts_for(lm)[:2], " A", shifts=shifts, neurons="all", **one) for one in (settings, {})]
+    assert both[0].shifts_S.tolist() == both[1].shifts_S.tolist()
+    return both
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(("nodes", "ranges"), [(5, ()), (7, (1, 0.4))])
+def test_a_sweep_by_nodes_has_the_lines_of_the_whole_grid(family, nodes, ranges):
+    few, whole = by_nodes(tiny_model(family), DEFAULT_SHIFTS, nodes=nodes, ranges=ranges)
+    assert whole.by_nodes_PK is None and few.by_nodes_PK.mean() > 0.5
+    for largest in (*ranges, 2):
+        nearly, exactly = few.within(largest), whole.within(largest)
+        np.testing.assert_allclose(nearly.negs_PK, exactly.negs_PK, atol=5e-3 * np.abs(exactly.negs_PK).max())
+        np.testing.assert_array_equal(nearly.linear_PK, exactly.linear_PK)
+        np.testing.assert_allclose(nearly.pearson_PK, exactly.pearson_PK, atol=1e-2)
+
+
+def test_neurons_that_nodes_say_too_little_of_are_measured_at_every_shift():
+    few, whole = by_nodes(tiny_model("bert"), DEFAULT_SHIFTS, nodes=4)
+    assert 0 < few.by_nodes_PK.mean() < 1
+    full_PK = ~few.by_nodes_PK
+    np.testing.assert_allclose(few.probs_PKS[full_PK], whole.probs_PKS[full_PK], rtol=1e-12)
+    assert np.abs(few.probs_PKS - whole.probs_PKS)[few.by_nodes_PK].max() > 1e-12
+
+
+@pytest.mark.parametrize(
+    ("pearson", "tail", "unsettled"),
+    [(0.9, 0, False), (0.9, 0.009, False), (0.9, 0.011, True), (0.97, 0.009, False), (0.97, 0.011, True)]
+    + [
+        (sign * (0.95 + off), 0.009, abs(off) < 0.009) for sign in (1, -1) for off in (-0.0095, -0.0085, 0.0085, 0.0095)
+    ],
+)
+def test_a_bend_at_the_nodes_end_or_a_flag_that_it_could_turn_asks_for_every_shift(pearson, tail, unsettled):
+    rule, grid = gauss_rule(DEFAULT_SHIFTS, 5), node_grid(DEFAULT_SHIFTS, 5)
+    coefficients = [0, pearson, np.sqrt(1 - pearson**2 - tail), 0, np.sqrt(tail)]
+    changes = np.linalg.solve(rule.coefficients_NN, coefficients)
+    changes_1M = (changes - changes[2])[rule.nodes_N != 0][None]
+    assert fit_lines(DEFAULT_SHIFTS, grid.on_grid(changes_1M)).pearson[0] == pytest.approx(pearson)
+    assert sweeps._unsettled(grid, changes_1M).tolist() == [unsettled]
+
+
+def test_a_neuron_that_moves_nothing_at_the_nodes_of_a_range_is_measured_at_every_shift():
+    grid = node_grid(DEFAULT_SHIFTS, 4, [1])
+    moving = np.stack([0 * grid.shifts_M, grid.shifts_M, np.where(np.abs(grid.shifts_M) > 1, grid.shifts_M, 0)])
+    assert sweeps._unsettled(grid, moving).tolist() == [True, False, True]
+
+
+def test_a_sweep_by_nodes_runs_only_the_nodes_of_smooth_neurons(monkeypatch):
+    lm, rows, measure = tiny_model("llama"), [], virtual_tokens.VirtualPrompt._measure
+    monkeypatch.setattr(
+        virtual_tokens.VirtualPrompt,
+        "_measure",
+        lambda self, shifts: rows.append(len(shifts.sizes_R)) or measure(self, shifts),
+    )
+    result = sweep(lm, PROMPTS[:1], " A", neurons="all", nodes=5)
+    n_neurons, n_whole = result.by_nodes_PK.size, int((~result.by_nodes_PK).sum())
+    assert sum(rows) == 4 * n_neurons + 20 * n_whole < 8 * n_neurons
+
+
+def test_a_range_that_cuts_a_piece_is_refused():
+    result = sweep(tiny_model("llama"), PROMPTS[:1], " A", neurons=1, nodes=4, ranges=[1])
+    assert result.within(1.1).shifts_S.tolist() == result.within(1).shifts_S.tolist()
+    with pytest.raises(NegError, match=r"range 1.5 is none .* chosen for \(1, 2\); sweep with it"):
+        result.within(1.5)
+
+
+def test_too_few_nodes_for_a_sweep_are_refused():
+    with pytest.raises(NegError, match=r"nodes 2 is too few"):
+        sweep(tiny_model("llama"), PROMPTS[:1], " A", neurons=1, nodes=2)
