@@ -52,9 +52,7 @@ def main() -> None:
     titles = ["rows", "flags\nalone", "flags", "r of\nNEGs", "difference", "shifts run", "s"]
     title = f"{options.model}, {len(prompts)} prompts x {options.neurons} neurons"
     caption = "flags: share that is linear or not as in the whole grid; difference: median relative one of NEGs."
-    Console(width=100).print(
-        Table("nodes", title, [*texts("range", "nodes"), *numbers(*titles)], [rows], caption)
-    )
+    Console(width=100).print(Table("nodes", title, [*texts("range", "nodes"), *numbers(*titles)], [rows], caption))
 
 
 def timed(take: Callable[[], SweepResult]) -> tuple[SweepResult, float]:
