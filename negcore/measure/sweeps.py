@@ -149,7 +149,7 @@ class SweepResult:
             smallest = np.abs(self.shifts_S).min()
             raise NegError(f"range {max_shift} holds no shift; the smallest of this sweep is {smallest}")
         if self.by_nodes_PK is not None and not (range_masks(self.shifts_S, self.ranges) == kept_S).all(1).any():
-            known = ", ".join(f"{size:g}" for size in (*self.ranges, np.abs(self.shifts_S).max()))
+            known = ", ".join(f"{size:g}" for size in sorted({*self.ranges, float(np.abs(self.shifts_S).max())}))
             raise NegError(
                 f"range {max_shift} is none that this sweep's nodes were chosen for ({known}); sweep with it"
             )
@@ -186,8 +186,8 @@ def sweep(
         Sizes other than zero in units of activation; by default `DEFAULT_SHIFTS`.
     nodes : int, optional
         Measure that many Gauss nodes of the grid in place of its shifts, at least 4; zero, one of an odd number on a
-        symmetric grid, costs nothing. Slopes, r and R^2 are then those of the grid, as far as the curve is a polynomial
-        of that degree. See Notes for the neurons that are measured at every shift all the same.
+        symmetric grid, costs nothing. Slopes are then those of the grid for curves that are polynomials up to degree
+        2 nodes - 2, r and R^2 up to nodes - 1. The notes tell which neurons are measured at every shift all the same.
     ranges : sequence of float
         With nodes: ranges that `SweepResult.within` will be asked for. Each ring between two has nodes of its own.
     method : {"auto", "virtual", "hooks"}
