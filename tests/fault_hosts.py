@@ -69,7 +69,9 @@ def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcom
     time.sleep(seconds)
     outlived = run.driver.poll() is None
     cluster.mend(host)
-    return run.outcome(1, ok=run.end() == 0 and outlived)
+    outcome = run.outcome(1, ok=run.end() == 0 and outlived)
+    renew(cluster, host)
+    return outcome
 
 
 def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
@@ -78,8 +80,7 @@ def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
         run.look()
         cluster.cut("worker")
     outcome = run.outcome(1, ok=run.end() == 0)
-    cluster.lose("worker")
-    cluster.add("worker", "--num-cpus=1")
+    renew(cluster, "worker")
     return outcome
 
 
@@ -95,6 +96,12 @@ def driver_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
         print(f"{run.directory}: the driver that was cut off ended with {code}: {run.said}")
     heir = heir_of(run, bench, cluster)
     return heir.outcome(1, ok=heir.finish() == 0 and told)
+
+
+def renew(cluster: Cluster, host: str) -> None:
+    """Switch a host off and on: to Ray, a node that was away for as long is dead, and it ends itself."""
+    cluster.lose(host)
+    cluster.add(host, f"--num-cpus={1 if host == 'worker' else 0}")
 
 
 def heir_of(run: HostRun, bench: Bench, cluster: Cluster) -> HostRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,15 +204,15 @@ def dataset_name(name: str) -> str:
     by_end = {known.split("/")[1]: known for known in spellings}
     like = [*difflib.get_close_matches(name.lower(), spellings), *difflib.get_close_matches(name.lower(), by_end)]
     close = list(dict.fromkeys(by_end.get(one, one) for one in like))[:3]
-    hint = f"did you mean {' or '.join(map(repr, close))}" if close else "see neg datasets"
-    raise DatasetError(f"unknown dataset {name!r}; {hint}? A file of your own {_own_file(name)}")
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "`neg datasets` lists all."
+    raise DatasetError(f"unknown dataset {name!r}; {hint} A file of your own {_own_file(name)}")
 
 
 def _own_file(name: str) -> str:
     """Return what a name must be to be a file of the user's own, for one that is none."""
     if Path(name).suffix.lower() in READERS:
         return f"must end in .jsonl: neg import {name} makes one"
-    if Path(f"{name}.jsonl").is_file():
+    if os.path.isfile(f"{name}.jsonl"):  # noqa: PTH113 - whatever the name is, this raises nothing
         return f"must end in .jsonl, as {name + '.jsonl'!r} does"
     return "must end in .jsonl"
 

@@ -226,7 +226,10 @@ def probed_batches(
             yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
     prefix = ids[0][:n_shared]
-    shared = lm.prefixes.get(prefix, partial(run_prefix, lm, prefix)) if lm.prefixes else run_prefix(lm, prefix)
+    make = partial(run_prefix, lm, prefix)
+    # A model of a half type may compute in float32 for a while, see `in_float32`: its embeddings tell.
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    shared = make() if lm.prefixes is None else lm.prefixes.get(dtype, prefix, make)
     for rows in _by_length(lm, ids, n_shared, batch_size, max_rows):
         yield CausalBatch(lm, rows, [ids[row] for row in rows], shared)
 

@@ -102,11 +102,14 @@ class Prefixes:
     """Keys and values of what prompts began with lately, of a model that nobody changes."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, ...], list[KeysValues]] = OrderedDict()
+        self._kept: OrderedDict[tuple[torch.dtype, tuple[int, ...]], list[KeysValues]] = OrderedDict()
 
-    def get(self, tokens: Sequence[int], make: Callable[[], list[KeysValues]]) -> list[KeysValues]:
-        """Return the keys and values of some tokens, made now or earlier; the least recently used are dropped."""
-        kept, key = self._kept, tuple(tokens)
+    def get(self, dtype: torch.dtype, tokens: Sequence[int], make: Callable[[], list[KeysValues]]) -> list[KeysValues]:
+        """Return the keys and values of some tokens in a number type, made now or earlier.
+
+        The least recently used are dropped.
+        """
+        kept, key = self._kept, (dtype, tuple(tokens))
         if key not in kept:
             kept[key] = make()
         kept.move_to_end(key)

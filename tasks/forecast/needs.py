@@ -1,7 +1,8 @@
 """The needs of a run, known before it starts: rows, bytes, memory and operations.
 
-Rows, shards and bytes follow from the prompts and the shards' columns. Memory is an estimate: it was 8 % and 24 % above
-the peaks of two measured runs of SmolLM2-135M. Operations are 2 for each parameter and token that is run, and as many
+Rows, shards and bytes follow from the prompts and the shards' columns. Memory is an estimate, of what a worker holds
+while it measures: while it reads weights their files are mapped besides, which the system takes back where memory is
+short. Operations are 2 for each parameter and token that is run, and as many
 for each option's gradient; divided by a rate they give the time. `tasks.forecast.capacity` knows what this machine has.
 """
 

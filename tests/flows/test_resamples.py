@@ -88,7 +88,7 @@ def test_the_steps_of_the_samples_are_counted(run):
         ({"train_samples": 1}, "one sample has no spread: set it to 2 or more, or to 0"),
         ({"train_samples": -1}, "greater than or equal to 0"),
         ({"train_samples": 4, "storage": "stats"}, "storage 'stats' does not keep"),
-        ({"train_samples": 4, "probe": ["tree", "magn-random"]}, "train_samples is for the probes polar, magn"),
+        ({"train_samples": 4, "probe": ["tree", "magn-random"]}, "train-samples is for the probes polar, magn"),
     ],
 )
 def test_samples_that_cannot_be_drawn_are_refused_before_anything_is_computed(settings, changes, said, tmp_path):

@@ -327,9 +327,13 @@ def test_shards_of_values_do_not_count_as_chosen_ones(run):
         (
             SkillRun,
             {"nonfinite": "keep"},
-            "storage 'stats' has none for NaN and infinity: set nonfinite to fail or skip",
+            "storage 'stats' has none for NaN and infinity: set --nonfinite to fail or skip",
         ),
-        (SkillRun, {"probe": ["polar", "act"]}, "probe 'act' reads .* leave it out, or set storage to values or codes"),
+        (
+            SkillRun,
+            {"probe": ["polar", "act"]},
+            "probe 'act' reads .* leave it out, or set --storage to values or codes",
+        ),
         (EvaluationRun, {}, "probe 'act' reads the activations of all neurons"),
         (SkillsRun, {}, "storage 'stats' keeps too little to analyse skill neurons: set it to values or codes"),
     ],

@@ -285,7 +285,7 @@ def test_a_root_that_is_no_folder_and_one_without_the_dataset_are_named(tmp_path
         ("mceval8k/agnew", "'mceval8k/agnews'"),
         ("paws", "'mceval8k/paws'"),
         ("mini/nlp", "'mini/nli'"),
-        ("zzzz", "see list_datasets"),
+        ("zzzz", "`neg datasets` lists all. A file"),
         ("facts.feather", "load_facts"),
     ],
 )

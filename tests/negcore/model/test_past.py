@@ -84,8 +84,10 @@ def test_prefixes_are_made_once_and_the_least_recently_used_is_dropped():
     made, prefixes = [], Prefixes()
 
     def get(*tokens: int) -> None:
-        prefixes.get(tokens, lambda: made.append(tokens) or [])
+        prefixes.get(torch.float32, tokens, lambda: made.append(tokens) or [])
 
     for first in (0, 1, 2, 3, 0, 4, 0, 1):
         get(first, 9)
     assert [first for first, _ in made] == [0, 1, 2, 3, 4, 1]
+    prefixes.get(torch.bfloat16, (0, 9), lambda: made.append("in another type") or [])
+    assert made[-1] == "in another type"

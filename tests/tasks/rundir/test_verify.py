@@ -226,7 +226,7 @@ def test_nothing_is_parsed_whose_checksum_is_wrong(copy, monkeypatch):
     flip_a_bit(copy)
     parsed = []
     parse = integrity._batch_of
-    monkeypatch.setattr(integrity, "_batch_of", lambda source: parsed.append(source.size()) or parse(source))
+    monkeypatch.setattr(integrity, "_batch_of", lambda source: parsed.append(source.size) or parse(source))
     assert len(faults(copy)) == 1
     assert len(parsed) == 8
 
