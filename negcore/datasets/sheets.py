@@ -86,7 +86,8 @@ def local_file(source: str, what: str) -> Path:
             path = file_of(repository, file, commit, kind="dataset") if file else None
             others = _readable(files_of(repository, commit, kind="dataset")) if path is None else ""
     except HubError as error:
-        raise DatasetError(f"{what} {source!r}: {error}; or give a local file") from None
+        if file:  # without one, what the hub says does not matter
+            raise DatasetError(f"{what} {source!r}: {error}; or give a local file") from None
     if path is None:
         raise DatasetError(f"{what} {source!r}: no such file; allowed: {HUB}ORGANISATION/DATASET/FILE{others}")
     return path

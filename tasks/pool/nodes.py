@@ -39,6 +39,17 @@ class DrainNotices:
                 logger.debug("drain notices cannot be read: %s", one_line(error))
 
 
+def is_dead(node: str) -> bool:
+    """Tell whether the head says that a node, given by its id, has died; False where it does not answer."""
+    import ray
+
+    try:
+        return any(one["NodeID"] == node and not one["Alive"] for one in ray.nodes())
+    except Exception as error:  # Ray has no type for a silent or closed cluster
+        logger.debug("nodes cannot be read: %s", one_line(error))
+        return False
+
+
 def check_demand(resources: Resources, label: str) -> None:
     """Refuse a worker that fits on no node of a cluster that does not grow: Ray would wait for ever, and in silence.
 

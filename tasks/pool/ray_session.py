@@ -22,6 +22,7 @@ from typing import Any
 from negcore.errors import RunError
 from negcore.store.temporary import temporary_directory
 from tasks.environment import environment
+from tasks.pool.nodes import is_dead
 
 __all__ = ["check_head", "check_reachable", "ray_session"]
 
@@ -102,18 +103,22 @@ def _joined_ray(address: str) -> Iterator[None]:
     with (
         environment(_ENVIRONMENT),
         _initialised(address=address) as ray,
-        _watched(ray.get_runtime_context().gcs_address),
+        _watched(ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id()),
     ):
         yield
 
 
 class _HeadWatch:
-    """A thread that calls on a cluster's head: behind a cut link, Ray's own calls wait for minutes in silence."""
+    """A thread that calls on a cluster's head: behind a cut link, Ray's own calls wait for minutes in silence.
 
-    def __init__(self, address: str) -> None:
+    It asks for this process's own node too: one that was cut off for half a minute is dead to the head for good, and
+    ends itself; no call of this process is answered then.
+    """
+
+    def __init__(self, address: str, node: str) -> None:
         self.loss: RunError | None = None
-        """The error of a run whose head is lost."""
-        self._address = address
+        """The error of a run whose head, or whose own node, is lost."""
+        self._address, self._node = address, node
         self._over = threading.Event()
         threading.Thread(target=self._call, name="head", daemon=True).start()
 
@@ -125,12 +130,21 @@ class _HeadWatch:
         while not self._over.wait(_HEAD_BEAT_S):
             try:
                 check_reachable(self._address)
-                answered_at, self.loss = time.monotonic(), None
+                answered_at, self.loss = time.monotonic(), self._error_of_node()
             except RunError as error:
                 refuses = isinstance(error.__cause__, ConnectionRefusedError)
                 limit_s = _HEAD_REFUSES_S if refuses else _HEAD_SILENCE_S
                 if time.monotonic() - answered_at > limit_s:
                     self.loss = self._error(limit_s)
+
+    def _error_of_node(self) -> RunError | None:
+        if not is_dead(self._node):
+            return None
+        return RunError(
+            f"the Ray head at {self._address!r} took this machine's Ray node for dead, as after a cut link, and the "
+            "node has ended: stopped; finished shards are kept, and the same command goes on from them once the node "
+            f"is started again (ray start --address={self._address})"
+        )
 
     def _error(self, limit_s: float) -> RunError:
         return RunError(
@@ -144,9 +158,9 @@ _watch: _HeadWatch | None = None
 
 
 @contextlib.contextmanager
-def _watched(address: str) -> Iterator[None]:
+def _watched(address: str, node: str) -> Iterator[None]:
     global _watch
-    _watch = _HeadWatch(address)
+    _watch = _HeadWatch(address, node)
     try:
         yield
     finally:

@@ -13,7 +13,9 @@ from support import REPOSITORY
 
 from negcore.errors import RunError
 from tasks.pool import isolate, ray_pool
+from tasks.pool import ray_session as sessions
 from tasks.pool.base import Attempt, Batch, NodeLost, Outcome, OutOfMemory, PoolStatus, Resources, WorkerLost
+from tasks.pool.nodes import is_dead
 from tasks.pool.opening import open_pool
 from tasks.pool.ray_session import ray_session
 
@@ -210,3 +212,22 @@ def test_as_many_workers_are_asked_for_as_are_wanted(cluster):
     many = Resources(workers=8)
     outcomes([("node", 1.0)] * 16, many, on_tick=ticks.append, tick_s=0.2)
     assert max(tick.ready + tick.starting for tick in ticks) == 8
+
+
+def test_a_node_that_the_head_takes_for_dead_ends_its_driver_in_a_line(monkeypatch):
+    nodes = [{"NodeID": "mine", "Alive": True}, {"NodeID": "other", "Alive": False}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr(sessions, "_HEAD_BEAT_S", 0.01)
+    monkeypatch.setattr(sessions, "check_reachable", lambda address: None)
+    with sessions._watched("10.0.0.1:6379", "mine"):
+        time.sleep(0.1)
+        sessions.check_head()
+        nodes[0]["Alive"] = False
+        time.sleep(0.1)
+        with pytest.raises(RunError, match=r"took this machine's Ray node for dead.*ray start --address=10.0.0.1:6379"):
+            sessions.check_head()
+
+
+def test_a_silent_cluster_says_nothing_of_nodes(monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: (_ for _ in ()).throw(RuntimeError("no answer")))
+    assert not is_dead("mine")
