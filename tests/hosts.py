@@ -199,8 +199,10 @@ class Cluster:
         self.switch.network("ip", "link", "set", name, "up")
 
     def lose(self, name: str) -> None:
-        """Switch a host off."""
+        """Switch a host off, and unplug it: its link may outlive it for a moment."""
         self.hosts.pop(name).end()
+        with suppress(subprocess.CalledProcessError):
+            self.switch.network("ip", "link", "delete", name)
 
     def add(self, name: str, *ray: str) -> None:
         """Switch a host on, plug it in, and start its Ray node."""
