@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -60,7 +61,9 @@ def test_a_path_that_is_done_without_is_a_warning_of_the_run(run, model, monkeyp
 
     monkeypatch.setattr("tasks.measure.worker.load_model", load)
     (warning,) = run_extract(run, PlainSteps()).warnings
-    assert warning.startswith(f"{model}: virtual sweep against hooks: failed (difference 5.0e-01, tolerance 1e-03)")
+    assert warning.startswith(
+        f"{Path(model).name}: virtual sweep against hooks: failed (difference 5.0e-01, tolerance 1e-03)"
+    )
     shard = next(run.directory.rglob("negs/**/*.arrow"))
     assert metadata(shard)["check"]["virtual"]["verdict"] == "failed"
     # Whoever comes back to the finished run, without a model, is told again.
