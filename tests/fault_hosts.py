@@ -8,6 +8,7 @@ from fault_bench import N_SHARDS, Bench, CannotTry, Outcome, finished
 from hosts import Cluster, HostRun, three_hosts, why_no_hosts
 
 CUT_S = 30.0
+HEARD_S = 0.5
 HEAD_IS_LOST = "has not answered for"
 NODE_IS_LOST = "took this machine's Ray node for dead"
 
@@ -41,8 +42,8 @@ def hosts_for(bench: Bench) -> Iterator[Cluster]:
 
 def lost_worker(bench: Bench, cluster: Cluster) -> Outcome:
     run = started(bench, cluster, "host-lost-worker")
+    look(run)
     with run.paused():
-        run.look()
         cluster.lose("worker")
     outcome = run.outcome(1, ok=run.end() == 0)
     cluster.add("worker", "--num-cpus=1")
@@ -52,8 +53,8 @@ def lost_worker(bench: Bench, cluster: Cluster) -> Outcome:
 def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
     """The driver's host is gone; one on the head's host waits for a sign of life, and then goes on."""
     run = started(bench, cluster, "host-lost-driver")
+    look(run)
     with run.paused():
-        run.look()
         cluster.lose("driver")
     run.end()
     heir = heir_of(run, bench, cluster)
@@ -65,8 +66,8 @@ def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
 def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcome:
     """A driver whose own node the head takes for dead meanwhile says so and ends; the same command then finishes."""
     run = started(bench, cluster, f"cut-{host}")
+    look(run)
     with run.paused():
-        run.look()
         cluster.cut(host)
     time.sleep(seconds)
     outlived = run.driver.poll() is None
@@ -82,8 +83,8 @@ def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcom
 
 def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
     run = started(bench, cluster, "cut-off-worker")
+    look(run)
     with run.paused():
-        run.look()
         cluster.cut("worker")
     outcome = run.outcome(1, ok=run.end() == 0)
     renew(cluster, "worker")
@@ -93,8 +94,8 @@ def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
 def driver_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
     """The driver that reaches no head any more says so and ends; the same command on another host finishes."""
     run = started(bench, cluster, "cut-off-driver")
+    look(run)
     with run.paused():
-        run.look()
         cluster.cut("driver")
     code = run.end()
     told = code == 1 and HEAD_IS_LOST in " ".join(run.said.split()) and "Traceback" not in run.said
@@ -108,6 +109,12 @@ def renew(cluster: Cluster, host: str) -> None:
     """Switch a host off and on: to Ray, a node that was away for as long is dead, and it ends itself."""
     cluster.lose(host)
     cluster.add(host, f"--num-cpus={1 if host == 'worker' else 0}")
+
+
+def look(run: HostRun) -> None:
+    """Note what the run has finished, and let its driver hear of it."""
+    run.look()
+    time.sleep(HEARD_S)
 
 
 def heir_of(run: HostRun, bench: Bench, cluster: Cluster) -> HostRun:

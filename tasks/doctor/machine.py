@@ -227,10 +227,10 @@ def check_models() -> Iterator[Finding]:
 
 
 def _cached_models() -> list[str]:
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, ValueError, OSError):  # none yet, or no directory
         return []
     models = sorted((one for one in repositories if one.repo_type == "model"), key=lambda one: -one.last_accessed)

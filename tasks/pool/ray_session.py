@@ -160,12 +160,13 @@ _watch: _HeadWatch | None = None
 @contextlib.contextmanager
 def _watched(address: str, node: str) -> Iterator[None]:
     global _watch
-    _watch = _HeadWatch(address, node)
+    before, watch = _watch, _HeadWatch(address, node)
+    _watch = watch
     try:
         yield
     finally:
-        _watch.end()
-        _watch = None
+        watch.end()
+        _watch = before
 
 
 def check_head() -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from support import neg, save_tiny_model
 
-SECRET = "zebra"
+SECRET = "zebrafinch"  # no word of the names that Prefect gives runs
 """A word of every prompt."""
 
 

@@ -28,7 +28,7 @@ from tasks.rundir.claim import CLAIM_FILE
 from tasks.steps import PlainSteps
 
 N_PROMPTS = 150
-SECRET = "zebra"
+SECRET = "zebrafinch"  # no word of the names that Prefect gives runs
 """A word of every prompt."""
 EVERY_TEN_SECONDS = "* * * * * */10"
 
