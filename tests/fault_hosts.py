@@ -70,15 +70,14 @@ def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcom
     with run.paused():
         cluster.cut(host)
     time.sleep(seconds)
-    outlived = run.driver.poll() is None
     cluster.mend(host)
     code = run.end()
     told = host == "driver" and code == 1 and NODE_IS_LOST in " ".join(run.said.split())
-    if not (outlived and (code == 0 or told)):
+    if code != 0 and not told:
         print(f"{run.directory}: the driver ended with {code}: {run.said}")
     renew(cluster, host)
     last = heir_of(run, bench, cluster) if told else run
-    return last.outcome(1, ok=outlived and (code == 0 or (told and last.finish() == 0)))
+    return last.outcome(1, ok=code == 0 or (told and last.finish() == 0))
 
 
 def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
