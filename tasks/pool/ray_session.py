@@ -37,10 +37,11 @@ _CONNECT_S = 10.0
 
 
 _HEAD_SILENCE_S = 120.0
-"""A head behind a link that loses everything is given up after so long: Ray would end this process after three minutes,
-without a word of what is kept."""
+"""A head behind a link that loses everything is given up after so long."""
 _HEAD_REFUSES_S = 45.0
-"""A head whose machine says that nobody listens is given up after so long: Ray would end this process after 60 s."""
+"""A head whose machine says that nobody listens is given up after so long."""
+_RAY_GIVES_UP_S = 600
+"""Ray ends this process when its head has been away for so long, without a word of what is kept: later than we do."""
 _HEAD_BEAT_S = 5.0
 
 
@@ -101,7 +102,7 @@ def _joined_ray(address: str) -> Iterator[None]:
     if address != "auto":
         check_reachable(address)
     with (
-        environment(_ENVIRONMENT),
+        environment(_ENVIRONMENT | {"RAY_gcs_rpc_server_reconnect_timeout_s": str(_RAY_GIVES_UP_S)}),
         _initialised(address=address) as ray,
         _watched(ray.get_runtime_context().gcs_address, ray.get_runtime_context().get_node_id()),
     ):
