@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 from fault_bench import N_SHARDS, Bench, CannotTry, Outcome, finished
 from hosts import Cluster, HostRun, three_hosts, why_no_hosts
 
@@ -42,8 +43,7 @@ def hosts_for(bench: Bench) -> Iterator[Cluster]:
 
 def lost_worker(bench: Bench, cluster: Cluster) -> Outcome:
     run = started(bench, cluster, "host-lost-worker")
-    look(run)
-    with run.paused():
+    with still(run, cluster):
         cluster.lose("worker")
     outcome = run.outcome(1, ok=run.end() == 0)
     cluster.add("worker", "--num-cpus=1")
@@ -53,8 +53,7 @@ def lost_worker(bench: Bench, cluster: Cluster) -> Outcome:
 def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
     """The driver's host is gone; one on the head's host waits for a sign of life, and then goes on."""
     run = started(bench, cluster, "host-lost-driver")
-    look(run)
-    with run.paused():
+    with still(run, cluster):
         cluster.lose("driver")
     run.end()
     heir = heir_of(run, bench, cluster)
@@ -66,8 +65,7 @@ def lost_driver(bench: Bench, cluster: Cluster) -> Outcome:
 def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcome:
     """A driver whose own node the head takes for dead meanwhile says so and ends; the same command then finishes."""
     run = started(bench, cluster, f"cut-{host}")
-    look(run)
-    with run.paused():
+    with still(run, cluster):
         cluster.cut(host)
     time.sleep(seconds)
     cluster.mend(host)
@@ -82,8 +80,7 @@ def cut_for(bench: Bench, cluster: Cluster, host: str, seconds: float) -> Outcom
 
 def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
     run = started(bench, cluster, "cut-off-worker")
-    look(run)
-    with run.paused():
+    with still(run, cluster):
         cluster.cut("worker")
     outcome = run.outcome(1, ok=run.end() == 0)
     renew(cluster, "worker")
@@ -93,8 +90,7 @@ def worker_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
 def driver_cut_off(bench: Bench, cluster: Cluster) -> Outcome:
     """The driver that reaches no head any more says so and ends; the same command on another host finishes."""
     run = started(bench, cluster, "cut-off-driver")
-    look(run)
-    with run.paused():
+    with still(run, cluster):
         cluster.cut("driver")
     code = run.end()
     told = code == 1 and HEAD_IS_LOST in " ".join(run.said.split()) and "Traceback" not in run.said
@@ -110,10 +106,20 @@ def renew(cluster: Cluster, host: str) -> None:
     cluster.add(host, f"--num-cpus={1 if host == 'worker' else 0}")
 
 
-def look(run: HostRun) -> None:
-    """Note what the run has finished, and let its driver hear of it."""
+@contextmanager
+def still(run: HostRun, cluster: Cluster) -> Iterator[None]:
+    """Let worker and driver stand still, in the middle of the run, once the driver has heard what is finished."""
+    actors = cluster.hosts["worker"].actors()
+    for actor in actors:
+        actor.suspend()
     run.look()
     time.sleep(HEARD_S)
+    assert len(finished(run.directory)) < N_SHARDS, "the run was over before it could be disturbed"
+    with run.paused():
+        yield
+    for actor in actors:
+        with suppress(psutil.NoSuchProcess):
+            actor.resume()
 
 
 def heir_of(run: HostRun, bench: Bench, cluster: Cluster) -> HostRun:
@@ -128,5 +134,4 @@ def started(bench: Bench, cluster: Cluster, name: str) -> HostRun:
     run = HostRun(bench, cluster, name)
     run.start()
     assert run.wait_for(N_SHARDS // 6), run.said
-    assert len(finished(run.directory)) < N_SHARDS
     return run
