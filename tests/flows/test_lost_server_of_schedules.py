@@ -1,7 +1,7 @@
-"""With a real Prefect server that is killed and comes back: served and deployed runs end well, and schedules go on.
+"""With a real Prefect server: served and deployed runs end well when it is lost and comes back, or a worker is killed.
 
-Everything happens once, in `served` and in `deployed`; the tests look at what was seen of it. Servers that are away for
-minutes are in the fault suite.
+Everything happens once, in `served`, `deployed` and `lost`; the tests look at what was seen of it. Servers that are
+away for minutes are in the fault suite.
 """
 
 import json
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -204,6 +204,10 @@ class Deployed(NamedTuple):
     """The run whose server was lost before it began."""
     later: list[Json]
     """The run after that one."""
+    deployment: str
+    worker: list[Any]
+    """The command that starts a worker."""
+    settings: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,7 @@ def deployed(server, folder):
         server.start()
         pending = server.reached(pending, *FINAL)
         later = completed_after(server, pending, 1)
-    return Deployed(first, n_without, pending, later)
+    return Deployed(first, n_without, pending, later, deployment, worker, settings)
 
 
 def deploy(server: PrefectServer, folder: Path, directory: Path, settings: dict[str, str]) -> str:
@@ -261,3 +265,66 @@ def test_a_deployed_run_ends_without_its_server_and_tells_it_afterwards(deployed
 def test_a_run_that_was_pending_when_the_server_was_lost_gets_a_final_state(deployed):
     assert deployed.pending["state"]["type"] in ("CRASHED", "COMPLETED")
     assert len(deployed.later) == 1
+
+
+# Lost workers
+
+
+class Lost(NamedTuple):
+    """What was seen of runs whose worker was killed."""
+
+    outlived: Json
+    """The run that was left alone by its worker."""
+    n_shards: int
+    killed: Json
+    """The run that was killed with its worker."""
+    again: Json
+    """The next run of the same directory, by another worker."""
+    redone: list[str]
+    """Shards that were finished before and were written again."""
+
+
+@pytest.fixture(scope="module")
+def lost(server, folder, deployed):
+    server("POST", f"deployments/{deployed.deployment}/pause_deployment")
+
+    def start(directory: Path) -> Json:
+        parameters = {"run": run_values(folder, directory)}
+        return server("POST", f"deployments/{deployed.deployment}/create_flow_run", {"parameters": parameters})
+
+    alone, together = folder / "left-alone", folder / "killed"
+    with running(deployed.worker, folder / "worker.log", **deployed.settings) as working:
+        run = start(alone)
+        with standing_still(working, alone):
+            working.kill()
+            working.wait()
+        outlived = server.reached(run, *FINAL)
+    with running(deployed.worker, folder / "worker.log", **deployed.settings) as working:
+        run = start(together)
+        with standing_still(working, together) as flow:
+            for process in (working, *flow):
+                process.kill()
+                process.wait()
+        before = stamps(together)
+        killed = server.reached(run, *FINAL)
+    with running(deployed.worker, folder / "worker.log", **deployed.settings):
+        again = server.reached(start(together), *FINAL)
+    now = stamps(together)
+    return Lost(outlived, n_shards(alone), killed, again, [name for name in before if now[name] != before[name]])
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    """When each finished shard was written, by its receipt."""
+    receipts = (directory / "negs").rglob("_receipts/part-*.json")
+    return {path.relative_to(directory).as_posix(): path.stat().st_mtime_ns for path in receipts}
+
+
+def test_a_run_outlives_the_worker_that_started_it(lost):
+    assert lost.outlived["state"]["type"] == "COMPLETED"
+    assert lost.n_shards == N_ROWS
+
+
+def test_a_run_that_is_killed_with_its_worker_is_marked_as_crashed_and_the_next_one_goes_on(lost):
+    assert lost.killed["state"]["type"] == "CRASHED"
+    assert lost.again["state"]["type"] == "COMPLETED"
+    assert lost.redone == []
