@@ -61,6 +61,15 @@ class Page:
         """Go to an address, and wait until it is loaded."""
         before = self.loads
         self.send("Page.navigate", url=address)
+        self._wait_for_load(before)
+
+    def follow(self, element: str) -> None:
+        """Click an element, named by an expression, and wait until the page that it leads to is loaded."""
+        before = self.loads
+        self.value(f"({element}).click()")
+        self._wait_for_load(before)
+
+    def _wait_for_load(self, before: int) -> None:
         while self.loads == before:
             self._receive()
 

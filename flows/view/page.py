@@ -13,6 +13,8 @@ from markupsafe import Markup
 from flows.show.table import Table
 from flows.show.text import printable
 
+_MOST_COLUMNS = 12
+
 LinkOf = Callable[[Sequence[str]], str]
 """Address for a cell, from the texts of its row."""
 
@@ -35,6 +37,8 @@ class Part:
     table: Table | None = None
     links: Mapping[str, LinkOf] = field(default_factory=dict)
     """By the title of a column: where the cells of that column lead."""
+    is_folded: bool = False
+    """Whether the table is a line until it is opened."""
     choices: Sequence[str] = ()
     """A name for each row of the table, which can be chosen to be compared."""
     asked: Mapping[str, str] | None = None
@@ -50,6 +54,11 @@ class Page:
     way: Sequence[Link] = ()
     """The pages above it."""
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether a table has more columns than a screen has room for: rows are blocks then, as on narrow screens."""
+        return any(len(part.table.columns) > _MOST_COLUMNS for part in self.parts if part.table)
+
 
 def address(page: str, **values: str | int) -> str:
     """Return the address of a page about something."""
@@ -61,9 +70,9 @@ def html(page: Page) -> str:
     return _environment().from_string(_file("page.html")).render(page=page, grid=_grid)
 
 
-def style_sheet() -> str:
-    """Return the style sheet of all pages."""
-    return _file("style.css")
+def style_sheet(name: str) -> str:
+    """Return a style sheet: of all pages, or of those whose rows are blocks."""
+    return _file(name)
 
 
 class _Cell(NamedTuple):

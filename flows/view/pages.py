@@ -43,8 +43,9 @@ def index(runs: Runs) -> Page:
     found = sorted(map(runs.summary, runs.places()), key=lambda one: -(one.written_s or 0))
     rows = [[*_summary_cells(one)] for one in found]
     table = Table("runs", count(len(found), "run"), texts("run", "kind", "models", "data", "state", "date"), [rows])
+    names = [one.name for one in found]
     links: dict[str, LinkOf] = {"run": lambda row: address("run", run=row[0])}
-    return Page(str(runs.root), [Part(table=table, links=links, choices=[one.name for one in found])])
+    return Page(str(runs.root), [Part(table=table, links=links, choices=names if len(names) > 1 else ())])
 
 
 def _summary_cells(one: RunSummary) -> Iterator[Cell]:
@@ -104,13 +105,15 @@ def _best_parts(runs: Runs, name: str) -> Iterator[Part]:
     for model in dict.fromkeys(row.model for row in rows):
         links = _to_neuron(name, model, 1)
         own = [row for row in rows if row.model == model]
-        yield from (Part(table=table, links=links) for table in neuron_tables(own))
+        yield from (Part(table=table, links=links, is_folded=True) for table in neuron_tables(own))
 
 
 def _splits_part(name: str, splits: Mapping[str, StoredSplit]) -> Part:
-    rows: list[list[Cell]] = [[key, one.place.model, one.title, one.place.part] for key, one in splits.items()]
-    table = Table("negs", "Rows whose NEGs are stored", texts("rows", "model", "dataset", "split"), [rows])
-    return Part(table=table, links={"rows": lambda row: address("rows", run=name, part=row[0])})
+    keys: dict[tuple[str, ...], str] = {
+        (one.place.model, one.title, one.place.part): key for key, one in splits.items()
+    }
+    table = Table("negs", "Rows whose NEGs are stored", texts("model", "dataset", "rows"), [[*map(list, keys)]])
+    return Part(table=table, links={"rows": lambda row: address("rows", run=name, part=keys[tuple(row)])})
 
 
 def compare_page(runs: Runs, names: Sequence[str]) -> Page:
@@ -141,10 +144,10 @@ def table_page(runs: Runs, name: str, table: str) -> Page:
     warning, stored = check_results(runs.at(name), [file]), read_arrow(file)
     columns = [Column(one.name, is_numeric=_is_number(one.type)) for one in stored.schema]
     rows = [[_stored_cell(value) for value in row.values()] for row in stored.slice(0, _MOST_CELLS).to_pylist()]
-    title = f"{table}, {count(stored.num_rows, 'row')}"
     caption = f"The first {_MOST_CELLS} rows." if stored.num_rows > _MOST_CELLS else ""
     lines = [warning] if warning else []
-    return Page(title, [Part(lines=lines, table=Table(table, title, columns, [rows], caption))], _way(name))
+    shown = Table(table, count(stored.num_rows, "row"), columns, [rows], caption)
+    return Page(table, [Part(lines=lines, table=shown)], _way(name))
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -154,6 +157,8 @@ def _is_number(kind: pa.DataType) -> bool:
 def _stored_cell(value: Any) -> Cell:
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return ", ".join(str(_stored_cell(one)) if isinstance(one, float) else repr(one) for one in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -111,7 +111,11 @@ def _add_pages(app: FastAPI, runs: Runs, key_of: Callable[[str], str]) -> None:
 
     @app.get("/style.css")
     def style() -> Response:
-        return Response(style_sheet(), media_type="text/css")
+        return Response(style_sheet("style.css"), media_type="text/css")
+
+    @app.get("/stacked.css")
+    def stacked() -> Response:
+        return Response(style_sheet("stacked.css"), media_type="text/css")
 
     @app.get("/run")
     def run(run: Text) -> HTMLResponse:

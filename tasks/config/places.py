@@ -6,6 +6,7 @@ notes that directory, so that a replay from elsewhere finds the same files, or s
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def moved_here(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     if _is_same(location(values["out"]), here):
         return dict(values)
-    logger.warning("%s was written for %s: the run is taken to be in %s", file, values["out"], here)
+    _warn_once(f"{file} was written for {values['out']}: the run is taken to be in {here}")
     return {**values, "out": str(here)}
 
 
@@ -69,7 +70,13 @@ def check_relative_paths(file: Path, values: Mapping[str, Any], overridden: Mapp
                 f"{file}: {given!r} is relative to the directory in which the command is started, and {str(here)!r} is "
                 f"not there; {str(there)!r} is: start the command in {str(base)!r}, or give its absolute path"
             )
-        logger.warning("%s: %r is taken to be %s, not %s", file, given, here, there)
+        _warn_once(f"{file}: {given!r} is taken to be {here}, not {there}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Warn once in a process, however often a run file is read in it."""
+    logger.warning("%s", message)
 
 
 def _paths(values: Mapping[str, Any]) -> Iterator[str]:

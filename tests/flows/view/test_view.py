@@ -1,83 +1,32 @@
 """`neg view` as a browser, and as those who should not, meet it: the real server on the loopback interface."""
 
 import html
-import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import pytest
-from support import NEG, neg, save_tiny_model, write_questions
+from support import neg
+from views import EVIL, NAME, hostile_runs, serving
 
 from negcore.store.reader import open_negs
-
-RUN = ("--backend", "local", "--orchestrator", "none")
-EVIL = "<script>alert(1)</script>\"'&"
-NAME = "<b>run & 'co'"
-"""Name of a run directory: a name is text, too."""
-
-
-class Server(NamedTuple):
-    process: subprocess.Popen
-    address: str
-    token: str
-    root: Path
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rsplit(":", 1)[1])
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A directory with two finished runs, one of which has a name and prompts made to harm a page."""
-    folder = tmp_path_factory.mktemp("view")
-    model = save_tiny_model("llama", folder / "tiny-llama", n_positions=1024)
-    rows = [{"prompt": f"{i} {EVIL}\u202e Answer:", "labels": [" A", " B"], "answer": i % 2} for i in range(24)]
-    (folder / "hostile.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = ("--dataset", write_questions(folder), "--dataset", folder / "hostile.jsonl")
-    out = folder / "runs" / NAME
-    assert neg("pipeline", "--model", model, *data, "--out", out, "--probe", "magn", *RUN).returncode == 0
-    shutil.copytree(out, folder / "runs" / "copy")
-    (folder / "secret.html").write_text("secret")
-    (folder / "runs" / "copy" / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
-    return folder / "runs"
+    root = hostile_runs(tmp_path_factory.mktemp("view"))
+    (root.parent / "secret.html").write_text("secret")
+    (root / "copy" / "figure.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    return root
 
 
 @pytest.fixture(scope="module")
 def server(root):
     with serving(root) as found:
         yield found
-        found.process.terminate()
-
-
-def serving(root):
-    """Start `neg view`, and wait for the address that it prints."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [NEG, "view", root], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    return _Serving(process, root)
-
-
-class _Serving:
-    def __init__(self, process, root):
-        self.process, self.root = process, root
-
-    def __enter__(self):
-        line = self.process.stdout.readline()
-        address, token = re.search(r"open (http://127\.0\.0\.1:\d+)/\?token=(\S+)", line).groups()
-        return Server(self.process, address, token, self.root)
-
-    def __exit__(self, *error):
-        self.process.kill()
-        self.process.communicate()
 
 
 @pytest.fixture(scope="module")
