@@ -33,14 +33,16 @@ from support import CONFIGS, LABELS, Row, prompts_for, tiny_model, tiny_tokenize
 
 from negcore.measure.benchmark import plain_gradients
 from negcore.measure.forward import common_prefix_length
+from negcore.measure.kept import keeping
 from negcore.measure.loading import checked
 from negcore.measure.model_check import check_model
-from negcore.measure.neurgrad import NeurGradBatch, away_from_zero, neurgrad
+from negcore.measure.neurgrad import NeurGradBatch, away_from_zero, measure_negs, neurgrad
 from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import DTYPES, LanguageModel, describe_model, read_model, wrap_model
 from negcore.store.identity import RunIdentity
+from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
 
@@ -394,8 +396,9 @@ def shards(setting: Setting) -> Iterator[Figures]:
     n_rows = 8 if setting.tiny else 64
     work = random_prompts(lm, "one-shot", n_rows, 461, (86, 86))
     examples = [Row(str(index), answer=index % 4) for index in range(n_rows)]
-    for storage in ("bfloat16", "codes", "stats"):
+    for storage in STORAGE_LEVELS:
         measurement = NegMeasurement(lm.n_layers, lm.layer_width, storage)
+        keep = keeping(lm, storage, np.array([row.answer for row in examples]))
         identity = RunIdentity(
             model="m", model_revision="r", tokenizer_hash="t", site="up", dtype="bfloat16", prompt={},
             n_layers=lm.n_layers, n_neurons=lm.layer_width, dataset_fingerprint="f", storage=storage,
@@ -403,8 +406,8 @@ def shards(setting: Setting) -> Iterator[Figures]:
         with tempfile.TemporaryDirectory() as folder, _idle(setting) as idle:
             seconds: dict[str, float] = {}
             with _noted(seconds, "measure_s"):
-                batch = neurgrad(lm, work.prompts)
-            columns = {name: getattr(batch, name) for name in measurement.column_types(4)}
+                measured = measure_negs(lm, work.prompts, keep, dtype=torch.float32)
+            columns = {**measured, "label_ids_PO": work.prompts.label_ids_PO}
             with _noted(seconds, "nonfinite_s"):
                 measurement.nonfinite(columns)
             with _noted(seconds, "columns_s"):

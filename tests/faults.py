@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 
 from negcore.errors import PromptError
+from negcore.measure import neurgrad
 from negcore.store.publish import SetAside
+from tasks.measure.negs import NegMeasurement
 from tasks.measure.worker import ModelWorker
 
 
@@ -55,21 +59,25 @@ class FaultyWorker(ModelWorker):
     def _measure(self, job, examples):
         for example in examples:
             commit(example.prompt)
-        columns = super()._measure(job, examples)
-        for row, example in enumerate(examples):
-            if "!nan" in example.prompt:
-                spoil(columns, row)
+        spoilt = [row for row, example in enumerate(examples) if "!nan" in example.prompt]
+        with mock.patch.object(
+            neurgrad, "label_gradients", partial(spoilt_gradients, neurgrad.label_gradients, spoilt)
+        ):
+            columns = super()._measure(job, examples)
+        if not isinstance(job.measurement, NegMeasurement):
+            first = next(values for values in columns.values() if values.dtype.kind == "f")
+            first.reshape(len(first), -1)[spoilt, 0] = np.nan
         return columns
 
 
-def spoil(columns, row):
-    """Make some of a row's numbers NaN or infinite: three of its NEGs and activations, or its first column's first."""
-    if "negs_POLN" in columns:
-        columns["negs_POLN"][row, 0, 1, :2] = np.nan
-        columns["activations_PLN"][row, 2, 0] = np.inf
-    else:
-        first = next(values for values in columns.values() if values.dtype.kind == "f")
-        first.reshape(len(first), -1)[row, 0] = np.nan
+def spoilt_gradients(gradients, spoilt, batch, label_ids_BO):
+    """Make three of the NEGs and activations of some rows NaN or infinite."""
+    result = gradients(batch, label_ids_BO)
+    for at, row in enumerate(batch.rows):
+        if row in spoilt:
+            result.grads_LOBN[1][0, at, :2] = np.nan
+            result.activations_BLN[at, 2, 0] = np.inf
+    return result
 
 
 class Row(NamedTuple):

@@ -15,12 +15,15 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from negcore.measure.kept import keeping
 from negcore.measure.loading import checked
+from negcore.measure.neurgrad import Negs, Results
 from negcore.model.architectures import ARCHITECTURES
 from negcore.model.check import ModelCheck
 from negcore.model.language_model import LanguageModel, wrap_model
 from negcore.model.skeleton import auto_class
 from negcore.store.identity import RunIdentity
+from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
 
@@ -354,15 +357,28 @@ def write_negs(
 ) -> Receipt:
     """Publish one shard of NEGs that were not measured: any numbers, as the identity's storage level holds them."""
     about = {name: columns.pop(name) for name in ("set_aside", "n_nonfinite") if name in columns}
-    neurons = columns.pop("neurons", None)
-    chosen = {} if neurons is None else {"n_chosen": len(neurons), "neurons": tuple(neurons)}
-    measurement = NegMeasurement(identity.n_layers, identity.n_neurons, identity.storage, **chosen)
-    arrays = {name: np.asarray(values) for name, values in columns.items()}
-    batch = measurement.record_batch(examples, arrays)
-    n_options = arrays["probs_PO"].shape[1]
-    return publish_shard(
-        root, place, index, n_shards, identity=identity, batch=batch, about=measurement.about(n_options), **about
-    )
+    batch = STORAGE_LEVELS[identity.storage].batch(examples, **columns)
+    measurement = NegMeasurement(identity.n_layers, identity.n_neurons, identity.storage)
+    about |= {"about": measurement.about(np.shape(columns["probs_PO"])[1])}
+    return publish_shard(root, place, index, n_shards, identity=identity, batch=batch, **about)
+
+
+def kept_columns(
+    measurement: NegMeasurement, gold_P: Any, negs_POLN: Any, activations_PLN: Any, probs_PO: Any, label_ids_PO: Any
+) -> dict[str, np.ndarray]:
+    """What a measurement would return had a model had these numbers: P prompts in two batches, the later ones first."""
+    lm, n_rows = tiny_model("llama"), len(gold_P)
+    results = Results(lm.device, n_rows)
+    keep = keeping(lm, measurement.storage, np.asarray(gold_P), measurement.neurons)
+    for rows in (list(range(n_rows // 2, n_rows)), list(range(n_rows // 2))):
+        if rows:
+            negs_BOLN, activations_BLN, probs_BO = (
+                torch.from_numpy(np.array(values)[rows]).float() for values in (negs_POLN, activations_PLN, probs_PO)
+            )
+            negs = Negs(negs_BOLN.permute(2, 1, 0, 3), activations_BLN.transpose(0, 1), probs_BO)
+            results.take(keep(negs, rows), rows)
+    measured = results.arrays() if n_rows else measurement.empty(np.shape(negs_POLN)[1])
+    return {**measured, "label_ids_PO": np.asarray(label_ids_PO)}
 
 
 def write_questions(folder: Path) -> str:

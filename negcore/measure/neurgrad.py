@@ -3,13 +3,15 @@
 Shapes: P prompts, O options (labels), L layers, N neurons a layer, B rows of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints, count_nonfinite
@@ -108,15 +110,62 @@ def neurgrad(
     sweep alike; the released sweep never moves it.
     """
     encoded = encode(lm.card, prompts, labels)
-    n_prompts, n_options = encoded.label_ids_PO.shape
-    results = _Results(
-        negs_POLN=_host_tensor(lm, n_prompts, n_options, lm.n_layers, lm.layer_width),
-        activations_PLN=_host_tensor(lm, n_prompts, lm.n_layers, lm.layer_width),
-        probs_PO=_host_tensor(lm, n_prompts, n_options),
-    )
+    dtype = torch.float64 if lm.model.dtype == torch.float64 else torch.float32
+    measured = measure_negs(lm, encoded, _everything, dtype=dtype, batch_size=batch_size)
+    return NeurGradBatch(**measured, label_ids_PO=encoded.label_ids_PO)
+
+
+class Negs(NamedTuple):
+    """NEGs of a batch on the model's device, as wide as they are wanted."""
+
+    negs_LOBN: Tensor
+    activations_LBN: Tensor
+    probs_BO: Tensor
+
+
+class Kept(NamedTuple):
+    """What is kept of a batch, by name: only this is copied to the host."""
+
+    by_layer: Mapping[str, Tensor] = MappingProxyType({})
+    """Shape (L, B, ..., N)."""
+    by_row: Mapping[str, Tensor] = MappingProxyType({})
+    """Shape (B, ...)."""
+    sums: Mapping[str, Tensor] = MappingProxyType({})
+    """Sums over rows, of any shape. They are whole numbers, so that no order of batches changes them."""
+
+
+def measure_negs(
+    lm: LanguageModel,
+    encoded: EncodedPrompts,
+    keep: Callable[[Negs, Sequence[int]], Kept],
+    *,
+    dtype: torch.dtype,
+    batch_size: int | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Measure NEGs as `neurgrad` does and keep something of them.
+
+    Parameters
+    ----------
+    keep : callable
+        Takes the NEGs of a batch and the indices of its prompts, and returns what is kept.
+    dtype : torch.dtype
+        Type in which it gets them.
+
+    Returns
+    -------
+    dict of name to array
+        Of what is kept by layer (P, ..., L, N), a layer's numbers side by side in memory; of what is kept by row
+        (P, ...); and the sums.
+
+    Raises
+    ------
+    ModelError, RuntimeError
+        As for `neurgrad`.
+    """
+    results = Results(lm.device, len(encoded.ids))
 
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
-        _fill(results, rows, batch, encoded.label_ids_PO[rows])
+        _fill(results, rows, batch, encoded.label_ids_PO[rows], keep, dtype)
 
     measure_batches(
         lm,
@@ -124,13 +173,10 @@ def neurgrad(
         measure,
         BatchLimit("prompts"),
         batch_size=batch_size,
-        max_rows=_LOGIT_BYTES // (4 * n_options * lm.card.vocab_size),
+        max_rows=_LOGIT_BYTES // (4 * encoded.label_ids_PO.shape[1] * lm.card.vocab_size),
         n_shared=encoded.n_shared,
     )
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)  # the last numbers may still be on their way
-    negs_POLN, activations_PLN, probs_PO = (tensor.numpy() for tensor in results)
-    return NeurGradBatch(negs_POLN, activations_PLN, probs_PO, encoded.label_ids_PO)
+    return results.arrays()
 
 
 def away_from_zero(activations: Tensor) -> Tensor:
@@ -189,28 +235,85 @@ def _options_in_rows(batch: CausalBatch, label_ids_BO: Tensor) -> LabelGradients
     return LabelGradients(grads, activations_RLN[::n_options], probs_R1.detach().view(n_rows, n_options))
 
 
-class _Results(NamedTuple):
-    """Tensors on the host, as `NeurGradBatch` has them."""
+class Results:
+    """Arrays on the host that are filled batch by batch, while a GPU computes the next one."""
 
-    negs_POLN: Tensor
-    activations_PLN: Tensor
-    probs_PO: Tensor
+    def __init__(self, device: torch.device, n_prompts: int) -> None:
+        self._device, self._n_prompts = device, n_prompts
+        self._by_layer: dict[str, Tensor] = {}
+        self._by_row: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def take(self, kept: Kept, rows: Sequence[int]) -> None:
+        """Take over what is kept of some rows."""
+        for name, values_LB in kept.by_layer.items():
+            n_layers, _, *shape = values_LB.shape
+            if name not in self._by_layer:
+                self._by_layer[name] = self._empty(values_LB, n_layers, self._n_prompts, *shape)
+            for result_P, values_B in zip(self._by_layer[name], values_LB, strict=True):
+                _copy_rows(result_P, values_B, rows)
+        for name, values_B in kept.by_row.items():
+            if name not in self._by_row:
+                self._by_row[name] = self._empty(values_B, self._n_prompts, *values_B.shape[1:])
+            _copy_rows(self._by_row[name], values_B, rows)
+        for name, sums in kept.sums.items():  # last, and without new memory: a batch that fails is measured again
+            if name in self._sums:
+                self._sums[name] += sums
+            else:
+                self._sums[name] = sums
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all arrays, once the last numbers have come."""
+        sums = {name: values.cpu().numpy() for name, values in self._sums.items()}
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        by_layer = {name: np.moveaxis(values.numpy(), 0, -2) for name, values in self._by_layer.items()}
+        return by_layer | {name: values.numpy() for name, values in self._by_row.items()} | sums
+
+    def _empty(self, like: Tensor, *shape: int) -> Tensor:
+        """Return an empty tensor on the host that a GPU can write to while it computes, unless that takes too much."""
+        is_pinned = self._device.type == "cuda" and prod(shape) * like.itemsize <= _PINNED_BYTES
+        return torch.empty(shape, dtype=like.dtype, pin_memory=is_pinned)
 
 
-def _host_tensor(lm: LanguageModel, *shape: int) -> Tensor:
-    """Return an empty tensor on the host, one that a GPU can write to while it computes unless that takes too much."""
-    result_type = torch.float64 if lm.model.dtype == torch.float64 else torch.float32
-    is_pinned = lm.device.type == "cuda" and prod(shape) * result_type.itemsize <= _PINNED_BYTES
-    return torch.empty(shape, dtype=result_type, pin_memory=is_pinned)
+def _copy_rows(result_P: Tensor, values_B: Tensor, rows: Sequence[int]) -> None:
+    """Copy rows to their places, as many at once as have their places side by side."""
+    for start, stop in _stretches(rows):
+        first = rows[start]
+        result_P[first : first + stop - start].copy_(values_B[start:stop], non_blocking=True)
 
 
-def _fill(results: _Results, rows: Sequence[int], batch: ProbedBatch, label_ids_BO: Ints) -> None:
-    grads, activations_BLN, probs_BO = label_gradients(batch, on_device(batch.lm, label_ids_BO))
-    negs_BOLN = torch.stack(grads, dim=2).transpose(0, 1) * away_from_zero(activations_BLN)[:, None]
-    for result, values in zip(results, (negs_BOLN, activations_BLN, probs_BO), strict=True):
-        wide = values.to(result.dtype).contiguous()
-        for row, value in zip(rows, wide, strict=True):
-            result[row].copy_(value, non_blocking=True)
+def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where each stretch of consecutive numbers starts and stops."""
+    start = 0
+    for stop in range(1, len(rows) + 1):
+        if stop == len(rows) or rows[stop] != rows[stop - 1] + 1:
+            yield start, stop
+            start = stop
+
+
+def _fill(
+    results: Results,
+    rows: Sequence[int],
+    batch: ProbedBatch,
+    label_ids_BO: Ints,
+    keep: Callable[[Negs, Sequence[int]], Kept],
+    dtype: torch.dtype,
+) -> None:
+    grads_LOBN, activations_BLN, probs_BO = label_gradients(batch, on_device(batch.lm, label_ids_BO))
+    activations_LBN = activations_BLN.transpose(0, 1)
+    negs_LOBN = torch.stack(grads_LOBN).mul_(away_from_zero(activations_LBN)[:, None])
+    results.take(keep(Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), probs_BO.to(dtype)), rows), rows)
+
+
+def _everything(negs: Negs, rows: Sequence[int]) -> Kept:
+    by_layer = {"negs_POLN": negs.negs_LOBN.transpose(1, 2), "activations_PLN": negs.activations_LBN}
+    return Kept(contiguous(by_layer), {"probs_PO": negs.probs_BO})
+
+
+def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that can be copied to the host without a detour."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _gradients(lm: LanguageModel, probs_BO: Tensor, inputs: list[Tensor], unit_OBO: Tensor) -> tuple[Tensor, ...]:

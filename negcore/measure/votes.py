@@ -96,6 +96,11 @@ class Vote(NamedTuple):
         """Name of the probe in run files: the rule, and the signal unless that is NEG."""
         return self.rule if self.signal == "neg" else f"{self.rule}-{self.signal}"
 
+    @property
+    def column(self) -> str:
+        """Name of the column of its sums in a shard."""
+        return f"sum_{self.rule}_{self.signal}"
+
 
 VOTES = tuple(Vote(rule, signal) for rule, signal in product(get_args(Rule), get_args(Signal)))
 """All ways to score neurons."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.errors import NegError, ShardError
-from negcore.measure.votes import VOTES, Numbers, Vote, vote_sums
+from negcore.measure.votes import VOTES, Numbers, vote_sums
 from negcore.store import codes
 from negcore.store.codes import SignedRanks
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
@@ -55,6 +55,10 @@ Neurons = int | NeuronPlaces
 Chosen = Sequence[int] | None
 """Flat indices, rising, of the neurons to store; None where vote sums have not chosen any."""
 Columns = dict[str, pa.Array]
+
+Kept = Mapping[str, Numbers]
+"""What a level keeps: numbers of every neuron (P, ..., L, N) or of chosen ones (P, ..., K) by the beginning of their
+columns' names, or vote sums (M,) by their columns' names."""
 
 # What the columns mean. These texts are in the metadata of every file, so they are part of a shard's bytes and never
 # change, though two modules that they name have moved since (to negcore/store/codes.py and negcore/measure/votes.py).
@@ -119,14 +123,33 @@ class StorageLevel(ABC):
             If the level cannot hold so many options, or a NEG that is NaN or infinite.
         """
         negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
-        label_ids, probs = np.asarray(label_ids_PO, np.int32), np.asarray(probs_PO, np.float32)
-        gold_P = np.array([example.answer for example in examples], np.int16)
-        n_rows, n_options, *model_shape = negs.shape
-        assert label_ids.shape == probs.shape == (n_rows, n_options), (label_ids.shape, probs.shape)
-        assert activations.shape == (n_rows, *model_shape), activations.shape
-        assert ((gold_P >= 0) & (gold_P < n_options)).all(), gold_P
+        assert activations.shape == (len(negs), *negs.shape[2:]), (activations.shape, negs.shape)
+        kept = self.kept(negs, activations, _gold(examples), neurons)
+        return self.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=neurons)
+
+    def packed(
+        self,
+        examples: Sequence[StoredExample],
+        kept: Kept,
+        *,
+        label_ids_PO: npt.ArrayLike,
+        probs_PO: npt.ArrayLike,
+        neurons: Chosen = None,
+    ) -> pa.RecordBatch:
+        """Return the rows of one shard from what the level keeps of them, wherever that was computed.
+
+        Parameters
+        ----------
+        kept : mapping of name to array
+            As `kept` returns it.
+        examples, label_ids_PO, probs_PO, neurons
+            As for `batch`.
+        """
+        label_ids, probs, gold_P = np.asarray(label_ids_PO, np.int32), np.asarray(probs_PO, np.float32), _gold(examples)
+        assert label_ids.shape == probs.shape == (len(examples), probs.shape[1]), (label_ids.shape, probs.shape)
+        assert ((gold_P >= 0) & (gold_P < probs.shape[1])).all(), gold_P
         shared = {"gold": column(gold_P), "label_ids": column(label_ids), "probs": column(probs)}
-        own = self._columns(negs, activations, gold_P, neurons)
+        own = self._columns(kept, len(examples), neurons)
         # Lists come first, so that all columns of numbers stay aligned.
         first = {name: values for name, values in own.items() if values.type == IN_FIRST_ROW}
         return record_batch(examples, {**first, **shared, **own})
@@ -179,7 +202,17 @@ class StorageLevel(ABC):
         return np.full(places.flat_K.size, self.has_values)
 
     @abstractmethod
-    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
+    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+        """Return what the level keeps of measured numbers; `negcore.measure.kept` computes the same on a device.
+
+        Raises
+        ------
+        NegError
+            As for `batch`.
+        """
+
+    @abstractmethod
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
         """Return the columns that depend on the level, by name and in order."""
 
     @abstractmethod
@@ -193,19 +226,16 @@ class Values(StorageLevel):
     name: ClassVar[StorageName] = "values"
     axes: ClassVar[Mapping[str, str]] = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "neg_LL": _NEG})
 
-    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
-        columns: Columns = {}
-        for layer in range(negs_POLN.shape[2]):
-            try:
-                stored = self._layer(negs_POLN[:, :, layer], activations_PLN[:, layer])
-            except NegError as error:
-                raise NegError(f"layer {layer}: {error}") from None
-            columns |= {f"{kind}_{layer:02d}": column(values) for kind, values in stored.items()}
-        return columns
+    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+        return {"act": activations_PLN, "neg": negs_POLN}
 
-    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
-        """Return the arrays to store of one layer, by the beginning of their columns' names."""
-        return {"act": activations_PN, "neg": negs_PON}
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
+        n_layers = kept["act"].shape[1]
+        return {
+            f"{kind}_{layer:02d}": column(values[..., layer, :])
+            for layer in range(n_layers)
+            for kind, values in kept.items()
+        }
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
         if not isinstance(neurons, NeuronPlaces):
@@ -229,8 +259,8 @@ class Bfloat16(Values):
     name = "bfloat16"
     axes = MappingProxyType({"act_LL": _ACT + _BFLOAT16, "probs": _PROBS, "neg_LL": _NEG + _BFLOAT16})
 
-    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
-        return {"act": bfloat16_bits(activations_PN), "neg": bfloat16_bits(negs_PON)}
+    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+        return {"act": bfloat16_bits(activations_PLN), "neg": bfloat16_bits(negs_POLN)}
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
         return bfloat16_values(super()._numbers(shard, kind, neurons, *axes))
@@ -247,8 +277,14 @@ class Codes(Values):
     def check_n_options(self, n_options: int) -> None:
         codes.check_n_options(n_options)
 
-    def _layer(self, negs_PON: FloatArray, activations_PN: FloatArray) -> dict[str, Numbers]:
-        return {"act": activations_PN, "code": codes.encode(negs_PON)}
+    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+        codes_PLN: Numbers = np.empty(activations_PLN.shape, np.uint16)
+        for layer in range(negs_POLN.shape[2]):
+            try:
+                codes_PLN[:, layer] = codes.encode(negs_POLN[:, :, layer])
+            except NegError as error:
+                raise NegError(f"layer {layer}: {error}") from None
+        return {"act": activations_PLN, "code": codes_PLN}
 
     def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
         raise ShardError(
@@ -281,17 +317,18 @@ class Stats(StorageLevel):
     has_vote_sums = True
     has_nonfinite = False
 
-    def _columns(self, negs_POLN: Numbers, activations_PLN: Numbers, gold_P: Numbers, neurons: Chosen) -> Columns:
-        n_rows = len(gold_P)
+    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
         if neurons is None:
-            sums = vote_sums(negs_POLN, activations_PLN, gold_P) if n_rows else dict.fromkeys(VOTES, gold_P)
-            return {sum_column(vote): first_row_column(sums_M, n_rows) for vote, sums_M in sums.items()}
+            sums = vote_sums(negs_POLN, activations_PLN, gold_P) if len(gold_P) else dict.fromkeys(VOTES, gold_P)
+            return {vote.column: sums_M for vote, sums_M in sums.items()}
         layers_K, neurons_K = np.divmod(np.array(neurons), negs_POLN.shape[3])
-        return {
-            "neurons": first_row_column(neurons, n_rows),
-            "act": column(activations_PLN[:, layers_K, neurons_K]),
-            "neg": column(negs_POLN[:, :, layers_K, neurons_K]),
-        }
+        return {"act": activations_PLN[:, layers_K, neurons_K], "neg": negs_POLN[:, :, layers_K, neurons_K]}
+
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
+        if neurons is None:
+            return {vote.column: first_row_column(kept[vote.column], n_rows) for vote in VOTES}
+        chosen = {"neurons": first_row_column(neurons, n_rows)}
+        return chosen | {kind: column(kept[kind]) for kind in ("act", "neg")}
 
     def stores_values(self, shard: ShardColumns, places: NeuronPlaces) -> npt.NDArray[np.bool_]:
         return np.isin(places.flat_K, first_row(shard.batch, "neurons"))
@@ -336,15 +373,14 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
         return False
 
 
+def _gold(examples: Sequence[StoredExample]) -> npt.NDArray[np.int16]:
+    return np.array([example.answer for example in examples], np.int16)
+
+
 @lru_cache(maxsize=16)
 def _schema(storage: str, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None) -> pa.Schema:
     """Return the columns of a level, which all shards of a directory have: making them takes longer than comparing."""
     return STORAGE_LEVELS[storage].schema(n_options, n_layers, n_neurons, n_chosen)
-
-
-def sum_column(vote: Vote) -> str:
-    """Return the name of the column with a vote's sums."""
-    return f"sum_{vote.rule}_{vote.signal}"
 
 
 def bfloat16_bits(values: FloatArray) -> npt.NDArray[np.uint16]:

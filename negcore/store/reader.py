@@ -25,7 +25,7 @@ from negcore.store.files import find, is_dir, location
 from negcore.store.frames import prompts_table, require
 from negcore.store.identity import RunIdentity
 from negcore.store.integrity import check_shards, complete_receipts, damaged_file, metadata_of, sound_batch
-from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, sum_column
+from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel
 from negcore.store.publish import Receipt, SetAside, ShardPlace, shard_of
 from negcore.store.schema import ShardColumns, first_row
 
@@ -400,7 +400,7 @@ class Shard(ShardColumns):
         ShardError
             If the shard holds none.
         """
-        name = sum_column(vote)
+        name = vote.column
         if name not in self.batch.schema.names:
             raise ShardError(f"{str(self.path)!r} holds no vote sums: ask the partition that was written for ranking")
         return first_row(self.batch, name)

@@ -54,9 +54,14 @@ def record_batch(examples: Sequence[StoredExample], columns: Mapping[str, pa.Arr
 
 
 def column(values: npt.NDArray[Any]) -> pa.Array:
-    """Return a column over zero-padded memory: one number a row, or a list of all of a row's numbers."""
-    buffer = np.zeros(-(-values.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, dtype=np.uint8)
-    buffer[: values.nbytes].view(values.dtype).reshape(values.shape)[...] = values
+    """Return a column over zero-padded memory: one number a row, or a list of all of a row's numbers.
+
+    Numbers that lie in order and need no padding are not copied.
+    """
+    buffer = values
+    if values.nbytes % ALIGNMENT_BYTES or not values.flags.c_contiguous:
+        buffer = np.zeros(-(-values.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES, dtype=np.uint8)
+        buffer[: values.nbytes].view(values.dtype).reshape(values.shape)[...] = values
     item = pa.from_numpy_dtype(values.dtype)
     flat = pa.Array.from_buffers(item, values.size, [None, pa.py_buffer(buffer)])
     if values.ndim == 1:

@@ -26,7 +26,6 @@ from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile
 from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.examples import encoded_prompts
-from tasks.measure.negs import NegMeasurement
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import Planned, PlannedDataset, PlannedModel, of_each_model
 
@@ -34,8 +33,10 @@ _PROCESS_BYTES = 600 * 2**20
 """A worker's process before it holds a model."""
 _SCORE_BYTES = 4
 """Bytes of an attention score of a probed token, in whatever type the model is."""
-_SHARD_COPIES = 2
-"""Copies of a shard: as columns, and as bytes on their way to the disk."""
+_SHARD_COPIES = 3
+"""Copies of a shard: as it was measured, as columns, and as bytes on their way to the disk."""
+_NUMBER_BYTES = 4
+"""Bytes of a number that is stored, while it is computed."""
 _FOREST_BYTES_A_FEATURE = 5
 """Bytes of one feature: one, and four in scikit-learn's copy."""
 _CALIBRATION_PROMPTS = 16
@@ -261,14 +262,8 @@ def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, sp
         n_bytes_left=sum(sizes[index] for index in missing),
         operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
         batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_shared, n_options),
-        assembly_bytes=max(shard_bytes(_with_values(split))) + _SHARD_COPIES * max(sizes),
+        assembly_bytes=_SHARD_COPIES * max(sizes),
     )
-
-
-def _with_values(split: ShardSet) -> ShardSet:
-    """The split as it is computed, whatever is stored of it."""
-    identity = replace(split.identity, storage="values", neurons=None)
-    return replace(split, identity=identity, measurement=NegMeasurement(identity.n_layers, identity.n_neurons))
 
 
 def _operations(
@@ -287,7 +282,9 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_shared: int, n
     config, width, device = card.text_config, DTYPES[run.dtype].itemsize, torch.device("cuda" if on_gpu(run) else "cpu")
     largest = largest_batch(card, width, device.type, n_tokens - n_shared, whole=card.arch.whole)
     n_rows = min(run.batch_size or largest, run.shard_rows)
-    gradients = n_options * n_rows * (card.n_layers * card.layer_width + 3 * config.vocab_size) * width
+    # Gradients as they come, side by side, as wide as they are stored, and in the order in which they are stored.
+    a_neuron = 2 * (width + _NUMBER_BYTES)
+    gradients = n_options * n_rows * (card.n_layers * card.layer_width * a_neuron + 3 * config.vocab_size * width)
     a_token, heads = 3 * card.layer_width + 6 * config.hidden_size, config.num_attention_heads * n_tokens
     if card.arch.whole:
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)

@@ -79,6 +79,10 @@ class Measurement(ABC):
         """Return the examples that cannot be measured, as known beforehand."""
         return []
 
+    def rows(self, columns: Columns, kept: Sequence[int]) -> Columns:
+        """Return the columns of some of their rows."""
+        return {name: values[kept] for name, values in columns.items()}
+
     def record_batch(self, examples: Sequence[Example], columns: Columns) -> pa.RecordBatch:
         """Return the rows of a shard."""
         return study_batch(examples, columns)

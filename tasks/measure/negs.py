@@ -6,17 +6,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from negcore.measure.neurgrad import NeurGradBatch, neurgrad
+from negcore.arrays import count_nonfinite
+from negcore.errors import NegError
+from negcore.measure.kept import keeping
+from negcore.measure.neurgrad import measure_negs
+from negcore.measure.votes import VOTES
 from negcore.model.language_model import LanguageModel
-from negcore.store.identity import DEFAULT_STORAGE
-from negcore.store.levels import STORAGE_LEVELS
+from negcore.store.identity import DEFAULT_STORAGE, StorageName
+from negcore.store.levels import STORAGE_LEVELS, StorageLevel
 from negcore.store.schema import StoredExample
 from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 
 _MOST_LAYERS = 8
 """Layers that a message names."""
+
+_SUMS = frozenset(vote.column for vote in VOTES)
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class NegMeasurement(Measurement):
     n_layers: int
     layer_width: int
     """Neurons a layer."""
-    storage: str = DEFAULT_STORAGE
+    storage: StorageName = DEFAULT_STORAGE
     batch_size: int | None = None
     """Prompts in a batch; None to choose by length. Changes at most the last digits."""
     n_chosen: int | None = None
@@ -42,31 +49,51 @@ class NegMeasurement(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return dict(STORAGE_LEVELS[self.storage].axes)
+        return dict(self._level.axes)
 
     def about(self, n_options: int) -> dict[str, Any]:
         return {"axes": self.axes, "n_options": n_options}
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
-        shape = (self.n_layers, self.layer_width)
-        return {
-            "negs_POLN": ColumnType(np.float32, (n_options, *shape)),
-            "activations_PLN": ColumnType(np.float32, shape),
+        n_layers, width = self.n_layers, self.layer_width
+        no_numbers = np.empty((0, n_options, n_layers, width), np.float32), np.empty((0, n_layers, width), np.float32)
+        kept = self._level.kept(*no_numbers, np.empty(0, np.int16), self.neurons)
+        return {name: ColumnType(values.dtype, values.shape[1:]) for name, values in kept.items()} | {
             "probs_PO": ColumnType(np.float32, (n_options,)),
+            "nonfinite_PL": ColumnType(np.int32, (n_layers,)),
             "label_ids_PO": ColumnType(np.int64, (n_options,)),
         }
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         prompts = replace(encoded_prompts(examples), n_shared=self.n_shared)
-        batch = neurgrad(lm, prompts, batch_size=self.batch_size)
-        return {name: getattr(batch, name) for name in self.column_types(0)}
+        gold_P = np.array([example.answer for example in examples], np.int64)
+        keep = keeping(lm, self.storage, gold_P, self.neurons)
+        measured = measure_negs(lm, prompts, keep, dtype=torch.float32, batch_size=self.batch_size)
+        return {**measured, "label_ids_PO": prompts.label_ids_PO}
+
+    def rows(self, columns: Columns, kept: Sequence[int]) -> Columns:
+        """Return some rows; vote sums are of those with finite numbers alone."""
+        return {name: values if name in _SUMS else values[kept] for name, values in columns.items()}
 
     def record_batch(self, examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
         assert self.n_chosen is None or self.neurons is not None, "the neurons are not chosen yet"
-        return STORAGE_LEVELS[self.storage].batch(examples, **columns, neurons=self.neurons)
+        kept = dict(columns)
+        label_ids_PO, probs_PO, _ = (kept.pop(name) for name in ("label_ids_PO", "probs_PO", "nonfinite_PL"))
+        if self.neurons is None and not self._level.has_nonfinite and self.nonfinite(columns):
+            raise NegError(f"storage {self.storage!r} has no place for NaN and infinity: fail or skip such rows")
+        return self._level.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=self.neurons)
 
     def nonfinite(self, columns: Columns) -> list[Nonfinite]:
-        return [Nonfinite(one.row, one.n_values, _where(one.layers)) for one in NeurGradBatch(**columns).nonfinite()]
+        by_layer_PL = columns["nonfinite_PL"]
+        counts_P = by_layer_PL.sum(axis=1) + count_nonfinite(columns["probs_PO"])
+        return [
+            Nonfinite(row, int(counts_P[row]), _where(np.flatnonzero(by_layer_PL[row]).tolist()))
+            for row in np.flatnonzero(counts_P).tolist()
+        ]
+
+    @property
+    def _level(self) -> StorageLevel:
+        return STORAGE_LEVELS[self.storage]
 
 
 def _where(layers: Sequence[int]) -> str:

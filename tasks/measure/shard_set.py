@@ -148,7 +148,7 @@ class ShardJob:
             by_id[row.id] = row
         kept = [row for row in range(len(measured)) if row not in skipped]
         if skipped:
-            columns = {name: values[kept] for name, values in columns.items()}
+            columns = self.measurement.rows(columns, kept)
         return publish_shard(
             self.root,
             self.place,

@@ -257,11 +257,11 @@ def scarce_memory(monkeypatch, most, error=None):
     """Memory suffices for batches of so many prompts; returns the sizes that were tried."""
     tried, fill = [], gradients._fill
 
-    def limited(results, rows, batch, label_ids_BO):
+    def limited(results, rows, *others):
         tried.append(len(rows))
         if len(rows) > most:
             raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        fill(results, rows, batch, label_ids_BO)
+        fill(results, rows, *others)
 
     monkeypatch.setattr(gradients, "_fill", limited)
     return tried
