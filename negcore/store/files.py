@@ -215,17 +215,22 @@ def open_file(path: Path) -> BufferedReader:
     RunError
         If it is no file: a directory, a pipe, a socket or a device.
     """
+    return os.fdopen(_opened(path)[0], "rb")
+
+
+def _opened(path: Path) -> tuple[int, int]:
+    """Return the number of an open file, and its bytes."""
     try:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         if path.is_socket():  # cannot be opened at all
             raise RunError(_no_file(path, path.stat().st_mode)) from None
         raise
-    mode = os.fstat(number).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(number)
+    if not stat.S_ISREG(status.st_mode):
         os.close(number)
-        raise RunError(_no_file(path, mode))
-    return os.fdopen(number, "rb")
+        raise RunError(_no_file(path, status.st_mode))
+    return number, status.st_size
 
 
 def _no_file(path: Path, mode: int) -> str:
@@ -250,8 +255,8 @@ def read_bytes(path: Path, most_bytes: int | None = None) -> bytes:
     """
     if is_remote(path):
         return buckets.read(path)
-    with open_file(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
+    number, size = _opened(path)
+    with os.fdopen(number, "rb", buffering=0) as stream:
         if most_bytes is not None and size > most_bytes:
             raise RunError(f"{str(path)!r} has {size} bytes, but such a file has at most {most_bytes}: it is another")
         return stream.read()

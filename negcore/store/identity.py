@@ -84,9 +84,12 @@ def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical_json(value: Any) -> str:
     """Return JSON that spells each value in one way: sorted keys, no blanks, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def content_digest(value: Any) -> str:

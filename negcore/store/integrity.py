@@ -9,6 +9,7 @@ bits that rot on a disk change none of these, so every process reads the files t
 """
 
 import errno
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,9 @@ _SETTLED_NS = 2_000_000_000
 _SMALL_BYTES = 2**20
 """A shard of so few bytes is read as a whole: to map it costs more."""
 _OTHER_CHECKSUM = "its checksum is not the one in its receipt"
+
+_KnownRow = tuple[str, str, str, int]
+"""Id, hash of the prompt, group and answer of a row."""
 
 _sound: set[bytes] = set()
 """Digests of what this process found sound: a file, its stamp, its receipt, and a check that it passed."""
@@ -166,8 +170,10 @@ def shard_faults(
         Called with the bytes of every shard that was checked; what it raises ends the checks.
     """
 
+    directory = _Directory(folder)
+
     def faults_of(some: Sequence[tuple[Receipt, Sequence[StoredExample] | None]]) -> list[tuple[Receipt, str | None]]:
-        return [(receipt, shard_fault(folder, receipt, file_of(folder, receipt), rows=rows)) for receipt, rows in some]
+        return [(receipt, directory.fault(receipt, file_of(folder, receipt), rows=rows)) for receipt, rows in some]
 
     pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
     todo = zip(known, rows if rows is not None else repeat(None), strict=False)
@@ -207,56 +213,114 @@ def shard_fault(
     rows : sequence of examples, optional
         What the shard should say of its rows, and of rows that were set aside.
     """
-    file = file or shard_of(folder, receipt)
-    stamp = stamp_of(file)
-    if stamp is None:
-        return "missing, though its receipt is there"
-    if stamp.n_bytes != receipt.n_bytes:
-        return f"{stamp.n_bytes} bytes long, {receipt.n_bytes} in its receipt"
-    checks = ["content", *["checksum"] * verify, *([] if rows is None else [_digest_of_rows(rows)])]
-    passed = {_memory(file, stamp, receipt, check) for check in checks}
-    if passed <= _sound:
+    return _Directory(folder).fault(receipt, file or shard_of(folder, receipt), verify=verify, rows=rows)
+
+
+class _Layout(NamedTuple):
+    """Columns of a file, and what is known of them."""
+
+    schema: pa.Schema
+    identity: Mapping[str, Any]
+    lists: list[tuple[int, int]]
+    """Place and length of each column whose rows are lists of one length."""
+    others: list[int]
+    is_right: bool
+    """True if the run of that identity has such columns."""
+
+
+class _Directory:
+    """A directory of shards: what they have in common is compared once for all of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._names = tuple(unquote(part.partition("=")[2]) for part in folder.parts[-3:])
+        self._is_of_negs = ShardPlace.is_path(folder)
+        self._digest: tuple[Mapping[str, Any], str] = ({}, "")
+        self._layout = _Layout(pa.schema([]), {}, [], [], False)
+
+    def fault(
+        self, receipt: Receipt, file: Path, *, verify: bool = True, rows: Sequence[StoredExample] | None = None
+    ) -> str | None:
+        """Return what is wrong with the shard in a file, as `shard_fault` does."""
+        stamp = stamp_of(file)
+        if stamp is None:
+            return "missing, though its receipt is there"
+        if stamp.n_bytes != receipt.n_bytes:
+            return f"{stamp.n_bytes} bytes long, {receipt.n_bytes} in its receipt"
+        known_rows = None if rows is None else [(row.id, text_hash(row.prompt), row.group, row.answer) for row in rows]
+        passed = _memories(file, stamp, receipt, verify, known_rows)
+        if passed <= _sound:
+            return None
+        is_settled = stamp.is_settled
+        fault = self._fault(receipt, file, verify, known_rows)
+        if fault is None and is_settled and stamp_of(file) == stamp:
+            _sound.update(passed)
+        return fault
+
+    def _fault(self, receipt: Receipt, file: Path, verify: bool, rows: Sequence[_KnownRow] | None) -> str | None:
+        if self._digest_of(receipt.identity) != receipt.digest:
+            return "the digest in its receipt is not that of the settings in it"
+        try:
+            source = _source(file, receipt.n_bytes)
+            # What is mapped is read once more for that: a sector that is lost is an error there, and a crash here.
+            is_mapped = isinstance(source, pa.MemoryMappedFile)
+            if verify and (checksum(file) if is_mapped else xxh3_128_hexdigest(source)) != receipt.file_xxh3:
+                return _OTHER_CHECKSUM
+            batch = _batch_of(source)
+            return self._content_fault(receipt, batch) or (None if rows is None else _row_fault(batch, rows))
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            number = getattr(error, "errno", None)  # Arrow's errors have none
+            is_lost_sector = number == errno.EIO and not is_remote(file)
+            if number is not None and not is_lost_sector:  # all may be well soon
+                raise ShardError(f"{str(file)!r} cannot be read ({one_line(error)})") from error
+            return f"it cannot be read: {one_line(error):.200}"
+
+    def _digest_of(self, identity: Mapping[str, Any]) -> str:
+        """Return the digest of an identity, which most receipts have in common."""
+        known, digest = self._digest
+        if known is not identity:
+            digest = content_digest(dict(identity))
+            self._digest = identity, digest
+        return digest
+
+    def _content_fault(self, receipt: Receipt, batch: pa.RecordBatch) -> str | None:
+        layout = self._layout_of(receipt.identity, batch.schema)
+        _check_values(batch, layout.others)
+        about = metadata_of(batch.schema)
+        if (names := _place(about)) != self._names:
+            return f"it belongs to {', '.join(names) or 'an unknown place'}"
+        which = (receipt.index, receipt.n_shards, receipt.digest, receipt.versions)
+        if tuple(map(about.get, ("index", "n_shards", "digest", "versions"))) != which:
+            return "its metadata are not those of its receipt"
+        # Arrow allows for more numbers than there are rows.
+        if not layout.is_right or any(len(batch.column(at).values) != batch.num_rows * n for at, n in layout.lists):
+            return "its columns are not those of its model and dataset"
+        if not _has_its_neurons(receipt, batch):
+            return "its neurons are not those of its receipt"
+        ids = batch.column("id").to_pylist()
+        if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
+            return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
         return None
-    is_settled = stamp.is_settled
-    fault = _fault(folder, receipt, file, verify, rows)
-    if fault is None and is_settled and stamp_of(file) == stamp:
-        _sound.update(passed)
-    return fault
+
+    def _layout_of(self, identity: Mapping[str, Any], schema: pa.Schema) -> _Layout:
+        known = self._layout
+        if known.identity is not identity or not known.schema.equals(schema):
+            known = self._layout = self._new_layout(identity, schema.remove_metadata())
+        return known
+
+    def _new_layout(self, identity: Mapping[str, Any], schema: pa.Schema) -> _Layout:
+        lists, others = _split_by_kind(schema)
+        if self._is_of_negs:
+            is_right = has_columns_of(identity, schema)
+        else:  # a study's other columns depend on what it measures
+            is_right = tuple(schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
+        return _Layout(schema, identity, lists, others, is_right)
 
 
-def _fault(
-    folder: Path, receipt: Receipt, file: Path, verify: bool, rows: Sequence[StoredExample] | None
-) -> str | None:
-    if content_digest(dict(receipt.identity)) != receipt.digest:
-        return "the digest in its receipt is not that of the settings in it"
-    try:
-        source = pa.py_buffer(read_bytes(file)) if receipt.n_bytes <= _SMALL_BYTES else _source(file)
-        if verify and (xxh3_128_hexdigest(source) if is_remote(file) else checksum(file)) != receipt.file_xxh3:
-            return _OTHER_CHECKSUM
-        batch = _batch_of(source)
-        fault = _content_fault(folder, receipt, batch)
-        return _row_fault(batch, rows) if fault is None and rows is not None else fault
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        number = getattr(error, "errno", None)  # Arrow's errors have none
-        if number is not None and (number != errno.EIO or is_remote(file)):  # not a lost sector: all may be well soon
-            raise ShardError(f"{str(file)!r} cannot be read ({one_line(error)})") from error
-        return f"it cannot be read: {one_line(error):.200}"
-
-
-def _content_fault(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> str | None:
-    about = metadata_of(batch.schema)
-    if _place(about) != _names(folder):
-        return f"it belongs to {', '.join(_place(about)) or 'an unknown place'}"
-    if any(about.get(name) != getattr(receipt, name) for name in ("index", "n_shards", "digest", "versions")):
-        return "its metadata are not those of its receipt"
-    if not _has_its_columns(folder, receipt, batch):
-        return "its columns are not those of its model and dataset"
-    if not _has_its_neurons(receipt, batch):
-        return "its neurons are not those of its receipt"
-    ids = batch.column("id").to_pylist()
-    if len(ids) != receipt.n_rows or content_digest(ids) != receipt.ids_xxh3:
-        return f"its {len(ids)} row ids are not the {receipt.n_rows} of its receipt"
-    return None
+def _split_by_kind(schema: pa.Schema) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return places and lengths of the columns of lists of one length, and the places of the others."""
+    widths = [type_.list_size if pa.types.is_fixed_size_list(type_) else None for type_ in schema.types]
+    lists = [(at, int(width)) for at, width in enumerate(widths) if width is not None]
+    return lists, [at for at, width in enumerate(widths) if width is None]
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, Any]:
@@ -277,20 +341,6 @@ def _place(about: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names if name is not None)
 
 
-def _names(folder: Path) -> tuple[str, ...]:
-    """Return model, dataset, and split or other part by the name of a directory of shards."""
-    return tuple(unquote(part.partition("=")[2]) for part in folder.parts[-3:])
-
-
-def _has_its_columns(folder: Path, receipt: Receipt, batch: pa.RecordBatch) -> bool:
-    lists = [values for values in batch.columns if pa.types.is_fixed_size_list(values.type)]
-    if any(len(values.values) != batch.num_rows * values.type.list_size for values in lists):
-        return False  # Arrow allows for more numbers than there are rows
-    if not ShardPlace.is_path(folder):  # a study's other columns depend on what it measures
-        return tuple(batch.schema.names[: len(ROW_COLUMNS)]) == ROW_COLUMNS
-    return has_columns_of(receipt.identity, batch.schema)
-
-
 def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
     """Tell whether a shard with chosen neurons holds those of its receipt; a shard without rows names none."""
     if "neurons" not in receipt.identity or not batch.num_rows:
@@ -298,21 +348,17 @@ def _has_its_neurons(receipt: Receipt, batch: pa.RecordBatch) -> bool:
     return bool(choice_digest(first_row(batch, "neurons").tolist()) == receipt.identity["neurons"])
 
 
-def _row_fault(batch: pa.RecordBatch, rows: Sequence[StoredExample]) -> str | None:
+def _row_fault(batch: pa.RecordBatch, rows: Sequence[_KnownRow]) -> str | None:
     """Return in which row a shard says something else than the examples that it was made from, or None."""
     names = [*ROW_COLUMNS, *(name for name in ("gold",) if name in batch.schema.names)]
-    by_id = {row.id: row for row in rows}
+    by_id = {row[0]: row for row in rows}
     for stored in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
-        row = by_id.get(stored[0])
-        known = None if row is None else (row.id, text_hash(row.prompt), row.group, row.answer)
-        for name, here, there in zip(names, known or repeat(None), stored, strict=False):
-            if here != there:
-                return f"{name} of its row {row_text(stored[0])} is not that of the dataset"
+        known = by_id.get(stored[0])
+        if known is None or known[: len(stored)] != stored:
+            pairs = zip(names, known or repeat(None), stored, strict=False)
+            differing = next(name for name, here, there in pairs if here != there)
+            return f"{differing} of its row {row_text(stored[0])} is not that of the dataset"
     return None
-
-
-def _digest_of_rows(rows: Sequence[StoredExample]) -> str:
-    return content_digest([(row.id, text_hash(row.prompt), row.group, row.answer) for row in rows])
 
 
 # Files
@@ -348,27 +394,32 @@ def stamp_of(file: Path) -> Stamp | None:
     except FileNotFoundError:
         return None
     version = (status.st_dev, status.st_ino, status.st_mtime_ns)
-    return Stamp(status.st_size, version, status.st_mtime_ns) if file.is_file() else None
+    return Stamp(status.st_size, version, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
 
 
-def _memory(file: Path, stamp: Stamp, receipt: Receipt, check: str) -> bytes:
-    """Return what is remembered of a file that passed a check."""
+def _memories(file: Path, stamp: Stamp, receipt: Receipt, verify: bool, rows: Sequence[_KnownRow] | None) -> set[bytes]:
+    """Return what is remembered of a file that passed some checks: a digest for each."""
     known = (receipt.index, receipt.n_shards, receipt.n_rows, receipt.file_xxh3, receipt.digest, receipt.ids_xxh3)
-    return xxh3_128_digest(repr((str(file), stamp.n_bytes, stamp.version, known, check)).encode("utf-8", "replace"))
+    of_file = repr((str(file), stamp.n_bytes, stamp.version, known)).encode("utf-8", "replace")
+    checks = [b"content", *[b"checksum"] * verify, *([] if rows is None else [repr(rows).encode("utf-8", "replace")])]
+    return {xxh3_128_digest(of_file + check) for check in checks}
 
 
-def _source(file: Path) -> Any:
-    """Return a file's bytes: mapped, or of a file in a bucket read as a whole."""
-    return pa.py_buffer(read_bytes(file)) if is_remote(file) else pa.memory_map(str(file))
+def _source(file: Path, n_bytes: int | None = None) -> Any:
+    """Return a file's bytes: mapped, or read as a whole if it is small or in a bucket."""
+    is_read = is_remote(file) or (n_bytes is not None and n_bytes <= _SMALL_BYTES)
+    return pa.py_buffer(read_bytes(file)) if is_read else pa.memory_map(str(file))
 
 
 def _batch_of(source: Any) -> pa.RecordBatch:
-    batch = pa.ipc.open_file(source).get_batch(0)
+    return pa.ipc.open_file(source).get_batch(0)
+
+
+def _check_values(batch: pa.RecordBatch, others: Iterable[int]) -> None:
+    """Check the columns of a batch, and every value of those that are not lists of one length."""
     batch.validate()
-    for values in batch.columns:
-        if not pa.types.is_fixed_size_list(values.type):  # text that is no text, lists that end before they begin
-            values.validate(full=True)
-    return batch
+    for at in others:  # text that is no text, lists that end before they begin
+        batch.column(at).validate(full=True)
 
 
 def mapped_batch(path: Path) -> pa.RecordBatch:
@@ -380,7 +431,9 @@ def mapped_batch(path: Path) -> pa.RecordBatch:
         If the file is not a shard.
     """
     try:
-        return _batch_of(_source(path))
+        batch = _batch_of(_source(path))
+        _check_values(batch, _split_by_kind(batch.schema)[1])
+        return batch
     except (OSError, pa.ArrowException) as error:
         raise damaged_file(path, str(error).splitlines()[0]) from error
 

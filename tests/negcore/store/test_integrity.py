@@ -188,17 +188,27 @@ def test_a_right_answer_that_is_not_the_datasets_is_computed_again_though_its_re
 # What a check costs, and when it is made again
 
 
-@pytest.fixture
-def hashed(monkeypatch):
-    """Names of the files whose checksum was computed."""
-    names, lock, original = [], threading.Lock(), integrity.checksum
+def replace_readers(monkeypatch, size, reader):
+    """Put something in place of what reads a shard for its checksum: one that is small, or one that is mapped."""
+    monkeypatch.setattr(integrity, "_SMALL_BYTES", {"small": 2**20, "mapped": 0}[size])
+    name = {"small": "read_bytes", "mapped": "checksum"}[size]
+    monkeypatch.setattr(integrity, name, reader(getattr(integrity, name)))
 
-    def counted(path):
-        with lock:
-            names.append(path.name)
-        return original(path)
 
-    monkeypatch.setattr(integrity, "checksum", counted)
+@pytest.fixture(params=["small", "mapped"])
+def hashed(monkeypatch, request):
+    """Names of the files that were read for their checksum."""
+    names, lock = [], threading.Lock()
+
+    def counting(original):
+        def counted(path):
+            with lock:
+                names.append(path.name)
+            return original(path)
+
+        return counted
+
+    replace_readers(monkeypatch, request.param, counting)
     return names
 
 
@@ -253,12 +263,13 @@ def failing(number):
     def fail(path):
         raise OSError(number, os.strerror(number))
 
-    return fail
+    return lambda original: fail
 
 
-def test_a_lost_sector_is_damage_and_a_lost_network_is_not(tmp_path, split, monkeypatch):
-    monkeypatch.setattr(integrity, "checksum", failing(errno.EIO))
+@pytest.mark.parametrize("size", ["small", "mapped"])
+def test_a_lost_sector_is_damage_and_a_lost_network_is_not(tmp_path, split, monkeypatch, size):
+    replace_readers(monkeypatch, size, failing(errno.EIO))
     assert "Input/output error" in finished(tmp_path).damaged[0]
-    monkeypatch.setattr(integrity, "checksum", failing(errno.ESTALE))
+    replace_readers(monkeypatch, size, failing(errno.ESTALE))
     with pytest.raises(ShardError, match="part-00000.arrow' cannot be read"):
         finished(tmp_path)
