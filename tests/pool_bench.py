@@ -15,8 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from simulated_pool import Numbers, SimulatedPool, SleepingPool, simulated_pool
 from simulated_runs import extract, planned_model, receipt, seconds, shard_set
 
 from negcore.store import publish
-from negcore.store.integrity import finished_shards
 from negcore.store.publish import Receipt, checksum, receipt_path, shard_path
+from tasks.forecast.needs import missing_shards
+from tasks.forecast.shard_size import shard_bytes
 from tasks.measure.measurement import Columns
 from tasks.measure.missing import measure_missing
 from tasks.measure.shard_set import ShardSet
-from tasks.pool.base import Resources
+from tasks.pool.base import Jobs, Outcome, Resources
 from tasks.steps import Step
 
 Figures = dict[str, float]
@@ -121,21 +123,41 @@ def large(n_workers: int = 1000, n_shards: int = 1_000_000) -> Figures:
     }
 
 
-def resumed(n_shards: int = 10_000) -> Figures:
-    """Measure how long it takes to check the finished half of a run, in each process for the first time."""
-    split = shard_set("simulated", "large", "train", 2 * n_shards, 20, shard_rows=1)
+class _Begun(Exception):  # noqa: N818
+    """The first job was made."""
+
+
+class _FirstJob:
+    """A pool that takes one job."""
+
+    def map(self, jobs: Jobs, **options: Any) -> Iterator[Outcome]:
+        for _ in jobs:
+            raise _Begun
+        yield from ()
+
+
+def resumed(n_finished: int = 500_000) -> Figures:
+    """Measure how long the driver of a half-finished run takes to its first job: disk, receipts, checks, queue."""
+    split = shard_set("simulated", "large", "train", 2 * n_finished, 20, shard_rows=1)
+    run = SimpleNamespace(directory=Path())
     with tempfile.TemporaryDirectory() as root:
-        for index in track(range(n_shards), "writing shards", console=Console(stderr=True), transient=True):
+        for index in track(range(n_finished), "writing shards", console=Console(stderr=True), transient=True):
             _write(Path(root), split, index)
-        began, cpu = time.perf_counter(), time.process_time()
-        finished = finished_shards(root, split.place, split.identity, split.shards)
-        spent_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
-    assert (len(finished.receipts), finished.damaged) == (n_shards, {})
+        run.directory = Path(root)
+        times = [(time.perf_counter(), time.process_time())]
+        n_bytes = sum(shard_bytes(split, missing_shards(run, split)))  # type: ignore[arg-type]
+        times.append((time.perf_counter(), time.process_time()))
+        with suppress(_Begun):
+            measure_missing(_FirstJob(), [split], Path(root), Step())  # type: ignore[arg-type]
+        times.append((time.perf_counter(), time.process_time()))
+    assert n_bytes > n_finished
+    (began, began_cpu), (planned, planned_cpu), (ended, ended_cpu) = times
     return {
-        "finished shards": n_shards,
-        "ms a shard": 1000 * spent_s / n_shards,
-        "s for half a million": 500_000 * spent_s / n_shards,
-        "s of CPU for half a million": 500_000 * cpu_s / n_shards,
+        "finished shards": n_finished,
+        "s to the first job": ended - began,
+        "s of CPU": ended_cpu - began_cpu,
+        "s for the disk's room alone": planned - began,
+        "ms a finished shard": 1000 * (ended_cpu - planned_cpu) / n_finished,
         "driver, MB": _peak_bytes() / 1e6,
     }
 
@@ -178,7 +200,8 @@ ROWS: dict[str, tuple[Callable[..., Figures], tuple[Any, ...]]] = {
     "2 Ray actors, empty shards": (actors, (2,)),
     "1,000 workers, a million shards": (large, ()),
     "1,000 workers, a tenth of a million shards": (large, (1000, 100_000)),
-    "resuming a half-finished run": (resumed, ()),
+    "resuming a million shards, half of them finished": (resumed, ()),
+    "resuming 20,000 shards, half of them finished": (resumed, (10_000,)),
 }
 
 

@@ -54,7 +54,7 @@ def check_disk(planned: Planned) -> None:
         If they do not.
     """
     splits = [(run, split) for run, models in planned for model in models for split in splits_of(model)]
-    needed = sum(shard_bytes(split)[index] for run, split in splits for index in missing_shards(run, split))
+    needed = sum(sum(shard_bytes(split, missing_shards(run, split))) for run, split in splits)
     _disk(planned[0][0].directory, needed).check()
 
 

@@ -3,7 +3,7 @@
 Checked in the tests against written files of every storage level. Rows that are set aside make a shard shorter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import pyarrow as pa
@@ -21,13 +21,14 @@ _ARROW_ALIGNMENT_BYTES = 8
 _OFFSET_BYTES = 4
 
 
-def shard_bytes(split: ShardSet) -> list[int]:
-    """Return the bytes of each of a split's shards."""
+def shard_bytes(split: ShardSet, indices: Iterable[int] | None = None) -> list[int]:
+    """Return the bytes of each of a split's shards, or of some of them."""
     n_layers, n_neurons = split.identity.n_layers, split.identity.n_neurons
     schema = STORAGE_LEVELS[split.identity.storage].schema(split.n_options, n_layers, n_neurons, n_chosen(split))
     file_bytes = _file_bytes(schema, split)
     n_listed = n_chosen(split) or n_layers * n_neurons
-    return [file_bytes(index, _body_bytes(schema, shard, n_listed)) for index, shard in enumerate(split.shards)]
+    chosen = range(len(split.shards)) if indices is None else indices
+    return [file_bytes(index, _body_bytes(schema, split.shards[index], n_listed)) for index in chosen]
 
 
 def _file_bytes(schema: pa.Schema, split: ShardSet) -> Callable[[int, int], int]:

@@ -15,6 +15,7 @@ from tasks.config.linearity_run import LinearityRun
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.forecast import needs as forecasting
+from tasks.forecast import shard_size
 from tasks.forecast.capacity import check_disk, requirements
 from tasks.forecast.needs import ParameterCounts, count_parameters, forecast, measured_rate, skill_runs
 from tasks.forecast.shard_size import shard_bytes
@@ -177,6 +178,18 @@ def test_a_run_that_has_almost_ended_still_fits_a_full_disk(run, monkeypatch):
     run_extract(run, PlainSteps())
     monkeypatch.setattr("tasks.forecast.capacity.free_bytes", lambda directory: 0)
     check_disk([(run, plan(run))])
+
+
+def test_the_bytes_of_each_missing_shard_are_reckoned_once(run, monkeypatch):
+    planned, reckoned = [(run, plan(run))], []
+    body_bytes = shard_size._body_bytes
+    monkeypatch.setattr(shard_size, "_body_bytes", lambda *args: reckoned.append(1) or body_bytes(*args))
+    check_disk(planned)
+    assert len(reckoned) == sum(len(split.shards) for split in planned[0][1][0].datasets[0].splits) > 2
+    run_extract(run, PlainSteps())
+    reckoned.clear()
+    check_disk(planned)
+    assert reckoned == []
 
 
 def test_free_space_is_that_of_the_disk_a_directory_will_be_on(tmp_path):
