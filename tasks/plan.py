@@ -13,7 +13,7 @@ from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, NegError, PromptError
 from negcore.measure.forward import common_prefix_length
-from negcore.model.language_model import ModelCard, describe_model, model_name
+from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
@@ -111,6 +111,7 @@ _Known = dict[tuple[str, str], Dataset]
 
 def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> PlannedModel:
     card = describe_model(ref)
+    refuse_experts(card, "stored NEGs")
     card.arch.site(run.site)
     datasets: list[PlannedDataset] = []
     errors: list[NegError] = []

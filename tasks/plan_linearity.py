@@ -10,7 +10,7 @@ from negcore.datasets import Example, FactSet, load_facts
 from negcore.errors import NegError
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
-from negcore.model.language_model import ModelCard, describe_model, model_name
+from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
@@ -58,6 +58,7 @@ def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
 
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     card = describe_model(ref)
+    refuse_experts(card, "studies of linearity")
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
     examples = encode_examples(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)

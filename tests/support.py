@@ -82,6 +82,7 @@ _DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 _LINEAR = {
     **_GROUPED,
     **_HEADS,
@@ -207,6 +208,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         {**_GROUPED, **_HEADS, **_MROPE},
         {**_QWEN_SIGHT, "hidden_size": 8, "out_hidden_size": 16, "deepstack_visual_indexes": [0]},
     ),
+    "mixtral": {**_GROUPED, **_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 12, "mlp_only_layers": [1]},
+    "qwen3_moe": {**_GROUPED, **_HEADS, **_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "gpt_oss": {**_WINDOWED_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2},
     "seed_oss": {**_GROUPED, **_HEADS},
     "smollm3": _GROUPED,
     "smolvlm": _seeing({**_GROUPED, "model_type": "llama"}),
@@ -285,18 +291,24 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(
-    family: str, *, dtype: torch.dtype = torch.float64, site: Any = "paper", **changes: Any
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    site: Any = "paper",
+    router: Any = "through",
+    **changes: Any,
 ) -> LanguageModel:
     """A tiny random model whose activations and gradients are far from zero, some of its configuration changed."""
     torch.manual_seed(0)
     config = tiny_config(family, **changes)
     model = auto_class(config, masked=ARCHITECTURES[family].masked).from_config(config).to(dtype)
-    lm = wrap_model(model, tiny_tokenizer(), name=f"tiny-{family}", revision="memory", site=site)
+    lm = wrap_model(model, tiny_tokenizer(), name=f"tiny-{family}", revision="memory", site=site, router=router)
     # The same weights every time: one check serves all tests.
-    if (family, dtype, site) not in _CHECKS:
+    key = (family, dtype, site, router)
+    if key not in _CHECKS:
         found = checked(lm)
-        _CHECKS[family, dtype, site] = found.check, found.joined
-    check, joined = _CHECKS[family, dtype, site]
+        _CHECKS[key] = found.check, found.joined
+    check, joined = _CHECKS[key]
     return replace(lm, check=check, joined=joined)
 
 

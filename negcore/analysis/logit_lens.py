@@ -60,8 +60,9 @@ def logit_lens(lm: LanguageModel, layer: int, neuron: int, *, n_tokens: int = 10
         If the neuron does not exist.
     ModelError
         If more than a normalisation stands between the last layer and the output layer, as in BERT: then a row is not
-        what the output layer reads.
+        what the output layer reads. Also if the model has experts.
     """
+    lm.refuse_experts("logit lenses")
     if not (0 <= layer < lm.n_layers and 0 <= neuron < lm.layer_width):
         raise NegError(
             f"neuron {layer}.{neuron} does not exist; {lm.card.name} has layers 0..{lm.n_layers - 1} with neurons "

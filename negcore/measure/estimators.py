@@ -346,7 +346,7 @@ def _gradients(
     """
     batch.lm.require("neurgrad")
     with torch.enable_grad():
-        logits_BV, activations_BLN = batch.predict(shifts)
+        logits_BV, activations_BLN, _ = batch.predict(shifts)
         log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))
         # Rows do not see each other, so the gradient of their sum is each row's own.
         total = question.values(log_probs_BO, prompts).sum()

@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from negcore.measure.hooks import tapped
 from negcore.measure.memory import BatchLimit
+from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.model.masks import Layout, laid_out
 from negcore.model.past import KeysValues, PartsCache, PromptTokens
@@ -50,7 +52,9 @@ class Prediction(NamedTuple):
 
     logits_BV: Tensor
     activations_BLN: Tensor
-    """Before any shift, detached."""
+    """Before any shift, detached; in layers with fewer neurons than others, zeros behind them."""
+    routings: Mapping[int, Routing]
+    """Experts of the probed tokens, by layer of experts, detached."""
 
 
 class ProbedBatch(ABC):
@@ -76,10 +80,17 @@ class ProbedBatch(ABC):
         Prediction
             With a graph from the shifts to the logits where gradients are enabled.
         """
-        with tapped(self.lm, self.positions_B, shifts) as activations:
+        routings = self._routings() if shifts and self.lm.has_experts and self.lm.router == "fixed" else None
+        with tapped(self.lm, self.positions_B, shifts, routings=routings) as activations:
             logits_BV = self._logits()
-        stacked = torch.stack([activations[layer] for layer in range(self.lm.n_layers)], dim=1)
-        return Prediction(logits_BV, stacked)
+        stacked = stacked_layers(self.lm, [activations[layer] for layer in range(self.lm.n_layers)], dim=1)
+        return Prediction(logits_BV, stacked, activations.probed)
+
+    def _routings(self) -> Mapping[int, Routing]:
+        """Return the routing of all tokens that `_logits` runs, without a shift."""
+        with torch.no_grad(), tapped(self.lm, self.positions_B) as readings:
+            self._logits()
+        return readings.routings
 
     @property
     @abstractmethod
@@ -88,6 +99,12 @@ class ProbedBatch(ABC):
 
     @abstractmethod
     def _logits(self) -> Tensor: ...
+
+
+def stacked_layers(lm: LanguageModel, by_layer: Sequence[Tensor], dim: int) -> Tensor:
+    """Stack values of every layer's active neurons, the last axis; zeros stand for neurons that others have more."""
+    widths = (lm.active_width - values.shape[-1] for values in by_layer)
+    return torch.stack([pad(one, (0, n)) if n else one for one, n in zip(by_layer, widths, strict=True)], dim)
 
 
 class CausalBatch(ProbedBatch):
@@ -180,9 +197,9 @@ class WholeBatch(ProbedBatch):
     def __init__(self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         super().__init__(lm, rows)
         # Any will do where there is none, as no token sees it.
-        pad = (lm.tokenizer.pad_token_id if lm.arch.masked else None) or 0
+        filler = (lm.tokenizer.pad_token_id if lm.arch.masked else None) or 0
         longest = max(map(len, ids))
-        padded_BT = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for tokens in ids])
+        padded_BT = torch.tensor([[*tokens, *[filler] * (longest - len(tokens))] for tokens in ids])
         lengths_B = torch.tensor([len(tokens) for tokens in ids])
         self._ids_BT = padded_BT.to(lm.device)
         self._used_BT = (torch.arange(longest) < lengths_B[:, None]).long().to(lm.device)

@@ -204,7 +204,7 @@ def _shift_prompt(
 ) -> ShiftedTogether:
     lm = batch.lm
     with torch.no_grad():
-        logits_1V, activations_1LN = batch.predict()
+        logits_1V, activations_1LN, _ = batch.predict()
         directions_LN = away_from_zero(activations_1LN[0])
         parts = limit.compute(
             len(rows),

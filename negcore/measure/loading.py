@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from negcore.measure.model_check import check_model
-from negcore.model.architectures import Dtype, SiteChoice, Way
+from negcore.model.architectures import Dtype, Router, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.check import COMPARED, Compared, ModelCheck
 from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
@@ -17,7 +17,12 @@ FASTER: tuple[Way, ...] = ("virtual", "cached")
 
 
 def load_model(
-    ref: str | ModelCard, *, dtype: Dtype = "float32", device: str | None = None, site: SiteChoice = "paper"
+    ref: str | ModelCard,
+    *,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    site: SiteChoice = "paper",
+    router: Router = "through",
 ) -> LanguageModel:
     """Load a model for measuring, frozen, in evaluation mode and with exact attention, and check it on one prompt.
 
@@ -33,17 +38,26 @@ def load_model(
         A torch device; by default the first GPU if there is one, else the CPU.
     site : {"paper", "up", "act", "gate"}
         Vector whose coordinates are the neurons; `paper` is `up` in gated models and `act` in the others.
+    router : {"through", "fixed"}
+        In a mixture of experts, whether a shift moves the routing of later layers: `through` differentiates through
+        the router's weights, `fixed` holds experts and weights as they are without a shift.
 
     Raises
     ------
     ModelError
         If the model cannot be found or loaded, has no such site, or fails the check: see `check_model`.
     """
-    return checked(read_model(ref, dtype=dtype, device=device, site=site))
+    return checked(read_model(ref, dtype=dtype, device=device, site=site, router=router))
 
 
 def as_language_model(
-    model: Any, tokenizer: Any, *, name: str, revision: str = "memory", site: SiteChoice = "paper"
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    revision: str = "memory",
+    site: SiteChoice = "paper",
+    router: Router = "through",
 ) -> LanguageModel:
     """Wrap a transformers model that is already in memory, such as one you trained or changed, and check it.
 
@@ -56,7 +70,7 @@ def as_language_model(
     tokenizer : transformers tokenizer
     name, revision : str
         Recorded with every result. Give another revision to other weights of the same name.
-    site : {"paper", "up", "act", "gate"}
+    site, router
         As for `load_model`.
 
     Raises
@@ -64,7 +78,7 @@ def as_language_model(
     ModelError
         If its feed-forward layers are not found, it has no such site, or it fails the check: see `check_model`.
     """
-    return checked(wrap_model(model, tokenizer, name=name, revision=revision, site=site))
+    return checked(wrap_model(model, tokenizer, name=name, revision=revision, site=site, router=router))
 
 
 def checked(lm: LanguageModel) -> LanguageModel:
@@ -101,7 +115,7 @@ def settled(lm: LanguageModel) -> LanguageModel:
 
     One that no row names is given the fastest way that passes.
     """
-    for way in FASTER if lm.arch.discovered and not lm.arch.masked else ():
+    for way in _faster_ways(lm):
         for joined in (False, True):
             faster = replace(lm.along(way), joined=joined)
             if (check := check_model(faster)).passed:
@@ -122,6 +136,13 @@ def settled(lm: LanguageModel) -> LanguageModel:
         if _is_usable(slower, again) and (len(again.failed) < len(check.failed) or not _is_usable(lm, check)):
             lm, check = slower, again.in_place_of(check, "every prompt runs whole, which is slower")
     return _with_own_attention(replace(lm, check=check))
+
+
+def _faster_ways(lm: LanguageModel) -> tuple[Way, ...]:
+    """Return the ways to try before whole prompts; no shifted expert runs as a virtual token."""
+    if not lm.arch.discovered or lm.arch.masked:
+        return ()
+    return tuple(way for way in FASTER if way != "virtual" or not lm.has_experts)
 
 
 def _with_own_attention(lm: LanguageModel) -> LanguageModel:

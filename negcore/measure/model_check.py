@@ -25,13 +25,16 @@ from negcore.measure.forward import (
     label_probabilities,
     probed_position,
     run_prefix,
+    stacked_layers,
 )
 from negcore.measure.hooks import hook_site, zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import label_gradients
+from negcore.measure.plain_experts import PlainExperts
 from negcore.measure.virtual_tokens import HookedPrompt, Shifts, VirtualPrompt
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.check import COMPARED, TOLERANCES, Compared, Comparison, ModelCheck
+from negcore.model.experts import EXPERTS_NAME
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 
@@ -96,25 +99,55 @@ class _Plain:
         lm, leaves, activations = self._lm, {}, {}
 
         def add_leaf(layer: int, values: Tensor) -> Tensor:
-            activations[layer] = self._probed(values.detach())
+            activations[layer] = values.detach()
             leaves[layer] = torch.zeros_like(values, requires_grad=True)
             return values + leaves[layer]
 
+        experts = PlainExperts(lm)
         with torch.enable_grad(), _untouched(lm), ExitStack() as hooks:
-            for layer in range(lm.n_layers):
-                hooks.callback(hook_site(lm, layer, partial(add_leaf, layer)).remove)
+            hooks.enter_context(experts.attached())
+            for layer, shape in enumerate(lm.layer_shapes):
+                if shape.n_dense:
+                    hooks.callback(hook_site(lm, layer, partial(add_leaf, layer)).remove)
             logits_1V = self._logits()[None]
             probs_O = label_probabilities(logits_1V, self.label_ids_O[None])[0]
-        leaves_L, grads_OLN = [leaves[layer] for layer in range(lm.n_layers)], []
+        parts = [
+            _Part(layer, one.leaf_RU, one.values_RU[one.row], one.row)
+            for layer in range(lm.n_layers)
+            for one in experts.probed(layer, self._position)
+        ]
+        parts += [_Part(layer, leaf, self._probed(activations[layer], layer)) for layer, leaf in leaves.items()]
+        grads_OLN = []
         for prob in probs_O:
-            grads_L = torch.autograd.grad(prob, leaves_L, retain_graph=True)
-            grads_OLN.append(torch.stack([self._probed(grad) for grad in grads_L]))
-        activations_LN = torch.stack([activations[layer] for layer in range(lm.n_layers)])
+            grads = torch.autograd.grad(prob, [part.leaf for part in parts], retain_graph=True)
+            probed = [
+                grad[part.row] if part.row is not None else self._probed(grad, part.layer)
+                for part, grad in zip(parts, grads, strict=True)
+            ]
+            grads_OLN.append(self._by_layer(parts, probed))
+        activations_LN = self._by_layer(parts, [part.values_U for part in parts])
         return _Gradients(torch.stack(grads_OLN), activations_LN, probs_O.detach())
 
-    def _probed(self, values: Tensor) -> Tensor:
-        """Return the site at the probed token: shape (N,)."""
-        return values.reshape(-1, values.shape[-1])[self._position, -self._lm.layer_width :]
+    def _by_layer(self, parts: "Sequence[_Part]", values: Sequence[Tensor]) -> Tensor:
+        """Return the values of the neurons of all layers: shape (L, N)."""
+        by_layer: dict[int, list[Tensor]] = {}
+        for part, values_U in zip(parts, values, strict=True):
+            by_layer.setdefault(part.layer, []).append(values_U)
+        return stacked_layers(self._lm, [torch.cat(by_layer[layer]) for layer in range(self._lm.n_layers)], dim=0)
+
+    def _probed(self, values: Tensor, layer: int) -> Tensor:
+        """Return the site of a layer's dense neurons at the probed token: shape (N,)."""
+        return values.reshape(-1, values.shape[-1])[self._position, -self._lm.layer_shapes[layer].n_dense :]
+
+
+class _Part(NamedTuple):
+    """Neurons of one layer that have a leaf of their own: those of an expert, or the dense ones."""
+
+    layer: int
+    leaf: Tensor
+    values_U: Tensor
+    row: int | None = None
+    """Place of the probed token in the leaf, for an expert."""
 
 
 class _Trial:
@@ -205,7 +238,7 @@ def _logits_differ(trial: _Trial) -> float:
 def _neurgrad_differs(trial: _Trial) -> float:
     """Compare gradients and activations layer by layer."""
     fast, plain = label_gradients(trial.alone, trial.plain.label_ids_O[None]), trial.plain.gradients
-    by_layer_LON = torch.stack([grad_OBN[:, 0] for grad_OBN in fast.grads_LOBN])
+    by_layer_LON = stacked_layers(trial.lm, [grad_OBN[:, 0] for grad_OBN in fast.grads_LOBN], dim=0)
     plain_LON = plain.grads_OLN.transpose(0, 1)
     return max(
         _difference(by_layer_LON - plain_LON, plain_LON),
@@ -286,15 +319,15 @@ def _telling_labels(logits_C: Tensor) -> Tensor:
 
 @contextmanager
 def _untouched(lm: LanguageModel) -> Iterator[None]:
-    """Give the model the attention of transformers' own reference implementation."""
-    if not lm.takes_attention:
+    """Give the model the attention and the experts of transformers' own reference implementation."""
+    with ExitStack() as back:
+        if lm.takes_attention:
+            lm.model.set_attn_implementation("eager")
+            back.callback(lm.model.set_attn_implementation, ATTENTION_NAME)
+        if lm.has_experts:
+            lm.model.set_experts_implementation("eager")
+            back.callback(lm.model.set_experts_implementation, EXPERTS_NAME)
         yield
-        return
-    lm.model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        lm.model.set_attn_implementation(ATTENTION_NAME)
 
 
 def _ordinary_ids(lm: LanguageModel) -> list[int]:

@@ -1,13 +1,14 @@
 """NeurGrad: the estimated neuron empirical gradient (NEG) of all neurons for all labels, one backward pass a batch.
 
-Shapes: P prompts, O options (labels), L layers, N neurons a layer, B rows of a batch.
+Shapes: P prompts, O options (labels), L layers, N neurons a layer (with experts: those of a prompt, the active ones),
+K experts of a prompt, B rows of a batch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,10 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints, count_nonfinite
-from negcore.measure.forward import CausalBatch, ProbedBatch, label_probabilities, measure_batches, on_device
+from negcore.measure.forward import (
+    CausalBatch,
+    ProbedBatch,
+    label_probabilities,
+    measure_batches,
+    on_device,
+    stacked_layers,
+)
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.model.encoding import EncodedPrompts, Labels, encode
+from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 
 # Most bytes of the gradients of a batch's logits: options x rows x vocabulary.
@@ -49,6 +58,14 @@ class NeurGradBatch:
     """Probability of every label, softmax over the whole vocabulary."""
     label_ids_PO: Ints
     """Token id that each label became."""
+    experts_PLK: Ints | None = None
+    """Of a model with experts, the numbers of those that each prompt was routed to, rising; -1 where a layer has none.
+
+    N then counts the neurons of these alone, expert after expert, and those that every prompt has behind them:
+    `LayerShape.active_neurons` tells their numbers. In layers with fewer, zeros stand behind.
+    """
+    router_weights_PLK: Floats | None = None
+    """What the router gave each of them; 0 where there is none."""
 
     def nonfinite(self) -> list[Nonfinite]:
         """Count each prompt's NaN and infinite values as float32, which shards hold; list affected prompts."""
@@ -56,6 +73,8 @@ class NeurGradBatch:
         in_activations_PL = np.stack([count_nonfinite(layer_PN) for layer_PN in self.activations_PLN.swapaxes(0, 1)], 1)
         by_layer_PL = in_negs_PL + in_activations_PL
         counts_P = by_layer_PL.sum(axis=1) + count_nonfinite(self.probs_PO)
+        if self.router_weights_PLK is not None:
+            counts_P += count_nonfinite(self.router_weights_PLK)
         return [
             Nonfinite(row, tuple(np.flatnonzero(by_layer_PL[row]).tolist()), int(counts_P[row]))
             for row in np.flatnonzero(counts_P).tolist()
@@ -121,6 +140,32 @@ class Negs(NamedTuple):
     negs_LOBN: Tensor
     activations_LBN: Tensor
     probs_BO: Tensor
+    experts: "Experts | None" = None
+    """None for a model without."""
+
+
+class Experts(NamedTuple):
+    """Experts of each row in every layer, as `NeurGradBatch` has them."""
+
+    numbers_BLK: Tensor
+    weights_BLK: Tensor
+
+    @classmethod
+    def of_routings(cls, lm: LanguageModel, n_rows: int, routings: Mapping[int, Routing], dtype: torch.dtype) -> Self:
+        """Put the routings of all layers together."""
+        shape = n_rows, lm.n_layers, max(one.top_k for one in lm.layer_shapes)
+        numbers_BLK = torch.full(shape, -1, dtype=torch.int32, device=lm.device)
+        weights_BLK = torch.zeros(shape, dtype=dtype, device=lm.device)
+        for layer, routing in routings.items():
+            count = routing.experts_TK.shape[1]
+            numbers_BLK[:, layer, :count] = routing.experts_TK
+            weights_BLK[:, layer, :count] = routing.weights_TK
+        return cls(numbers_BLK, weights_BLK)
+
+    @property
+    def by_row(self) -> dict[str, Tensor]:
+        """What is kept of them, by name."""
+        return {"experts_PLK": self.numbers_BLK, "router_weights_PLK": self.weights_BLK}
 
 
 class Kept(NamedTuple):
@@ -191,6 +236,8 @@ class LabelGradients(NamedTuple):
     """One tensor of shape (O, B, N) for each layer."""
     activations_BLN: Tensor
     probs_BO: Tensor
+    routings: Mapping[int, Routing]
+    """Experts of the rows, by layer of experts."""
 
 
 def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
@@ -207,12 +254,12 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows)
     with torch.enable_grad():
-        logits_BV, activations_BLN = batch.predict(shifts)
+        logits_BV, activations_BLN, routings = batch.predict(shifts)
         probs_BO = label_probabilities(logits_BV, label_ids_BO)
         # Rows do not see each other, so one unit vector for each option gives every row's gradient at once.
         unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
         grads = _gradients(batch.lm, probs_BO, list(shifts.values()), unit_OBO)
-    return LabelGradients(grads, activations_BLN, probs_BO.detach())
+    return LabelGradients(grads, activations_BLN, probs_BO.detach(), routings)
 
 
 def computes_by_row(device: torch.device) -> bool:
@@ -228,11 +275,12 @@ def _options_in_rows(batch: CausalBatch, label_ids_BO: Tensor) -> LabelGradients
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows * n_options)
     with torch.enable_grad():
-        logits_RV, activations_RLN = batch.repeated(n_options).predict(shifts)
+        logits_RV, activations_RLN, routings = batch.repeated(n_options).predict(shifts)
         probs_R1 = label_probabilities(logits_RV, label_ids_BO.reshape(-1, 1))
         grads_RN = torch.autograd.grad(probs_R1.sum(), list(shifts.values()))
     grads = tuple(grad_RN.view(n_rows, n_options, -1).transpose(0, 1) for grad_RN in grads_RN)
-    return LabelGradients(grads, activations_RLN[::n_options], probs_R1.detach().view(n_rows, n_options))
+    own = {layer: routing.rows(slice(None, None, n_options)) for layer, routing in routings.items()}
+    return LabelGradients(grads, activations_RLN[::n_options], probs_R1.detach().view(n_rows, n_options), own)
 
 
 class Results:
@@ -300,15 +348,21 @@ def _fill(
     keep: Callable[[Negs, Sequence[int]], Kept],
     dtype: torch.dtype,
 ) -> None:
-    grads_LOBN, activations_BLN, probs_BO = label_gradients(batch, on_device(batch.lm, label_ids_BO))
+    lm, (grads, activations_BLN, probs_BO, routings) = (
+        batch.lm,
+        label_gradients(batch, on_device(batch.lm, label_ids_BO)),
+    )
     activations_LBN = activations_BLN.transpose(0, 1)
-    negs_LOBN = torch.stack(grads_LOBN).mul_(away_from_zero(activations_LBN)[:, None])
-    results.take(keep(Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), probs_BO.to(dtype)), rows), rows)
+    negs_LOBN = stacked_layers(lm, grads, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
+    experts = Experts.of_routings(lm, len(rows), routings, dtype) if lm.has_experts else None
+    negs = Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), probs_BO.to(dtype), experts)
+    results.take(keep(negs, rows), rows)
 
 
 def _everything(negs: Negs, rows: Sequence[int]) -> Kept:
     by_layer = {"negs_POLN": negs.negs_LOBN.transpose(1, 2), "activations_PLN": negs.activations_LBN}
-    return Kept(contiguous(by_layer), {"probs_PO": negs.probs_BO})
+    by_row = {} if negs.experts is None else negs.experts.by_row
+    return Kept(contiguous(by_layer), {"probs_PO": negs.probs_BO, **by_row})
 
 
 def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,8 +76,14 @@ class Distance:
 
 
 def distance(measured: NeurGradBatch, right: NeurGradBatch) -> Distance:
-    """Compare NEGs and probabilities of the same prompts and labels with right ones."""
+    """Compare NEGs and probabilities of the same prompts and labels with right ones.
+
+    A layer in which a prompt is routed to other experts has other neurons, and is left out.
+    """
     one, other = (batch.negs_POLN.astype(np.float64) for batch in (measured, right))
+    if measured.experts_PLK is not None and right.experts_PLK is not None:
+        is_same_PL = (measured.experts_PLK == right.experts_PLK).all(-1)
+        one, other = (negs_POLN.swapaxes(1, 2)[is_same_PL] for negs_POLN in (one, other))
     error = np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), np.finfo(np.float64).tiny)
     return Distance(
         signs=float((np.sign(one) == np.sign(other)).mean()),

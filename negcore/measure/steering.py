@@ -10,7 +10,7 @@ Shapes: L layers, N neurons a layer, K shifted neurons, S steered tokens, V voca
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from negcore.errors import ModelError, NegError, PromptError
 from negcore.measure.forward import CausalBatch, run_prefix
-from negcore.measure.hooks import tapped
+from negcore.measure.hooks import Readings, tapped
 from negcore.measure.interventions import JointShift
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.sweeps import choose_neurons
@@ -257,5 +257,5 @@ class _WholeReading(_Reading):
         return output.logits[0, -1], _newest(activations)
 
 
-def _newest(activations: Mapping[int, Tensor]) -> Tensor:
+def _newest(activations: Readings) -> Tensor:
     return torch.stack([activations[layer][-1] for layer in range(len(activations))])

@@ -271,8 +271,9 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Int
     Raises
     ------
     NegError
-        If a neuron does not exist or is named twice, or the selection is empty.
+        If a neuron does not exist or is named twice, or the selection is empty; ModelError if the model has experts.
     """
+    lm.refuse_experts("shifts of chosen neurons")
     layer_width = lm.layer_width
     if isinstance(neurons, str):
         if neurons != "all":

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from negcore.arrays import Floats, Ints
 from negcore.errors import ModelError
 from negcore.measure.forward import CausalBatch, probed_batches, probed_position
-from negcore.measure.hooks import hook_site, tapped
+from negcore.measure.hooks import Readings, hook_site, tapped
 from negcore.measure.memory import BatchLimit
 from negcore.model.attention import side_by_side
 from negcore.model.encoding import EncodedPrompts
@@ -147,9 +147,9 @@ class VirtualPrompt(ShiftedPrompt):
         assert len(batch.rows) == 1
         self._batch = batch
         with torch.no_grad():
-            logits_1V, activations_1LN = batch.predict()
-        self.activations_LN = activations_1LN[0]
-        self.log_probs_O = self._log_probs(logits_1V)[0]
+            predicted = batch.predict()
+        self.activations_LN = predicted.activations_BLN[0]
+        self.log_probs_O = self._log_probs(predicted.logits_BV)[0]
 
     def _measure(self, shifts: Shifts) -> Measured:
         with _joining(self.lm, shifts), side_by_side():
@@ -184,7 +184,7 @@ class HookedPrompt(ShiftedPrompt):
             steps_LRN[layer] = torch.from_numpy(steps_RN).to(self.lm.device)
         return self._compared(self._run(n_rows, steps_LRN)[0])
 
-    def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, Readings]:
         """Run the prompt in several rows: logits (R, V) at the probed token, and activations by layer."""
         positions_R = torch.full((n_rows,), self._position, device=self.lm.device)
         with tapped(self.lm, positions_R, steps_LRN) as activations:

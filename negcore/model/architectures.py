@@ -13,6 +13,13 @@ from negcore.errors import ModelError
 Site = Literal["up", "act", "gate"]
 SiteChoice = Literal["up", "act", "gate", "paper"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Router = Literal["through", "fixed"]
+"""What becomes of the routing of experts when a neuron of an earlier layer moves.
+
+- `through`: the router sees the move, as in the untouched model: NEGs are differentiated through its weights, and under
+  a finite shift it may choose other experts.
+- `fixed`: experts and their weights stay those of the unshifted pass.
+"""
 Way = Literal["virtual", "cached", "whole"]
 """Ways through a causal model, the fastest first.
 
@@ -52,6 +59,10 @@ class Architecture:
     """True if the model predicts a `[MASK]` and sees both sides of it."""
     way: Way = "virtual"
     """Fastest way through a causal model of this family that is right: see `Way`."""
+    experts: str | None = None
+    """Module, below a layer, with the stacked weights of its routed experts."""
+    shared: str | None = None
+    """Module, below a layer, of experts that every token has; its projections are named as those of dense layers."""
     discovered: bool = False
     """True if the family is in no row and its places were found by a traced pass."""
 
@@ -65,15 +76,26 @@ class Architecture:
         return self.masked or self.way == "whole"
 
     @property
+    def of_shared(self) -> "Architecture":
+        """This row with the shared experts' projections in place of a dense layer's."""
+        dense = self.down.rpartition(".")[0]
+        down, up, gate = (
+            path and f"{self.shared}{path.removeprefix(dense)}" for path in (self.down, self.up, self.gate)
+        )
+        assert down is not None
+        return replace(self, down=down, up=up, gate=gate, shared=None)
+
+    @property
     def found(self) -> str:
         """The places as parts of a row."""
-        names = ("layers", "down", "up", "gate", "post_norm")
+        names = ("layers", "down", "up", "gate", "post_norm", "experts", "shared")
         return ", ".join(f"{name} {getattr(self, name)}" for name in names if getattr(self, name))
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites that there are; the first is the paper's: `up` in gated models, `act` in the others."""
-        gate: tuple[Site, ...] = ("gate",) if self.gate is not None else ()
+        # The activated gate is no value of its own in the code of stacked experts.
+        gate: tuple[Site, ...] = ("gate",) if self.gate is not None and self.experts is None else ()
         return ("up", "act", *gate) if self.gated else ("act",)
 
     def site(self, choice: SiteChoice) -> Site:
@@ -100,6 +122,15 @@ _POST_NORM = replace(_GATED, post_norm="post_feedforward_layernorm")
 _SEEING_POST_NORM = replace(_SEEING, post_norm="post_feedforward_layernorm")
 _FUSED = replace(_GATED, up="mlp.gate_up_proj", gate="mlp.activation_fn", fused=True)
 _PLAIN = Architecture(layers="model.layers", down="mlp.down_proj")
+_EXPERTS = Architecture(
+    layers="model.layers",
+    up="mlp.experts.gate_up_proj",
+    down="mlp.experts.down_proj",
+    experts="mlp.experts",
+    way="cached",
+)
+_EXPERTS_OR_DENSE = replace(_GATED, experts="mlp.experts", way="cached")
+_SHARED_EXPERTS = replace(_EXPERTS_OR_DENSE, shared="mlp.shared_experts")
 _ROBERTA = Architecture(layers="roberta.encoder.layer", down="output.dense", masked=True)
 
 ARCHITECTURES = MappingProxyType(
@@ -110,8 +141,6 @@ ARCHITECTURES = MappingProxyType(
         "cohere": _GATED,
         "cohere2": _GATED,
         "cwm": _GATED,
-        "deepseek_v2": _GATED,  # its dense layers
-        "deepseek_v3": _GATED,  # its dense layers
         "diffllama": _GATED,
         "ernie4_5": _GATED,
         "gemma": _GATED,
@@ -149,6 +178,14 @@ ARCHITECTURES = MappingProxyType(
         "gemma4_text": _POST_NORM,
         "olmo2": _POST_NORM,
         "olmo3": _POST_NORM,
+        # Experts, beside dense layers or without
+        "deepseek_v2": _SHARED_EXPERTS,
+        "deepseek_v3": _SHARED_EXPERTS,
+        "gpt_oss": _EXPERTS,
+        "mixtral": _EXPERTS,
+        "olmoe": _EXPERTS,
+        "qwen2_moe": replace(_EXPERTS_OR_DENSE, shared="mlp.shared_expert"),
+        "qwen3_moe": _EXPERTS_OR_DENSE,
         # Gate and up in one module
         "glm": _FUSED,
         "glm4": replace(_FUSED, post_norm="post_mlp_layernorm"),

@@ -52,9 +52,10 @@ def attention(
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute scaled dot-product attention with grouped heads, boolean masks and logit soft-capping.
+    """Compute scaled dot-product attention with grouped heads, boolean masks, logit soft-capping and sinks.
 
     Parameters
     ----------
@@ -65,6 +66,8 @@ def attention(
         True where a query may look at a token, those before the newest counted. Without a mask, causal modules look
         back and the others look everywhere. Inside `side_by_side` it is the mask of one token after the prompt's, and
         the newest tokens are virtual.
+    s_aux : Tensor of shape (H,), optional
+        Sinks: a score of each head that takes its share of the softmax and has no value (gpt-oss).
 
     Returns
     -------
@@ -80,18 +83,19 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _side_by_side.get():
         assert attention_mask is not None
-        return _virtual(query * scale, newest, past, attention_mask[0, 0, 0, :-1], softcap), None
+        return _virtual(query * scale, newest, past, attention_mask[0, 0, 0, :-1], softcap, s_aux), None
     if past is not None and query.shape[2] == 1:
         assert attention_mask is not None
         wide = torch.promote_types(query.dtype, torch.float32)
-        return _last(query.to(wide) * scale, newest, past, attention_mask, softcap).to(query.dtype), None
-    if past is not None and past.shared is not None and softcap is None and _may_merge(query, value, attention_mask):
+        return _last(query.to(wide) * scale, newest, past, attention_mask, softcap, s_aux).to(query.dtype), None
+    is_plain = softcap is None and s_aux is None
+    if past is not None and past.shared is not None and is_plain and _may_merge(query, value, attention_mask):
         return _merged(query, newest, past.shared, scale), None
     if past is not None:
         key, value = past.joined(newest)
         if past.shared is None and looks_back(attention_mask):
             attention_mask, is_causal = None, True
-    if softcap is None and not torch.is_grad_enabled():
+    if is_plain and not torch.is_grad_enabled():
         # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, is_causal=is_causal, **kwargs
@@ -101,7 +105,7 @@ def attention(
         attention_mask = _causal_mask(query.shape[2], key.shape[2], query.device)
     # As the fused kernels do inside, and as gpt2's reorder_and_upcast_attn asks: half types would round every score.
     wide = torch.promote_types(query.dtype, torch.float32)
-    output = _explicit(query.to(wide), key.to(wide), value.to(wide), attention_mask, scaling, softcap)
+    output = _explicit(query.to(wide), key.to(wide), value.to(wide), attention_mask, scaling, softcap, s_aux)
     return output.to(query.dtype), None
 
 
@@ -123,6 +127,7 @@ def _explicit(
     mask: Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     batch, n_heads, n_queries, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
@@ -133,11 +138,23 @@ def _explicit(
         # The lowest finite number, not -inf: a padding token that sees nothing at all must not become NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = per_head.masked_fill(~mask[:, :, None], lowest).view_as(scores)
-    output = scores.softmax(-1) @ value
+    output = _weights(scores, sinks) @ value
     return output.reshape(batch, n_heads, n_queries, -1).transpose(1, 2)
 
 
-def _last(query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: float | None) -> Tensor:
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax of grouped scores (B, G, H/G * Q, K); what the sinks of the heads take of it is left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    n_rows, n_groups, n_queries, _ = scores.shape
+    per_query = sinks.to(scores.dtype).repeat_interleave(n_groups * n_queries // len(sinks))
+    column = per_query.view(1, n_groups, n_queries, 1).expand(n_rows, -1, -1, -1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def _last(
+    query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Let the last token of each row attend to the tokens before it and to itself, part by part.
 
     Query, newest keys and values carry the graph; what comes before takes no gradient, stays in its own number type and
@@ -151,7 +168,7 @@ def _last(query: Tensor, newest: KeysValues, past: Past, mask: Tensor, softcap: 
     scores = torch.cat([*(_product(grouped_query, part.keys.mT) for part in parts), own_scores], dim=-1)
     # The lowest finite number, not -inf: a padding token that sees nothing at all must not become NaN.
     scores = capped(scores, softcap).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.split(scores.softmax(-1), [*(part.keys.shape[2] for part in parts), 1], dim=-1)
+    weights = torch.split(_weights(scores, sinks), [*(part.keys.shape[2] for part in parts), 1], dim=-1)
     output = weights[-1] * newest.values.to(scores.dtype)
     for weight, part in zip(weights[:-1], parts, strict=True):
         output = output + _product(weight, part.values)
@@ -214,7 +231,14 @@ def _in_halves(rows: Tensor, matrix: Tensor) -> Tensor:
     return sum(products, start=torch.zeros((), device=rows.device)).view(*rows.shape[:-1], -1)
 
 
-def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Tensor, softcap: float | None) -> Tensor:
+def _virtual(
+    query: Tensor,
+    given: KeysValues,
+    past: Past | None,
+    visible_K: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Let each query attend to the visible keys of the prompt and its own.
 
     Its own key is one more column of scores; a mask over all virtual tokens would cost queries squared. Queries are
@@ -229,7 +253,7 @@ def _virtual(query: Tensor, given: KeysValues, past: Past | None, visible_K: Ten
     per_head = folded.view(1, n_groups, -1, n_queries, width)
     own_scores = (per_head * own_keys).sum(-1).view(1, n_groups, -1, 1)
     scores = torch.cat([folded @ prompt_keys.transpose(-1, -2), own_scores], dim=-1)
-    weights = capped(scores, softcap).softmax(-1)
+    weights = _weights(capped(scores, softcap), sinks)
     own_weights = weights[..., -1].view(1, n_groups, -1, n_queries, 1)
     from_prompt = (weights[..., :-1] @ prompt_values).view(1, n_groups, -1, n_queries, own_values.shape[-1])
     output = from_prompt + own_weights * own_values

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from negcore.errors import ModelError, one_line
 from negcore.model.architectures import ARCHITECTURES, Architecture
+from negcore.model.experts import TRACED_NAME, is_stacked, register_experts
 from negcore.model.skeleton import has_language_head, skeleton
 
 # Operations of values that bend them; beside these, sums and products with constants keep a value's line.
@@ -117,9 +118,15 @@ def _discovered(config: Any, classes: Sequence[str]) -> Architecture:
         raise ModelError("it is an encoder-decoder, and only models of one stack are measured")
     if not has_language_head(config):
         raise ModelError("transformers knows no language model of this type")
+    register_experts()
     model = skeleton(copy.deepcopy(config), masked=masked, attn_implementation="eager")
+    experts = {_parts(path)[::2] for path, module in model.named_modules() if is_stacked(module) and _parts(path)[0]}
+    if experts:
+        return _with_experts(model, experts)
     if any("expert" in f"{name} {type(module).__name__}".lower() for name, module in model.named_modules()):
-        raise ModelError("it holds experts, which are not measured (a row may name a dense layer of it)")
+        raise ModelError(
+            "it holds experts, whose weights are not stacked as transformers does (a row may name a dense layer of it)"
+        )
     places = _same_but_for_norms(set(_places(model)))
     if not places:
         raise ModelError("it has no feed-forward layers (or none that are made value by value)")
@@ -127,6 +134,41 @@ def _discovered(config: Any, classes: Sequence[str]) -> Architecture:
         found = "; ".join(sorted(map(str, places)))
         raise ModelError(f"it has several kinds of feed-forward layers ({found}); a row for one makes it measurable")
     return Architecture(**places.pop()._asdict(), masked=masked, way="whole", discovered=True)
+
+
+def _with_experts(model: Any, experts: set[tuple[str, str]]) -> Architecture:
+    """Return the places in a model with experts: theirs, those of dense layers and of shared experts."""
+    if len(experts) > 1:
+        raise ModelError(f"it has several kinds of experts ({sorted(experts)}); a row for one makes it measurable")
+    ((layers, below),) = experts
+    model.set_experts_implementation(TRACED_NAME)
+    places = {place._replace(post_norm=None) for place in _places(model)}
+    blocks = [block for block in model.get_submodule(layers) if _at(block, below) is not None]
+    beside = {place for place in places if any(_at(block, place.down) is not None for block in blocks)}
+    dense = places - beside or beside
+    up = f"{below}.gate_up_proj" if _at(blocks[0], below).has_gate else None
+    if (
+        len(beside) > 1
+        or len(dense) > 1
+        or any(place.layers != layers or (place.up is None) != (up is None) for place in places)
+    ):
+        found = "; ".join(sorted(map(str, places)))
+        raise ModelError(f"it has several kinds of feed-forward layers ({found}); a row for one makes it measurable")
+    row = Architecture(layers, f"{below}.down_proj", up, experts=below, way="whole", discovered=True)
+    for place in dense:
+        row = replace(row, down=place.down, up=place.up, gate=place.gate, fused=place.fused)
+    for place in beside - dense:
+        row = replace(row, shared=place.down.rpartition(".")[0])
+        if (row.of_shared.down, row.of_shared.up, row.fused) != (place.down, place.up, place.fused):
+            raise ModelError(f"its shared experts ({place}) are not like its dense layers; a row makes it measurable")
+    return row
+
+
+def _at(block: nn.Module, path: str) -> Any:
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _same_but_for_norms(places: set[_Place]) -> set[_Place]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from xxhash import xxh3_128
 
 from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
-from negcore.model.architectures import Architecture, Dtype, Site, SiteChoice, Way
+from negcore.model.architectures import Architecture, Dtype, Router, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
 from negcore.model.discovery import find_architecture
 from negcore.model.embedded import EMBEDDED
+from negcore.model.experts import EXPERTS_NAME, register_experts, stacked_experts
 from negcore.model.gguf_cache import convert_gguf, embedded_files
+from negcore.model.layer_shapes import LayerShape
 from negcore.model.model_files import (
     check_directory,
     check_sizes,
@@ -39,7 +41,15 @@ from negcore.model.model_files import (
 )
 from negcore.model.past import Prefixes
 from negcore.model.quantised import plain_config, plain_model, storage_note
-from negcore.model.skeleton import auto_class, common_width, down_rows, feed_forwards, skeleton, unused_positions
+from negcore.model.skeleton import (
+    auto_class,
+    dense_row,
+    down_rows,
+    feed_forwards,
+    layer_shapes,
+    skeleton,
+    unused_positions,
+)
 from negcore.model.whole_weights import load_whole
 from negcore.store.files import near_path
 from negcore.texts import did_you_mean
@@ -102,9 +112,23 @@ class ModelCard:
         return int(2 * config.num_hidden_layers * heads * width)
 
     @cached_property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Counts of each layer's neurons, read from a model without weights."""
+        return layer_shapes(feed_forwards(self._skeleton, self.arch).values(), self.arch)
+
+    @property
     def layer_width(self) -> int:
-        """Neurons of a layer, read from a model without weights."""
-        return common_width(feed_forwards(self._skeleton, self.arch).values(), self.arch)
+        """Neurons of a layer; where layers differ, as those of experts may, of the widest."""
+        return max(shape.n_neurons for shape in self.layer_shapes)
+
+    @property
+    def active_width(self) -> int:
+        """Neurons that a token has in a layer, at most: of a layer of experts those of the routed ones alone."""
+        return max(shape.n_active for shape in self.layer_shapes)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(shape.n_experts for shape in self.layer_shapes)
 
     @cached_property
     def _skeleton(self) -> Any:
@@ -143,6 +167,8 @@ class LanguageModel:
     site: Site
     check: ModelCheck | None = None
     """What the check at load found; None only while it is being made."""
+    router: Router = "through"
+    """Whether shifts move the routing of experts: see `Router`. Without experts it means nothing."""
     joined: bool = False
     """True if the model's own code works on keys and values behind the cache: then they come whole."""
     prefixes: Prefixes | None = None
@@ -172,9 +198,25 @@ class LanguageModel:
         return len(self.layers)
 
     @cached_property
+    def layer_shapes(self) -> tuple[LayerShape, ...]:
+        """Counts of each layer's neurons."""
+        if self.arch.experts is None:  # the width of the down projection's input
+            return (LayerShape(int(self.down_rows(0).shape[0])),) * self.n_layers
+        return layer_shapes(self.layers, self.arch)
+
+    @cached_property
     def layer_width(self) -> int:
-        """Neurons of a layer: the width of the down projection's input."""
-        return int(self.down_rows(0).shape[0])
+        """Neurons of a layer; where layers differ, as those of experts may, of the widest."""
+        return max(shape.n_neurons for shape in self.layer_shapes)
+
+    @cached_property
+    def active_width(self) -> int:
+        """Neurons that a token has in a layer, at most: of a layer of experts those of the routed ones alone."""
+        return max(shape.n_active for shape in self.layer_shapes)
+
+    @cached_property
+    def has_experts(self) -> bool:
+        return any(shape.n_experts for shape in self.layer_shapes)
 
     @property
     def device(self) -> torch.device:
@@ -242,6 +284,20 @@ class LanguageModel:
         if self.check is not None:
             self.check.require(self.card.name, names)
 
+    def refuse_experts(self, what: str) -> None:
+        """Refuse to measure something of a model with experts.
+
+        Parameters
+        ----------
+        what : str
+            Measurement that knows dense neurons alone, in the plural.
+
+        Raises
+        ------
+        ModelError
+        """
+        refuse_experts(self.card, what)
+
     def down(self, layer: int) -> Any:
         """Return the down projection of a layer."""
         return self.layers[layer].get_submodule(self.arch.down)
@@ -250,11 +306,32 @@ class LanguageModel:
         """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
         return down_rows(self.down(layer))
 
-    def site_module(self, layer: int) -> nn.Module:
-        """Return the module whose output (for `act`: input) is the site."""
-        path = {"up": self.arch.up, "gate": self.arch.gate, "act": self.arch.down}[self.site]
+    def experts(self, layer: int) -> Any | None:
+        """Return the module of a layer's routed experts; None if it has none."""
+        return stacked_experts(self.layers[layer], self.arch)
+
+    def site_module(self, layer: int) -> nn.Module | None:
+        """Return the module whose output (for `act`: input) is the site of a layer's dense neurons, if it has any."""
+        row = self.arch if self.arch.experts is None else dense_row(self.layers[layer], self.arch)
+        if row is None:
+            return None
+        path = {"up": row.up, "gate": row.gate, "act": row.down}[self.site]
         assert path is not None
         return self.layers[layer].get_submodule(path)
+
+
+def refuse_experts(card: ModelCard, what: str) -> None:
+    """Refuse a model with experts: see `LanguageModel.refuse_experts`.
+
+    Raises
+    ------
+    ModelError
+    """
+    if card.has_experts:
+        raise ModelError(
+            f"model {card.name!r}: {what} are not made for mixtures of experts, where a prompt has the neurons of its "
+            "routed experts alone; see docs/experts.md for what is"
+        )
 
 
 def describe_model(ref: str) -> ModelCard:
@@ -289,7 +366,9 @@ def model_name(ref: str) -> str:
     return ref if ref in EMBEDDED or is_directory(ref) or is_gguf(ref) else ref.partition("@")[0]
 
 
-def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: SiteChoice) -> LanguageModel:
+def read_model(
+    ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: SiteChoice, router: Router = "through"
+) -> LanguageModel:
     """Load a model without its check: see `negcore.measure.loading.load_model`.
 
     Raises
@@ -297,6 +376,7 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
     ModelError
         If the model cannot be found or loaded, or has no such site.
     """
+    _check_router(router)
     if dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     card = describe_model(ref) if isinstance(ref, str) else ref
@@ -308,7 +388,12 @@ def read_model(ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: 
         model = plain_model(model, card.config, DTYPES[dtype]).to(target)
     _take_from_files(model)
     _check_files(card)
-    return LanguageModel(_prepared(model), card, resolved)
+    return LanguageModel(_prepared(model), card, resolved, router=router)
+
+
+def _check_router(router: str) -> None:
+    if router not in get_args(Router):
+        raise ModelError(f"router {router!r} is not known; choose one of {', '.join(get_args(Router))}")
 
 
 def _take_from_files(model: Any) -> None:
@@ -337,7 +422,9 @@ def _snapshot(name: str, commit: str) -> Path:
     return file.parent
 
 
-def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: SiteChoice) -> LanguageModel:
+def wrap_model(
+    model: Any, tokenizer: Any, *, name: str, revision: str, site: SiteChoice, router: Router = "through"
+) -> LanguageModel:
     """Wrap a model without its check: see `negcore.measure.loading.as_language_model`.
 
     Raises
@@ -345,6 +432,7 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
     ModelError
         If it has no language head, its architecture cannot be measured, or it has no such site.
     """
+    _check_router(router)
     if not isinstance(model, transformers.PreTrainedModel) or model.get_output_embeddings() is None:
         raise ModelError(
             f"model {name!r} is a {type(model).__name__}; give a model of transformers with its language head, as "
@@ -352,7 +440,7 @@ def wrap_model(model: Any, tokenizer: Any, *, name: str, revision: str, site: Si
         )
     arch = find_architecture(model.config, type(model).__name__)
     card = ModelCard(name, name, revision, model.config, tokenizer, arch)
-    return LanguageModel(_prepared(model), card, arch.site(site))
+    return LanguageModel(_prepared(model), card, arch.site(site), router=router)
 
 
 def _weighted(card: ModelCard, **options: Any) -> Any:
@@ -365,10 +453,11 @@ def _weighted(card: ModelCard, **options: Any) -> Any:
 
 def _prepared(model: Any) -> Any:
     register_attention()
+    register_experts()
     if model._can_set_attn_implementation():
         model.set_attn_implementation(ATTENTION_NAME)
     if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the fast ones know no float64
+        model.set_experts_implementation(EXPERTS_NAME)
     for part in model.modules():
         if isinstance(part, transformers.PreTrainedModel):
             part.config.return_dict = True  # some old configurations ask for tuples

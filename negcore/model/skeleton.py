@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from negcore.errors import ModelError
 from negcore.model.architectures import Architecture
+from negcore.model.experts import experts_shape, stacked_experts
+from negcore.model.layer_shapes import LayerShape
 
 
 def auto_class(config: Any, *, masked: bool) -> Any:
@@ -45,7 +47,7 @@ def skeleton(config: Any, *, masked: bool, **options: Any) -> Any:
 def feed_forwards(model: Any, arch: Architecture) -> dict[int, nn.Module]:
     """Return the layers that have feed-forward neurons, by their place among all layers.
 
-    Layers of state spaces alone, or of experts, have none.
+    Layers of state spaces alone have none, nor have those of experts whose weights are not stacked.
 
     Raises
     ------
@@ -53,7 +55,45 @@ def feed_forwards(model: Any, arch: Architecture) -> dict[int, nn.Module]:
         If something else than a linear projection stands in a down projection's place, such as an adapter.
     """
     layers = enumerate(model.get_submodule(arch.layers))
-    return {place: layer for place, layer in layers if _has_down(layer, arch.down)}
+    return {
+        place: layer
+        for place, layer in layers
+        if dense_row(layer, arch) is not None or stacked_experts(layer, arch) is not None
+    }
+
+
+def dense_row(layer: nn.Module, arch: Architecture) -> Architecture | None:
+    """Return the row with the places of the neurons that every token has in a layer: its own or its shared experts'.
+
+    Raises
+    ------
+    ModelError
+        As `feed_forwards`.
+    """
+    rows = [arch, *([arch.of_shared] if arch.shared else [])]
+    return next((row for row in rows if _has_down(layer, row.down)), None)
+
+
+def layer_shapes(layers: Iterable[nn.Module], arch: Architecture) -> tuple[LayerShape, ...]:
+    """Return the counts of the neurons of each layer.
+
+    Raises
+    ------
+    ModelError
+        If no layer has neurons, or layers without experts differ in their number.
+    """
+    if arch.experts is None:
+        layers = list(layers)
+        return (LayerShape(common_width(layers, arch)),) * len(layers)
+    shapes = []
+    for layer in layers:
+        row = dense_row(layer, arch)
+        n_dense = len(down_rows(layer.get_submodule(row.down))) if row is not None else 0
+        has_experts = stacked_experts(layer, arch) is not None
+        shapes.append(experts_shape(layer, arch, n_dense) if has_experts else LayerShape(n_dense))
+    if not shapes:
+        raise ModelError(f"none of its layers has the feed-forward {arch.down!r} or the experts {arch.experts!r}")
+    return tuple(shapes)
 
 
 def unused_positions(model: nn.Module) -> int:

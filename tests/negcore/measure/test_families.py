@@ -63,6 +63,10 @@ SEARCHED = {
         "chunk_size": 8,
         "head_dim": 4,
     },
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 8, "moe_num_shared_experts": 1},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 4},
     "recurrent_gemma": {
         "lru_width": 16,
         "attention_window_size": 7,
@@ -73,8 +77,7 @@ SEARCHED = {
 
 REFUSED = {
     "t5": ({}, "it is an encoder-decoder"),
-    "mixtral": ({"num_local_experts": 2}, "it holds experts, which are not measured"),
-    "qwen2_moe": ({"num_experts": 2}, "it holds experts"),
+    "jetmoe": ({}, "it holds experts, whose weights are not stacked"),
     "mamba": ({}, "it has no feed-forward layers"),
     "albert": ({}, "runs more than once in a pass"),
     "vit": ({}, "transformers knows no language model of this type"),
@@ -108,12 +111,14 @@ def test_every_family_passes_the_check_in_both_exact_number_types(family):
 def test_the_shape_of_a_model_is_known_without_its_weights(family):
     lm = tiny_model(family)
     assert (lm.card.n_layers, lm.card.layer_width) == (lm.n_layers, lm.layer_width)
-    assert [len(lm.down_rows(layer)) for layer in range(lm.n_layers)] == [lm.layer_width] * lm.n_layers
+    assert (lm.card.layer_shapes, lm.card.active_width) == (lm.layer_shapes, lm.active_width)
+    if not lm.has_experts:
+        assert [len(lm.down_rows(layer)) for layer in range(lm.n_layers)] == [lm.layer_width] * lm.n_layers
 
 
-# What the search does not find: a norm between the product and its projection, experts beside dense layers, and
-# projections that run several times.
-UNSEARCHABLE = {"bitnet", "deepseek_v2", "deepseek_v3", "llama4_text", "gemma3n_text"}
+# What the search does not find: a norm between the product and its projection, dense layers beside experts whose
+# weights are not stacked, and projections that run several times.
+UNSEARCHABLE = {"bitnet", "llama4_text", "gemma3n_text"}
 
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family not in UNSEARCHABLE])
@@ -124,7 +129,7 @@ def test_the_search_finds_what_the_row_says(family, monkeypatch):
     monkeypatch.setattr(discovery, "ARCHITECTURES", {})
     found = discovery.find_architecture(config)
     assert found.discovered and found.masked == row.masked
-    for name in ("layers", "down", "up", "gate", "fused", "post_norm"):
+    for name in ("layers", "down", "up", "gate", "fused", "post_norm", "experts", "shared"):
         assert getattr(found, name) == getattr(row, name), name
 
 
@@ -148,6 +153,16 @@ def test_layers_without_a_feed_forward_are_absent_and_the_others_keep_their_plac
     assert result.negs_PK[0, 0] == pytest.approx(estimated_N[neuron], rel=1e-2)
 
 
+def test_experts_of_a_family_in_no_row_are_found_beside_dense_layers_and_shared_experts():
+    places = {family: searched(family).arch for family in ("ernie4_5_moe", "granitemoe", "hunyuan_v1_moe")}
+    assert {family: (row.experts, row.shared, row.down) for family, row in places.items()} == {
+        "ernie4_5_moe": ("mlp.experts", "mlp.shared_experts", "mlp.down_proj"),
+        "granitemoe": ("block_sparse_moe.experts", None, "block_sparse_moe.experts.down_proj"),
+        "hunyuan_v1_moe": ("mlp.experts", None, "mlp.shared_mlp.down_proj"),
+    }
+    assert all(searched(family).way == "cached" for family in places)
+
+
 def test_a_family_in_no_row_is_given_the_fastest_way_that_is_right():
     assert {family: searched(family).way for family in ("jais2", "falcon_h1")} == {
         "jais2": "virtual",
@@ -155,8 +170,7 @@ def test_a_family_in_no_row_is_given_the_fastest_way_that_is_right():
     }
 
 
-def test_layers_of_experts_are_absent_and_dense_ones_keep_their_place():
-    assert tiny_model("deepseek_v3").card.places == (0, 1)
+def test_layers_of_experts_that_are_not_stacked_are_absent_and_dense_ones_keep_their_place():
     assert tiny_model("llama4_text").card.places == (0, 2)
 
 

@@ -1,0 +1,241 @@
+"""Mixtures of experts: NEGs of the experts that a prompt is routed to, against plain autograd token by token."""
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from support import ARCHITECTURES, LABELS, PROMPTS, tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from negcore.errors import ModelError, NegError
+from negcore.measure import neurgrad as gradients
+from negcore.measure.estimators import estimate
+from negcore.measure.loading import as_language_model
+from negcore.measure.neurgrad import neurgrad
+from negcore.measure.steering import steer
+from negcore.measure.sweeps import sweep
+from negcore.model.encoding import encode, encode_prompts
+from negcore.model.layer_shapes import LayerShape
+
+FAMILIES = [family for family, row in ARCHITECTURES.items() if row.experts]
+OPTIONS = LABELS[:3]
+NAME = "token-by-token"
+
+
+@cache
+def model(family, router="through", site="paper"):
+    return tiny_model(family, router=router, site=site)
+
+
+class TokenByToken:
+    """The slow, obvious twin of a layer's experts: each token, each of its experts, one product at a time."""
+
+    def __init__(self, lm):
+        self.lm, self.leaves, self.values, self.experts = lm, {}, {}, {}
+
+    def __call__(self, module, hidden, experts_TK, weights_TK):
+        weights_TK = weights_TK.detach() if self.lm.router == "fixed" else weights_TK
+        return torch.stack(
+            [
+                sum(
+                    weight * self.expert(module, token, int(expert), hidden[token])
+                    for expert, weight in zip(experts_TK[token], weights_TK[token], strict=True)
+                )
+                for token in range(len(hidden))
+            ]
+        )
+
+    def expert(self, module, token, expert, hidden_H):
+        """Run one expert for one token."""
+
+        def product(name, values):
+            weight = getattr(module, name)[expert]
+            made = values @ weight if module.is_transposed else weight @ values
+            return made + getattr(module, f"{name}_bias")[expert] if module.has_bias else made
+
+        both = product("gate_up_proj", hidden_H)
+        width = len(both) // 2
+        columns = torch.arange(width, 2 * width) if module.is_concatenated else torch.arange(1, 2 * width, 2)
+        if self.lm.site == "up":
+            both = both.index_add(0, columns, self.leaf(module, token, expert, both[columns]))
+        act = module._apply_gate(both[None])[0]
+        return product("down_proj", act + self.leaf(module, token, expert, act) if self.lm.site == "act" else act)
+
+    def leaf(self, module, token, expert, values):
+        self.values[module, token, expert] = values.detach()
+        self.experts.setdefault((module, token), []).append(expert)
+        return self.leaves.setdefault((module, token, expert), torch.zeros_like(values, requires_grad=True))
+
+
+def plain(lm, prompt, labels):
+    """NEG, activations and experts of one prompt, with a graph through all of its tokens: lists by layer."""
+    tokens = encode_prompts(lm.card, [prompt])[0]
+    last, twin = len(tokens) - 1, TokenByToken(lm)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, twin)
+    dense, handles = {}, []
+    for layer in range(lm.n_layers):
+        module = lm.site_module(layer)
+        if module is not None:
+            attach = module.register_forward_pre_hook if lm.site == "act" else module.register_forward_hook
+            handles.append(
+                attach(
+                    lambda _, args, output=None, layer=layer: dense.update(
+                        {layer: output if output is not None else args[0]}
+                    )
+                )
+            )
+    lm.model.set_experts_implementation(NAME)
+    lm.model.requires_grad_(True)
+    try:
+        probs = lm.model(input_ids=torch.tensor([tokens])).logits[0, last].softmax(-1)
+    finally:
+        lm.model.set_experts_implementation("negcore")
+        lm.model.requires_grad_(False)
+        for handle in handles:
+            handle.remove()
+    ids = encode(lm.card, [prompt], labels).label_ids_PO[0]
+    negs, activations, experts = [], [], []
+    for layer in range(lm.n_layers):
+        module = lm.experts(layer)
+        chosen = sorted(twin.experts[module, last]) if module is not None else []
+        keys = [(module, last, expert) for expert in chosen]
+        inputs = [twin.leaves[key] for key in keys] + ([dense[layer]] if layer in dense else [])
+        values = [twin.values[key] for key in keys]
+        if layer in dense:
+            values.append(dense[layer].detach().view(len(tokens), -1)[last])
+        acts = torch.cat(values)
+        grads = [torch.autograd.grad(probs[int(label)], inputs, retain_graph=True) for label in ids]
+        rows = torch.stack([torch.cat([grad.reshape(-1, grad.shape[-1])[-1] for grad in one]) for one in grads])
+        negs.append((rows * torch.where(acts > 0, 1.0, -1.0)).numpy())
+        activations.append(acts.numpy())
+        experts.append(chosen)
+    return negs, activations, experts, probs[ids].detach().numpy()
+
+
+ROUNDING = {"deepseek_v2", "deepseek_v3"}
+"""Families that turn positions, or compute their router, in float32 whatever the model's type."""
+
+
+def assert_close(actual, expected, lm=None):
+    coarse = 1e4 if lm is not None and lm.card.config.model_type in ROUNDING else 1
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=coarse * 1e-10 * max(np.abs(expected).max(), 1e-30))
+
+
+def assert_measured(lm, batch, row, prompt):
+    negs, activations, experts, probs = plain(lm, prompt, OPTIONS)
+    assert_close(batch.probs_PO[row], probs, lm)
+    for layer, shape in enumerate(lm.layer_shapes):
+        assert batch.experts_PLK[row, layer, : shape.top_k].tolist() == experts[layer]
+        assert (batch.experts_PLK[row, layer, shape.top_k :] == -1).all()
+        assert np.abs(negs[layer]).max() > 1e-9
+        assert_close(batch.negs_POLN[row, :, layer, : shape.n_active], negs[layer], lm)
+        assert_close(batch.activations_PLN[row, layer, : shape.n_active], activations[layer], lm)
+        assert not batch.negs_POLN[row, :, layer, shape.n_active :].any()
+
+
+@pytest.mark.parametrize("site", ["up", "act"])
+@pytest.mark.parametrize("router", ["through", "fixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_negs_of_routed_experts_are_plain_autograd_for_both_choices_of_the_router(family, router, site):
+    lm = model(family, router, site)
+    batch = neurgrad(lm, PROMPTS, OPTIONS, batch_size=3)
+    for row in (0, 3):
+        assert_measured(lm, batch, row, PROMPTS[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_padding_and_shared_beginnings_change_nothing(family):
+    lm = model(family)
+    alone = neurgrad(lm, PROMPTS, OPTIONS, batch_size=1)
+    for other, rows in (
+        (neurgrad(lm, PROMPTS, OPTIONS, batch_size=7), range(7)),
+        (neurgrad(lm, ["B", *PROMPTS], OPTIONS), range(1, 8)),  # no token is shared
+        (neurgrad(lm.along("whole"), PROMPTS, OPTIONS, batch_size=2), range(7)),
+    ):
+        for name in ("negs_POLN", "activations_PLN", "probs_PO", "experts_PLK", "router_weights_PLK"):
+            assert_close(getattr(other, name)[list(rows)], getattr(alone, name), lm)
+
+
+@pytest.mark.parametrize("router", ["through", "fixed"])
+def test_options_in_rows_as_on_a_gpu_are_the_same(router, monkeypatch):
+    lm = model("qwen2_moe", router)
+    batched = neurgrad(lm, PROMPTS, OPTIONS)
+    monkeypatch.setattr(gradients, "computes_by_row", lambda device: False)
+    in_rows = neurgrad(lm, PROMPTS, OPTIONS)
+    for name in ("negs_POLN", "activations_PLN", "probs_PO", "experts_PLK", "router_weights_PLK"):
+        assert_close(getattr(in_rows, name), getattr(batched, name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_choice_of_the_router_matters_before_the_last_layer_alone(family):
+    through, fixed = (neurgrad(model(family, router), PROMPTS[:3], OPTIONS) for router in ("through", "fixed"))
+    assert_close(fixed.activations_PLN, through.activations_PLN)
+    assert_close(fixed.negs_POLN[:, :, -1], through.negs_POLN[:, :, -1])
+    first = through.negs_POLN[:, :, 0]
+    assert np.abs(fixed.negs_POLN[:, :, 0] - first).max() > 1e-3 * np.abs(first).max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("router", ["through", "fixed"])
+def test_the_check_at_load_passes(family, router):
+    check = model(family, router).check
+    assert check.failed == () and not check["virtual"].applies
+    assert check["neurgrad"].difference < 1e-5
+
+
+def test_a_model_whose_experts_are_computed_wrongly_fails_its_check(monkeypatch):
+    from negcore.model import experts
+
+    right = experts._Slots.project
+    monkeypatch.setattr(experts._Slots, "project", lambda *args, **options: 1.01 * right(*args, **options))
+    with pytest.raises(ModelError, match="logits against the untouched model: failed"):
+        as_language_model(AutoModelForCausalLM.from_config(tiny_config("mixtral")), tiny_tokenizer(), name="wrong")
+
+
+def test_neurons_are_numbered_expert_by_expert_and_dense_ones_last():
+    shape = LayerShape(2, n_experts=4, top_k=2, n_units=3)
+    assert (shape.n_neurons, shape.n_active) == (14, 8)
+    assert shape.active_neurons(np.array([[0, 2], [1, 3]])).tolist() == [
+        [0, 1, 2, 6, 7, 8, 12, 13],
+        [3, 4, 5, 9, 10, 11, 12, 13],
+    ]
+    assert LayerShape(3).active_neurons(np.empty((1, 0), int)).tolist() == [[0, 1, 2]]
+
+
+def test_layers_of_one_model_may_be_dense_or_of_experts_beside_shared_ones():
+    assert tiny_model("qwen2_moe").layer_shapes == (
+        LayerShape(12, 4, 2, 8),
+        LayerShape(24),
+        LayerShape(12, 4, 2, 8),
+    )
+    assert tiny_model("mixtral").layer_shapes == (LayerShape(0, 4, 2, 24),) * 3
+
+
+def test_sinks_take_their_share_of_the_attention():
+    lm = tiny_model("gpt_oss")
+    before = neurgrad(lm, PROMPTS[:2], OPTIONS).probs_PO
+    for layer in lm.layers:
+        layer.self_attn.sinks.data += 3.0
+    assert np.abs(neurgrad(lm, PROMPTS[:2], OPTIONS).probs_PO - before).max() > 1e-4
+    assert_measured(lm, neurgrad(lm, PROMPTS[:2], OPTIONS), 0, PROMPTS[0])
+
+
+def test_an_unknown_choice_of_the_router_is_refused():
+    with pytest.raises(ModelError, match=re.escape("router 'open' is not known; choose one of through, fixed")):
+        tiny_model("mixtral", router="open")
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda lm: sweep(lm, PROMPTS[:1], " A", neurons=[(0, 1)]),
+        lambda lm: estimate(lm, PROMPTS[:1], " A", estimator="neurgrad"),
+        lambda lm: steer(lm, PROMPTS[:1], [(0, 1, 1.0)]),
+    ],
+)
+def test_what_knows_dense_neurons_alone_refuses_experts_by_name(measure):
+    with pytest.raises(NegError, match="tiny-mixtral.*not made for mixtures of experts.*docs/experts.md"):
+        measure(model("mixtral"))
