@@ -72,6 +72,11 @@ def _waiting(what: str) -> AbstractContextManager[object]:
     return console.status(what) if console.is_terminal else nullcontext()
 
 
+def _checking(found: "Sequence[StoredSplit]", at: int) -> AbstractContextManager[object]:
+    """Show which dataset's shards are being checked and read, and how many there are."""
+    return _waiting(f"checking and reading the shards of {escape(found[at].title)} ({at + 1} of {len(found)})")
+
+
 class _Looked(NamedTuple):
     """One dataset, and what it tells of a neuron."""
 
@@ -113,12 +118,13 @@ def neuron(
 
     found = stored_splits(location(directory).absolute(), (split,), model=model, datasets=dataset or ())
     only_model(found)
-    _tell_neuron(location(directory).absolute(), found[0], layer, number)
+    with _checking(found, 0):
+        _tell_neuron(location(directory).absolute(), found[0], layer, number)
     missing: list[str] = []
     card = _or_told(missing, lambda: card_of(found[0]))
     looked = []
-    for one in found:
-        with _waiting(f"reading {escape(one.title)}"):
+    for at, one in enumerate(found):
+        with _checking(found, at):
             about = _or_told(missing, lambda one=one: _looked(one, layer, number, rows))
             if about is not None:
                 examples = _or_told(missing, lambda about=about: _examples(about, card))

@@ -1,13 +1,16 @@
 """Commands that give the tables of runs to other programs, and answer questions about them."""
 
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, NoReturn, get_args
 
 import typer
 
 from flows.cli.options import RunDirectory
-from flows.show.console import console, tell
+from flows.cli.terminal import doing
+from flows.show.console import console, errors, tell
 from flows.show.format_names import SUFFIXES, FormatName
 from negcore.errors import RunError
 from negcore.store.files import location, output
@@ -37,7 +40,7 @@ def sql(
 ) -> None:
     """Ask a run's tables, prompts and NEGs in SQL. The run is only read, and nothing beyond it.
 
-    Example: `neg sql runs/NAME "select probe, avg(accuracy) from accuracy where \\"group\\" = '' group by probe"`
+    Example: `neg sql runs/NAME "select probe, avg(accuracy) from accuracy where subgroup = '' group by probe"`
 
     Views: every table of results, such as accuracy, predictions and comparisons (those in a folder as skills.causal);
     prompts, with a row for every prompt and its probabilities; negs(L), with a row for every prompt, option and neuron
@@ -52,12 +55,23 @@ def sql(
         raise RunError(f"--csv and --format {form} contradict each other: give one of them")
     name = format_of("csv" if csv else form, out)
     root = location(run).absolute()
-    found = answer(root, LIST_VIEWS if query is None else query)
+    try:
+        with doing("asking the run"):
+            found = answer(root, LIST_VIEWS if query is None else query)
+    except KeyboardInterrupt:
+        _end_at_once()
     warn_of(root)
     if name is None:
         console.print(answer_table(found, _MOST_ROWS))
     else:
         deliver(found, name, out)
+
+
+def _end_at_once() -> NoReturn:
+    """End the program although DuckDB may still compute, which nothing but the end of the process stops at once."""
+    with suppress(OSError):  # the terminal may be gone
+        errors.print("stopped")
+    os._exit(130)
 
 
 def export(

@@ -8,9 +8,12 @@ Axes: P prompts, O options, N neurons a layer.
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from concurrent.futures import Future, wait
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,8 @@ from tasks.rundir.tables import read_arrow, result_tables
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+_PATIENCE_S = 1.0
+"""Time that a query which is stopped has to end; a step of DuckDB's that takes longer goes on in its thread."""
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",  # no file, no network, no extension
     "python_enable_replacements": "false",  # no variable of this program
@@ -33,10 +38,12 @@ _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "allow_community_extensions": "false",
 }
+RENAMED: Mapping[str, str] = MappingProxyType({"group": "subgroup", "right": "is_right", "order": "ordering"})
+"""Columns of tables that are words of SQL, and their names in views, which need no quotes."""
 _PROMPTS = pa.schema(
     [
         ("id", pa.string()),
-        ("group", pa.string()),
+        (RENAMED["group"], pa.string()),
         ("gold", pa.int16()),
         ("probs", pa.list_(pa.float32())),
         ("label_mass", pa.float64()),
@@ -80,13 +87,43 @@ def query(root: Path, sql: str) -> pa.Table:
         If DuckDB is not installed, there is no such run, or the query cannot be answered.
     ShardError
         If shards that the query reads are incomplete or damaged, or do not hold what it asks for.
+    KeyboardInterrupt
+        If it is stopped. Python cannot end as usual then: DuckDB may still compute, and has no way to stop at once.
     """
     if importlib.util.find_spec("duckdb") is None:
         raise RunError("SQL needs a package that is not installed; run: pip install 'neg-at-scale[look]'")
     import duckdb
 
-    views = _Views(root)
-    with closing(duckdb.connect(":memory:", config=_LOCKED)) as connection:
+    connection = duckdb.connect(":memory:", config=_LOCKED)
+    answer = _in_thread(lambda: _answer(connection, _Views(root), sql))
+    try:
+        return answer.result()
+    except KeyboardInterrupt:
+        with suppress(duckdb.Error):  # it has ended
+            connection.interrupt()
+        wait([answer], _PATIENCE_S)
+        raise
+
+
+def _in_thread(work: Callable[[], pa.Table]) -> "Future[pa.Table]":
+    """Start work in a thread that ends with the program: Python hears no signal while DuckDB computes in its own."""
+    future: Future[pa.Table] = Future()
+
+    def fulfil() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=fulfil, daemon=True).start()
+    return future
+
+
+def _answer(connection: "DuckDBPyConnection", views: "_Views", sql: str) -> pa.Table:
+    """Answer one SELECT, and close the connection."""
+    import duckdb
+
+    with closing(connection):
         try:
             _check_select(connection.extract_statements(sql))
             views.create(connection, sql)
@@ -136,7 +173,9 @@ class _Views:
             *folder, table = name.split("/")
             if folder:
                 connection.execute(f"CREATE SCHEMA IF NOT EXISTS {_quoted(folder[0])}")
-            connection.register(f"_table_{number}", read_arrow(path))
+            stored = read_arrow(path)
+            names = [RENAMED.get(column, column) for column in stored.column_names]
+            connection.register(f"_table_{number}", stored.rename_columns(names))
             connection.execute(
                 f"CREATE VIEW {'.'.join(map(_quoted, name.split('/')))} AS SELECT * FROM _table_{number}"
             )
@@ -154,11 +193,12 @@ class _Views:
         """Return what a user could have meant who asked for something that is not there."""
         if "negs_" in error and self._folders:
             return f"; negs takes the number of a layer as digits, such as negs(0): {self._layers}"
-        if "syntax error" in error:
-            return "; names that are words of SQL, such as group and right, need double quotes"
+        if "syntax error" in error or any(f'"{column}"' in error for column in RENAMED):
+            names = ", ".join(f"{column} is {name}" for column, name in RENAMED.items())
+            return f"; columns that are words of SQL have other names here: {names}"
         if "does not exist" in error:
-            names = [name.replace("/", ".") for name in self._tables] + ["prompts", "negs(layer)"] * bool(self._folders)
-            return f"; the views are {', '.join(names)}"
+            known = [name.replace("/", ".") for name in self._tables] + ["prompts", "negs(layer)"] * bool(self._folders)
+            return f"; the views are {', '.join(known)}"
         return ""
 
     @property

@@ -5,10 +5,13 @@ import subprocess
 import sys
 import time
 
+import psutil
+import pyarrow as pa
 import pytest
-from support import REPOSITORY, save_tiny_model
+from support import NEG, REPOSITORY, save_tiny_model
 
 from flows.cli.app import main
+from tasks.rundir.tables import write_arrow
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,20 @@ def test_a_lost_terminal_ends_a_command_like_ctrl_c_while(tmp_path, phase):
     assert command.returncode == 130, said
     assert b"Traceback" not in said
     assert not list((tmp_path / "t").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_query_that_computes_for_hours_is_stopped_at_once(tmp_path, number):
+    write_arrow(tmp_path / "accuracy.arrow", pa.table({"n": [1]}))
+    sql = "select count(*) from range(10000000000) a, range(100000) b where a.range + b.range = 7"
+    command = subprocess.Popen([NEG, "sql", tmp_path, sql], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while sum(psutil.Process(command.pid).cpu_times()[:2]) < 6:  # what it takes to start is behind it
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    command.send_signal(number)
+    assert command.communicate(timeout=30) == (b"", b"stopped\n")
+    assert command.returncode == 130
 
 
 def test_ctrl_c_ends_every_command_with_a_line_and_no_traceback(capsys, monkeypatch):

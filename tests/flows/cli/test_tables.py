@@ -66,7 +66,7 @@ def refused(monkeypatch, capsys):
 
 
 def test_an_answer_is_a_table_and_all_of_it_as_csv(run, monkeypatch):
-    asked = neg("sql", run, "SELECT dataset, accuracy FROM accuracy WHERE \"group\" = '' ORDER BY dataset")
+    asked = neg("sql", run, "SELECT dataset, accuracy FROM accuracy WHERE subgroup = '' ORDER BY dataset")
     assert asked.exit_code == 0 and "2 rows" in asked.output
     assert [line.split() for line in asked.stdout.splitlines() if "0.5" in line] == [["=b", "0.5"], ["a", "0.5"]]
     monkeypatch.setattr(module, "_MOST_ROWS", 7)

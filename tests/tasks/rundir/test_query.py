@@ -1,8 +1,12 @@
 """SQL about a run: its views hold what the run holds, shards are checked when asked for, nothing else is read."""
 
 import json
+import signal
 import sys
-from dataclasses import asdict
+import threading
+import time
+from dataclasses import asdict, is_dataclass
+from typing import get_args, get_origin, get_type_hints
 
 import duckdb
 import numpy as np
@@ -13,10 +17,18 @@ from stored_negs import N_LAYERS, N_NEURONS, N_OPTIONS, N_ROWS, numbers, write_s
 from negcore.errors import RunError, ShardError
 from negcore.store import reader
 from negcore.store.reader import open_negs
+from tasks.audit import DatasetAudit
+from tasks.campaign import Comparison
 from tasks.comparisons import ComparisonRow
+from tasks.linearity import Findings
+from tasks.neurons import NeuronRow
+from tasks.probe import AccuracyRow, Confusion
+from tasks.resamples import ResampleRow
+from tasks.results import Average, SplitAccount
 from tasks.rundir import query as module
 from tasks.rundir.query import LIST_VIEWS, query
 from tasks.rundir.tables import write_arrow, write_table
+from tasks.skills import DatasetFindings, SkillFindings
 
 SPLITS = ("train", "valid", "test")
 
@@ -62,7 +74,7 @@ def test_prompts_are_those_of_every_split_in_their_order(run):
             assert [row["gold"] for row in own] == negs.gold_P.tolist()
             assert [row["probs"] for row in own] == negs.probs_PO.tolist()
             assert [row["label_mass"] for row in own] == negs.label_mass_P.tolist()
-            assert {(row["folder"], row["model"], row["group"]) for row in own} == {("", "m", "")}
+            assert {(row["folder"], row["model"], row["subgroup"]) for row in own} == {("", "m", "")}
 
 
 @pytest.mark.parametrize("layer", range(N_LAYERS))
@@ -288,9 +300,42 @@ def test_a_disk_that_fails_under_a_query_is_the_disks_error(run, monkeypatch):
         query(run, "SELECT sum(neg) FROM negs(0)")
 
 
-def test_words_of_sql_that_are_names_here_are_told_to_need_quotes(run):
-    with pytest.raises(RunError, match="such as group and right, need double quotes"):
-        query(run, "SELECT right FROM prompts")
+def test_ctrl_c_stops_a_query_that_computes(run):
+    ending = threading.Timer(1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    ending.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        query(run, "SELECT count(*) FROM range(10000000000) a, range(100000) b WHERE a.range + b.range = 7")
+    assert time.monotonic() - began < 30
+
+
+KINDS = (AccuracyRow, Average, ComparisonRow, Confusion, DatasetAudit, NeuronRow, ResampleRow, SplitAccount)
+
+
+def test_no_column_of_a_view_needs_quotes(tmp_path):
+    of_findings = (DatasetFindings, SkillFindings, Findings, Comparison)
+    kinds = [*KINDS, *(get_args(hint)[0] for found in of_findings for hint in lists_of(found))]
+    for number, kind in enumerate(kinds):
+        write_table(tmp_path / f"t{number}.arrow", kind, [])
+    for number, kind in enumerate(kinds):
+        names = query(tmp_path, f"FROM t{number}").column_names
+        assert query(tmp_path, f"SELECT {', '.join(names)} FROM t{number}").column_names == names, kind
+
+
+def lists_of(kind):
+    """The fields that are tables of a run."""
+    return [
+        hint for hint in get_type_hints(kind).values() if get_origin(hint) is list and is_dataclass(get_args(hint)[0])
+    ]
+
+
+def test_columns_that_are_words_of_sql_have_other_names(run, tmp_path):
+    write_arrow(tmp_path / "t.arrow", pa.table({"group": ["de"], "right": [True], "order": [3]}))
+    asked = "SELECT subgroup, is_right, ordering FROM t WHERE is_right GROUP BY ALL"
+    assert rows(tmp_path, asked) == [{"subgroup": "de", "is_right": True, "ordering": 3}]
+    for column in ("group", '"group"', "p.group"):
+        with pytest.raises(RunError, match="group is subgroup, right is is_right, order is ordering"):
+            query(run, f"SELECT {column} FROM prompts p")
 
 
 def test_names_in_a_run_are_names_not_sql(tmp_path):
