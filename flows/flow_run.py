@@ -65,7 +65,7 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
     def worked(run: R, steps: Steps) -> E:
         is_claimed = steps.has_claimed(run.directory)
         claimed = nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set)
-        with claimed, told_apart(map(model_name, run.model)):
+        with claimed, told_apart(map(model_name, run.model_refs)):
             before, started = begin(run.directory), datetime.now(UTC)
             results = work(run, steps)
             results.problems += moved_away(run)

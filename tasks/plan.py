@@ -83,8 +83,8 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
     """
     known: _Known = {}
     check_distinct("datasets", run.dataset, dataset_name)
-    check_distinct("models", run.model, model_name)
-    return plan_models(run.model, lambda ref: _plan_model(run, ref, tolerant, known))
+    check_distinct("models", run.model_refs, model_name)
+    return plan_models(run.model_refs, lambda ref: _plan_model(run, ref, tolerant, known))
 
 
 def plan_usable(run: SkillRun) -> ModelPlans[PlannedModel]:

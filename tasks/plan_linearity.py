@@ -52,8 +52,8 @@ def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
         If no model can be used: it or the facts are unknown or malformed, a prompt is too long, or it has too few
         neurons.
     """
-    check_distinct("models", run.model, model_name)
-    return plan_models(run.model, lambda ref: _plan_study(run, ref))
+    check_distinct("models", run.model_refs, model_name)
+    return plan_models(run.model_refs, lambda ref: _plan_study(run, ref))
 
 
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:

@@ -106,7 +106,7 @@ def card_of(split: StoredSplit) -> ModelCard:
     ModelError
         If it cannot be found or read.
     """
-    for ref in run_of(split).model:
+    for ref in run_of(split).model_refs:
         if model_name(ref) == split.place.model:
             return describe_model(ref)
     raise RunError(f"{str(split.root)!r}: its run file names no model {split.place.model!r}")

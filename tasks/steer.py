@@ -16,6 +16,7 @@ from negcore.measure.interventions import shift_together
 from negcore.measure.steering import Shift, joint_shift
 from negcore.model.language_model import LanguageModel, model_name
 from negcore.model.precision import in_float32
+from negcore.model.references import with_adapter
 from negcore.probing.rankings import rank
 from negcore.probing.saved_probes import SavedProbe, check_polarities, load_probe
 from negcore.store.files import location, n_bytes
@@ -157,7 +158,7 @@ def read_steered_run(directory: str, model: str | None = None) -> SteeredRun:
         If there is no run on datasets, it has several runs or models and none is named, or it cannot be planned.
     """
     run = _dataset_run(location(directory).absolute())
-    names = {model_name(ref): ref for ref in run.model}
+    names = {model_name(with_adapter(ref, run.adapter)): ref for ref in run.model}
     if model is not None and model not in names and model not in run.model:
         raise RunError(f"{directory!r} has no model {model!r}: name one of {', '.join(names)}")
     if model is None and len(names) > 1:

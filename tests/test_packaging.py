@@ -104,9 +104,9 @@ def test_on_windows_the_command_is_refused_in_one_line():
 
 
 def test_the_library_imports_only_what_it_declares():
-    assert imported("negcore") <= names(PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["look"]) | {
-        "botocore"
-    }  # aiobotocore pins it
+    assert imported("negcore") <= names(
+        PROJECT["dependencies"] + EXTRAS["s3"] + EXTRAS["look"] + EXTRAS["adapters"]
+    ) | {"botocore"}  # aiobotocore pins it
 
 
 @pytest.mark.parametrize("top", ["tasks", "flows"])

@@ -34,7 +34,10 @@ def distinct_names(models: Iterable[str]) -> dict[str, str]:
 
 
 def _last_parts(model: str, n: int) -> str:
-    """Return the end of a path; the name of any other model as it is."""
+    """Return the end of a path, of a model's and of its adapter's; the name of any other model as it is."""
+    base, _, adapter = model.partition("+")
+    if base and adapter and _is_path(adapter):
+        return f"{_last_parts(base, n)}+{_last_parts(adapter, n)}"
     return "/".join(PurePosixPath(model).parts[-n:]).replace("//", "/") if _is_path(model) else model
 
 

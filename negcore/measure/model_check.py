@@ -37,6 +37,7 @@ from negcore.model.check import COMPARED, TOLERANCES, Compared, Comparison, Mode
 from negcore.model.experts import EXPERTS_NAME
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.model.quantised import storage_note
 
 _TOKENS = 12
 # Longest prompt that is made in order to reach beyond a sliding window, and by how much it does.
@@ -386,6 +387,11 @@ def _notes(trial: _Trial) -> Iterator[str]:
     n_tokens, lm = len(trial.ids[0]), trial.lm
     if lm.arch.discovered:
         yield f"discovered: its type is in no row, and a search found its feed-forward layers ({lm.arch.found})"
+    if storage_note(lm.card.config):
+        yield (
+            f"stored otherwise{storage_note(lm.card.config)}: measured are the numbers that these weights stand for, "
+            f"in {lm.dtype}, and nothing else is rounded"
+        )
     n_blocks = len(lm.model.get_submodule(lm.arch.layers))
     if lm.n_layers < n_blocks:
         places = ", ".join(map(str, lm.card.places))

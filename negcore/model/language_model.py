@@ -20,6 +20,7 @@ from xxhash import xxh3_128
 
 from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
+from negcore.model.adapters import adapter_digest, check_adapter, merged
 from negcore.model.architectures import Architecture, Dtype, Router, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
@@ -33,14 +34,13 @@ from negcore.model.model_files import (
     check_sizes,
     check_snapshot,
     directory_digest,
-    is_directory,
-    is_gguf,
     plain_reason,
     read_object,
     reading,
 )
 from negcore.model.past import Prefixes
 from negcore.model.quantised import plain_config, plain_model, storage_note
+from negcore.model.references import is_directory, is_gguf, parse_reference, with_adapter
 from negcore.model.skeleton import (
     auto_class,
     dense_row,
@@ -73,17 +73,26 @@ class ModelCard:
     source: str
     """Hub id or local directory of the weights."""
     revision: str
-    """Hub commit, or `xxh3:<digest>` of local files."""
+    """Hub commit, or `xxh3:<digest>` of local files; with an adapter, `+xxh3:<digest>` of its files behind it."""
     config: Any = field(repr=False)
     """Configuration of transformers."""
     tokenizer: Any = field(repr=False)
     """Tokenizer of transformers."""
     arch: Architecture
+    adapter: Path | None = None
+    """Folder of the adapter that is merged into the weights of `source`."""
+
+    @property
+    def base_revision(self) -> str:
+        """Revision of the weights of `source`."""
+        return self.revision.partition("+")[0]
 
     @property
     def ref(self) -> str:
         """Reference that loads exactly these weights again."""
-        return self.name if self.revision.startswith("xxh3:") else f"{self.name}@{self.revision}"
+        base = parse_reference(self.name).base if self.adapter else self.name
+        pinned = base if self.base_revision.startswith("xxh3:") else f"{base}@{self.base_revision}"
+        return with_adapter(pinned, self.adapter)
 
     @property
     def text_config(self) -> Any:
@@ -341,13 +350,26 @@ def describe_model(ref: str) -> ModelCard:
     ----------
     ref : str
         Hugging Face id with optional `@revision`, local directory, `.gguf` file or alias. A GGUF file is converted
-        to a safetensors directory in the cache on its first use (about half a minute for 135 M parameters).
+        to a safetensors directory in the cache on its first use (about half a minute for 135 M parameters). With
+        `+FOLDER` behind it, the PEFT adapter in that folder is merged into the model.
 
     Raises
     ------
     ModelError
-        If the model cannot be found or read, or its architecture is not in the table.
+        If the model cannot be found or read, its architecture is not in the table, or the adapter does not fit.
     """
+    base, adapter = parse_reference(ref)
+    return _describe_base(ref) if adapter is None else _with_adapter(_describe_base(base), model_name(ref), adapter)
+
+
+def _with_adapter(card: ModelCard, name: str, adapter: Path) -> ModelCard:
+    with reading(f"model {name!r}: its adapter"):
+        revision = f"{card.revision}+xxh3:{adapter_digest(adapter)}"
+        check_adapter(skeleton(card.config, masked=card.arch.masked), adapter)
+    return replace(card, name=name, revision=revision, adapter=adapter)
+
+
+def _describe_base(ref: str) -> ModelCard:
     if ref in EMBEDDED:
         return _describe(ref, convert_gguf(*embedded_files(ref)))
     if is_directory(ref):
@@ -363,7 +385,9 @@ def describe_model(ref: str) -> ModelCard:
 
 def model_name(ref: str) -> str:
     """Return the name that a model has in every output: its reference, for one of the hub without the revision."""
-    return ref if ref in EMBEDDED or is_directory(ref) or is_gguf(ref) else ref.partition("@")[0]
+    base, adapter = parse_reference(ref)
+    is_local = base in EMBEDDED or is_directory(base) or is_gguf(base)
+    return with_adapter(base if is_local else base.partition("@")[0], adapter)
 
 
 def read_model(
@@ -382,10 +406,13 @@ def read_model(
     card = describe_model(ref) if isinstance(ref, str) else ref
     resolved = card.arch.site(site)
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    reason = plain_reason if card.revision.startswith("xxh3:") else download_problem
+    reason = plain_reason if card.base_revision.startswith("xxh3:") else download_problem
     with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
         model = _weighted(card, dtype=DTYPES[dtype])
-        model = plain_model(model, card.config, DTYPES[dtype]).to(target)
+        model = plain_model(model, card.config, DTYPES[dtype])
+        if card.adapter is not None:
+            model = merged(model, card.adapter)
+        model = model.to(target)
     _take_from_files(model)
     _check_files(card)
     return LanguageModel(_prepared(model), card, resolved, router=router)
@@ -409,10 +436,12 @@ def _check_files(card: ModelCard) -> None:
     It comes after the weights were read: files that change while they are read are found too.
     """
     with reading(f"model {card.name!r}"):
-        if not card.revision.startswith("xxh3:"):
-            check_snapshot(_snapshot(card.source, card.revision), weights=True)
-        elif (found := _local_revision(Path(card.source))) != card.revision:
-            raise ModelError(f"its files changed: they are {found} now, and were {card.revision}; start again")
+        if not card.base_revision.startswith("xxh3:"):
+            check_snapshot(_snapshot(card.source, card.base_revision), weights=True)
+        elif (found := _local_revision(Path(card.source))) != card.base_revision:
+            raise ModelError(f"its files changed: they are {found} now, and were {card.base_revision}; start again")
+        if card.adapter is not None and (found := f"xxh3:{adapter_digest(card.adapter)}") not in card.revision:
+            raise ModelError(f"its adapter's files changed: they are {found} now, of {card.revision}; start again")
 
 
 def _snapshot(name: str, commit: str) -> Path:
@@ -445,7 +474,8 @@ def wrap_model(
 
 def _weighted(card: ModelCard, **options: Any) -> Any:
     """Load the model that a card describes, whole, from safetensors."""
-    kind, revision = auto_class(card.config, masked=card.arch.masked), card.ref.partition("@")[2] or "main"
+    kind = auto_class(card.config, masked=card.arch.masked)
+    revision = "main" if card.base_revision.startswith("xxh3:") else card.base_revision
     return load_whole(
         kind, card.source, config=plain_config(card.config), use_safetensors=True, revision=revision, **options
     )

@@ -5,7 +5,6 @@ around them: whatever they raise becomes one `ModelError`, so that one bad model
 worker that holds another.
 """
 
-import errno
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from negcore.texts import quoted
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 """Endings of the files that decide a model's numbers."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
+"""File that tells the folder of an adapter from that of a model."""
 _OBJECTS = (
     "config.json",
     "generation_config.json",
@@ -81,29 +81,6 @@ def reading(what: str, reason: Callable[[BaseException], str] = plain_reason) ->
         raise ModelError(f"{what}: {reason(error):.300}") from error
 
 
-def is_gguf(ref: str) -> bool:
-    """Tell whether a model reference names a GGUF file, in whatever case its ending is written."""
-    return ref.lower().endswith(".gguf")
-
-
-def is_directory(ref: str) -> bool:
-    """Tell whether a model reference names a directory; False for what can be no path at all.
-
-    Raises
-    ------
-    ModelError
-        If it cannot be looked at.
-    """
-    try:
-        return bool(ref) and Path(ref).is_dir()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return False
-        raise ModelError(f"model {ref!r}: cannot be read ({error.strerror})") from error
-    except ValueError:  # a null character
-        return False
-
-
 def check_directory(directory: Path) -> None:
     """Refuse a model directory with files that are not what their names say, before any library guesses at them.
 
@@ -120,8 +97,8 @@ def check_directory(directory: Path) -> None:
     if not (directory / "config.json").exists():
         raise ModelError(f"{str(directory)!r} has no config.json: give the directory that save_pretrained wrote")
     objects = {name: read_object(directory / name) for name in _OBJECTS if (directory / name).exists()}
-    if (directory / _ADAPTER).exists():
-        raise ModelError(f"{str(directory)!r} holds an adapter ({_ADAPTER}): merge it into its model and save that")
+    if (directory / ADAPTER).exists():
+        raise ModelError(f"{str(directory)!r} holds an adapter ({ADAPTER}): name its model, and give this as --adapter")
     _check_weights(directory, is_quantized="quantization_config" in objects["config.json"])
 
 

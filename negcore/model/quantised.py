@@ -1,20 +1,55 @@
-"""Checkpoints whose weights are stored quantised: read as plain floats where transformers can, else refused.
+"""Checkpoints whose weights are stored quantised: read by the quantisers of transformers, and measured as plain floats.
 
-Gradients, sweeps and the neurons' output vectors need weights that are ordinary numbers. A GGUF file is converted when
-it is first used, see `negcore.model.language_model`.
+Gradients, sweeps and the neurons' output vectors need weights that are ordinary numbers, and many quantised kernels
+have no backward pass. So a model is measured with the numbers that its quantised weights stand for, in the type that it
+computes in. Where transformers has no way from a method's weights to numbers (GPTQ, AWQ), a layer's own code tells
+them: it is asked what it makes of unit vectors. A GGUF file is converted when it is first used, see
+`negcore.model.language_model`.
 """
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from inspect import signature
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from negcore.errors import ModelError, one_line
 
 _REMEDY = "or give the model as it was before it was quantised"
+
+_PACKAGES = MappingProxyType(
+    {
+        "aqlm": ("aqlm",),
+        "auto-round": ("auto-round",),
+        "awq": ("gptqmodel",),
+        "bitsandbytes_4bit": ("bitsandbytes",),
+        "bitsandbytes_8bit": ("bitsandbytes",),
+        "compressed-tensors": ("compressed-tensors",),
+        "eetq": ("kernels",),
+        "fouroversix": ("fouroversix",),
+        "fp_quant": ("fp-quant",),
+        "gptq": ("optimum", "gptqmodel"),
+        "hqq": ("hqq",),
+        "quanto": ("optimum-quanto",),
+        "quark": ("amd-quark",),
+        "sinq": ("sinq",),
+        "torchao": ("torchao",),
+        "vptq": ("vptq",),
+    }
+)
+"""Packages that read a method's weights, by the names that pip knows. FP8 and MXFP4 take none."""
+_WIDE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OWN_PACKAGES = {"torch", "transformers"}
+_UNIT_ROWS = 1024
+"""Unit vectors that go through a layer at once."""
+_MOST_ERROR = 0.3
+"""Most that a layer's output may differ from that of the numbers read out of it, relative: it may round its input."""
 
 
 def plain_config(config: Any) -> Any:
@@ -32,6 +67,12 @@ def plain_config(config: Any) -> Any:
     method = _method(settings)
     if method not in AUTO_QUANTIZER_MAPPING:
         raise ModelError(f"its weights are quantised by {method!r}, which transformers cannot read; {_REMEDY[3:]}")
+    missing = list(filter(_is_missing, _PACKAGES.get(method, ())))
+    if missing:
+        raise ModelError(
+            f"its weights are quantised ({method}), and to read them takes what is not installed: pip install "
+            f"{' '.join(missing)}; {_REMEDY}"
+        )
     if "dequantize" in signature(AUTO_QUANTIZATION_CONFIG_MAPPING[method]).parameters:
         settings = {**settings, "dequantize": True}
     try:
@@ -63,14 +104,17 @@ def plain_model(model: Any, config: Any, dtype: torch.dtype) -> Any:
     if not settings:
         return model
     if not _is_plain(model):
+        _refuse_split_rows(model)
         with suppress(NotImplementedError):
             model = model.dequantize()
+    for path, module in list(_packed_layers(model)):
+        model.set_submodule(path, linear_of(module, dtype))
     if not _is_plain(model):
         raise ModelError(
             f"its weights stay quantised ({_method(settings)}): transformers cannot make floats of them; {_REMEDY[3:]}"
         )
     # Weights are plain by now, but transformers refuses to move or save a model that is still marked.
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     return model.to(dtype)
 
 
@@ -96,9 +140,93 @@ def _method(settings: dict[str, Any]) -> str:
     return method
 
 
-def _is_plain(model: Any) -> bool:
-    wide = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    linear = (module for module in model.modules() if isinstance(getattr(module, "weight", None), torch.Tensor))
-    return all(module.weight.dtype in wide for module in linear) and all(
-        one.dtype in wide for one in model.parameters()
-    )
+def _refuse_split_rows(model: nn.Module) -> None:
+    """Refuse what bitsandbytes 0.50 reads wrongly on a CPU: 4-bit numbers in blocks that reach into the next row."""
+    for path, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise ModelError(
+                f"{path} has rows of {state.shape[-1]} numbers in blocks of {state.blocksize}, which bitsandbytes "
+                f"reads wrongly on a CPU: load it on a GPU, {_REMEDY}"
+            )
+
+
+def _is_missing(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return True
+    return False
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Tell whether all weights are floats, and multiplied by nothing but the code of PyTorch and transformers."""
+    modules = list(model.modules())
+    weights = [getattr(module, "weight", None) for module in modules]
+    packages = {type(module).__module__.partition(".")[0] for module in modules if isinstance(module, nn.Linear)}
+    tensors = [*model.parameters(), *(weight for weight in weights if isinstance(weight, Tensor))]
+    return all(one.dtype in _WIDE for one in tensors) and packages <= _OWN_PACKAGES and not any(_packed_layers(model))
+
+
+def _packed_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the path and module of linear layers whose weights are no matrix of floats."""
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "in_features", None), int) and isinstance(
+            getattr(module, "out_features", None), int
+        ):
+            weight = getattr(module, "weight", None)
+            shape = (module.out_features, module.in_features)
+            if not isinstance(weight, Tensor) or weight.shape != shape or weight.dtype not in _WIDE:
+                yield path, module
+
+
+@torch.no_grad()
+def linear_of(packed: Any, dtype: torch.dtype) -> nn.Linear:
+    """Return a plain linear layer with the numbers that a quantised one multiplies by, found with unit vectors.
+
+    Parameters
+    ----------
+    packed : module
+        With `in_features`, `out_features` and perhaps a `bias`, which is left as it was.
+    dtype : torch.dtype
+        Type of the new weights; where the layer does not compute in it, it is asked in a half type.
+
+    Raises
+    ------
+    ModelError
+        If it computes in no type, or does something else than multiplying by a matrix.
+    """
+    bias = packed.bias if isinstance(getattr(packed, "bias", None), Tensor) else None
+    width, device = packed.in_features, next(tensor.device for tensor in (*packed.parameters(), *packed.buffers()))
+    if bias is not None:
+        packed.bias = None  # what is added would round the numbers
+    try:
+        asked = _answering_type(packed, width, dtype, device)
+        units = torch.eye(width, dtype=asked, device=device)
+        parts = [packed(units[first : first + _UNIT_ROWS]).to(dtype) for first in range(0, width, _UNIT_ROWS)]
+        weight = torch.cat(parts).T.contiguous()
+        probe = torch.linspace(-1, 1, width, dtype=asked, device=device)[None]
+        answer, expected = packed(probe).double(), probe.double() @ weight.double().T
+    finally:
+        if bias is not None:
+            packed.bias = bias
+    if not (answer - expected).norm() <= _MOST_ERROR * expected.norm():
+        raise ModelError(f"a {type(packed).__name__} does not multiply by a matrix; {_REMEDY[3:]}")
+    made = nn.Linear(width, packed.out_features, bias=bias is not None, dtype=dtype, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made
+
+
+def _answering_type(packed: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the first type that a quantised layer computes in."""
+    problem = ""
+    for asked in dict.fromkeys((dtype, torch.float16, torch.bfloat16)):
+        try:
+            packed(torch.zeros(1, width, dtype=asked, device=device))
+            return asked
+        except Exception as error:  # a kernel's own code says no in its own way
+            problem = problem or one_line(error)
+    raise ModelError(f"a {type(packed).__name__} does not run here ({problem:.150}); {_REMEDY[3:]}")

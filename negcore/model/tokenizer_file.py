@@ -93,7 +93,7 @@ def _file_of(card: ModelCard, name: str) -> Path | None:
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
     try:
-        cached = try_to_load_from_cache(card.source, name, revision=card.revision)
+        cached = try_to_load_from_cache(card.source, name, revision=card.base_revision)
     except HFValidationError:  # a model in memory has any name
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -23,6 +23,7 @@ from pydantic import (
 
 from negcore.errors import RunError
 from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.references import with_adapter
 from negcore.store.files import draft, local_directory, location, shortened
 from negcore.store.identity import content_digest
 from tasks.config.provenance import written_by
@@ -87,6 +88,9 @@ class RunFile(BaseModel):
 
     model: Several[str] = Field(
         description="Model: Hugging Face id (org/name[@revision]), folder, .gguf file or smollm2-135m. Repeatable."
+    )
+    adapter: str | None = Field(
+        None, description="Folder of a PEFT adapter (adapter_model.safetensors) that is merged into the model."
     )
     out: Location = Field(
         None,
@@ -203,7 +207,13 @@ class RunFile(BaseModel):
     @property
     def science(self) -> dict[str, Any]:
         """The fields that decide the numbers, as plain JSON values."""
-        return self.model_dump(mode="json", exclude=set(self.not_science))
+        without = {"adapter"} if self.adapter is None else set()  # names are as before there were adapters
+        return self.model_dump(mode="json", exclude={*self.not_science, *without})
+
+    @property
+    def model_refs(self) -> tuple[str, ...]:
+        """References of the models as they are measured: with the adapter, if there is one."""
+        return tuple(with_adapter(ref, self.adapter) for ref in self.model)
 
     @property
     def subjects(self) -> tuple[str, ...]:

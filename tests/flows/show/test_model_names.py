@@ -19,6 +19,8 @@ from flows.show.model_names import distinct_names, shown_model, told_apart
         ("tiny", "tiny"),
         ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
         ("smollm2-135m", "smollm2-135m"),
+        ("smollm2-135m+/adapters/french", "smollm2-135m+french"),
+        ("/models/c++/tiny", "tiny"),
         ("m" * 300 + "/n", "m" * 300 + "/n"),
         ("/", "/"),
     ],

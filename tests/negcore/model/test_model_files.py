@@ -115,7 +115,7 @@ BROKEN = {
     "a lost shard": (in_shards, r"index.json' names model-00002-of-00002.safetensors, which is not there"),
     "an adapter": (
         content("adapter_config.json", b"{}"),
-        r"holds an adapter \(adapter_config.json\): merge it into its",
+        r"holds an adapter \(adapter_config.json\): name its model",
     ),
     "whole numbers": (
         weights(lambda tensors: tensors.update(x=torch.zeros(2, dtype=torch.int8))),

@@ -41,7 +41,7 @@ def test_the_command_line_takes_precedence_over_the_file(values):
     ("field", "says"),
     [
         ("limits", "did you mean 'limit'?"),
-        ("colour", "known are kind, format, model, out, site, "),
+        ("colour", "known are kind, format, model, adapter, out, site, "),
     ],
 )
 def test_an_unknown_field_is_refused_with_the_kind_and_the_nearest_field_or_all(tmp_path, field, says):
@@ -286,3 +286,9 @@ def test_a_stage_of_a_campaign_may_have_its_own_policy_for_numbers_that_are_not_
     values = {"model": ["m"], "nonfinite": "keep", "mceval8k": {"nonfinite": "skip"}}
     run = read_run_file(CampaignRun, None, values)
     assert [step.run.nonfinite for step in run.steps] == ["skip", "keep"]
+
+
+def test_an_adapter_belongs_to_the_name_and_its_absence_changes_no_name(values):
+    plain, adapted = (read_run_file(SkillRun, None, values | more) for more in ({}, {"adapter": "adapters/a"}))
+    assert "adapter" not in plain.science and plain.model_refs == ("m",)
+    assert adapted.model_refs == ("m+adapters/a",) and adapted.name != plain.name
