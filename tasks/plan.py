@@ -11,7 +11,7 @@ from typing import Any
 from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_name, load_dataset
 from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
-from negcore.errors import DatasetError, LabelError, NegError, PromptError
+from negcore.errors import DatasetError, LabelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
 from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
 from negcore.model.tokenizer_file import tokenizer_warning
@@ -146,10 +146,25 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     for split, examples in encoded.items():
         _check(dataset.name, run.level.check_n_options, len(examples[0].labels))
         splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
+    check_sample_rows(run, dataset.name, len(dataset.splits["train"]))
     if "tree" in run.probe:
         n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
         _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)
     return PlannedDataset(card.name, dataset, tuple(splits), prompt_warnings(card, dataset))
+
+
+def check_sample_rows(run: SkillRun, dataset: str, n_rows: int) -> None:
+    """Refuse samples that would hold all training rows of a dataset, as their accuracies would not differ.
+
+    Raises
+    ------
+    RunError
+    """
+    if run.sample_rows is not None and run.sample_rows >= n_rows:
+        raise RunError(
+            f"{dataset}: samples are to have {run.sample_rows} rows, and there are {n_rows} training rows: make them "
+            "smaller, best half as large or less"
+        )
 
 
 def prompt_warnings(card: ModelCard, dataset: Dataset) -> tuple[str, ...]:

@@ -75,11 +75,11 @@ class SampleJob(LayersJob):
     """Layers whose neurons to score in samples of the rows: see `scores_in_samples`."""
 
     vote: Vote
-    n_samples: int
-    seed: int
+    counts_BP: Ints
+    """Number of times that each row is in each sample."""
 
     def work(self) -> Ints:
-        return scores_in_samples(self.split, self.layers, self.vote, n_samples=self.n_samples, seed=self.seed)
+        return scores_in_samples(self.split, self.layers, self.vote, self.counts_BP)
 
 
 class RankWorker:
@@ -150,9 +150,14 @@ def count_ahead(
 
 
 def sample_scores(
-    pool: Pool, root: Path, split: NegSplit, vote: Vote, step: Step, *, n_samples: int, seed: int, n_blocks: int
+    pool: Pool, root: Path, split: NegSplit, vote: Vote, step: Step, *, counts_BP: Ints, n_blocks: int
 ) -> Ints:
     """Score all neurons in samples of the rows, in blocks of layers on the pool: int32 (samples, neurons).
+
+    Parameters
+    ----------
+    counts_BP : array of int, shape (samples, rows)
+        Number of times that each row is in each sample.
 
     Raises
     ------
@@ -161,7 +166,7 @@ def sample_scores(
     Stopped
         If the step is to stop.
     """
-    whole = SampleJob(root, split.place, 0, split.n_layers, vote, n_samples, seed)
+    whole = SampleJob(root, split.place, 0, split.n_layers, vote, counts_BP)
     return np.concatenate(_in_blocks(pool, whole, n_blocks, step), axis=1)
 
 

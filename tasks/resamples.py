@@ -1,15 +1,21 @@
-"""Vote probes fitted again on bootstrap samples of the training rows: how much accuracies depend on these rows."""
+"""Vote probes fitted again on samples of the training rows: how much accuracies depend on these rows.
+
+Axes: B samples, P training rows, M neurons of all layers.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from negcore.analysis.linearity import bootstrap_weights
+from negcore.arrays import Ints
+from negcore.datasets.splits import stratified_sample
 from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
 from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.neurons import vote_probes
-from tasks.plan import PlannedDataset
+from tasks.plan import PlannedDataset, check_sample_rows
 from tasks.pool.base import Pool
 from tasks.rank import sample_scores
 from tasks.steps import Step
@@ -17,10 +23,9 @@ from tasks.steps import Step
 
 @dataclass(frozen=True)
 class ResampleRow:
-    """Accuracy on test of a probe that was fitted on one bootstrap sample of the training rows.
+    """Accuracy on test of a probe that was fitted on one sample of the training rows.
 
-    A sample is as large as the training split and drawn from it with replacement. The rows of valid, which choose the
-    number of neurons, and of test are the same in every sample.
+    The rows of valid, which choose the number of neurons, and of test are the same in every sample.
     """
 
     model: str
@@ -29,10 +34,46 @@ class ResampleRow:
     probe: str
     sample: int
     """From 0; the samples of a dataset are the same for all its probes."""
+    seed: int | None
+    """Seed of a sample without replacement; None for a bootstrap sample, with replacement."""
+    n_train: int
+    """Rows in the sample, of the `n_train_all` that were measured."""
+    n_train_all: int
     n_neurons: int
     accuracy: float
     n_correct: int
     n_test: int
+
+
+@dataclass(frozen=True)
+class _StoredRow:
+    """As much of a row as a sample is drawn by."""
+
+    id: str
+    answer: int
+    group: str
+
+
+def sample_counts(run: SkillRun, dataset: str, train: NegSplit) -> Ints:
+    """Count how often each training row is in each sample: shape (B, P).
+
+    With `run.sample_rows`, a sample is what ``--limit`` draws of these rows under the run's seed and those after it, in
+    proportion to answers and groups. Without, it is as large as the split and drawn from it with replacement.
+
+    Raises
+    ------
+    RunError
+        If a sample would hold all rows.
+    """
+    if run.sample_rows is None:
+        return bootstrap_weights(train.n_rows, run.train_samples, run.seed)[1:].astype(np.int64)
+    check_sample_rows(run, dataset, train.n_rows)
+    stored = [_StoredRow(*row) for row in zip(train.ids, train.gold_P.tolist(), train.groups, strict=True)]
+    drawn = [
+        {row.id for row in stratified_sample(stored, run.sample_rows, seed, dataset, "train")}
+        for seed in range(run.seed, run.seed + run.train_samples)
+    ]
+    return np.array([[row.id in ids for row in stored] for ids in drawn], np.int64)
 
 
 def resample_rows(
@@ -45,7 +86,7 @@ def resample_rows(
     pool: Pool,
     step: Step,
 ) -> list[ResampleRow]:
-    """Fit a vote probe on `run.train_samples` bootstrap samples of a dataset's training rows.
+    """Fit a vote probe on `run.train_samples` samples of a dataset's training rows, see `sample_counts`.
 
     Parameters
     ----------
@@ -58,14 +99,12 @@ def resample_rows(
     Raises
     ------
     RunError
-        If a block of layers cannot be scored.
+        If a sample would hold all rows, or a block of layers cannot be scored.
     Stopped
         If the step is to stop.
     """
-    vote = vote_probes(run)[probe]
-    scores_BM = sample_scores(
-        pool, run.directory, train, vote, step, n_samples=run.train_samples, seed=run.seed, n_blocks=run.workers
-    )
+    vote, counts_BP = vote_probes(run)[probe], sample_counts(run, planned.dataset.name, train)
+    scores_BM = sample_scores(pool, run.directory, train, vote, step, counts_BP=counts_BP, n_blocks=run.workers)
     rows = []
     for sample, scores_M in enumerate(scores_BM):
         step.check_stop()
@@ -78,6 +117,9 @@ def resample_rows(
                 dataset=planned.dataset.name,
                 probe=probe,
                 sample=sample,
+                seed=None if run.sample_rows is None else run.seed + sample,
+                n_train=int(counts_BP[sample].sum()),
+                n_train_all=train.n_rows,
                 n_neurons=fitted.n_kept,
                 accuracy=right.value,
                 n_correct=right.n_correct,

@@ -12,17 +12,24 @@ from negcore.arrays import Floats
 from tasks.probe import AccuracyRow
 from tasks.resamples import ResampleRow
 
-_CAPTION = (
+_BOOTSTRAP = (
     "Every probe was fitted again on {} of the training rows, each as large as all of them and drawn with "
     "replacement; valid and test stayed as they are. A sample lacks about a third of the rows, so the mean tends to "
-    "lie below the accuracy with all of them. The standard deviation says how much an accuracy depends on which rows "
-    "were drawn."
+    "lie below the accuracy with all of them."
 )
+_BY_SEED = (
+    "Every probe was fitted again on {} of the training rows, drawn without replacement under the seeds {} to {}, as "
+    "--limit draws them; valid and test stayed as they are. The more of the rows a sample has, the more do samples "
+    "share, and the less says the spread: it is that of fresh samples only if they are few of the rows."
+)
+_SPREAD = "The standard deviation says how much an accuracy depends on which rows were drawn."
 
 
 class _Found(NamedTuple):
     """Accuracies of one probe on one dataset, or their means over datasets."""
 
+    rows: str
+    """Rows in a sample, and all; empty for means over datasets."""
     whole: float
     """With all training rows."""
     accuracy_B: Floats
@@ -31,10 +38,8 @@ class _Found(NamedTuple):
     @property
     def cells(self) -> list[Cell]:
         values = self.accuracy_B
-        return [
-            Number(float(value), share)
-            for value in (self.whole, values.mean(), values.std(ddof=1), values.min(), values.max())
-        ]
+        found = (self.whole, values.mean(), values.std(ddof=1), values.min(), values.max())
+        return [self.rows, *(Number(float(value), share) for value in found)]
 
 
 def resample_tables(resamples: Sequence[ResampleRow], scores: Sequence[AccuracyRow]) -> Iterator[Table]:
@@ -51,6 +56,7 @@ def resample_tables(resamples: Sequence[ResampleRow], scores: Sequence[AccuracyR
             found = {
                 dataset: {
                     probe: _Found(
+                        f"{samples[0].n_train} of {samples[0].n_train_all}",
                         whole[samples[0].model, samples[0].shots, dataset, probe],
                         np.array([one.accuracy for one in samples]),
                     )
@@ -58,10 +64,11 @@ def resample_tables(resamples: Sequence[ResampleRow], scores: Sequence[AccuracyR
                 }
                 for dataset, of_dataset in by(of_shots, "dataset").items()
             }
-            yield _table(of_shots[0], max(row.sample for row in of_shots) + 1, found)
+            yield _table(of_shots, found)
 
 
-def _table(first: ResampleRow, n_samples: int, found: dict[str, dict[str, _Found]]) -> Table:
+def _table(rows: Sequence[ResampleRow], found: dict[str, dict[str, _Found]]) -> Table:
+    first = rows[0]
     blocks = [_block(short(dataset), by_probe) for dataset, by_probe in found.items()]
     if len(found) > 1:
         means = {probe: _mean([by_probe[probe] for by_probe in found.values()]) for probe in next(iter(found.values()))}
@@ -69,10 +76,22 @@ def _table(first: ResampleRow, n_samples: int, found: dict[str, dict[str, _Found
     return Table(
         key=f"resamples-{first.model}-{SHOTS[first.shots]}",
         title=f"Accuracy on test by sample of the training rows: {asked(first.model, first.shots)}",
-        columns=[*texts("dataset", "probe"), *numbers("all rows", "mean", "std. dev.", "lowest", "highest")],
+        columns=[
+            *texts("dataset", "probe"),
+            *numbers("rows of\na sample", "all rows", "mean", "std. dev.", "lowest", "highest"),
+        ],
         blocks=blocks,
-        caption=_CAPTION.format(count(n_samples, "bootstrap sample")),
+        caption=f"{_caption(rows)} {_SPREAD}",
     )
+
+
+def _caption(rows: Sequence[ResampleRow]) -> str:
+    """Say how the samples were drawn."""
+    n_samples = max(row.sample for row in rows) + 1
+    seeds = [row.seed for row in rows if row.seed is not None]
+    if seeds:
+        return _BY_SEED.format(count(n_samples, "sample"), min(seeds), max(seeds))
+    return _BOOTSTRAP.format(count(n_samples, "bootstrap sample"))
 
 
 def _block(name: str, by_probe: dict[str, _Found]) -> Block:
@@ -84,4 +103,4 @@ def _block(name: str, by_probe: dict[str, _Found]) -> Block:
 
 def _mean(found: Sequence[_Found]) -> _Found:
     """Average over datasets, sample by sample."""
-    return _Found(float(np.mean([one.whole for one in found])), np.mean([one.accuracy_B for one in found], axis=0))
+    return _Found("", float(np.mean([one.whole for one in found])), np.mean([one.accuracy_B for one in found], axis=0))

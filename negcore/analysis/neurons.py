@@ -315,15 +315,15 @@ def neurons_ahead(
     return ahead
 
 
-def scores_in_samples(split: NegSplit, layers: range, vote: Vote, *, n_samples: int, seed: int = 0) -> Ints:
-    """Score the neurons of some layers on bootstrap samples of the rows, in one pass over the shards.
+def scores_in_samples(split: NegSplit, layers: range, vote: Vote, counts_BP: Ints) -> Ints:
+    """Score the neurons of some layers on samples of the rows, in one pass over the shards.
 
     Parameters
     ----------
     layers : range
         Consecutive layers.
-    n_samples : int
-        B, each as large as all rows and drawn with replacement.
+    counts_BP : array of int, shape (B, P)
+        Number of times that each row is in each sample.
 
     Returns
     -------
@@ -337,9 +337,8 @@ def scores_in_samples(split: NegSplit, layers: range, vote: Vote, *, n_samples: 
     """
     if split.level.has_vote_sums:
         raise NegError(f"storage {split.storage!r} keeps no rows to draw samples of: set it to values or codes")
-    weights_BP = bootstrap_weights(split.n_rows, n_samples, seed)[1:].astype(np.float32)
-    scores_LBN = _sampled_scores(split, layers, [vote], weights_BP)[vote]
-    return np.asarray(scores_LBN.transpose(1, 0, 2).reshape(n_samples, -1))
+    scores_LBN = _sampled_scores(split, layers, [vote], counts_BP.astype(np.float32))[vote]
+    return np.asarray(scores_LBN.transpose(1, 0, 2).reshape(len(counts_BP), -1))
 
 
 def _keys(scores_BK: Numbers, flat_K: Ints, n_all: int) -> Ints:

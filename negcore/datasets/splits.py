@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import xxhash
 
@@ -14,6 +14,7 @@ from negcore.errors import DatasetError
 
 Rows = Mapping[str, Sequence[Row]]
 K = TypeVar("K", bound=Hashable)
+R = TypeVar("R", bound="Sampled")
 
 SPLIT_RULES = 2
 """Version of the rules by which rows are cut and left out: raised when the same settings would give other rows."""
@@ -21,6 +22,19 @@ SPLIT_RULES = 2
 # A split that must be drawn from another one gets one of every five rows (train: the other four).
 ONE_IN = 5
 COMPARED = (("test", "train"), ("valid", "test"), ("valid", "train"))
+
+
+class Sampled(Protocol):
+    """What a sample is drawn by."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def answer(self) -> int: ...
+
+    @property
+    def group(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +48,7 @@ class Cut:
     drawn: tuple[Change, ...]
 
 
-def seeded_order(rows: Sequence[Row], *tags: object) -> list[Row]:
+def seeded_order(rows: Sequence[R], *tags: object) -> list[R]:
     """Return rows in an order that depends only on the tags and the ids.
 
     Sorting by a digest gives the same order in every Python version, and a longer sample contains a shorter one.
@@ -54,12 +68,12 @@ def quotas(sizes: Mapping[K, int], n: int) -> dict[K, int]:
     return shares
 
 
-def stratified_sample(rows: Sequence[Row], n: int, *tags: object) -> list[Row]:
+def stratified_sample(rows: Sequence[R], n: int, *tags: object) -> list[R]:
     """Draw a seeded sample of at most n rows, in proportion to answers and, within an answer, to groups.
 
     Returns
     -------
-    list of Row
+    list of rows
         In seeded order. The number of rows of each answer is within one of proportional.
     """
     ordered = seeded_order(rows, *tags)
@@ -116,13 +130,13 @@ def _not_in(rows: Sequence[Row], taken: Sequence[Row]) -> list[Row]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stratum:
-    rows: list[Row]
+class _Stratum(Generic[R]):
+    rows: list[R]
     n: int
 
 
-def _strata(rows: Sequence[Row], n: int, key: Callable[[Row], Hashable]) -> list[_Stratum]:
-    members: dict[Hashable, list[Row]] = {}
+def _strata(rows: Sequence[R], n: int, key: Callable[[R], Hashable]) -> list[_Stratum[R]]:
+    members: dict[Hashable, list[R]] = {}
     for row in rows:
         members.setdefault(key(row), []).append(row)
     shares = quotas({k: len(v) for k, v in members.items()}, n)

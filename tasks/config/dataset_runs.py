@@ -138,11 +138,17 @@ class _ProbedRun(_PromptedRun):
     train_samples: int = Field(
         0,
         ge=0,
-        description="Also fit Polar- and Magn-like probes on so many bootstrap samples of the training rows, valid and "
-        "test as they are: how much accuracies depend on the rows drawn.",
+        description="Also fit Polar- and Magn-like probes on so many samples of the training rows, valid and test as "
+        "they are: how much accuracies depend on the rows drawn. By default bootstrap samples.",
+    )
+    sample_rows: int | None = Field(
+        None,
+        ge=1,
+        description="Rows of each of these samples, drawn without replacement as --limit draws them, under the seed of "
+        "the run and those after it. Nothing is measured again.",
     )
 
-    not_science = _PromptedRun.not_science | {"confusion", "train_samples"}
+    not_science = _PromptedRun.not_science | {"confusion", "train_samples", "sample_rows"}
 
     @model_validator(mode="after")
     def _check_storage(self) -> Self:
@@ -166,6 +172,10 @@ class _ProbedRun(_PromptedRun):
             raise ValueError(
                 f"train_samples draws training rows, which storage {self.storage!r} does not keep: set storage to "
                 "values, bfloat16 or codes"
+            )
+        if self.sample_rows and not self.train_samples:
+            raise ValueError(
+                f"sample_rows is {self.sample_rows}, but no samples are drawn: set train_samples to their number"
             )
         if self.train_samples and not any(name in _VOTES for name in self.probe):
             raise ValueError(f"train_samples is for the probes {', '.join(_VOTES)}: add one of them, or leave it out")

@@ -70,6 +70,47 @@ def test_an_accuracy_is_that_of_a_probe_fitted_on_rows_drawn_one_by_one(run, res
         assert (row.n_neurons, row.n_correct, row.n_test) == (fitted.n_kept, expected.n_correct, test.n_rows)
 
 
+@pytest.fixture(scope="module")
+def by_seed(run):
+    """Probes of the same shards on 3 samples of 7 of the 20 training rows each."""
+    changes = {"train_samples": 3, "sample_rows": 7, "seed": 5}
+    return run_probe(run.model_copy(update=changes), PlainSteps())
+
+
+def test_a_sample_of_fewer_rows_gives_what_a_run_with_that_limit_and_seed_gives(settings, by_seed, tmp_path):
+    for seed in (5, 6, 7):
+        values = settings | {"probe": ["magn", "polar-gxa"], "out": tmp_path / f"{seed}"}
+        limited = read_run_file(SkillRun, None, values | {"limit": 7, "eval_limit": 20, "seed": seed})
+        of_limit = {row.probe: row for row in run_pipeline(limited, PlainSteps()).scores}
+        for row in (row for row in by_seed.resamples if row.seed == seed):
+            expected = of_limit[row.probe]
+            assert (row.n_train, row.n_train_all) == (expected.n_train, 20) == (7, 20)
+            assert (row.n_neurons, row.n_correct, row.n_test) == (
+                expected.n_neurons,
+                expected.n_correct,
+                expected.n_test,
+            )
+
+
+def test_a_table_says_under_which_seeds_samples_were_drawn(by_seed):
+    assert [(row.probe, row.sample, row.seed) for row in by_seed.resamples] == [
+        (probe, sample, 5 + sample) for probe in ("magn", "polar-gxa") for sample in range(3)
+    ]
+    (table,) = resample_tables(by_seed.resamples, by_seed.scores)
+    assert "3 samples of the training rows, drawn without replacement under the seeds 5 to 7" in table.caption
+    assert table.blocks[0][0][2] == "7 of 20"
+
+
+@pytest.mark.parametrize("n_rows", [20, 21])
+def test_samples_that_would_hold_all_rows_are_refused_before_anything_is_measured(settings, n_rows, tmp_path):
+    values = settings | {"train_samples": 2, "sample_rows": n_rows, "out": tmp_path / "run"}
+    with pytest.raises(
+        NegError, match=rf"questions: samples are to have {n_rows} rows, and there are 20 training rows"
+    ):
+        run_pipeline(read_run_file(SkillRun, None, values), PlainSteps())
+    assert not list((tmp_path / "run").rglob("*.arrow"))
+
+
 def test_samples_change_no_other_result_and_are_the_same_on_one_worker(run, results):
     plain = run_probe(run.model_copy(update={"train_samples": 0}), PlainSteps())
     assert (plain.scores, plain.resamples) == (results.scores, [])
@@ -87,6 +128,7 @@ def test_the_steps_of_the_samples_are_counted(run):
     [
         ({"train_samples": 1}, "one sample has no spread: set it to 2 or more, or to 0"),
         ({"train_samples": -1}, "greater than or equal to 0"),
+        ({"sample_rows": 4}, "no samples are drawn: set --train-samples to their number"),
         ({"train_samples": 4, "storage": "stats"}, "storage 'stats' does not keep"),
         ({"train_samples": 4, "probe": ["tree", "magn-random"]}, "train-samples is for the probes polar, magn"),
     ],
@@ -105,7 +147,7 @@ def score(dataset, n_correct):
 def test_mean_spread_and_average_by_pencil():
     samples = {"a": (0.2, 0.4), "b": (0.6, 1.0)}
     rows = [
-        ResampleRow("m", 0, dataset, "magn", sample, 1, value, round(10 * value), 10)
+        ResampleRow("m", 0, dataset, "magn", sample, None, 40, 40, 1, value, round(10 * value), 10)
         for dataset, values in samples.items()
         for sample, value in enumerate(values)
     ]
@@ -113,6 +155,6 @@ def test_mean_spread_and_average_by_pencil():
     console = Console(width=100, record=True, force_terminal=False)
     console.print(table)
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert ["a", "Magn", ".500", ".300", ".141", ".200", ".400"] in lines
-    assert ["b", "Magn", ".900", ".800", ".283", ".600", "1.00"] in lines
+    assert ["a", "Magn", "40", "of", "40", ".500", ".300", ".141", ".200", ".400"] in lines
+    assert ["b", "Magn", "40", "of", "40", ".900", ".800", ".283", ".600", "1.00"] in lines
     assert ["average", "of", "2", "Magn", ".700", ".550", ".212", ".400", ".700"] in lines

@@ -57,19 +57,16 @@ def test_places_and_agreement_are_those_of_samples_drawn_row_by_row(splits, stor
 def test_scores_in_samples_are_those_of_rows_drawn_one_by_one_in_any_block_of_layers(splits, storage, vote):
     data = numbers("train")
     effects_POM = effects(data, vote.signal)
-    found = [
-        scores_in_samples(splits[storage], layers, vote, n_samples=5, seed=3) for layers in (range(2), range(2, 3))
-    ]
-    for counts_P, scores_M in zip(
-        bootstrap_weights(len(data.gold_P), 5, 3)[1:].astype(int), np.concatenate(found, axis=1), strict=True
-    ):
+    counts_BP = bootstrap_weights(len(data.gold_P), 5, 3)[1:].astype(int)
+    found = [scores_in_samples(splits[storage], layers, vote, counts_BP) for layers in (range(2), range(2, 3))]
+    for counts_P, scores_M in zip(counts_BP, np.concatenate(found, axis=1), strict=True):
         rows = np.repeat(np.arange(len(data.gold_P)), counts_P)
         assert scores_M.tolist() == SCORES[vote.rule](effects_POM[rows], data.gold_P[rows]).tolist()
 
 
 def test_vote_sums_hold_no_rows_to_draw(splits):
     with pytest.raises(NegError, match="storage 'stats' keeps no rows to draw samples of"):
-        scores_in_samples(splits["stats"], range(N_LAYERS), VOTES[0], n_samples=2)
+        scores_in_samples(splits["stats"], range(N_LAYERS), VOTES[0], np.ones((2, 12), int))
 
 
 @pytest.mark.parametrize("storage", [*STORED, "stats"])
