@@ -235,11 +235,15 @@ class RunFile(BaseModel):
 
     @property
     def resources(self) -> Resources:
-        """The processes, cores and GPUs of the run's workers."""
+        """The processes, cores and GPUs of the run's workers.
+
+        A worker on a GPU writes a shard while it measures the next; on a CPU the one would take the other's cores.
+        """
         return Resources(
             workers=self.workers,
             cpus=self.cpus,
             gpus=self.gpus,
+            jobs_a_worker=1 if self.worker_device == "cpu" or self.backend == "local" else 2,
             job_timeout_s=self.job_timeout_s,
             address=self.ray_address,
             wait_for_nodes=self.wait_for_nodes,

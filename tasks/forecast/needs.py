@@ -73,7 +73,7 @@ class DatasetForecast:
     batch_bytes: int
     """Bytes of the largest batch, on the model's device."""
     assembly_bytes: int
-    """Bytes in main memory while the largest shard is put together."""
+    """Bytes in main memory while the largest shard is put together, behind another where two are under way."""
     forest_bytes: int
     """Bytes in the driver's memory while the forest grows; 0 without a forest."""
 
@@ -262,7 +262,7 @@ def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, sp
         n_bytes_left=sum(sizes[index] for index in missing),
         operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
         batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_shared, n_options),
-        assembly_bytes=_SHARD_COPIES * max(sizes),
+        assembly_bytes=run.resources.jobs_a_worker * _SHARD_COPIES * max(sizes),
     )
 
 

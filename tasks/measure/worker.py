@@ -1,5 +1,6 @@
 """The worker that holds a model and measures shards with it."""
 
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from negcore.measure.loading import load_model
 from negcore.model.architectures import Dtype, SiteChoice
 from negcore.model.language_model import ModelCard
 from negcore.model.past import Prefixes
-from negcore.store.publish import Receipt
+from negcore.store.publish import Receipt, SetAside
 from negcore.store.study import write_seconds
 from tasks.config.run_file import RunFile
 from tasks.measure.examples import EncodedExample
@@ -25,7 +26,10 @@ from tasks.rundir.checks import note_check
 
 
 class ModelWorker:
-    """Loads a model once and measures any shard with it; becomes an actor only in the pool."""
+    """Loads a model once and measures any shard with it; becomes an actor only in the pool.
+
+    Two threads may give it jobs at the same time: one shard is measured while the one before it is written.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class ModelWorker:
                 "changed, or are others on this machine"
             )
         self._noted_in: set[Path] = set()
+        self._measuring, self._publishing = threading.Lock(), threading.Lock()
 
     def run(self, job: ShardJob) -> Receipt | int:
         """Measure one shard, publish it and return its receipt; of a trial, return the number of its rows.
@@ -58,11 +63,16 @@ class ModelWorker:
         set_aside = [*job.set_aside, *job.measurement.left_out(job.examples)]
         left_out = {row.id for row in set_aside}
         chosen = [example for example in job.examples if example.id not in left_out]
-        started = time.perf_counter()
-        columns = self._measure(job, chosen) if chosen else job.measurement.empty(job.n_options)
-        seconds = time.perf_counter() - started
+        with self._measuring:
+            started = time.perf_counter()
+            columns = self._measure(job, chosen) if chosen else job.measurement.empty(job.n_options)
+            seconds = time.perf_counter() - started
         if job.is_trial:
             return len(chosen)
+        with self._publishing:
+            return self._publish(job, columns, set_aside, seconds)
+
+    def _publish(self, job: ShardJob, columns: Columns, set_aside: Sequence[SetAside], seconds: float) -> Receipt:
         receipt = job.publish(columns, set_aside, self._lm.check)
         if job.root not in self._noted_in:
             note_check(job.root, self._lm)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple
 
@@ -52,27 +52,40 @@ _CLOSE_S = 10.0
 """Longest wait, in seconds, for the thread that hands out jobs to end."""
 
 
+@dataclass(eq=False, slots=True)
+class _Call:
+    """A call of an actor that is in flight."""
+
+    future: Future[Any]
+    attempt: Attempt | None
+    """The job under way; None too if nobody waits for it any more."""
+
+
 @dataclass(eq=False)
 class Actor:
-    """The driver's view of an actor, with the one call it has in flight."""
+    """The driver's view of an actor, with its calls in flight."""
 
     handle: Any
     since: float
-    """Time at which its call began."""
+    """Time since which it has been busy with the oldest of its calls."""
     phase: Phase | Literal["idle"] = "idle"
-    call: Future[Any] | None = None
-    attempt: Attempt | None = None
-    """The job under way; None too if nobody waits for it any more."""
+    calls: list[_Call] = field(default_factory=list)
+    """One call, or as many jobs as it may have, the oldest first."""
     node: str = ""
     """Id of its node, once it is placed."""
     is_fresh: bool = True
     """True if it has not had a job yet."""
     failures_in_a_row: int = 0
 
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The jobs under way that somebody waits for."""
+        return [call.attempt for call in self.calls if call.attempt is not None]
+
 
 class _Ended(NamedTuple):
     actor: Actor
-    call: Future[Any]
+    call: _Call
 
 
 class ActorPool(Pool):
@@ -211,8 +224,9 @@ class ActorPool(Pool):
             if batch in self._batches:
                 self._batches.remove(batch)
             for actor in self._actors if batch.running else ():
-                if actor.attempt is not None and actor.attempt.batch is batch:
-                    actor.attempt = None
+                for call in actor.calls:
+                    if call.attempt is not None and call.attempt.batch is batch:
+                        call.attempt = None
 
     def _outcomes_of(self, batch: Batch) -> list[Outcome] | None:
         """Wait a moment for outcomes of a batch; return None once it has had all of them."""
@@ -232,7 +246,7 @@ class ActorPool(Pool):
         note = self._waiting() if waits else ""  # without the lock: a cluster may be slow to answer
         with self._lock:
             phases = [actor.phase for actor in self._actors]
-            running = sum(actor.attempt is not None for actor in self._actors)
+            running = sum(len(actor.attempts) for actor in self._actors)
             starting = phases.count("place") + phases.count("build")
             return PoolStatus(
                 self._label, batch.done, batch.failed, batch.running, batch.n_queued, len(phases) - starting, starting,
@@ -265,7 +279,7 @@ class ActorPool(Pool):
     def _settle(self) -> None:
         while self._news:
             ended = self._news.popleft()
-            if ended is not None and ended.actor.call is ended.call:
+            if ended is not None and ended.call in ended.actor.calls:
                 self._advance(*ended)
 
     def _give_up(self, error: Exception) -> None:
@@ -298,7 +312,7 @@ class ActorPool(Pool):
         """End the actors whose call takes too long, and everything if no actor can even be placed."""
         for actor in list(self._actors):
             limit_s = self._limit_s(actor)
-            has_answered = actor.call is not None and actor.call.done()
+            has_answered = any(call.future.done() for call in actor.calls)
             if limit_s is not None and self._waits_s(actor) > limit_s and not has_answered:
                 self._lose(actor, WorkerLost(f"the worker gave no answer within {limit_s:g} s"))
         if self._resources.wait_for_nodes:
@@ -355,13 +369,28 @@ class ActorPool(Pool):
         batches = self._going_on()
         for batch in batches:
             while self._idle and batch.n_waiting:
-                self._run(batch.take())
+                self._run(self._idle[0], batch.take())
+        if self._resources.jobs_a_worker > 1:
+            self._feed_seconds(batches)
         alone = next((batch for batch in batches if batch.alone), None)
         if alone is None or any(batch.n_waiting or batch.running for batch in batches):
             return
         self._make_room()
         if self._idle and self.n_actors == 1:  # none of a pool behind this
-            self._run(alone.alone.popleft())
+            self._run(self._idle[0], alone.alone.popleft())
+
+    def _feed_seconds(self, batches: Sequence[Batch]) -> None:
+        """Give busy actors another job, as long as enough are left for all and neither was tried before."""
+        plain = [batch for batch in batches if not batch.suspect]
+        drained = self._drained()
+        for actor in self._actors:
+            batch = next((one for one in plain if one.n_fresh), None)
+            if batch is None or sum(one.n_fresh for one in plain) < len(self._actors):
+                return
+            has_room = actor.phase == "run" and len(actor.calls) < self._resources.jobs_a_worker
+            may_share = all(call.attempt is not None and call.attempt.may_share for call in actor.calls)
+            if has_room and may_share and actor.node not in drained:
+                self._run(actor, batch.take())
 
     def _going_on(self) -> list[Batch]:
         return [batch for batch in tuple(self._batches) if not batch.is_stopped]
@@ -374,42 +403,52 @@ class ActorPool(Pool):
 
     # One actor
 
-    def _start(self, actor: Actor, phase: Phase, *args: Any) -> None:
-        call = self._call(actor.handle, phase, args)
-        actor.phase, actor.since, actor.call = phase, self._now(), call
-        call.add_done_callback(lambda call: self._told.put(_Ended(actor, call)))
+    def _start(self, actor: Actor, phase: Phase, *args: Any, attempt: Attempt | None = None) -> None:
+        call = _Call(self._call(actor.handle, phase, args), attempt)
+        if not actor.calls:
+            actor.since = self._now()
+        actor.phase = phase
+        actor.calls.append(call)
+        call.future.add_done_callback(lambda _: self._told.put(_Ended(actor, call)))
 
-    def _run(self, attempt: Attempt) -> None:
-        """Give a job to an actor that waits for one."""
-        actor = self._idle[0]
-        self._start(actor, "run", attempt.job)
-        self._idle.popleft()
-        actor.attempt, actor.is_fresh = attempt, False
+    def _run(self, actor: Actor, attempt: Attempt) -> None:
+        """Give a job to an actor."""
+        was_idle = actor.phase == "idle"
+        self._start(actor, "run", attempt.job, attempt=attempt)
+        if was_idle:
+            self._idle.remove(actor)
+        actor.is_fresh = False
         attempt.batch.running += 1
 
-    def _rest(self, actor: Actor) -> Attempt | None:
-        """Have an actor wait for its next job, and return the one it had."""
-        attempt, actor.attempt = actor.attempt, None
-        actor.phase, actor.call = "idle", None
+    def _rest(self, actor: Actor) -> None:
+        """Have an actor without calls wait for its next job."""
+        actor.phase = "idle"
         self._idle.append(actor)
-        return attempt
+
+    def _end(self, actor: Actor, call: _Call) -> None:
+        """Forget a call that ended; the next one's time begins."""
+        if actor.calls[0] is call:
+            actor.since = self._now()
+        actor.calls.remove(call)
 
     def _dismiss(self, actor: Actor) -> None:
         self._kill(actor.handle)
         self._actors.remove(actor)
-        actor.call = None
+        actor.calls.clear()
         if actor.phase == "idle":
             self._idle.remove(actor)
 
-    def _advance(self, actor: Actor, call: Future[Any]) -> None:
-        """Take an actor, whose call has ended, to its next phase."""
-        error = self._error_of(call)
+    def _advance(self, actor: Actor, call: _Call) -> None:
+        """Take an actor, one of whose calls has ended, to its next phase."""
+        error = self._error_of(call.future)
         if isinstance(error, WorkerLost):
             self._lose(actor, error)
-        elif actor.phase == "run":
+            return
+        self._end(actor, call)
+        if actor.phase == "run":
             self._ran(actor, call, error)
         elif error is None and actor.phase == "place":
-            actor.node = call.result()
+            actor.node = call.future.result()
             self._start(actor, "build", self._cls, self._kwargs)
         elif error is None:
             self._rest(actor)
@@ -419,17 +458,19 @@ class ActorPool(Pool):
         else:
             self._lose(actor, error)
 
-    def _ran(self, actor: Actor, call: Future[Any], error: Exception | None) -> None:
+    def _ran(self, actor: Actor, call: _Call, error: Exception | None) -> None:
+        attempt = call.attempt
         actor.failures_in_a_row = 0 if error is None else actor.failures_in_a_row + 1
-        if error is not None and self._is_broken(actor, error):
-            self._lose(actor, error)
+        if error is not None and self._is_broken(actor, attempt, error):
+            self._lose(actor, error, attempt)
             return
-        attempt = self._rest(actor)
+        if not actor.calls:
+            self._rest(actor)
         if attempt is None:  # whoever asked for it has left
             return
         if error is None:
             self._lost_in_a_row = self._nodes_lost_in_a_row = 0
-            self._deliver(attempt.batch, attempt.batch.succeeded(attempt, call.result()))
+            self._deliver(attempt.batch, attempt.batch.succeeded(attempt, call.future.result()))
         else:
             self._deliver(attempt.batch, attempt.batch.failed_once(attempt, error))
 
@@ -440,24 +481,31 @@ class ActorPool(Pool):
             batch.outcomes.append(outcome)
             batch.news.notify_all()
 
-    def _is_broken(self, actor: Actor, error: Exception) -> bool:
+    def _is_broken(self, actor: Actor, attempt: Attempt | None, error: Exception) -> bool:
         """Tell whether a worker must not get another job; a suspect job may have spoilt it for the next."""
-        if actor.attempt is not None and actor.attempt.batch.suspect:
+        if attempt is not None and attempt.batch.suspect:
             return not isinstance(error, NegError)
         spare = self._resources.max_replacements - self._lost_in_a_row
         return actor.failures_in_a_row >= _FAILURES_IN_A_ROW and spare > 0
 
-    def _lose(self, actor: Actor, error: Exception) -> None:
-        """Give an actor up, and count its job, if it has one, as failed once more."""
+    def _lose(self, actor: Actor, error: Exception, at_fault: Attempt | None = None) -> None:
+        """Give an actor up, and count its job, if it has one, as failed once more; of several, the one at fault.
+
+        Where nobody knows which of them that is, each is tried again by itself.
+        """
+        others = actor.attempts
+        if at_fault is None and len(others) == 1:
+            at_fault = others.pop()
         logger.warning("%s: a worker was lost: %s", self._label, first_line(error))
         self._dismiss(actor)
         self._lost += 1
-        if self._counts(actor.attempt, error):
+        if self._counts(next(iter(others), None) if at_fault is None else at_fault, error):
             self._lost_in_a_row += 1
         self._last_error = error
-        attempt, actor.attempt = actor.attempt, None
-        if attempt is not None:
-            self._deliver(attempt.batch, attempt.batch.failed_once(attempt, error))
+        if at_fault is not None:
+            self._deliver(at_fault.batch, at_fault.batch.failed_once(at_fault, error))
+        for attempt in others:
+            self._deliver(attempt.batch, attempt.batch.lost_beside(attempt, error))
 
     def _counts(self, attempt: Attempt | None, error: Exception) -> bool:
         """Tell whether a loss is one of the replacements that are to be had: it may be the workers' own fault."""
@@ -466,5 +514,5 @@ class ActorPool(Pool):
             return self._nodes_lost_in_a_row > self._resources.max_replacements + 3 * self._resources.workers
         if attempt is None:
             return True
-        is_first = attempt.number == 1 and not (isinstance(error, OutOfMemory) and not attempt.is_alone)
-        return is_first and not attempt.batch.suspect
+        is_first = attempt.number == 1 and not attempt.was_shared
+        return is_first and not (isinstance(error, OutOfMemory) and not attempt.is_alone) and not attempt.batch.suspect

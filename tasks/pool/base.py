@@ -1,8 +1,9 @@
 """Pools of plain workers: jobs from several threads in one queue, bounded retries, a stop event.
 
 A *worker* is a plain class with a method ``run(job) -> result``, made from a recipe ``(cls, kwargs)``. Jobs and
-results are small plain data: a worker writes its arrays itself and returns a receipt. `tasks.pool.opening` opens a
-pool in this process (`tasks.pool.local_pool`) or of Ray actors (`tasks.pool.ray_pool`).
+results are small plain data: a worker writes its arrays itself and returns a receipt. A worker that gets two jobs at a
+time computes one while it writes the other; it is called from two threads and computes in one of them at a time.
+`tasks.pool.opening` opens a pool in this process (`tasks.pool.local_pool`) or of Ray actors (`tasks.pool.ray_pool`).
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ class Resources:
     """CPUs reserved for each worker."""
     gpus: float = 0.0
     """GPUs reserved for each worker: a fraction of one, or a whole number."""
+    jobs_a_worker: int = 1
+    """Most jobs that an actor has at a time, 1 or 2. The second is handed out while at least as many jobs wait as there
+    are workers; a job that is tried again is with an actor by itself. The local backend always does one at a time."""
     max_attempts: int = 3
     """Attempts a job gets before it is handed back with its error."""
     max_replacements: int = 10
@@ -82,13 +86,20 @@ class Resources:
     node_labels: tuple[tuple[str, str], ...] = ()
     """Names and values of labels that the nodes of workers must have (Ray's label selector)."""
     job_timeout_s: float | None = None
-    """Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. The local backend
-    cannot interrupt a job and has no such limit."""
+    """Limit, in seconds, for one job: then its worker is ended and replaced. None is no limit. It begins anew for a
+    worker's second job when its first has ended. The local backend cannot interrupt a job and has no such limit."""
     address: str | None = None
     """Ray cluster to connect to; "local" starts one on this machine; None is ``RAY_ADDRESS`` or else "local"."""
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("max_attempts", 1), ("max_replacements", 0), ("cpus", 0), ("gpus", 0)):
+        for name, least in (
+            ("workers", 1),
+            ("jobs_a_worker", 1),
+            ("max_attempts", 1),
+            ("max_replacements", 0),
+            ("cpus", 0),
+            ("gpus", 0),
+        ):
             if getattr(self, name) < least:
                 raise RunError(f"{name} is {getattr(self, name)}, but it must be at least {least}")
         if self.gpus > 1 and self.gpus != int(self.gpus):
@@ -153,7 +164,7 @@ class Jobs(Protocol):
 class Attempt:
     """A job and the number of the attempt that is next or under way."""
 
-    __slots__ = ("batch", "is_alone", "job", "nodes_lost", "number")
+    __slots__ = ("batch", "is_alone", "job", "nodes_lost", "number", "was_shared")
 
     def __init__(self, job: Any, batch: Batch) -> None:
         self.job = job
@@ -162,6 +173,14 @@ class Attempt:
         self.nodes_lost = 0
         self.is_alone = False
         """True if its node ran out of memory: it is tried once nothing else runs, by a fresh worker."""
+        self.was_shared = False
+        """True if it was lost together with another job of its worker, perhaps by the other's fault."""
+
+    @property
+    def may_share(self) -> bool:
+        """True if its worker may have another job: it has cost nothing yet, and nobody expects it to fail."""
+        has_cost = self.number > 1 or self.nodes_lost or self.is_alone or self.was_shared
+        return not (has_cost or self.batch.suspect)
 
 
 class Batch:
@@ -212,6 +231,11 @@ class Batch:
         """True if every job has its outcome."""
         return not (self.running or self.n_queued)
 
+    @property
+    def n_fresh(self) -> int:
+        """Jobs that were never handed out."""
+        return self._n_fresh
+
     def take(self) -> Attempt:
         """Return the next of the jobs that wait."""
         if not self._n_fresh:
@@ -252,6 +276,14 @@ class Batch:
             self.failed += 1
             return Outcome(attempt.job, None, exception, attempt.number)
         (self.alone if attempt.is_alone else self.again).append(attempt)
+        return None
+
+    def lost_beside(self, attempt: Attempt, exception: Exception) -> Outcome | None:
+        """Put a job back into the queue that was lost beside another: it may not be at fault. See `failed_once`."""
+        if isinstance(exception, NodeLost):
+            return self.failed_once(attempt, exception)
+        attempt.was_shared = True
+        self.again.append(attempt)
         return None
 
 

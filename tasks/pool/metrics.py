@@ -80,7 +80,7 @@ class Meter:
     def workers(self, status: PoolStatus) -> None:
         """Record what the workers of a pool are doing, and those lost since its last status."""
         labels = {"run": self._run, "model": status.label}
-        busy = status.running + status.elsewhere
+        busy = min(status.ready, status.running + status.elsewhere)  # some have a job that waits behind another
         for state, number in (("busy", busy), ("idle", status.ready - busy), ("starting", status.starting)):
             _record("neg_workers", number, labels | {"state": state})
         with self._lock:

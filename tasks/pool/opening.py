@@ -23,8 +23,8 @@ def open_pool(
     Parameters
     ----------
     backend : {"local", "ray"}
-        "local" runs the jobs in this process, one after the other; "ray" in actors, one job at a time each. Inside
-        `ray_session` that session is used; otherwise one is opened for this pool.
+        "local" runs the jobs in this process, one after the other; "ray" in actors. Inside `ray_session` that session
+        is used; otherwise one is opened for this pool.
     cls : type
         The worker's class, importable where the actors run.
     kwargs : mapping

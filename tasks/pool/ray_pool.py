@@ -48,6 +48,7 @@ class RayPool(ActorPool):
         self._host = ray.remote(_Host).options(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
+            max_concurrency=resources.jobs_a_worker,
             label_selector=dict(resources.node_labels) or None,
             max_restarts=0,
             max_task_retries=0,
