@@ -73,15 +73,20 @@ class SimulatedPool(ActorPool):
 
     def _call(self, handle: Any, phase: Phase, args: Sequence[Any]) -> Future[Any]:
         call: Future[Any] = Future()
-        seconds, answer = {"place": 0.0, "build": self._build_s}.get(phase, 0.0), lambda: None
+        ends_s, answer = self.clock_s + {"place": 0.0, "build": self._build_s}.get(phase, 0.0), lambda: None
         if phase == "run":
             (job,) = args
-            seconds, answer = self._seconds(job), lambda: self._answer(job)
-            self.busy_s += seconds
+            ends_s, answer = self._ends_s(handle, job), lambda: self._answer(job)
             if len(self.started) < 10_000:
                 self.started.append(job)
-        heapq.heappush(self._events, (self.clock_s + seconds, next(self._numbers), call, answer))
+        heapq.heappush(self._events, (ends_s, next(self._numbers), call, answer))
         return call
+
+    def _ends_s(self, handle: Any, job: Any) -> float:
+        """Return the time at which an actor that is given a job now has done it."""
+        seconds = self._seconds(job)
+        self.busy_s += seconds
+        return self.clock_s + seconds
 
     def _outcomes_of(self, batch: Batch) -> list[Outcome] | None:
         with self._lock:
@@ -119,6 +124,27 @@ class SimulatedPool(ActorPool):
         while self._events and self._events[0][0] <= self.clock_s:
             _, _, call, answer = heapq.heappop(self._events)
             yield call, answer
+
+
+class SimulatedDevices(SimulatedPool):
+    """Actors with a device each, which computes one job after the other, and a disk, which writes one after the other.
+
+    `seconds` is the time to compute a job, and `write_s` that to write it; only the first counts as busy.
+    """
+
+    def __init__(self, *args: Any, write_s: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._write_s = write_s
+
+    def _make(self) -> Any:
+        self.n_made += 1
+        return {"device": 0.0, "disk": 0.0}
+
+    def _ends_s(self, handle: Any, job: Any) -> float:
+        handle["device"] = computed_s = max(self.clock_s, handle["device"]) + self._seconds(job)
+        handle["disk"] = max(computed_s, handle["disk"]) + self._write_s
+        self.busy_s += self._seconds(job)
+        return float(handle["disk"])
 
 
 @contextmanager
@@ -176,6 +202,20 @@ class SleepingPool(ActorPool):
         busy_s = sum(end - begin for begin, end in self.spans)
         whole_s = max(end for _, end in self.spans) - min(begin for begin, _ in self.spans)
         return busy_s / (whole_s * self._resources.workers)
+
+
+class ThreadPool(SleepingPool):
+    """Actors that are workers in this process, each called from as many threads as it may have jobs."""
+
+    def __init__(self, make: Callable[[], Any], resources: Resources) -> None:
+        super().__init__(resources, lambda job: 0.0)
+        self._made, self._threads = make, ThreadPoolExecutor(resources.workers * resources.jobs_a_worker)
+
+    def _make(self) -> Any:
+        return self._made()
+
+    def _call(self, handle: Any, phase: Phase, args: Sequence[Any]) -> Future[Any]:
+        return self._threads.submit(handle.run, *args) if phase == "run" else self._threads.submit(str)
 
 
 class Numbers:

@@ -116,7 +116,9 @@ def run(backend, jobs, resources=TWO, stop=None, on_tick=None, **kwargs) -> list
         return list(pool.map(jobs, stop=stop, on_tick=on_tick, tick_s=0.0))
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"gpus": -1}, {"gpus": 1.5}, {"max_attempts": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"workers": 0}, {"jobs_a_worker": 0}, {"gpus": -1}, {"gpus": 1.5}, {"max_attempts": 0}]
+)
 def test_resources_out_of_range_are_refused(wrong):
     with pytest.raises(RunError, match=next(iter(wrong))):
         Resources(**wrong)
