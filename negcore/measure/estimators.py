@@ -5,71 +5,42 @@ of the neuron's activation `a`, with everything else unchanged. It is the label'
 its logit minus the largest logit among the prompt's other labels.
 
 NeurGrad and the plain gradient are in target per unit of activation. The others are in target: they approximate the
-activation's contribution f(a) - f(0), which the ablation measures exactly.
+activation's contribution f(a) - f(0), which the ablation measures exactly, or f(a) - f(a'), see
+`negcore.measure.patching`.
 
 Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch, H hidden width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from negcore.arrays import Floats, Ints
-from negcore.errors import LabelError, NegError, first_line
+from negcore.errors import LabelError, NegError, PromptError, first_line
 from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
-from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit, is_out_of_memory
 from negcore.measure.neurgrad import away_from_zero
+from negcore.measure.patching import (
+    atp_star_scores,
+    attribution_patching_scores,
+    mean_ablation_scores,
+    relevance_patching_scores,
+    resample_ablation_scores,
+)
+from negcore.measure.question import Question, Target, row_gradients, score_gradients, score_replacement
 from negcore.measure.streams import Stream, streams
 from negcore.measure.sweeps import Neurons, choose_neurons
-from negcore.measure.virtual_tokens import Shifts, head_rows, label_log_probs, shifted_prompts
-from negcore.model.encoding import EncodedPrompts, Labels, encode
+from negcore.measure.virtual_tokens import head_rows, label_log_probs
+from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_prompts
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 
-Target = Literal["probability", "log_probability", "logit_difference"]
-
 PATH_STEPS = 20
 """Steps of the path of integrated gradients."""
-
-# Most bytes of the logits of a batch with gradients.
-_BATCH_LOGIT_BYTES = 2**28
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """Prompts with the target that is explained: a value of each prompt's right label."""
-
-    prompts: EncodedPrompts
-    answers_P: Ints
-    """Index of the right label."""
-    target: Target
-
-    @property
-    def ids(self) -> list[list[int]]:
-        return self.prompts.ids
-
-    def labels(self, rows: Sequence[int], lm: LanguageModel) -> Tensor:
-        """Return the token ids of some prompts' labels: shape (B, O)."""
-        return torch.from_numpy(self.prompts.label_ids_PO[rows]).to(lm.device)
-
-    def values(self, log_probs_BO: Tensor, rows: Sequence[int]) -> Tensor:
-        """Return the target of some prompts from the log-probabilities of their labels: shape (B,)."""
-        right_B1 = torch.from_numpy(self.answers_P[rows]).to(log_probs_BO.device)[:, None]
-        right_B = log_probs_BO.gather(1, right_B1)[:, 0]
-        if self.target == "probability":
-            return right_B.exp()
-        if self.target == "log_probability":
-            return right_B
-        # Log-probabilities of one prompt differ from its logits by a constant, which cancels in the difference.
-        others_BO = log_probs_BO.scatter(1, right_B1, -torch.inf)
-        return right_B - others_BO.amax(1)
-
 
 Estimator = Callable[[LanguageModel, Question, Ints], Floats]
 """Takes the model, the question and neurons_K2; returns scores of shape (P, K)."""
@@ -84,6 +55,7 @@ def estimate(
     answers: Sequence[int] | None = None,
     target: Target = "probability",
     neurons: Neurons | None = None,
+    references: Sequence[str] | EncodedPrompts | None = None,
 ) -> Floats:
     """Score neurons with one of the `ESTIMATORS`.
 
@@ -102,6 +74,9 @@ def estimate(
         Explained value; the last is the right label's logit minus the largest of the other labels.
     neurons : "all", int, or sequence of (layer, neuron), optional
         As for `sweep`; a selection saves time in the estimators that measure each neuron by itself.
+    references : sequence of str, or EncodedPrompts, optional
+        For the estimators in `WITH_REFERENCES`, and only for them: the prompts whose activations take the place of the
+        prompts'. One for each prompt, such as its counterfactual; any number for "mean_ablation".
 
     Returns
     -------
@@ -111,18 +86,23 @@ def estimate(
     Raises
     ------
     PromptError, LabelError
-        As for `neurgrad`; LabelError too if the answers do not fit, or "logit_difference" is asked of one label.
+        As for `neurgrad`; LabelError too if the answers do not fit, or "logit_difference" is asked of one label;
+        PromptError if references do not fit.
     NegError
-        If the estimator or target is unknown, or a neuron does not exist; ModelError if it needs gradients and the
-        model's failed its check at load.
+        If the estimator or target is unknown, a neuron does not exist, or references are missing or not wanted;
+        ModelError if the estimator needs gradients and the model's failed its check at load.
     """
     if estimator not in ESTIMATORS:
         raise NegError(f"estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
     if target not in get_args(Target):
         raise NegError(f"target {target!r} is not known; choose one of {', '.join(get_args(Target))}")
+    if (references is not None) != (estimator in WITH_REFERENCES):
+        wants = "needs references, prompts that it takes activations from" if references is None else "takes none"
+        raise NegError(f"references: estimator {estimator!r} {wants}; {', '.join(WITH_REFERENCES)} take them")
     neurons_K2 = choose_neurons(lm, "all" if neurons is None else neurons)
     encoded = encode(lm.card, prompts, labels)
-    question = Question(encoded, _checked_answers(answers, encoded.label_ids_PO, target), target)
+    answers_P = _checked_answers(answers, encoded.label_ids_PO, target)
+    question = Question(encoded, answers_P, target, _reference_ids(lm, references))
     scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
     return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.layer_width)
 
@@ -132,7 +112,7 @@ def neurgrad_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
 
     Source: Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053. Cost: one forward and one backward pass.
     """
-    return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient * away_from_zero(a))
+    return score_gradients(lm, question, neurons_K2, lambda gradient, a: gradient * away_from_zero(a))
 
 
 def gradient_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
@@ -140,7 +120,7 @@ def gradient_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
 
     Source: the baseline CG of arXiv 2412.18053. Cost: one forward and one backward pass.
     """
-    return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient)
+    return score_gradients(lm, question, neurons_K2, lambda gradient, a: gradient)
 
 
 def gradient_times_activation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
@@ -148,7 +128,7 @@ def gradient_times_activation_scores(lm: LanguageModel, question: Question, neur
 
     Source: Shrikumar et al., arXiv 1605.01713. Cost: one forward and one backward pass.
     """
-    return _gradient_scores(lm, question, neurons_K2, lambda gradient, a: gradient * a)
+    return score_gradients(lm, question, neurons_K2, lambda gradient, a: gradient * a)
 
 
 def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
@@ -227,15 +207,7 @@ def ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
     Source: the definition of zero ablation. Cost: for each neuron, one virtual token (causal models) or one forward
     pass (masked models).
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
-    layers_K, chosen_K = neurons_K2.T
-    with in_float32(lm):
-        for index, prompt in shifted_prompts(lm, question.prompts):
-            sizes_K = -prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
-            measured = prompt.measure(Shifts(layers_K, chosen_K, sizes_K))
-            without_K, whole_K = (question.values(log_probs_KO, [index] * len(sizes_K)) for log_probs_KO in measured)
-            result_PK[index] = whole_K - without_K
-    return result_PK
+    return score_replacement(lm, question, neurons_K2, lambda: 0.0)
 
 
 ESTIMATORS: MappingProxyType[str, Estimator] = MappingProxyType(
@@ -246,9 +218,37 @@ ESTIMATORS: MappingProxyType[str, Estimator] = MappingProxyType(
         "integrated_gradients": integrated_gradients_scores,
         "log_probability_increase": log_probability_increase_scores,
         "ablation": ablation_scores,
+        "attribution_patching": attribution_patching_scores,
+        "atp_star": atp_star_scores,
+        "relp": relevance_patching_scores,
+        "mean_ablation": mean_ablation_scores,
+        "resample_ablation": resample_ablation_scores,
     }
 )
 """Estimators by name."""
+
+WITH_REFERENCES = ("attribution_patching", "atp_star", "relp", "mean_ablation", "resample_ablation")
+"""Estimators that take activations from other prompts."""
+
+MEASURED_EFFECTS: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "gradient_x_activation": "ablation",
+        "integrated_gradients": "ablation",
+        "attribution_patching": "resample_ablation",
+        "atp_star": "resample_ablation",
+        "relp": "resample_ablation",
+    }
+)
+"""The measured effect that an estimator approximates, of estimators that approximate one."""
+
+
+def _reference_ids(lm: LanguageModel, references: Sequence[str] | EncodedPrompts | None) -> Sequence[list[int]]:
+    if references is None or isinstance(references, EncodedPrompts):
+        return () if references is None else references.ids
+    try:
+        return encode_prompts(lm.card, references)
+    except PromptError as error:
+        raise PromptError(f"references: {error}") from None
 
 
 def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def _path_part(
         activations_LN = batch.predict().activations_BLN[0]
     for layer in layers:
         shift_BN = ((scales_B1 - 1) * activations_LN[layer]).to(lm.model.dtype).requires_grad_()
-        (gradient_BN,), _ = _gradients(batch, question, [prompt] * len(steps), {layer: shift_BN})
+        (gradient_BN,), _ = row_gradients(batch, question, [prompt] * len(steps), {layer: shift_BN})
         scores_LN[layer] = (gradient_BN.sum(0) * activations_LN[layer] / PATH_STEPS).double().cpu()
     return scores_LN
 
@@ -318,39 +318,6 @@ def _increases(
         return targets_R[1:] - targets_R[0]
 
     return torch.cat(limit.compute(len(neurons_K), head_rows(lm), part_increases))
-
-
-def _gradient_scores(
-    lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor], Tensor]
-) -> Floats:
-    """Score neurons by a function of gradient and activation."""
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
-    layers_K, chosen_K = neurons_K2.T
-
-    def measure(batch: ProbedBatch, prompts: list[int]) -> None:
-        gradients, activations_BLN = _gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
-        scores_BLN = score(torch.stack(gradients, dim=1), activations_BLN)
-        result_PK[prompts] = scores_BLN[:, layers_K, chosen_K].double().cpu().numpy()
-
-    max_rows = _BATCH_LOGIT_BYTES // (4 * lm.card.vocab_size)
-    measure_batches(lm, question.ids, measure, BatchLimit("prompts"), max_rows=max_rows)
-    return result_PK
-
-
-def _gradients(
-    batch: ProbedBatch, question: Question, prompts: Sequence[int], shifts: dict[int, Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the gradient of each row's target by each layer's shift, and the activations.
-
-    `prompts` names the prompt of each row.
-    """
-    batch.lm.require("neurgrad")
-    with torch.enable_grad():
-        logits_BV, activations_BLN, _ = batch.predict(shifts)
-        log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))
-        # Rows do not see each other, so the gradient of their sum is each row's own.
-        total = question.values(log_probs_BO, prompts).sum()
-        return torch.autograd.grad(total, list(shifts.values())), activations_BLN
 
 
 def _checked_answers(answers: Sequence[int] | None, label_ids_PO: Ints, target: Target) -> Ints:

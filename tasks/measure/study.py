@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from negcore.arrays import Floats, Ints
-from negcore.measure.estimators import Target, estimate
+from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
+from negcore.measure.question import Target
 from negcore.measure.sweeps import LARGEST_TAIL, sweep
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest

@@ -3,70 +3,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from support import CORE, LABELS, PROMPTS, prompts_for, tiny_model
+from plain_passes import ANSWERS, OPTIONS, gradient_at, target_of, whole_pass
+from support import CORE, PROMPTS, prompts_for, tiny_model
 
 from negcore.errors import LabelError, NegError
-from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, Question, estimate, unembed
+from negcore.measure.estimators import ESTIMATORS, PATH_STEPS, WITH_REFERENCES, estimate, unembed
 from negcore.measure.forward import probed_batches
 from negcore.measure.neurgrad import neurgrad
+from negcore.measure.question import Question
 from negcore.measure.streams import streams
-from negcore.model.encoding import EncodedPrompts, encode, encode_prompts
+from negcore.model.encoding import EncodedPrompts, encode_prompts
 
-OPTIONS = LABELS[:3]
-ANSWERS = [1, 0]
 TARGETS = ["probability", "log_probability", "logit_difference"]
 FAMILIES = ["llama", "gpt2", "bert"]
 SOME = [(0, 2), (0, 11), (1, 23), (2, 0), (2, 7)]
-
-
-def target_of(lm, logits_V, row, target):
-    """The target, written out."""
-    ids = encode(lm.card, prompts_for(lm)[:1], OPTIONS).label_ids_PO[0].tolist()
-    right = logits_V[ids[ANSWERS[row]]]
-    if target == "logit_difference":
-        return right - max(logits_V[label] for index, label in enumerate(ids) if index != ANSWERS[row])
-    log_prob = right - logits_V.logsumexp(0)
-    return log_prob.exp() if target == "probability" else log_prob
-
-
-def whole_pass(lm, prompt, change=lambda layer, values_N: values_N):
-    """One full forward pass, the probed token's site changed layer by layer: its logits and its activations."""
-    tokens = encode_prompts(lm.card, [prompt])[0]
-    position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
-    seen, handles = {}, []
-
-    def replaced(layer, values):
-        seen[layer] = values[0, position].detach()
-        rows = list(values[0])
-        rows[position] = change(layer, rows[position])
-        return torch.stack(rows)[None]
-
-    for layer in range(lm.n_layers):
-        module = lm.site_module(layer)
-        if lm.site == "act":
-            hook = lambda _, args, layer=layer: (replaced(layer, args[0]), *args[1:])  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-        else:
-            hook = lambda _, args, output, layer=layer: replaced(layer, output)  # noqa: E731
-            handles.append(module.register_forward_hook(hook))
-    logits_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, position]
-    for handle in handles:
-        handle.remove()
-    return logits_V, torch.stack([seen[layer] for layer in range(lm.n_layers)])
-
-
-def gradient_at(lm, prompt, row, target, layer, values_N=None):
-    """Gradient of the target by one layer's activations, those replaced by the given values."""
-    leaves = []
-
-    def change(where, current_N):
-        if where != layer:
-            return current_N
-        leaves.append((current_N if values_N is None else values_N).detach().requires_grad_())
-        return leaves[0]
-
-    logits_V, _ = whole_pass(lm, prompt, change)
-    return torch.autograd.grad(target_of(lm, logits_V, row, target), leaves[0])[0]
 
 
 def by_loop(lm, row, score_layer):
@@ -78,6 +28,8 @@ def by_loop(lm, row, score_layer):
 
 
 def scores_of(lm, name, target, **settings):
+    if name in WITH_REFERENCES:
+        settings["references"] = prompts_for(lm)[2:4]
     return estimate(lm, prompts_for(lm)[:2], OPTIONS, answers=ANSWERS, estimator=name, target=target, **settings)
 
 

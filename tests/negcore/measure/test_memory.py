@@ -4,7 +4,8 @@ import torch
 from support import LABELS, PROMPTS, prompts_for, tiny_model
 
 from negcore.measure import estimators, interventions
-from negcore.measure.estimators import ESTIMATORS, estimate
+from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES, estimate
+from negcore.measure.forward import ProbedBatch
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.memory import BatchLimit, is_out_of_memory
 from negcore.measure.sweeps import sweep
@@ -109,10 +110,11 @@ def test_an_intervention_halves_its_rows(family, monkeypatch):
 def test_every_estimator_halves_its_batches(name, monkeypatch):
     lm = tiny_model("gpt2")
     question = {"answers": [0, 1, 2, 0], "estimator": name, "neurons": 5}
+    question |= {"references": PROMPTS[1:5]} if name in WITH_REFERENCES else {}
     whole = estimate(lm, PROMPTS[:4], OPTIONS, **question)
     tried = []
-    n_rows = lambda batch, question, prompts, shifts: len(prompts)  # noqa: E731
-    monkeypatch.setattr(estimators, "_gradients", scarce(estimators._gradients, n_rows, 3, tried))
+    n_rows = lambda batch, shifts=None: len(batch.rows)  # noqa: E731
+    monkeypatch.setattr(ProbedBatch, "predict", scarce(ProbedBatch.predict, n_rows, 3, tried))
     n_streams = lambda lm, hidden_RH: len(hidden_RH)  # noqa: E731
     monkeypatch.setattr(estimators, "unembed", scarce(estimators.unembed, n_streams, 3, tried))
     n_shifts = lambda self, shifts: len(shifts.layers_R)  # noqa: E731

@@ -1,0 +1,155 @@
+"""The question that estimators answer: prompts, a target, and the prompts from which neurons take another value.
+
+Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from negcore.arrays import Floats, Ints
+from negcore.errors import PromptError
+from negcore.measure.forward import ProbedBatch, measure_batches
+from negcore.measure.hooks import zero_shifts
+from negcore.measure.memory import BatchLimit
+from negcore.measure.virtual_tokens import Shifts, label_log_probs, shifted_prompts
+from negcore.model.encoding import EncodedPrompts
+from negcore.model.language_model import LanguageModel
+from negcore.model.precision import in_float32
+
+Target = Literal["probability", "log_probability", "logit_difference"]
+
+# Most bytes of the logits of a batch with gradients.
+_BATCH_LOGIT_BYTES = 2**28
+# Most prompts whose activations are read side by side.
+_READ_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Prompts with the target that is explained: a value of each prompt's right label."""
+
+    prompts: EncodedPrompts
+    answers_P: Ints
+    """Index of the right label."""
+    target: Target
+    references: Sequence[list[int]] = ()
+    """Token ids of the prompts whose activations take the place of these prompts'; empty where zero does, or none."""
+
+    @property
+    def ids(self) -> list[list[int]]:
+        return self.prompts.ids
+
+    @property
+    def partners(self) -> list[list[int]]:
+        """Token ids of the one prompt that each prompt is compared with.
+
+        Raises
+        ------
+        PromptError
+            If there is not one reference for each prompt.
+        """
+        if len(self.references) != len(self.ids):
+            raise PromptError(
+                f"{len(self.references)} references were given for {len(self.ids)} prompts; give one for each"
+            )
+        return list(self.references)
+
+    def labels(self, rows: Sequence[int], lm: LanguageModel) -> Tensor:
+        """Return the token ids of some prompts' labels: shape (B, O)."""
+        return torch.from_numpy(self.prompts.label_ids_PO[rows]).to(lm.device)
+
+    def values(self, log_probs_BO: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the target of some prompts from the log-probabilities of their labels: shape (B,)."""
+        right_B1 = torch.from_numpy(self.answers_P[rows]).to(log_probs_BO.device)[:, None]
+        right_B = log_probs_BO.gather(1, right_B1)[:, 0]
+        if self.target == "probability":
+            return right_B.exp()
+        if self.target == "log_probability":
+            return right_B
+        # Log-probabilities of one prompt differ from its logits by a constant, which cancels in the difference.
+        others_BO = log_probs_BO.scatter(1, right_B1, -torch.inf)
+        return right_B - others_BO.amax(1)
+
+
+def row_gradients(
+    batch: ProbedBatch, question: Question, prompts: Sequence[int], shifts: dict[int, Tensor]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the gradient of each row's target by each layer's shift, and the activations: shape (B, L, N).
+
+    `prompts` names the prompt of each row.
+
+    Raises
+    ------
+    ModelError
+        If the model's gradients failed its check at load.
+    """
+    batch.lm.require("neurgrad")
+    with torch.enable_grad():
+        logits_BV, activations_BLN, _ = batch.predict(shifts)
+        log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))
+        # Rows do not see each other, so the gradient of their sum is each row's own.
+        total = question.values(log_probs_BO, prompts).sum()
+        return torch.autograd.grad(total, list(shifts.values())), activations_BLN
+
+
+def score_gradients(
+    lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor], Tensor]
+) -> Floats:
+    """Score neurons by a function of gradient and activation, both of shape (B, L, N)."""
+    return score_rows(lm, question, neurons_K2, lambda gradient, a, prompts: score(gradient, a))
+
+
+def score_rows(
+    lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor, list[int]], Tensor]
+) -> Floats:
+    """Score neurons by a function of gradient, activation and the prompts of their rows."""
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    layers_K, chosen_K = neurons_K2.T
+
+    def measure(batch: ProbedBatch, prompts: list[int]) -> None:
+        gradients, activations_BLN = row_gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
+        scores_BLN = score(torch.stack(gradients, dim=1), activations_BLN, prompts)
+        result_PK[prompts] = scores_BLN[:, layers_K, chosen_K].double().cpu().numpy()
+
+    max_rows = _BATCH_LOGIT_BYTES // (4 * lm.card.vocab_size)
+    measure_batches(lm, question.ids, measure, BatchLimit("prompts"), max_rows=max_rows)
+    return result_PK
+
+
+def read_activations(lm: LanguageModel, ids: list[list[int]]) -> Tensor:
+    """Return every neuron's activation at the probed token of some prompts: shape (P, L, N), float64, on the CPU."""
+    result_PLN = torch.empty(len(ids), lm.n_layers, lm.layer_width, dtype=torch.float64)
+
+    def measure(batch: ProbedBatch, prompts: list[int]) -> None:
+        result_PLN[prompts] = batch.predict().activations_BLN.double().cpu()
+
+    with torch.no_grad():
+        measure_batches(lm, ids, measure, BatchLimit("prompts"), max_rows=_READ_ROWS)
+    return result_PLN
+
+
+def score_replacement(
+    lm: LanguageModel, question: Question, neurons_K2: Ints, replace: Callable[[], Floats | float]
+) -> Floats:
+    """Measure what each neuron loses by another value: f(a) - f(a').
+
+    Parameters
+    ----------
+    replace : callable
+        Returns a', of shape (P, K) or for all; called while half types compute in float32, as the measurement does.
+    """
+    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    layers_K, chosen_K = neurons_K2.T
+    with in_float32(lm):
+        replaced_PK = np.broadcast_to(np.float64(replace()), result_PK.shape)
+        for index, prompt in shifted_prompts(lm, question.prompts):
+            sizes_K = replaced_PK[index] - prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
+            measured = prompt.measure(Shifts(layers_K, chosen_K, sizes_K))
+            with_K, whole_K = (question.values(log_probs_KO, [index] * len(sizes_K)) for log_probs_KO in measured)
+            result_PK[index] = whole_K - with_K
+    return result_PK
