@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from negcore.analysis.linearity import (
     AgreementRow,
+    EffectRow,
     Facts,
     InterventionRow,
     RangeRow,
     SizeRow,
     StabilityRow,
     agreement_table,
+    effects_table,
     interventions_table,
     ranges_table,
     sizes_table,
@@ -25,6 +27,7 @@ from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study
 from tasks.config.linearity_run import LinearityRun
+from tasks.measure.references import ReferenceKind
 from tasks.measure.shard_set import ShardSet
 from tasks.plan_linearity import PlannedStudy, fact_of
 from tasks.rundir.tables import write_tables
@@ -62,6 +65,9 @@ class Findings:
     sizes: list[SizeRow]
     stability: list[StabilityRow]
     agreement: list[AgreementRow]
+    effects: list[EffectRow]
+    references: ReferenceKind | None
+    """Prompts that each prompt is patched from, in `effects`."""
     interventions: list[InterventionRow]
     costs: list[CostRow]
 
@@ -100,6 +106,8 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         sizes=sizes_table(main_negs_PK, sweep.neurons_K2),
         stability=stability_table(main_negs_PK, _facts(study, ids)),
         agreement=_agreement(run, sweep, scores_PK),
+        effects=effects_table(scores_PK, n_bootstrap=run.bootstrap, seed=run.seed),
+        references=None if study.partners is None else study.partners.kind,
         interventions=_interventions(run, study),
         costs=[
             CostRow(MEASURED, sum(block.seconds_per_prompt for block in blocks)),

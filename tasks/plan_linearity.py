@@ -8,6 +8,7 @@ from negcore.analysis.linearity import nested_grid
 from negcore.arrays import Ints
 from negcore.datasets import Example, FactSet, load_facts
 from negcore.errors import NegError
+from negcore.measure.estimators import WITH_REFERENCES
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
 from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
@@ -16,6 +17,7 @@ from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.examples import EncodedExample, encode_examples
 from tasks.measure.measurement import Measurement
+from tasks.measure.references import References, all_prompts, partners
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Sweeps
 from tasks.model_plans import ModelPlans, plan_models
@@ -30,6 +32,8 @@ class PlannedStudy:
     card: ModelCard
     facts: FactSet
     shard_sets: tuple[ShardSet, ...]
+    partners: References | None
+    """The prompt that each prompt is patched from; None if no estimator does that."""
     warning: str | None = None
     """What must be read with care, in one line."""
 
@@ -64,16 +68,30 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     neurons_K2 = _neurons(run, card)
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
     grid_S = nested_grid(run.ranges, run.points)
+    references = _references(run, card, facts, examples)
     measurements: list[tuple[str, str, Measurement]] = [
         *(
             ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges))
             for name, block_K2 in _blocks(neurons_K2, run.block_layers)
         ),
-        *(("estimates", name, Estimates(name, neurons_K2)) for name in dict.fromkeys(run.estimator)),
+        *(
+            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name))))
+            for name in dict.fromkeys(run.estimator)
+        ),
         ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
     ]
     shard_sets = tuple(_shard_set(run, card, facts, examples, *one) for one in measurements)
-    return PlannedStudy(card, facts, shard_sets, tokenizer_warning(card, [example.prompt for example in examples]))
+    warning = tokenizer_warning(card, [example.prompt for example in examples])
+    return PlannedStudy(card, facts, shard_sets, references.get("each"), warning)
+
+
+def _references(
+    run: LinearityRun, card: ModelCard, facts: FactSet, examples: tuple[EncodedExample, ...]
+) -> dict[str | None, References]:
+    """Return the prompts that the run's estimators take activations from, by what `WITH_REFERENCES` says of them."""
+    wanted = {WITH_REFERENCES.get(name) for name in run.estimator}
+    found: dict[str | None, References] = {"any": all_prompts(examples)} if "any" in wanted else {}
+    return found | ({"each": partners(card, facts.name, examples, run.seed)} if "each" in wanted else {})
 
 
 def _shard_set(

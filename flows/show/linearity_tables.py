@@ -20,6 +20,11 @@ ESTIMATOR_TITLES = MappingProxyType(
         "integrated_gradients": "integrated grad.",
         "log_probability_increase": "log-prob. incr.",
         "ablation": "ablation",
+        "attribution_patching": "attrib. patching",
+        "atp_star": "AtP*",
+        "relp": "RelP",
+        "mean_ablation": "mean ablation",
+        "resample_ablation": "resample abl.",
         MEASURED: "(the sweep)",
     }
 )
@@ -36,8 +41,9 @@ def summary(findings: Findings) -> str:
 
 
 def linearity_tables(findings: Findings) -> list[Table]:
-    """Return the tables of one model: agreement, ranges, stability, interventions."""
-    return [_agreement(findings), _ranges(findings), _stability(findings), _interventions(findings)]
+    """Return the tables of one model: agreement, effects if there are any, ranges, stability, interventions."""
+    effects = [_effects(findings)] if findings.effects else []
+    return [_agreement(findings), *effects, _ranges(findings), _stability(findings), _interventions(findings)]
 
 
 def benchmark_table(comparisons: Sequence[Timing], title: str) -> Table:
@@ -91,6 +97,34 @@ def _agreement(findings: Findings) -> Table:
         columns=[*texts("estimator"), *numbers("r", "rank r", "same\nsign", "MAE", "top\n1 %", "s a\nprompt")],
         blocks=[rows],
         caption="Below r: 95 % bootstrap interval over prompts. MAE: probability per unit of activation.",
+    )
+
+
+_PATCHED_FROM = MappingProxyType({"counterfactual": "its counterfactual", "drawn": "another prompt, drawn at random"})
+
+
+def _effects(findings: Findings) -> Table:
+    rows: list[list[Cell]] = [
+        [
+            ESTIMATOR_TITLES[row.estimator],
+            _correlation(row.pearson, row.pearson_low, row.pearson_high, "bold"),
+            Number(row.spearman, correlation),
+            Number(row.signs, correlation),
+            Number(row.mae, "{:.1e}".format),
+            Number(row.top, correlation),
+            _seconds(findings, row.estimator),
+        ]
+        for row in findings.effects
+    ]
+    measured = dict.fromkeys(row.measured for row in findings.effects)
+    source = _PATCHED_FROM[findings.references or "drawn"]
+    rows += [[ESTIMATOR_TITLES[name], *[""] * 5, _seconds(findings, name)] for name in measured]
+    return Table(
+        key=f"effects-{findings.model}",
+        title="Estimators of patching against patching measured neuron by neuron",
+        columns=[*texts("estimator"), *numbers("r", "rank r", "same\nsign", "MAE", "top\n1 %", "s a\nprompt")],
+        blocks=[rows],
+        caption=f"Each prompt takes activations from {source}. MAE: probability.",
     )
 
 

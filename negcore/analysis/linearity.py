@@ -5,8 +5,9 @@ Every result is a list of plain rows, one for each line of a table; `layer` is N
 Shapes: P prompts, K chosen neurons, S shifts, B bootstrap samples (the first is the sample itself), M sets, D shifts.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from negcore.measure.votes import Numbers
 
 TOP_SHARE = 0.01
 """Share of neurons that count as the top of a prompt."""
+MEASURED_EFFECTS = MappingProxyType(dict.fromkeys(("attribution_patching", "atp_star", "relp"), "resample_ablation"))
+"""Estimators of an effect that is measured too, and its name."""
 PER_ACTIVATION = frozenset({"neurgrad", "gradient"})
 """Estimators in probability per unit of activation, the unit of NEG: only they can be wrong in size."""
 
@@ -239,6 +242,44 @@ def _agreement(x_PK: Floats, y_PK: Floats, weights_BP: Floats) -> dict[str, Any]
         "top": weights_BP @ top_overlap(x_PK, y_PK) / weights_BP.sum(1),
     }
     return {key: value for name, values_B in samples.items() for key, value in _with_interval(name, values_B)}
+
+
+@dataclass(frozen=True)
+class EffectRow:
+    """Agreement of an estimator with the very effect that it approximates; fields as of `AgreementRow`."""
+
+    estimator: str
+    measured: str
+    """Name of the effect, which was measured neuron by neuron."""
+    n: int
+    pearson: float
+    pearson_low: float
+    pearson_high: float
+    spearman: float
+    signs: float
+    mae: float
+    """Mean absolute error, probability."""
+    top: float
+
+
+def effects_table(
+    scores_PK: Mapping[str, Numbers], measured: Mapping[str, str] = MEASURED_EFFECTS, *, n_bootstrap: int, seed: int = 0
+) -> list[EffectRow]:
+    """Compare estimators with the effects that they approximate, over all prompts and neurons together.
+
+    Parameters
+    ----------
+    scores_PK : mapping of estimator to array of shape (P, K)
+        A pair of estimator and effect makes a row if both are here.
+    """
+    rows = []
+    for estimator, effect in measured.items():
+        if scores_PK.keys() >= {estimator, effect}:
+            x_PK, y_PK = (np.asarray(scores_PK[name], np.float64) for name in (estimator, effect))
+            statistics = _agreement(x_PK, y_PK, bootstrap_weights(len(x_PK), n_bootstrap, seed))
+            kept = {one.name: statistics[one.name] for one in fields(EffectRow) if one.name in statistics}
+            rows.append(EffectRow(estimator=estimator, measured=effect, n=x_PK.size, **kept))
+    return rows
 
 
 def bootstrap_weights(n_prompts: int, n_samples: int, seed: int) -> Floats:

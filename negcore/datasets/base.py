@@ -48,6 +48,8 @@ class Example:
     """Texts that the labels stand for, as the prompt shows them; empty where the labels are all there is."""
     place: str = field(default="", compare=False)
     """File and line of the row, for messages; empty for a released dataset, whose ids say it."""
+    counterfactual: str = ""
+    """The same prompt but for what it asks, for patching; empty if the dataset gives none."""
 
     @property
     def located(self) -> str:

@@ -19,6 +19,8 @@ from negcore.errors import DatasetError
 from negcore.model.prompt_ids import PromptReader
 
 COLUMNS = ("uuid", "prompt", "tpl", "answer")
+COUNTERFACTUAL = "counterfactual"
+"""A column that there may be: the prompt but for what it asks."""
 MINI_FACTS = "mini/facts"
 
 
@@ -61,9 +63,9 @@ def load_facts(
     Parameters
     ----------
     source : str or Path
-        A .feather, .parquet or .jsonl file with the columns uuid, prompt, tpl and answer (MyriadLAMA's form), on
-        disk or as `hf://datasets/ORGANISATION/DATASET/FILE` on the Hugging Face hub; or `mini/facts` for a small
-        set that needs no file.
+        A .feather, .parquet or .jsonl file with the columns uuid, prompt, tpl and answer (MyriadLAMA's form) and,
+        if there are counterfactuals, counterfactual; on disk or as `hf://datasets/ORGANISATION/DATASET/FILE` on the
+        Hugging Face hub. Or `mini/facts` for a small set that needs no file.
     tokenizer : Tokenizer
     limit : int, optional
         Most facts of the seeded sample. None keeps all.
@@ -104,11 +106,13 @@ def load_facts(
 
 
 def _example(row: Row, prefix: str, mask: str | None) -> Example:
-    return Example(row.id, _prompt(row, mask), (prefix + row.options[0],), 0, row.group, (), row.place)
+    counterfactual = _prompt(row, mask, COUNTERFACTUAL) if COUNTERFACTUAL in row.fields else ""
+    label = prefix + row.options[0]
+    return Example(row.id, _prompt(row, mask), (label,), 0, row.group, (), row.place, counterfactual)
 
 
-def _prompt(row: Row, mask: str | None) -> str:
-    return f"{row.fields['prompt']} {mask}" if mask else row.fields["prompt"]
+def _prompt(row: Row, mask: str | None, field: str = "prompt") -> str:
+    return f"{row.fields[field]} {mask}" if mask else row.fields[field]
 
 
 def _single_token(rows: Sequence[Row], reader: PromptReader, mask: str | None) -> tuple[str, list[Row]]:
@@ -140,7 +144,7 @@ def _read(path: Path) -> Sequence[tuple[str, Record]]:
         raise DatasetError(f"facts {str(path)!r}: allowed: a .feather, .parquet or .jsonl file, or {MINI_FACTS!r}")
     if suffix == ".jsonl":
         return [(f"{path}:{number}", record) for number, record in read_json_lines(path)]
-    sheet = read_arrow(path, COLUMNS)
+    sheet = read_arrow(path, (*COLUMNS, COUNTERFACTUAL))
     missing = [name for name in COLUMNS if name not in sheet.columns]
     if missing:
         raise DatasetError(f"{path}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}")
@@ -149,7 +153,8 @@ def _read(path: Path) -> Sequence[tuple[str, Record]]:
 
 def _row(record: Record, row_id: str, place: str) -> Row:
     text = {name: text_field(record, name, place) for name in COLUMNS}
-    prompt, answer = text["prompt"].rstrip(" "), text["answer"].strip()
-    return Row(
-        f"{row_id}/{text['uuid']}", {"prompt": prompt}, (answer,), 0, text["tpl"], content="", whole="", place=place
-    )
+    prompts = {"prompt": text["prompt"].rstrip(" ")}
+    if record.get(COUNTERFACTUAL) is not None:
+        prompts[COUNTERFACTUAL] = text_field(record, COUNTERFACTUAL, place).rstrip(" ")
+    answer = text["answer"].strip()
+    return Row(f"{row_id}/{text['uuid']}", prompts, (answer,), 0, text["tpl"], content="", whole="", place=place)

@@ -13,7 +13,7 @@ Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a l
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -102,7 +102,8 @@ def estimate(
     neurons_K2 = choose_neurons(lm, "all" if neurons is None else neurons)
     encoded = encode(lm.card, prompts, labels)
     answers_P = _checked_answers(answers, encoded.label_ids_PO, target)
-    question = Question(encoded, answers_P, target, _reference_ids(lm, references))
+    reference_ids = () if references is None else _reference_ids(lm, references, estimator, len(encoded.ids))
+    question = Question(encoded, answers_P, target, reference_ids)
     scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
     return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.layer_width)
 
@@ -227,28 +228,28 @@ ESTIMATORS: MappingProxyType[str, Estimator] = MappingProxyType(
 )
 """Estimators by name."""
 
-WITH_REFERENCES = ("attribution_patching", "atp_star", "relp", "mean_ablation", "resample_ablation")
-"""Estimators that take activations from other prompts."""
-
-MEASURED_EFFECTS: MappingProxyType[str, str] = MappingProxyType(
+WITH_REFERENCES: MappingProxyType[str, Literal["each", "any"]] = MappingProxyType(
     {
-        "gradient_x_activation": "ablation",
-        "integrated_gradients": "ablation",
-        "attribution_patching": "resample_ablation",
-        "atp_star": "resample_ablation",
-        "relp": "resample_ablation",
+        "attribution_patching": "each",
+        "atp_star": "each",
+        "relp": "each",
+        "mean_ablation": "any",
+        "resample_ablation": "each",
     }
 )
-"""The measured effect that an estimator approximates, of estimators that approximate one."""
+"""Estimators that take activations from other prompts: from one for each prompt, or from any number for all."""
 
 
-def _reference_ids(lm: LanguageModel, references: Sequence[str] | EncodedPrompts | None) -> Sequence[list[int]]:
-    if references is None or isinstance(references, EncodedPrompts):
-        return () if references is None else references.ids
+def _reference_ids(
+    lm: LanguageModel, references: Sequence[str] | EncodedPrompts, estimator: str, n_prompts: int
+) -> Sequence[list[int]]:
     try:
-        return encode_prompts(lm.card, references)
+        ids = references.ids if isinstance(references, EncodedPrompts) else encode_prompts(lm.card, references)
     except PromptError as error:
         raise PromptError(f"references: {error}") from None
+    if WITH_REFERENCES[estimator] == "each" and len(ids) != n_prompts:
+        raise PromptError(f"{len(ids)} references were given for {n_prompts} prompts; give one for each")
+    return ids
 
 
 def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:

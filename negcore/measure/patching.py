@@ -29,7 +29,7 @@ def attribution_patching_scores(lm: LanguageModel, question: Question, neurons_K
     Source: Nanda (2023), "Attribution patching"; Kramar et al., arXiv 2403.00745, equation 4, whose sign is that of
     f(a') - f(a). Cost: two forward passes (prompt and reference) and one backward pass.
     """
-    replaced_PLN = read_activations(lm, question.partners).to(lm.device)
+    replaced_PLN = read_activations(lm, question.references).to(lm.device)
 
     def score(gradient_BLN: Tensor, activations_BLN: Tensor, prompts: list[int]) -> Tensor:
         return gradient_BLN.double() * (activations_BLN.double() - replaced_PLN[prompts])
@@ -60,7 +60,7 @@ def atp_star_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
     """
     if n_blocks(lm) == 1:
         raise NegError(f"AtP* drops one layer after the other, and {lm.card.name} has one; leave this estimator out")
-    replaced_PK = _chosen(read_activations(lm, question.partners), neurons_K2)
+    replaced_PK = _chosen(read_activations(lm, question.references), neurons_K2)
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     limit = BatchLimit("dropped layers")
     for prompt in range(len(question.ids)):
@@ -93,7 +93,7 @@ def mean_ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints
     """
 
     def replace() -> Floats:
-        mean_K: Floats = _chosen(read_activations(lm, list(question.references)), neurons_K2).mean(0)
+        mean_K: Floats = _chosen(read_activations(lm, question.references), neurons_K2).mean(0)
         return mean_K
 
     return score_replacement(lm, question, neurons_K2, replace)
@@ -106,7 +106,7 @@ def resample_ablation_scores(lm: LanguageModel, question: Question, neurons_K2: 
     reference; for each neuron of each prompt one virtual token (causal models) or one forward pass (masked models).
     """
     return score_replacement(
-        lm, question, neurons_K2, lambda: _chosen(read_activations(lm, question.partners), neurons_K2)
+        lm, question, neurons_K2, lambda: _chosen(read_activations(lm, question.references), neurons_K2)
     )
 
 

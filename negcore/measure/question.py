@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints
-from negcore.errors import PromptError
 from negcore.measure.forward import ProbedBatch, measure_batches
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
@@ -38,26 +37,11 @@ class Question:
     """Index of the right label."""
     target: Target
     references: Sequence[list[int]] = ()
-    """Token ids of the prompts whose activations take the place of these prompts'; empty where zero does, or none."""
+    """Token ids of the prompts whose activations take the place of these prompts', as estimators need them."""
 
     @property
     def ids(self) -> list[list[int]]:
         return self.prompts.ids
-
-    @property
-    def partners(self) -> list[list[int]]:
-        """Token ids of the one prompt that each prompt is compared with.
-
-        Raises
-        ------
-        PromptError
-            If there is not one reference for each prompt.
-        """
-        if len(self.references) != len(self.ids):
-            raise PromptError(
-                f"{len(self.references)} references were given for {len(self.ids)} prompts; give one for each"
-            )
-        return list(self.references)
 
     def labels(self, rows: Sequence[int], lm: LanguageModel) -> Tensor:
         """Return the token ids of some prompts' labels: shape (B, O)."""
@@ -121,7 +105,7 @@ def score_rows(
     return result_PK
 
 
-def read_activations(lm: LanguageModel, ids: list[list[int]]) -> Tensor:
+def read_activations(lm: LanguageModel, ids: Sequence[list[int]]) -> Tensor:
     """Return every neuron's activation at the probed token of some prompts: shape (P, L, N), float64, on the CPU."""
     result_PLN = torch.empty(len(ids), lm.n_layers, lm.layer_width, dtype=torch.float64)
 

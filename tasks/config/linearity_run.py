@@ -14,6 +14,8 @@ EstimatorName = Literal[
     "log_probability_increase",
     "ablation",
 ]
+PatchingName = Literal["attribution_patching", "atp_star", "relp", "mean_ablation", "resample_ablation"]
+"""Estimators that take activations from other prompts; they are measured where they are asked for."""
 
 
 def _count_or_all(value: Any) -> Any:
@@ -38,7 +40,7 @@ class LinearityRun(RunFile):
     facts: str = Field(
         "mini/facts",
         description="Single-answer facts: mini/facts, or a .feather, .parquet or .jsonl file in MyriadLAMA's form, "
-        "on disk or hf://datasets/ORG/NAME/FILE.",
+        "on disk or hf://datasets/ORG/NAME/FILE; each may have a counterfactual.",
     )
     prompts: int = Field(30, ge=1, description="Prompts, a sample of whole facts: a fact comes in all its wordings.")
     neurons: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
@@ -59,8 +61,9 @@ class LinearityRun(RunFile):
         description="Measure so many Gauss nodes of each range (5 cost 4 shifts), and every shift only of neurons that "
         "need it; see docs/analyses.md. By default every shift of every neuron.",
     )
-    estimator: Several[EstimatorName] = Field(
-        get_args(EstimatorName), description="Estimator to compare with the sweep. Repeatable."
+    estimator: Several[Literal[EstimatorName, PatchingName]] = Field(
+        get_args(EstimatorName),
+        description="Estimator to compare with the sweep. By default those that need no other prompt. Repeatable.",
     )
     set_shift: Several[PositiveFloat] = Field(
         (0.5, 1.0, 2.0), description="Shift of neurons that are shifted together, in units of activation. Repeatable."

@@ -64,3 +64,8 @@ def encoded_prompts(examples: Sequence[EncodedExample]) -> EncodedPrompts:
     """Return the token ids of examples as measurements take them."""
     label_ids_PO = np.array([example.label_ids for example in examples], np.int64)
     return EncodedPrompts([example.token_ids.tolist() for example in examples], label_ids_PO)
+
+
+def without_labels(ids: Sequence[list[int]]) -> EncodedPrompts:
+    """Return token ids of prompts that are only read, as measurements take them."""
+    return EncodedPrompts(list(ids), np.empty((len(ids), 0), np.int64))

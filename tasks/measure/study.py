@@ -14,8 +14,9 @@ from negcore.measure.sweeps import LARGEST_TAIL, sweep
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
 from negcore.store.study import intervention_columns, sweep_columns
-from tasks.measure.examples import EncodedExample, encoded_prompts
+from tasks.measure.examples import EncodedExample, encoded_prompts, without_labels
 from tasks.measure.measurement import Columns, ColumnType, Measurement
+from tasks.measure.references import References
 
 _FORMULAS = {"integrated_gradients": "midpoints", "log_probability_increase": "with attention output"}
 """What has changed in an estimator since its numbers were first stored: earlier ones are not mixed with these."""
@@ -76,11 +77,15 @@ class Estimates(Measurement):
 
     estimator: str
     neurons_K2: Ints
+    references: References | None = None
+    """Prompts from which activations are taken, for estimators that do that."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        formula = {"formula": _FORMULAS[self.estimator]} if self.estimator in _FORMULAS else {}
-        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)} | formula
+        further: dict[str, Any] = {"formula": _FORMULAS[self.estimator]} if self.estimator in _FORMULAS else {}
+        if self.references is not None:
+            further["references"] = {"kind": self.references.kind, "prompts": content_digest(dict(self.references.ids))}
+        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)} | further
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -101,6 +106,7 @@ class Estimates(Measurement):
             estimator=self.estimator,
             target=self.target,
             neurons=self.neurons_K2,
+            references=None if self.references is None else without_labels(self.references.of(examples)),
         )
         return {"scores": np.asarray(scores_PK)}
 

@@ -15,14 +15,14 @@ from faults import spoil
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
-from flows.show.linearity_tables import summary
+from flows.show.linearity_tables import linearity_tables, summary
 from negcore.errors import DatasetError, NegError
-from negcore.measure.estimators import ESTIMATORS, estimate
+from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES, estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.loading import load_model
 from negcore.measure.sweeps import sweep
 from negcore.texts import plain
-from tasks.config.linearity_run import EstimatorName, LinearityRun
+from tasks.config.linearity_run import EstimatorName, LinearityRun, PatchingName
 from tasks.config.reading import read_run_file
 from tasks.config.run_file import write_run_file
 from tasks.measure.worker import ModelWorker
@@ -79,7 +79,12 @@ def table(run, name):
 
 
 def test_every_estimator_can_be_asked_for():
-    assert list(get_args(EstimatorName)) == list(ESTIMATORS)
+    assert [*get_args(EstimatorName), *get_args(PatchingName)] == list(ESTIMATORS)
+    assert list(get_args(PatchingName)) == list(WITH_REFERENCES)
+
+
+def test_estimators_that_need_other_prompts_are_not_measured_unasked(run):
+    assert not {*LinearityRun.model_fields["estimator"].default} & {*WITH_REFERENCES}
 
 
 def test_the_shards_hold_what_the_library_measures(run, models, undrawn):
@@ -133,7 +138,7 @@ def by(run, nodes):
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
-    run = run.model_copy(update={"model": (models[family],), "estimator": get_args(EstimatorName)})
+    run = run.model_copy(update={"model": (models[family],), "estimator": tuple(ESTIMATORS)})
     results = run_linearity(run, PlainSteps())
     assert results.problems == []
     (findings,) = results.findings
@@ -141,7 +146,15 @@ def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
     agreement = {row["estimator"]: row for row in table(run, "agreement") if row["layer"] is None and row["range"] == 1}
     assert set(agreement) == set(ESTIMATORS)
     assert agreement["neurgrad"]["pearson"] == max(row["pearson"] for row in agreement.values()) > 0.9
-    assert [row["mae"] is None for row in agreement.values()] == [False, False, True, True, True, True]
+    assert [name for name, row in agreement.items() if row["mae"] is not None] == ["neurgrad", "gradient"]
+    effects = {row["estimator"]: row for row in table(run, "effects")}
+    assert list(effects) == ["attribution_patching", "atp_star", "relp"]
+    assert {row["measured"] for row in effects.values()} == {"resample_ablation"}
+    assert effects["attribution_patching"]["pearson"] > 0.9
+    scores = findings.scores_PK
+    error = np.abs(scores["relp"] - scores["resample_ablation"].astype(np.float64)).mean()
+    assert effects["relp"]["mae"] == pytest.approx(error)
+    assert "another prompt, drawn at random" in str(linearity_tables(findings)[1].caption)
     assert {row["pairs"] for row in table(run, "stability")} >= {"all", "same fact, other wording"}
     assert {row["set_size"] for row in table(run, "interventions")} == {1, 2, 4, 8, 16, 32, 64}
     assert all(row["seconds_per_prompt"] > 0 for row in table(run, "costs"))
@@ -193,6 +206,46 @@ def test_a_written_run_file_asks_for_the_very_same_numbers(models, facts, tmp_pa
     (study,), (again,) = plan_linearity(run), plan_linearity(replayed)
     assert replayed.name == run.name
     assert [one.identity.digest for one in again.shard_sets] == [one.identity.digest for one in study.shard_sets]
+
+
+def with_counterfactuals(facts, folder, change=lambda number, row: row):
+    """The same facts, each with a prompt of as many tokens in which one word is another; and the file's changes."""
+    rows = [json.loads(line) for line in Path(facts).read_text().splitlines()]
+    other = {"Paris": "Berlin", "Berlin": "Paris", "one": "two", "two": "one"}
+    for number, row in enumerate(rows):
+        row["counterfactual"] = row["prompt"][:-1] + "AB"[row["prompt"].endswith("A")]
+        assert row["counterfactual"] not in other
+        rows[number] = change(number, row)
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)
+
+
+def test_a_counterfactual_of_the_dataset_is_what_a_prompt_is_patched_from(run, models, facts, tmp_path, undrawn):
+    run = run.model_copy(update={"facts": with_counterfactuals(facts, tmp_path), "estimator": tuple(WITH_REFERENCES)})
+    results = run_linearity(run, PlainSteps())
+    assert results.problems == []
+    (findings,), (study,) = results.findings, plan_linearity(run)
+    assert "its counterfactual" in str(linearity_tables(findings)[1].caption)
+    lm, neurons = load_model(models["llama"]), findings.sweep.neurons_K2
+    rows = [(e.prompt, e.counterfactual, e.labels) for e in study.facts.examples]
+    prompts, counterfactuals, labels = (list(column) for column in zip(*rows, strict=True))
+    for name in WITH_REFERENCES:
+        references = prompts if name == "mean_ablation" else counterfactuals
+        scores = estimate(lm, prompts, labels, estimator=name, neurons=neurons, references=references)
+        np.testing.assert_allclose(findings.scores_PK[name], scores, atol=2e-5 * np.abs(scores).max())
+
+
+def test_counterfactuals_change_no_number_that_does_not_come_from_them(run, facts, tmp_path):
+    pairs = run.model_copy(update={"facts": with_counterfactuals(facts, tmp_path)})
+    patched = {"estimator": (*CHEAP, "attribution_patching", "mean_ablation")}
+
+    def identities(one):
+        (study,) = plan_linearity(one.model_copy(update=patched))
+        return {one.place.part: one.identity.comparable() | {"dataset_fingerprint": ""} for one in study.shard_sets}
+
+    drawn, paired = identities(run), identities(pairs)
+    assert {part for part in drawn if drawn[part] != paired[part]} == {"attribution_patching"}
 
 
 def test_another_estimator_later_computes_that_one_only(run, undrawn):

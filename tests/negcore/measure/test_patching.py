@@ -8,7 +8,7 @@ from support import CORE, prompts_for, tiny_model
 from torch import nn
 
 from negcore.errors import NegError, PromptError
-from negcore.measure.estimators import MEASURED_EFFECTS, WITH_REFERENCES, estimate
+from negcore.measure.estimators import WITH_REFERENCES, estimate
 from negcore.measure.forward import probed_batches
 from negcore.measure.relevance import propagation_rules
 from negcore.model.encoding import encode_prompts
@@ -204,12 +204,6 @@ def test_a_prompt_that_is_its_own_reference_has_no_effect():
     lm = tiny_model("gpt2")
     for name in sorted({*WITH_REFERENCES} - {"mean_ablation"}):
         assert np.abs(scores_of(lm, name, references=slice(2), neurons=SOME)).max() < 1e-12
-
-
-def test_every_estimator_of_an_effect_names_its_measured_one():
-    assert set(MEASURED_EFFECTS.values()) == {"ablation", "resample_ablation"}
-    small = {"gradient_x_activation", "integrated_gradients"}
-    assert set(MEASURED_EFFECTS) - small == {*WITH_REFERENCES} - {"mean_ablation", "resample_ablation"}
 
 
 @pytest.mark.parametrize(
