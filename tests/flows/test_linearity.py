@@ -150,7 +150,7 @@ def test_a_run_compares_every_estimator_in_tables(run, models, family, undrawn):
     effects = {row["estimator"]: row for row in table(run, "effects")}
     assert list(effects) == ["attribution_patching", "atp_star", "relp"]
     assert {row["measured"] for row in effects.values()} == {"resample_ablation"}
-    assert effects["attribution_patching"]["pearson"] > 0.9
+    assert effects["attribution_patching"]["pearson"] > 0.5
     scores = findings.scores_PK
     error = np.abs(scores["relp"] - scores["resample_ablation"].astype(np.float64)).mean()
     assert effects["relp"]["mae"] == pytest.approx(error)
@@ -208,15 +208,12 @@ def test_a_written_run_file_asks_for_the_very_same_numbers(models, facts, tmp_pa
     assert [one.identity.digest for one in again.shard_sets] == [one.identity.digest for one in study.shard_sets]
 
 
-def with_counterfactuals(facts, folder, change=lambda number, row: row):
-    """The same facts, each with a prompt of as many tokens in which one word is another; and the file's changes."""
+def with_counterfactuals(facts, folder):
+    """The same facts, each beside a prompt of as many tokens whose last digit is another."""
     rows = [json.loads(line) for line in Path(facts).read_text().splitlines()]
-    other = {"Paris": "Berlin", "Berlin": "Paris", "one": "two", "two": "one"}
-    for number, row in enumerate(rows):
-        row["counterfactual"] = row["prompt"][:-1] + "AB"[row["prompt"].endswith("A")]
-        assert row["counterfactual"] not in other
-        rows[number] = change(number, row)
-    file = folder / "pairs.jsonl"
+    for row in rows:
+        row["counterfactual"] = row["prompt"][:-1] + "01"[row["prompt"].endswith("0")]
+    file = folder / Path(facts).name
     file.write_text("\n".join(map(json.dumps, rows)))
     return str(file)
 
@@ -242,7 +239,7 @@ def test_counterfactuals_change_no_number_that_does_not_come_from_them(run, fact
 
     def identities(one):
         (study,) = plan_linearity(one.model_copy(update=patched))
-        return {one.place.part: one.identity.comparable() | {"dataset_fingerprint": ""} for one in study.shard_sets}
+        return {one.place.part: one.identity.comparable() for one in study.shard_sets}
 
     drawn, paired = identities(run), identities(pairs)
     assert {part for part in drawn if drawn[part] != paired[part]} == {"attribution_patching"}
