@@ -54,6 +54,10 @@ class NeuronRow:
     """Mean NEG over the training rows by option; None where their values are not stored."""
     labels: list[str] | None
     """Labels of the options; None where they differ from row to row."""
+    name: str = ""
+    """Name of the neuron; empty in tables of earlier versions, where it is ``layer.neuron``."""
+    active: float | None = None
+    """Share of the training rows that have the neuron, in a mixture of experts; else None."""
 
 
 def neuron_rows(

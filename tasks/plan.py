@@ -11,15 +11,17 @@ from typing import Any
 from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_name, load_dataset
 from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
-from negcore.errors import DatasetError, LabelError, NegError, PromptError, RunError
+from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
 from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
+from negcore.model.layer_shapes import shapes_json
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
+from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace
 from tasks.config.dataset_runs import SkillRun
-from tasks.config.recipes import n_stored, reads_training_values
+from tasks.config.recipes import RECIPES, n_stored, reads_training_values
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
 from tasks.measure.examples import EncodedExample, encode_examples, unreadable
@@ -111,7 +113,7 @@ _Known = dict[tuple[str, str], Dataset]
 
 def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> PlannedModel:
     card = describe_model(ref)
-    refuse_experts(card, "stored NEGs")
+    _check_experts(run, card)
     card.arch.site(run.site)
     datasets: list[PlannedDataset] = []
     errors: list[NegError] = []
@@ -125,6 +127,27 @@ def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> Plann
     if errors and not datasets:
         raise errors[0]
     return PlannedModel(card, tuple(datasets), tuple(f"{error}" for error in errors))
+
+
+def _check_experts(run: SkillRun, card: ModelCard) -> None:
+    """Refuse what a run asks of a mixture of experts and is not made for it, or of another model and means nothing.
+
+    Raises
+    ------
+    ModelError
+    """
+    if not card.has_experts:
+        if run.router != "through":
+            what = f"router {run.router!r} is for mixtures of experts"
+            raise ModelError(f"model {card.name!r} has no experts, and {what}: leave it out")
+        return
+    if not run.level.has_experts:
+        able = ", ".join(name for name, level in STORAGE_LEVELS.items() if level.has_experts)
+        refuse_experts(card, f"shards of storage {run.storage!r}", f"set storage to one of {able}")
+    unable = [name for name in run.probe if not RECIPES[name].takes_experts]
+    if unable:
+        able = ", ".join(name for name, recipe in RECIPES.items() if recipe.takes_experts)
+        refuse_experts(card, f"probes {', '.join(unable)}", f"give --probe of {able}")
 
 
 def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> PlannedDataset:
@@ -235,8 +258,8 @@ def _shard_set(
         place=ShardPlace("negs", identity.model, dataset.name, part),
         identity=identity if n_chosen is None else replace(identity, neurons=""),
         examples=examples,
-        measurement=NegMeasurement(
-            identity.n_layers, identity.n_neurons, run.storage, run.batch_size, n_chosen, n_shared=n_shared
+        measurement=NegMeasurement.of(
+            identity, storage=run.storage, batch_size=run.batch_size, n_chosen=n_chosen, n_shared=n_shared
         ),
         shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,
@@ -276,6 +299,7 @@ def run_identity(
         dataset_fingerprint=fingerprint,
         storage=storage,
         study=None if study is None else study_settings(study, run.dtype),
+        experts={"router": run.router, "layers": shapes_json(card.layer_shapes)} if card.has_experts else None,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
 

@@ -37,7 +37,7 @@ from negcore.analysis.skills import (
 )
 from negcore.arrays import Ints
 from negcore.measure.votes import Ranking, Vote
-from negcore.model.language_model import ModelCard
+from negcore.model.language_model import ModelCard, refuse_experts
 from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
@@ -145,6 +145,8 @@ def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
     planned = [(condition.run, plan(condition.run)) for condition in run.conditions]
     folders = [condition.folder for condition in run.conditions]
     usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
+    for (_, model), *_ in usable:
+        refuse_experts(model.card, "analyses of skill neurons")
     return ModelPlans(
         tuple(
             PlannedSkills(models[0][1].card, dict(zip(folders, (model for _, model in models), strict=True)))

@@ -64,7 +64,8 @@ def neurons(
 
     for table in neuron_tables(found.rows):
         console.print(table)
-    console.print("what one of them does: neg neuron DIR LAYER.NEURON", highlight=False, soft_wrap=True)
+    named = "LAYER.EXPERT.UNIT" if any(row.active is not None for row in found.rows) else "LAYER.NEURON"
+    console.print(f"what one of them does: neg neuron DIR {named}", highlight=False, soft_wrap=True)
 
 
 def _waiting(what: str) -> AbstractContextManager[object]:
@@ -89,7 +90,9 @@ class _Looked(NamedTuple):
 
 def neuron(
     directory: RunDirectory,
-    name: Annotated[str, typer.Argument(metavar="LAYER.NEURON", help="The neuron, such as 10.901.")],
+    name: Annotated[
+        str, typer.Argument(metavar="LAYER.NEURON", help="The neuron, such as 10.901; with experts LAYER.EXPERT.UNIT.")
+    ],
     dataset: Datasets = None,
     model: Model = None,
     split: Annotated[Literal["test", "valid", "train"], typer.Option(help="Rows to look at.")] = "test",
@@ -110,7 +113,7 @@ def neuron(
 
     The exit code is 1 if the texts or the model are no longer where the run had them; the rest is shown all the same.
     """
-    layer, number = parsed_neuron(name)
+    check_name(name)
     if sweep and not rows:
         raise RunError("--sweep measures on the prompts that are shown, and --rows 0 shows none: give at least 1")
     quiet_libraries()
@@ -119,7 +122,7 @@ def neuron(
     found = stored_splits(location(directory).absolute(), (split,), model=model, datasets=dataset or ())
     only_model(found)
     with _checking(found, 0):
-        _tell_neuron(location(directory).absolute(), found[0], layer, number)
+        layer, number = _tell_neuron(location(directory).absolute(), found[0], name)
     missing: list[str] = []
     card = _or_told(missing, lambda: card_of(found[0]))
     looked = []
@@ -140,22 +143,22 @@ def neuron(
         raise typer.Exit(1)
 
 
-def parsed_neuron(name: str) -> tuple[int, int]:
-    """Return the layer and number of a neuron that is given as LAYER.NEURON.
+def check_name(name: str) -> None:
+    """Refuse a neuron that is given neither as LAYER.NEURON nor as LAYER.EXPERT.UNIT.
 
     Raises
     ------
     RunError
-        If it has another form.
     """
-    if not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", name):
-        raise RunError(f"{name!r:.80} is no neuron: give layer and number in it, both from 0, as in 10.901")
-    layer, number = map(int, name.split("."))
-    return layer, number
+    if not re.fullmatch(r"[0-9]{1,9}\.(([0-9]{1,9}|shared)\.)?[0-9]{1,9}", name):
+        raise RunError(
+            f"{name!r:.80} is no neuron: give layer and number in it, both from 0, as in 10.901 (of a mixture of "
+            "experts layer, expert and unit, as in 10.3.7)"
+        )
 
 
-def _tell_neuron(directory: Path, first: "StoredSplit", layer: int, number: int) -> None:
-    """Tell which neuron it is, and in which of the run's lists of best neurons.
+def _tell_neuron(directory: Path, first: "StoredSplit", name: str) -> tuple[int, int]:
+    """Tell which neuron it is, and in which of the run's lists of best neurons; return its layer and number.
 
     Raises
     ------
@@ -166,15 +169,16 @@ def _tell_neuron(directory: Path, first: "StoredSplit", layer: int, number: int)
     from tasks.neurons import listed_neurons
 
     negs = first.open()
-    negs.locate([(layer, number)])
+    layer, number = negs.number_of(name)
     where = f"site {negs.identity.site}, {negs.n_layers} layers x {negs.n_neurons} neurons"
-    console.print(Text(f"neuron {layer}.{number} of {negs.identity.model} ({where})"), soft_wrap=True)
+    console.print(Text(f"neuron {negs.name_of(layer, number)} of {negs.identity.model} ({where})"), soft_wrap=True)
     listed = listed_neurons(directory)
     own = [row for row in listed.rows if (row.model, row.layer, row.neuron) == (first.place.model, layer, number)]
     for warning in listed.warnings:
         tell("warning", warning, "yellow")
     if listed.rows:
         console.print(Text(places_line(own)), soft_wrap=True)
+    return layer, number
 
 
 def _looked(one: "StoredSplit", layer: int, number: int, n_rows: int) -> _Looked:
@@ -240,11 +244,11 @@ def _show_with_model(
         )
     load = load_model if sweep else read_model
     with _waiting("loading the model"):
-        lm = load(card, dtype=run.dtype, device=run.worker_device, site=run.site)
+        lm = load(card, dtype=run.dtype, device=run.worker_device, site=run.site, router=run.router)
     if sweep:
         for about in looked:
             _or_told(missing, lambda about=about: _show_sweep(lm, about, layer, number))
-    console.print(lens_table(f"{layer}.{number}", logit_lens(lm, layer, number)))
+    console.print(lens_table(looked[0].negs.name_of(layer, number), logit_lens(lm, layer, number)))
 
 
 def _show_sweep(lm: "LanguageModel", about: _Looked, layer: int, number: int) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from flows.show.accuracy_tables import SHOTS, asked, probe_title, short
 from flows.show.drawing import BLUE, GREY, ORANGE, Chart, Figure, Part, field, layer, measured, panel
-from flows.show.neuron_tables import SIGNS, name_of
+from flows.show.neuron_tables import SIGNS, listed_name
 from flows.show.table import by
 from tasks.neurons import NeuronRow
 
@@ -25,7 +25,7 @@ class ListedNeuron:
 
     @property
     def name(self) -> str:
-        return name_of(self.row.layer, self.row.neuron)
+        return listed_name(self.row)
 
     @property
     def probe(self) -> str:
@@ -94,7 +94,7 @@ def layer_map(rows: Sequence[NeuronRow]) -> Figure:
 def _map(rows: Sequence[NeuronRow], last: tuple[int, int]) -> Chart:
     shown = [
         {
-            "name": name_of(row.layer, row.neuron),
+            "name": listed_name(row),
             "layer": row.layer,
             "neuron": row.neuron,
             "place": row.place,

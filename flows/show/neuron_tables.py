@@ -36,6 +36,11 @@ def name_of(layer: int, neuron: int) -> str:
     return f"{layer}.{neuron}"
 
 
+def listed_name(row: NeuronRow) -> str:
+    """Return the name of a listed neuron."""
+    return row.name or name_of(row.layer, row.neuron)
+
+
 # The best neurons of rankings
 
 
@@ -62,6 +67,7 @@ def best_table(best: Sequence[NeuronRow], title: str) -> Table:
         *numbers("place"),
         *texts("neuron"),
         *numbers("score", "random", f"in top\n{len(best)}", "places\n5-95 %"),
+        *numbers(*["rows\nwith it"] * _have_experts(best)),
         *options,
     ]
     rows = [[*_place_cells(row), *negs] for row, negs in zip(best, cells, strict=True)]
@@ -72,12 +78,17 @@ def _place_cells(row: NeuronRow) -> list[Cell]:
     places = "-" if row.place_low is None else f"{row.place_low}-{row.place_high}"
     return [
         Number(row.place),
-        Words(name_of(row.layer, row.neuron), "bold"),
+        Words(listed_name(row), "bold"),
         Number(row.score, "{:+d}".format),
         Number(row.random_score, "{:.1f}".format),
         _agreement_cell(row),
         places,
+        *([] if row.active is None else [Number(row.active, share)]),
     ]
+
+
+def _have_experts(rows: Sequence[NeuronRow]) -> bool:
+    return any(row.active is not None for row in rows)
 
 
 def _agreement_cell(row: NeuronRow) -> Cell:
@@ -91,6 +102,9 @@ def _best_caption(best: Sequence[NeuronRow]) -> str:
         "score: positive favours the right option, negative disfavours it; random: mean size of the scores in its layer"
     )
     means = "mean NEG over training rows, by option" if best[0].mean_negs else "NEGs: this storage level keeps none"
+    if _have_experts(best):
+        what += "; neurons are layer.expert.unit, and a row has those of the experts that it was routed to"
+        means = "mean NEG over the training rows with it, by option"
     if best[0].agreement is None:
         return f"{what}; places: this storage level keeps no rows to sample; {means}."
     n_sure = sum(row.agreement is not None and row.agreement >= _SURE for row in best)
@@ -147,7 +161,7 @@ def top_table(rows: Sequence[NeuronRow], scores: Sequence[AccuracyRow]) -> Itera
 def _top_row(model: str, shots: int, dataset: str, best: Sequence[NeuronRow], *, several: bool) -> list[Cell]:
     where = Words(f"\n{asked(model, shots)}" if several else "", "dim")
     named: list[Cell] = [
-        (Words(name_of(row.layer, row.neuron), "bold"), "\n", *_pieces(_agreement_cell(row))) for row in best[:_NAMED]
+        (Words(listed_name(row), "bold"), "\n", *_pieces(_agreement_cell(row))) for row in best[:_NAMED]
     ]
     return [(short(dataset), where), probe_title(best[0].probe), *named]
 
@@ -175,8 +189,11 @@ def places_line(rows: Sequence[NeuronRow]) -> str:
 def neuron_table(title: str, numbers_of: NeuronRows, labels: Sequence[str] | None) -> Table:
     """Return what a neuron does on the rows of a split: over all of them, and by their right option."""
     names = option_names(labels, numbers_of.signs_PO.shape[1])
-    groups = {"all": np.ones(len(numbers_of.gold_P), bool)}
-    groups |= {f"right: {name}": numbers_of.gold_P == option for option, name in enumerate(names)}
+    has_all = bool(numbers_of.active_P.all())
+    groups = {"all" if has_all else "all with it": numbers_of.active_P}
+    groups |= {
+        f"right: {name}": (numbers_of.gold_P == option) & numbers_of.active_P for option, name in enumerate(names)
+    }
     chosen = {name: numbers_of.chosen(rows) for name, rows in groups.items() if rows.any()}
     means = [None if one.negs_PO is None else one.negs_PO.mean(axis=0).tolist() for one in chosen.values()]
     options, cells = _by_option(labels, means)
@@ -187,6 +204,11 @@ def neuron_table(title: str, numbers_of: NeuronRows, labels: Sequence[str] | Non
     same = (numbers_of.same_sign(option) for option in range(len(names)))
     said = ", ".join(f"{name} {SIGNS[one.sign]} in {share(one.share)}" for name, one in zip(names, same, strict=True))
     what = "Mean NEG by option" if numbers_of.negs_PO is not None else "This storage level keeps no values of NEGs"
+    if not has_all:
+        n_active, n_rows = int(numbers_of.active_P.sum()), len(numbers_of.active_P)
+        what = f"{n_active} of {n_rows} rows have it, the others were not routed to its expert. {what}"
+        if not n_active:
+            said = "none"
     caption = f"{what}. Most frequent sign of the NEG for the right option, and its share of rows; for each: {said}."
     return Table(
         f"neuron-{title}",

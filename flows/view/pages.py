@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from flows.cli.neurons import parsed_neuron
+from flows.cli.neurons import check_name
 from flows.show.accuracy_tables import accuracy_tables, comparison_table
-from flows.show.neuron_tables import moved_table, name_of, neg_size, neuron_table, neuron_tables, places_line
+from flows.show.neuron_tables import moved_table, neg_size, neuron_table, neuron_tables, places_line
 from flows.show.report import REPORT_FILE
 from flows.show.table import Cell, Column, Number, Table, Words, numbers, texts
 from flows.show.text import count, share
@@ -273,7 +273,7 @@ def _strongest_part(name: str, negs: NegSplit, at: int) -> Part:
     largest = np.argsort(-np.abs(negs_LN), axis=None, kind="stable")[:_STRONGEST]
     rows: list[list[Cell]] = [
         [
-            name_of(layer, neuron),
+            negs.name_of(layer, neuron),
             Number(float(negs_LN[layer, neuron]), neg_size),
             f"{activations_LN[layer, neuron]:+.3g}",
         ]
@@ -292,7 +292,7 @@ def _to_neuron(name: str, model: str, column: int) -> dict[str, LinkOf]:
 
 def neuron_page(runs: Runs, name: str, neuron: str, model: str) -> Page:
     """Return what a run knows of one neuron: its places, and on every dataset its NEGs and the rows it moves most."""
-    layer, number = parsed_neuron(neuron)
+    check_name(neuron)
     splits = {key: one for key, one in runs.splits(name).items() if one.place.part == "test"}
     splits = {key: one for key, one in splits.items() if model in ("", one.place.model)}
     if not splits:
@@ -300,7 +300,9 @@ def neuron_page(runs: Runs, name: str, neuron: str, model: str) -> Page:
             f"run {name!r:.200} has no test rows{f' of {model!r:.200}' if model else ''} whose NEGs are stored"
         )
     only_model(list(splits.values()))
-    title = f"Neuron {name_of(layer, number)}"
+    first = opened(next(iter(splits.values())))
+    layer, number = first.number_of(neuron)
+    title = f"Neuron {first.name_of(layer, number)}"
     parts = [Part(lines=_places(runs, name, next(iter(splits.values())).place.model, layer, number))]
     for key, split in splits.items():
         parts += _neuron_parts(name, key, split, layer, number)

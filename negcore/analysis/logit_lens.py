@@ -60,10 +60,11 @@ def logit_lens(lm: LanguageModel, layer: int, neuron: int, *, n_tokens: int = 10
         If the neuron does not exist.
     ModelError
         If more than a normalisation stands between the last layer and the output layer, as in BERT: then a row is not
-        what the output layer reads. Also if the model has experts.
+        what the output layer reads. Also if it has experts and no row names it: a normalisation may follow these.
     """
-    lm.refuse_experts("logit lenses")
-    if not (0 <= layer < lm.n_layers and 0 <= neuron < lm.layer_width):
+    if lm.arch.discovered:
+        lm.refuse_experts("logit lenses of a family in no row")
+    if not (0 <= layer < lm.n_layers and 0 <= neuron < lm.layer_shapes[layer].n_neurons):
         raise NegError(
             f"neuron {layer}.{neuron} does not exist; {lm.card.name} has layers 0..{lm.n_layers - 1} with neurons "
             f"0..{lm.layer_width - 1}"
@@ -80,7 +81,7 @@ def _token(lm: LanguageModel, logits_V: Tensor, at: int) -> TokenWrite:
 @torch.no_grad()
 def written_row(lm: LanguageModel, layer: int, neuron: int) -> Tensor:
     """Return what a neuron writes to the residual stream, up to a positive factor: shape (H,)."""
-    row_H = lm.down_rows(layer)[neuron]
+    row_H = lm.down_row(layer, neuron)
     norm = lm.arch.post_norm
     return row_H if norm is None else _without_bias(lm.layers[layer].get_submodule(norm), row_H)
 

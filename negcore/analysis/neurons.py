@@ -64,7 +64,11 @@ class TopNeuron:
     random_score: float
     """Mean absolute score of the neurons in its layer: what a random one of them has."""
     mean_negs: list[float] | None
-    """Mean NEG over all rows by option, in probability per unit of activation."""
+    """Mean NEG over all rows that have the neuron by option, in probability per unit of activation; NaN without any."""
+    name: str = ""
+    """``layer.neuron``, or ``layer.expert.unit`` of a mixture of experts."""
+    active: float | None = None
+    """Share of the rows that have the neuron, as they were routed to its expert; None for a model without experts."""
 
 
 def top_neurons(
@@ -133,7 +137,9 @@ def described(scores_M: Ints, order_K: Ints, ahead_BK: Ints | None, values: NegS
     """
     pairs_K2 = neuron_pairs(order_K, values.n_neurons)
     places = [_Places(None, None, None)] * len(order_K) if ahead_BK is None else _places(ahead_BK + 1)
-    random_L = np.abs(scores_M).reshape(-1, values.n_neurons).mean(axis=1)
+    random_L = _mean_sizes(scores_M, values)
+    has_experts = values.layer_shapes is not None
+    shares_K = values.active(pairs_K2).mean(axis=0).tolist() if has_experts else [None] * len(order_K)
     return [
         TopNeuron(
             place=place,
@@ -144,11 +150,23 @@ def described(scores_M: Ints, order_K: Ints, ahead_BK: Ints | None, values: NegS
             **sureness._asdict(),
             random_score=float(random_L[layer]),
             mean_negs=mean_negs,
+            name=values.name_of(layer, neuron),
+            active=active,
         )
-        for place, (flat, (layer, neuron), sureness, mean_negs) in enumerate(
-            zip(order_K, pairs_K2.tolist(), places, stored_means(values, pairs_K2), strict=True), start=1
+        for place, (flat, (layer, neuron), sureness, mean_negs, active) in enumerate(
+            zip(order_K, pairs_K2.tolist(), places, stored_means(values, pairs_K2), shares_K, strict=True), start=1
         )
     ]
+
+
+def _mean_sizes(scores_M: Ints, split: NegSplit) -> Floats:
+    """Return the mean size of the scores of each layer's neurons: shape (L,)."""
+    sizes_LN = np.abs(scores_M).reshape(-1, split.n_neurons)
+    if split.layer_shapes is None:
+        return np.asarray(sizes_LN.mean(axis=1))
+    return np.array(
+        [sizes_N[: one.n_neurons].mean() for sizes_N, one in zip(sizes_LN, split.layer_shapes, strict=True)]
+    )
 
 
 class _Places(NamedTuple):
@@ -176,7 +194,7 @@ class NeuronMeans(NamedTuple):
     """Mean NEGs of K neurons, in probability per unit of activation."""
 
     by_option_KO: Floats
-    """Over all rows."""
+    """Over all rows that have the neuron; NaN where there are none."""
     by_class_KCO: Floats
     """Over the rows with each gold option; NaN where there are none."""
 
@@ -190,15 +208,17 @@ def neuron_means(split: NegSplit, selection: Selection) -> NeuronMeans:
         If a neuron does not exist, the shards do not hold its values, or one is NaN or infinite.
     """
     n_chosen, n_options = len(selection), split.n_options
-    sums_CKO = np.zeros((n_options, n_chosen, n_options))
+    sums_CKO, counts_CK = np.zeros((n_options, n_chosen, n_options)), np.zeros((n_options, n_chosen))
     for shard in split.shards():
         negs_POK, gold_P = chosen_effects(shard, "neg", selection), shard.numbers("gold")
+        active_PK = shard.active(selection)
         for option in range(n_options):
             sums_CKO[option] += negs_POK[gold_P == option].sum(axis=0, dtype=np.float64).T
-    n_C = np.bincount(split.gold_P, minlength=n_options)
-    by_class_CKO = np.full_like(sums_CKO, np.nan)
-    by_class_CKO[n_C > 0] = sums_CKO[n_C > 0] / n_C[n_C > 0, None, None]
-    return NeuronMeans(sums_CKO.sum(axis=0) / split.n_rows, by_class_CKO.transpose(1, 0, 2))
+            counts_CK[option] += active_PK[gold_P == option].sum(axis=0)
+    with np.errstate(invalid="ignore"):  # neurons that no row has
+        by_class_CKO = sums_CKO / counts_CK[:, :, None]
+        by_option_KO = sums_CKO.sum(axis=0) / counts_CK.sum(axis=0)[:, None]
+    return NeuronMeans(by_option_KO, by_class_CKO.transpose(1, 0, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,14 +231,30 @@ class NeuronRows:
     signs_PO: Signs
     """Signs of the NEGs."""
     gold_P: Ints
+    active_P: NDArray[np.bool_]
+    """False for rows that do not have the neuron, as they were not routed to its expert: their numbers mean nothing."""
+
+    @property
+    def active(self) -> NeuronRows:
+        """The numbers of the rows that have the neuron."""
+        return self.chosen(self.active_P)
 
     def chosen(self, rows: NDArray[Any]) -> NeuronRows:
         """Return the numbers of some of the rows, by a mask or by indices."""
         negs_PO = None if self.negs_PO is None else self.negs_PO[rows]
-        return NeuronRows(self.activations_P[rows], negs_PO, self.signs_PO[rows], self.gold_P[rows])
+        return NeuronRows(
+            self.activations_P[rows], negs_PO, self.signs_PO[rows], self.gold_P[rows], self.active_P[rows]
+        )
 
     def same_sign(self, option: int | None = None) -> SameSign:
-        """Return the more frequent sign of the NEG for an option, by default the right one, and the rows' share."""
+        """Return the more frequent sign of the NEG for an option, by default the right one, and the rows' share.
+
+        Only rows that have the neuron count; without any the share is NaN.
+        """
+        if not self.active_P.all():
+            return self.active.same_sign(option)
+        if not len(self.gold_P):
+            return SameSign(0, float("nan"))
         option_P = self.gold_P if option is None else np.full(len(self.gold_P), option)
         signs_P = self.signs_PO[np.arange(len(option_P)), option_P]
         share, sign = max((float((signs_P == sign).mean()), sign) for sign in (1, 0, -1))
@@ -230,7 +266,8 @@ class NeuronRows:
             return []
         option_P = np.abs(self.negs_PO).argmax(axis=1)
         negs_P = self.negs_PO[np.arange(len(option_P)), option_P]
-        order_P = np.argsort(-np.abs(negs_P), kind="stable")[:n_rows]
+        order_P = np.argsort(-np.abs(negs_P), kind="stable")
+        order_P = order_P[self.active_P[order_P]][:n_rows]
         return [Moved(int(row), int(option_P[row]), float(negs_P[row])) for row in order_P]
 
 
@@ -258,8 +295,9 @@ def read_neuron(split: NegSplit, layer: int, neuron: int) -> NeuronRows:
         If the neuron does not exist, the shards hold nothing of it, or a number is NaN or infinite.
     """
     chosen = [(layer, neuron)]
-    activations_PK, ranks_POK = [], []
+    activations_PK, ranks_POK, active_PK = [], [], []
     for shard in split.shards():
+        active_PK.append(shard.active(chosen))
         activations_PK.append(finite_numbers(shard, shard.activations(chosen), "activation", chosen))
         ranks_POK.append(chosen_signed_ranks(shard, "neg", chosen))
     ranks_PO = np.concatenate(ranks_POK)[:, :, 0]
@@ -268,6 +306,7 @@ def read_neuron(split: NegSplit, layer: int, neuron: int) -> NeuronRows:
         negs_PO=ranks_PO if split.stores_values(chosen).all() else None,
         signs_PO=np.sign(ranks_PO).astype(np.int8),
         gold_P=split.gold_P.astype(np.int64),
+        active_P=np.concatenate(active_PK)[:, 0],
     )
 
 

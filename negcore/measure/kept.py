@@ -51,7 +51,8 @@ def keeping(
     -------
     callable
         What it keeps has the names that the level gives it. Besides there are ``probs_PO`` and ``nonfinite_PL``, the
-        numbers of NaN and infinite NEGs and activations; rows with any of them enter no vote sum.
+        numbers of NaN and infinite NEGs and activations; rows with any of them enter no vote sum. Of a mixture of
+        experts there are ``experts_PLK`` and ``router_weights_PLK`` too.
     """
     keep = partial(_chosen, lm, neurons) if storage == "stats" and neurons is not None else _KEEPS[storage]
 
@@ -60,6 +61,8 @@ def keeping(
         is_finite_B = negs.probs_BO.isfinite().all(1) & (nonfinite_BL == 0).all(1)
         of_level = keep(negs, _Rows(on_device(lm, gold_P[list(rows)]), is_finite_B))
         always = {"probs_PO": negs.probs_BO, "nonfinite_PL": nonfinite_BL}
+        if negs.experts is not None:
+            always |= negs.experts.by_row
         return Kept(contiguous(of_level.by_layer), contiguous({**of_level.by_row, **always}), of_level.sums)
 
     return kept

@@ -315,6 +315,20 @@ class LanguageModel:
         """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
         return down_rows(self.down(layer))
 
+    def down_row(self, layer: int, neuron: int) -> Tensor:
+        """Return what one unit of a neuron's `act` adds to the layer's output: shape (hidden,).
+
+        Of a routed expert's neuron it is what the expert returns, before the router's weight.
+        """
+        experts, shape = self.experts(layer), self.layer_shapes[layer]
+        if experts is not None and neuron < shape.n_experts * shape.n_units:
+            expert, unit = divmod(neuron, shape.n_units)
+            weight: Tensor = experts.down_proj[expert]
+            return weight[unit] if experts.is_transposed else weight[:, unit]
+        row = self.arch if experts is None else dense_row(self.layers[layer], self.arch)
+        assert row is not None
+        return down_rows(self.layers[layer].get_submodule(row.down))[neuron - shape.n_experts * shape.n_units]
+
     def experts(self, layer: int) -> Any | None:
         """Return the module of a layer's routed experts; None if it has none."""
         return stacked_experts(self.layers[layer], self.arch)
@@ -329,7 +343,7 @@ class LanguageModel:
         return self.layers[layer].get_submodule(path)
 
 
-def refuse_experts(card: ModelCard, what: str) -> None:
+def refuse_experts(card: ModelCard, what: str, remedy: str = "see docs/experts.md for what is") -> None:
     """Refuse a model with experts: see `LanguageModel.refuse_experts`.
 
     Raises
@@ -339,7 +353,7 @@ def refuse_experts(card: ModelCard, what: str) -> None:
     if card.has_experts:
         raise ModelError(
             f"model {card.name!r}: {what} are not made for mixtures of experts, where a prompt has the neurons of its "
-            "routed experts alone; see docs/experts.md for what is"
+            f"routed experts alone; {remedy}"
         )
 
 

@@ -6,7 +6,9 @@ the order of their numbers; all others of the layer are absent for that token, w
 Shapes: P prompts, K routed experts of a token, A active neurons of a layer.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -51,3 +53,67 @@ class LayerShape:
         dense_D = np.arange(self.n_experts * self.n_units, self.n_neurons)
         n_rows = len(experts_PK)
         return np.hstack([units_PKU.reshape(n_rows, self.n_routed), np.broadcast_to(dense_D, (n_rows, self.n_dense))])
+
+    def places_of(self, neurons_J: Ints, experts_PK: Ints) -> Ints:
+        """Return the place of J neurons among the active ones of every prompt, -1 where they are absent: shape (P, J).
+
+        Parameters
+        ----------
+        neurons_J : int array (J,)
+            Numbers of neurons; one that the layer does not have is always absent.
+        experts_PK : int array (P, K)
+            As for `active_neurons`.
+        """
+        first_dense = self.n_experts * self.n_units
+        dense_J = np.where(neurons_J < self.n_neurons, neurons_J - first_dense + self.n_routed, -1)
+        if not self.n_experts:
+            return np.broadcast_to(dense_J, (len(experts_PK), len(neurons_J)))
+        ranks_PE = np.full((len(experts_PK), self.n_experts + 1), -1)
+        np.put_along_axis(ranks_PE, experts_PK.astype(np.int64), np.arange(self.top_k)[None], axis=1)
+        expert_J, unit_J = np.divmod(neurons_J, self.n_units)
+        ranks_PJ = ranks_PE[:, np.minimum(expert_J, self.n_experts)]
+        routed_PJ = np.where(ranks_PJ >= 0, ranks_PJ * self.n_units + unit_J, -1)
+        return np.where(neurons_J < first_dense, routed_PJ, dense_J)
+
+    def name_of(self, neuron: int) -> str:
+        """Return the name of a neuron in its layer: ``expert.unit``, ``shared.unit`` or, in a dense layer, ``unit``."""
+        if not self.n_experts:
+            return str(neuron)
+        expert, unit = divmod(neuron, self.n_units)
+        if expert < self.n_experts:
+            return f"{expert}.{unit}"
+        return f"shared.{neuron - self.n_experts * self.n_units}"
+
+    def number_of(self, *names: str) -> int | None:
+        """Return the number of the neuron that `name_of` calls so, or that has this number; None if there is none."""
+        expert, unit = names if len(names) == 2 else ("", names[0])
+        if not unit.isdecimal() or not (expert.isdecimal() or expert in ("", "shared")):
+            return None
+        if expert == "":
+            return int(unit) if int(unit) < self.n_neurons else None
+        limit = self.n_dense if expert == "shared" else self.n_units
+        first = self.n_experts if expert == "shared" else int(expert)
+        is_there = self.n_experts and int(unit) < limit and (expert == "shared" or first < self.n_experts)
+        return first * self.n_units + int(unit) if is_there else None
+
+
+LayerShapes = tuple[LayerShape, ...]
+
+
+def shapes_json(shapes: LayerShapes) -> list[list[int]]:
+    """Return the counts of all layers as JSON."""
+    return [list(astuple(shape)) for shape in shapes]
+
+
+def shapes_of(experts: Mapping[str, Any] | None) -> LayerShapes | None:
+    """Return the counts of all layers that an identity holds; None for a model without experts.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError
+        If they are something else.
+    """
+    if experts is None:
+        return None
+    layers: Sequence[Sequence[int]] = experts["layers"]
+    return tuple(LayerShape(*map(int, counts)) for counts in layers)

@@ -192,10 +192,15 @@ def check_forest_size(n_rows: int, n_kept: int) -> None:
 
 
 def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
-    """Return the option with the largest NEG for the given neurons of every prompt: (P, K); see `argmax_features`."""
+    """Return the option with the largest NEG for the given neurons of every prompt: (P, K); see `argmax_features`.
+
+    Of a mixture of experts a neuron that a prompt does not have is 0, and the options count from 1.
+    """
     features_PK = np.empty((split.n_rows, len(order_K)), np.uint8)
     for shard in split.shards():
         features_PK[shard.rows] = argmax_features(chosen_signed_ranks(shard, "neg", order_K))
+        if split.layer_shapes is not None:
+            features_PK[shard.rows] = np.where(shard.active(order_K), features_PK[shard.rows] + 1, 0)
     return features_PK
 
 

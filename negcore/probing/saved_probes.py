@@ -62,8 +62,9 @@ class Origin:
         )
 
     def comparable(self) -> dict[str, Any]:
-        """Return everything that must be equal where the probe is used: model, site, number type and labels."""
+        """Return everything that must be equal where the probe is used: model, site, number type, router and labels."""
         return {name: self.identity[name] for name in _SAME} | {
+            "experts": self.identity.get("experts"),
             "n_options": self.n_options,
             "label_ids": self.label_ids,
         }

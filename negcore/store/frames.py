@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.errors import NegError, ShardError
+from negcore.model.layer_shapes import LayerShapes
 from negcore.store.levels import FloatArray, NeuronPlaces
 from negcore.store.publish import ShardPlace
 
@@ -27,10 +28,12 @@ class Prompts(Protocol):
     n_rows: int
     n_options: int
     n_neurons: int
+    layer_shapes: LayerShapes | None
 
     def locate(self, selection: Any) -> NeuronPlaces: ...
     def neurons(self, selection: Any) -> FloatArray: ...
     def activations(self, selection: Any) -> FloatArray: ...
+    def name_of(self, layer: int, neuron: int) -> str: ...
 
 
 def prompts_table(splits: Iterable[Prompts], layer: int | None, neurons: Any) -> pa.Table:
@@ -62,20 +65,22 @@ def _table(split: Prompts, layer: int | None, neurons: Any) -> pa.Table:
         **{f"prob_{option}": split.probs_PO[:, option] for option in range(split.n_options)},
     }
     if layer is not None:
-        neurons = [(layer, neuron) for neuron in range(split.n_neurons)]
+        width = split.n_neurons if split.layer_shapes is None else split.layer_shapes[layer].n_neurons
+        neurons = [(layer, neuron) for neuron in range(width)]
     if neurons is not None:
         columns |= _neuron_columns(split, neurons)
     return pa.table(columns)
 
 
-def _neuron_columns(split: Prompts, neurons: Any) -> dict[str, FloatArray]:
+def _neuron_columns(split: Prompts, neurons: Any) -> dict[str, pa.Array]:
     places = split.locate(neurons)
     negs_POK, activations_PK = split.neurons(neurons), split.activations(neurons)
-    columns: dict[str, FloatArray] = {}
+    columns: dict[str, pa.Array] = {}
     for k, (layer, neuron) in enumerate(zip(places.layers_K, places.neurons_K, strict=True)):
+        name = split.name_of(int(layer), int(neuron))
         for option in range(split.n_options):
-            columns[f"neg_{layer}.{neuron}_{option}"] = negs_POK[:, option, k]
-        columns[f"act_{layer}.{neuron}"] = activations_PK[:, k]
+            columns[f"neg_{name}_{option}"] = pa.array(negs_POK[:, option, k])  # what is masked is missing
+        columns[f"act_{name}"] = pa.array(activations_PK[:, k])
     return columns
 
 

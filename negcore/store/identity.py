@@ -17,7 +17,7 @@ DEFAULT_STORAGE: StorageName = "values"
 """The level of runs from before there was a choice: their identities and run files do not name it."""
 
 
-_LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None}
+_LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None, "experts": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class RunIdentity:
     """Number type the model was computed in."""
     n_layers: int
     n_neurons: int
-    """Neurons a layer: N."""
+    """Neurons a layer: N; with experts, of the widest layer."""
     prompt: Mapping[str, Any]
     """Prompt settings, as JSON: wording, demonstrations, seed."""
     dataset_fingerprint: str
@@ -49,6 +49,9 @@ class RunIdentity:
     chosen."""
     study: Mapping[str, Any] | None = None
     """Settings of a measurement other than NEGs, as JSON: neurons, shifts, estimator."""
+    experts: Mapping[str, Any] | None = None
+    """Of a mixture of experts, what became of the router (``router``) and the counts of each layer's neurons
+    (``layers``: dense ones, experts, experts of a token, neurons of an expert)."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Package versions. Informational: not part of the digest and not compared."""
 
@@ -56,6 +59,7 @@ class RunIdentity:
         # Through JSON once, so that a tuple and the list it is read back as are the same setting.
         object.__setattr__(self, "prompt", json.loads(canonical_json(self.prompt)))
         object.__setattr__(self, "study", json.loads(canonical_json(self.study)))
+        object.__setattr__(self, "experts", json.loads(canonical_json(self.experts)))
         object.__setattr__(self, "versions", dict(self.versions))
 
     def comparable(self) -> dict[str, Any]:

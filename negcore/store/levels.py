@@ -7,7 +7,7 @@ Axes: P prompts (rows), O options, L layers, N neurons a layer, M all neurons, K
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, get_args
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import VOTES, Numbers, vote_sums
+from negcore.model.layer_shapes import LayerShapes, shapes_of
 from negcore.store import codes
 from negcore.store.codes import SignedRanks
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
@@ -66,7 +67,40 @@ _PROBS = "probability of each option's label, softmax over the vocabulary"
 _ACT = "layer LL: row p holds N activations"
 _NEG = "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"
 _CODE = "layer LL: row p holds N codes: order and signs of the options' NEGs, see negcore/codes.py"
+EXPERT_AXES: Mapping[str, str] = MappingProxyType(
+    {
+        "experts_LL": "layer LL: row p holds the numbers, rising, of the experts that it was routed to; in act_LL and "
+        "neg_LL, N then counts the units of these experts, in that order, and the neurons that every row has",
+        "router_LL": "layer LL: row p holds the router's weight of each of these experts",
+    }
+)
+"""What the columns of a mixture of experts mean, beside those of its level."""
 _BFLOAT16 = "; as bfloat16: the upper 16 bits of a float32"
+
+
+class Routed(NamedTuple):
+    """Experts of P rows, each routed to K of them in every layer."""
+
+    shapes: LayerShapes
+    experts_PLK: Numbers
+    """Their numbers, rising; -1 where a layer has fewer."""
+    weights_PLK: Numbers
+
+    @classmethod
+    def of_none(cls, shapes: LayerShapes) -> "Routed":
+        """Return the experts of no row."""
+        shape = 0, len(shapes), max(one.top_k for one in shapes)
+        return cls(shapes, np.empty(shape, np.int32), np.empty(shape, np.float32))
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of the layers that have experts."""
+        columns: Columns = {}
+        for layer, shape in enumerate(self.shapes):
+            if shape.n_experts:
+                columns[f"experts_{layer:02d}"] = column(self.experts_PLK[:, layer, : shape.top_k].astype(np.int32))
+                columns[f"router_{layer:02d}"] = column(self.weights_PLK[:, layer, : shape.top_k].astype(np.float32))
+        return columns
 
 
 class StorageLevel(ABC):
@@ -83,6 +117,8 @@ class StorageLevel(ABC):
     """True if a first pass keeps vote sums of training prompts, and a second the numbers of neurons they choose."""
     has_nonfinite: ClassVar[bool] = True
     """True if NaN and infinity can be stored."""
+    has_experts: ClassVar[bool] = True
+    """True if it can hold the neurons of routed experts alone."""
 
     def check_n_options(self, n_options: int) -> None:
         """Refuse a number of options that does not fit; most levels take any number.
@@ -102,6 +138,7 @@ class StorageLevel(ABC):
         activations_PLN: npt.ArrayLike,
         probs_PO: npt.ArrayLike,
         neurons: Chosen = None,
+        routed: Routed | None = None,
     ) -> pa.RecordBatch:
         """Return the rows of one shard, possibly none; of the prompts only a hash.
 
@@ -116,6 +153,8 @@ class StorageLevel(ABC):
         neurons : sequence of K int, optional
             At a level with vote sums, the neurons whose numbers are stored: flat indices, rising. Without them the
             sums are stored. Other levels ignore it.
+        routed : Routed, optional
+            The rows' experts: N then counts their neurons alone.
 
         Raises
         ------
@@ -125,7 +164,7 @@ class StorageLevel(ABC):
         negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
         assert activations.shape == (len(negs), *negs.shape[2:]), (activations.shape, negs.shape)
         kept = self.kept(negs, activations, _gold(examples), neurons)
-        return self.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=neurons)
+        return self.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=neurons, routed=routed)
 
     def packed(
         self,
@@ -135,6 +174,7 @@ class StorageLevel(ABC):
         label_ids_PO: npt.ArrayLike,
         probs_PO: npt.ArrayLike,
         neurons: Chosen = None,
+        routed: Routed | None = None,
     ) -> pa.RecordBatch:
         """Return the rows of one shard from what the level keeps of them, wherever that was computed.
 
@@ -142,26 +182,40 @@ class StorageLevel(ABC):
         ----------
         kept : mapping of name to array
             As `kept` returns it.
-        examples, label_ids_PO, probs_PO, neurons
+        examples, label_ids_PO, probs_PO, neurons, routed
             As for `batch`.
         """
         label_ids, probs, gold_P = np.asarray(label_ids_PO, np.int32), np.asarray(probs_PO, np.float32), _gold(examples)
         assert label_ids.shape == probs.shape == (len(examples), probs.shape[1]), (label_ids.shape, probs.shape)
         assert ((gold_P >= 0) & (gold_P < probs.shape[1])).all(), gold_P
         shared = {"gold": column(gold_P), "label_ids": column(label_ids), "probs": column(probs)}
-        own = self._columns(kept, len(examples), neurons)
+        if routed is not None:
+            assert self.has_experts, self.name
+            shared |= routed.columns
+        own = self._columns(kept, len(examples), neurons, routed and routed.shapes)
         # Lists come first, so that all columns of numbers stay aligned.
         first = {name: values for name, values in own.items() if values.type == IN_FIRST_ROW}
         return record_batch(examples, {**first, **shared, **own})
 
-    def schema(self, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None = None) -> pa.Schema:
+    def schema(
+        self,
+        n_options: int,
+        n_layers: int,
+        n_neurons: int,
+        n_chosen: int | None = None,
+        shapes: LayerShapes | None = None,
+    ) -> pa.Schema:
         """Return the columns of every shard of such a model and dataset, without metadata.
 
         Parameters
         ----------
         n_chosen : int, optional
             K, at a level with vote sums: number of the neurons to store. Without it, the columns of the sums.
+        shapes : LayerShapes, optional
+            Of a mixture of experts.
         """
+        if shapes is not None:
+            n_neurons = max(shape.n_active for shape in shapes)
         return self.batch(
             [],
             label_ids_PO=np.empty((0, n_options)),
@@ -169,10 +223,13 @@ class StorageLevel(ABC):
             activations_PLN=np.empty((0, n_layers, n_neurons)),
             probs_PO=np.empty((0, n_options)),
             neurons=None if n_chosen is None else range(n_chosen),
+            routed=None if shapes is None else Routed.of_none(shapes),
         ).schema
 
     def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
         """Return NEGs: float32 (P, O, N) of a layer or (P, O, K), probability per unit of activation.
+
+        Zeros stand for neurons that a prompt does not have: see `active`.
 
         Raises
         ------
@@ -184,6 +241,12 @@ class StorageLevel(ABC):
     def activations(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
         """Return activations: float32 (P, N) of a layer or (P, K); `ShardError` if the shard does not hold them."""
         return self._numbers(shard, "act", neurons, shard.n_rows)
+
+    def active(self, shard: ShardColumns, neurons: Neurons) -> npt.NDArray[np.bool_]:
+        """Tell which neurons each prompt has, by the experts that it was routed to: bool, (P, N) or (P, K)."""
+        if shard.layer_shapes is not None:
+            return np.asarray(_places_in(shard, neurons) >= 0)
+        return np.ones(self.activations(shard, neurons).shape, np.bool_)
 
     def signed_ranks(self, shard: ShardColumns, neurons: Neurons) -> FloatArray | SignedRanks:
         """Return numbers with the signs and the order of each prompt's NEGs, ties included, in the shape of `negs`.
@@ -212,7 +275,7 @@ class StorageLevel(ABC):
         """
 
     @abstractmethod
-    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen, shapes: LayerShapes | None) -> Columns:
         """Return the columns that depend on the level, by name and in order."""
 
     @abstractmethod
@@ -229,20 +292,22 @@ class Values(StorageLevel):
     def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
         return {"act": activations_PLN, "neg": negs_POLN}
 
-    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
-        n_layers = kept["act"].shape[1]
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen, shapes: LayerShapes | None) -> Columns:
+        _, n_layers, n_neurons = kept["act"].shape
+        widths = [n_neurons] * n_layers if shapes is None else [shape.n_active for shape in shapes]
         return {
-            f"{kind}_{layer:02d}": column(values[..., layer, :])
-            for layer in range(n_layers)
+            f"{kind}_{layer:02d}": column(values[..., layer, :width])
+            for layer, width in enumerate(widths)
             for kind, values in kept.items()
         }
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+        if shard.layer_shapes is not None:
+            return _with_absent(shard, kind, neurons, *axes)
         if not isinstance(neurons, NeuronPlaces):
             return shard.numbers(f"{kind}_{neurons:02d}").reshape(*axes, -1)
         picked = np.empty((*axes, neurons.flat_K.size), shard.numbers(f"{kind}_00").dtype)
-        for layer in np.unique(neurons.layers_K).tolist():
-            at = np.flatnonzero(neurons.layers_K == layer)
+        for layer, at in _by_layer(neurons):
             stored = shard.numbers(f"{kind}_{layer:02d}").reshape(*axes, -1)
             picked[..., at] = stored[..., neurons.neurons_K[at]]
         return picked
@@ -273,6 +338,7 @@ class Codes(Values):
     axes = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "code_LL": _CODE})
     has_values = False
     has_nonfinite = False
+    has_experts = False
 
     def check_n_options(self, n_options: int) -> None:
         codes.check_n_options(n_options)
@@ -316,6 +382,7 @@ class Stats(StorageLevel):
     has_all_neurons = False
     has_vote_sums = True
     has_nonfinite = False
+    has_experts = False
 
     def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
         if neurons is None:
@@ -324,7 +391,7 @@ class Stats(StorageLevel):
         layers_K, neurons_K = np.divmod(np.array(neurons), negs_POLN.shape[3])
         return {"act": activations_PLN[:, layers_K, neurons_K], "neg": negs_POLN[:, :, layers_K, neurons_K]}
 
-    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen) -> Columns:
+    def _columns(self, kept: Kept, n_rows: int, neurons: Chosen, shapes: LayerShapes | None) -> Columns:
         if neurons is None:
             return {vote.column: first_row_column(kept[vote.column], n_rows) for vote in VOTES}
         chosen = {"neurons": first_row_column(neurons, n_rows)}
@@ -368,8 +435,11 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
     if ("neurons" in identity) != (n_chosen is not None) or (level.has_all_neurons and n_layers > len(schema)):
         return False
     try:
-        return bool(schema.equals(_schema(level.name, n_options, n_layers, n_neurons, n_chosen)))
-    except (ValueError, OverflowError, MemoryError):  # no shard has rows of this shape
+        shapes = shapes_of(identity.get("experts"))
+        if shapes is not None and (len(shapes) != n_layers or not level.has_experts):
+            return False
+        return bool(schema.equals(_schema(level.name, n_options, n_layers, n_neurons, n_chosen, shapes)))
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError):  # no shard has rows of this shape
         return False
 
 
@@ -378,9 +448,56 @@ def _gold(examples: Sequence[StoredExample]) -> npt.NDArray[np.int16]:
 
 
 @lru_cache(maxsize=16)
-def _schema(storage: str, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None) -> pa.Schema:
+def _schema(
+    storage: str, n_options: int, n_layers: int, n_neurons: int, n_chosen: int | None, shapes: LayerShapes | None
+) -> pa.Schema:
     """Return the columns of a level, which all shards of a directory have: making them takes longer than comparing."""
-    return STORAGE_LEVELS[storage].schema(n_options, n_layers, n_neurons, n_chosen)
+    return STORAGE_LEVELS[storage].schema(n_options, n_layers, n_neurons, n_chosen, shapes)
+
+
+# Experts
+
+
+def experts_of(shard: ShardColumns, layer: int) -> Numbers:
+    """Return the experts that a shard's rows were routed to in a layer: int32 (P, K), K = 0 for a dense layer."""
+    name = f"experts_{layer:02d}"
+    return shard.numbers(name) if name in shard.batch.schema.names else np.empty((shard.n_rows, 0), np.int32)
+
+
+def _places_in(shard: ShardColumns, neurons: Neurons) -> Numbers:
+    """Return the place of neurons among those that each row has, -1 where it does not have them: (P, N) or (P, K)."""
+    assert shard.layer_shapes is not None
+    if not isinstance(neurons, NeuronPlaces):
+        width = max(shape.n_neurons for shape in shard.layer_shapes)
+        return shard.layer_shapes[neurons].places_of(np.arange(width), experts_of(shard, neurons))
+    places_PK = np.empty((shard.n_rows, neurons.flat_K.size), np.int64)
+    for layer, at in _by_layer(neurons):
+        numbers = neurons.neurons_K[at].astype(np.int64)
+        places_PK[:, at] = shard.layer_shapes[layer].places_of(numbers, experts_of(shard, layer))
+    return places_PK
+
+
+def _with_absent(shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
+    """Return numbers as `StorageLevel._numbers` does, with zeros for neurons that a row does not have."""
+    if not isinstance(neurons, NeuronPlaces):
+        return _taken(shard, kind, neurons, _places_in(shard, neurons), *axes)
+    places_PK = _places_in(shard, neurons)
+    picked = np.empty((*axes, neurons.flat_K.size), shard.numbers(f"{kind}_00").dtype)
+    for layer, at in _by_layer(neurons):
+        picked[..., at] = _taken(shard, kind, layer, places_PK[:, at], *axes)
+    return picked
+
+
+def _by_layer(neurons: NeuronPlaces) -> Iterator[tuple[int, npt.NDArray[np.intp]]]:
+    for layer in np.unique(neurons.layers_K).tolist():
+        yield layer, np.flatnonzero(neurons.layers_K == layer)
+
+
+def _taken(shard: ShardColumns, kind: str, layer: int, places_PK: Numbers, *axes: int) -> Numbers:
+    stored = shard.numbers(f"{kind}_{layer:02d}").reshape(*axes, -1)
+    by_axis = places_PK.reshape(len(places_PK), *[1] * (len(axes) - 1), -1)
+    taken = np.take_along_axis(stored, np.broadcast_to(np.maximum(by_axis, 0), (*axes, places_PK.shape[1])), axis=-1)
+    return np.where(by_axis >= 0, taken, np.zeros((), stored.dtype))
 
 
 def bfloat16_bits(values: FloatArray) -> npt.NDArray[np.uint16]:

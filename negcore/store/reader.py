@@ -20,12 +20,13 @@ import pyarrow as pa
 
 from negcore.errors import ShardError
 from negcore.measure.votes import Vote
+from negcore.model.layer_shapes import LayerShape, LayerShapes, shapes_of
 from negcore.store.codes import SignedRanks
 from negcore.store.files import find, is_dir, location
 from negcore.store.frames import prompts_table, require
 from negcore.store.identity import RunIdentity
 from negcore.store.integrity import check_shards, complete_receipts, damaged_file, metadata_of, sound_batch
-from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel
+from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, experts_of
 from negcore.store.publish import Receipt, SetAside, ShardPlace, shard_of
 from negcore.store.schema import ShardColumns, first_row
 
@@ -77,7 +78,8 @@ class _AsFrame(ABC):
         Its columns are ``model``, ``dataset``, ``split``, ``id``, ``group``, ``gold`` (index of the gold option), and
         ``prob_0``, ... for each of the O options (probability). With K neurons there are (O + 1) * K columns more:
         ``neg_LAYER.NEURON_OPTION`` (probability per unit of activation) and ``act_LAYER.NEURON``. Where a prompt has
-        fewer options than others, its numbers for the rest are missing.
+        fewer options than others, its numbers for the rest are missing. Of a mixture of experts, neurons are called
+        ``LAYER.EXPERT.UNIT``, and the numbers of those that a prompt does not have are missing.
 
         Parameters
         ----------
@@ -247,6 +249,9 @@ class NegSplit(ShardReader, _AsFrame):
     probs_PO : float32 array (P, O)
     n_rows, n_options, n_layers, n_neurons : int
         P, O, L and N.
+    layer_shapes : LayerShapes, optional
+        Of a mixture of experts, the counts of each layer's neurons; N is the largest. A prompt has the neurons of the
+        experts that it was routed to: `active` tells which, and arrays are masked where it has none.
     set_aside : list of SetAside
         Rows of the split that were planned and could not be computed, in order, with the reason.
     """
@@ -258,6 +263,7 @@ class NegSplit(ShardReader, _AsFrame):
         self.place = ShardPlace.of_path(folder)
         self.level: StorageLevel = STORAGE_LEVELS[self.identity.storage]
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
+        self.layer_shapes = shapes_of(self.identity.experts)
         rows = self.read(["id", "group", "text_hash", "gold", "label_ids", "probs"])
         self.ids: list[str] = rows["id"]
         self.groups: list[str] = rows["group"]
@@ -283,6 +289,7 @@ class NegSplit(ShardReader, _AsFrame):
     def layer(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer: float32 (P, O, N), probability per unit of activation.
 
+        Of a mixture of experts it is a masked array: entries of neurons that a prompt does not have are masked.
         With one shard of storage "values" this is a read-only view of the mapped file, else a new array.
 
         Raises
@@ -291,6 +298,8 @@ class NegSplit(ShardReader, _AsFrame):
             If the model has no such layer, or the shards do not hold the values of all neurons.
         """
         self.locate([(layer, 0)])
+        if self.layer_shapes is not None:
+            return self.neurons(layer * self.n_neurons + np.arange(self.n_neurons))
         if len(self._mapped) == 1:
             return next(self.shards()).negs_PON(layer)
         negs_PON = np.empty((self.n_rows, self.n_options, self.n_neurons), dtype=np.float32)
@@ -300,6 +309,8 @@ class NegSplit(ShardReader, _AsFrame):
 
     def neurons(self, selection: Selection) -> FloatArray:
         """Return the NEGs of K chosen neurons, in the order asked for: float32 (P, O, K); only their pages are read.
+
+        Of a mixture of experts it is a masked array: entries of neurons that a prompt does not have are masked.
 
         Parameters
         ----------
@@ -314,15 +325,82 @@ class NegSplit(ShardReader, _AsFrame):
         negs_POK = np.empty((self.n_rows, self.n_options, places.flat_K.size), dtype=np.float32)
         for shard in self.shards():
             negs_POK[shard.rows] = self.level.negs(shard, places)
-        return negs_POK
+        return self._masked(negs_POK, places)
 
     def activations(self, selection: Selection) -> FloatArray:
-        """Return the activations of K chosen neurons: float32 (P, K). `selection` as in `neurons`."""
+        """Return the activations of K chosen neurons: float32 (P, K), masked as `neurons`. `selection` as there."""
         places = self.locate(selection)
         activations_PK = np.empty((self.n_rows, places.flat_K.size), dtype=np.float32)
         for shard in self.shards():
             activations_PK[shard.rows] = self.level.activations(shard, places)
-        return activations_PK
+        return self._masked(activations_PK, places)
+
+    def active(self, selection: Selection) -> npt.NDArray[np.bool_]:
+        """Tell which of K chosen neurons each prompt has: bool (P, K). Without experts it has all."""
+        return self._active(self.locate(selection))
+
+    def _active(self, places: NeuronPlaces) -> npt.NDArray[np.bool_]:
+        active_PK = np.empty((self.n_rows, places.flat_K.size), np.bool_)
+        for shard in self.shards():
+            active_PK[shard.rows] = self.level.active(shard, places)
+        return active_PK
+
+    def _masked(self, values: FloatArray, places: NeuronPlaces) -> FloatArray:
+        """Mask what stands for neurons that a prompt does not have."""
+        if self.layer_shapes is None:
+            return values
+        absent_PK = ~self._active(places)
+        by_axis = absent_PK.reshape(len(absent_PK), *[1] * (values.ndim - 2), -1)
+        masked: FloatArray = np.ma.masked_array(values, np.broadcast_to(by_axis, values.shape))
+        return masked
+
+    def experts(self, layer: int) -> npt.NDArray[np.int32]:
+        """Return the experts that each prompt was routed to in a layer, rising: int32 (P, K); K is 0 in a dense one."""
+        self.locate([(layer, 0)])
+        return np.concatenate([experts_of(shard, layer) for shard in self.shards()])
+
+    def router_weights(self, layer: int) -> FloatArray:
+        """Return the router's weight of each of these experts: float32 (P, K); empty in a dense layer."""
+        shape = self._shape(layer)
+        if not shape.n_experts:
+            return np.empty((self.n_rows, 0), np.float32)
+        return np.concatenate([shard.numbers(f"router_{layer:02d}") for shard in self.shards()])
+
+    def _shape(self, layer: int) -> LayerShape:
+        self.locate([(layer, 0)])
+        return LayerShape(self.n_neurons) if self.layer_shapes is None else self.layer_shapes[layer]
+
+    def name_of(self, layer: int, neuron: int) -> str:
+        """Return the name of a neuron: ``layer.neuron``, or ``layer.expert.unit`` of a mixture of experts."""
+        return f"{layer}.{self._shape(layer).name_of(neuron)}"
+
+    def number_of(self, name: str) -> tuple[int, int]:
+        """Return the layer and number of a neuron by the name that `name_of` gives it, or by ``layer.number``.
+
+        Raises
+        ------
+        ShardError
+            If there is none.
+        """
+        layer, *below = name.split(".")
+        number = None
+        if layer.isdecimal() and int(layer) < self.n_layers and 1 <= len(below) <= 2:
+            number = self._shape(int(layer)).number_of(*below)
+        if number is None:
+            raise ShardError(f"{name} is no neuron of {self.identity.model!r}: it has {self._neurons_in_words}")
+        return int(layer), number
+
+    @property
+    def _neurons_in_words(self) -> str:
+        if self.layer_shapes is None:
+            return f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}"
+        kinds = {
+            f"{shape.n_experts} experts of {shape.n_units} units and {shape.n_dense} neurons that every prompt has"
+            if shape.n_experts
+            else f"{shape.n_dense} neurons"
+            for shape in self.layer_shapes
+        }
+        return f"layers 0..{self.n_layers - 1} with {', or '.join(sorted(kinds))} (layer.expert.unit)"
 
     def stores_values(self, selection: Selection) -> npt.NDArray[np.bool_]:
         """Tell of which of K chosen neurons `neurons` returns NEGs: bool (K,). `selection` as in `neurons`."""
@@ -339,7 +417,11 @@ class NegSplit(ShardReader, _AsFrame):
         return f"NegSplit({name}: {size} in {len(self._mapped)} shards)"
 
     def locate(self, selection: Selection) -> NeuronPlaces:
-        """Return the places of chosen neurons; `ShardError` if one does not exist."""
+        """Return the places of chosen neurons; `ShardError` if one does not exist.
+
+        Layers of a mixture of experts may have fewer neurons than the widest. A flat index behind a layer's own names
+        none, which every prompt lacks; a pair of such numbers is refused.
+        """
         chosen = np.asarray(selection)
         if chosen.size == 0:
             return NeuronPlaces(*np.empty((3, 0), dtype=np.int64))
@@ -350,11 +432,13 @@ class NegSplit(ShardReader, _AsFrame):
             )
         layers_K, neurons_K = np.divmod(chosen, self.n_neurons) if chosen.ndim == 1 else chosen.T
         missing = (layers_K < 0) | (layers_K >= self.n_layers) | (neurons_K < 0) | (neurons_K >= self.n_neurons)
+        if self.layer_shapes is not None and chosen.ndim == 2 and not missing.any():
+            missing = neurons_K >= np.array([shape.n_neurons for shape in self.layer_shapes])[layers_K]
         if missing.any():
             flat = "" if chosen.ndim == 2 else f", in flat indices 0..{self.n_layers * self.n_neurons - 1}"
             raise ShardError(
                 f"{'.'.join(map(str, np.ravel(chosen[missing][0])))} is no neuron of {self.identity.model!r}: it has "
-                f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}{flat}"
+                f"{self._neurons_in_words}{flat}"
             )
         return NeuronPlaces(layers_K, neurons_K, layers_K * self.n_neurons + neurons_K)
 
@@ -363,10 +447,24 @@ class NegSplit(ShardReader, _AsFrame):
 class Shard(ShardColumns):
     """One mapped file of NEGs, for a whole layer or for chosen neurons; selections as in `NegSplit.neurons`.
 
+    Of a mixture of experts, zeros stand for neurons that a prompt does not have: `active` tells them from those that
+    it has. (A zero votes for nothing, so votes need not ask.)
     Every array is a read-only view of the file, unless it is put together from 16 bits or of chosen neurons.
     """
 
     split: NegSplit
+
+    @property
+    def layer_shapes(self) -> LayerShapes | None:
+        return self.split.layer_shapes
+
+    def active_PN(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Tell which neurons of a layer each prompt has: bool (P, N)."""
+        return self.split.level.active(self, layer)
+
+    def active(self, selection: Selection) -> npt.NDArray[np.bool_]:
+        """Tell which of K neurons each prompt has: bool (P, K)."""
+        return self.split.level.active(self, self.split.locate(selection))
 
     def negs_PON(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer, as `StorageLevel.negs`."""

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from negcore.model.layer_shapes import LayerShapes
 from negcore.store.identity import text_hash
 
 ALIGNMENT_BYTES = 64
@@ -117,6 +118,11 @@ class ShardColumns:
         """Number of rows: P of this shard."""
         rows: int = self.batch.num_rows
         return rows
+
+    @property
+    def layer_shapes(self) -> LayerShapes | None:
+        """Counts of each layer's neurons, of a mixture of experts; None if every prompt has every neuron."""
+        return None
 
     @property
     def n_options(self) -> int:

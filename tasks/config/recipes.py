@@ -22,6 +22,11 @@ class Recipe(NamedTuple):
     vote: Vote | None = None
     """The score that its neurons are chosen by."""
 
+    @property
+    def takes_experts(self) -> bool:
+        """True if it knows what to make of neurons that a prompt does not have."""
+        return self.kind in ("vote", "tree")
+
 
 RECIPES: Mapping[ProbeName, Recipe] = MappingProxyType(
     {

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from negcore.errors import RunError
-from negcore.model.architectures import Dtype, SiteChoice
+from negcore.model.architectures import Dtype, Router, SiteChoice
 from negcore.model.references import with_adapter
 from negcore.store.files import draft, local_directory, location, shortened
 from negcore.store.identity import content_digest
@@ -100,6 +100,11 @@ class RunFile(BaseModel):
     dtype: Dtype = Field(
         "float32",
         description="Number type of the model. Half types lose signs of small NEGs; sweeps compute in float32 anyway.",
+    )
+    router: Router = Field(
+        "through",
+        description="In a mixture of experts, whether a shift moves the routing of later layers (through, as in the "
+        "model as it is) or leaves it as it was (fixed): see docs/experts.md.",
     )
     seed: int = Field(0, description="Decides samples, demonstrations and their order.")
     nonfinite: Literal["fail", "skip", "keep"] = Field(
@@ -207,8 +212,11 @@ class RunFile(BaseModel):
     @property
     def science(self) -> dict[str, Any]:
         """The fields that decide the numbers, as plain JSON values."""
-        without = {"adapter"} if self.adapter is None else set()  # names are as before there were adapters
-        return self.model_dump(mode="json", exclude={*self.not_science, *without})
+        # Names are as before there were adapters, and a choice of the router.
+        defaults = {
+            name for name, value in {"adapter": None, "router": "through"}.items() if getattr(self, name) == value
+        }
+        return self.model_dump(mode="json", exclude={*self.not_science, *defaults})
 
     @property
     def model_refs(self) -> tuple[str, ...]:

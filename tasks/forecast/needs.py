@@ -18,9 +18,12 @@ from negcore.errors import RunError
 from negcore.measure.forward import common_prefix_length, largest_batch, own_tokens
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import computes_by_row, neurgrad
+from negcore.model.architectures import Architecture
+from negcore.model.experts import stacked_experts
 from negcore.model.language_model import DTYPES, ModelCard
+from negcore.model.layer_shapes import LayerShape
 from negcore.model.past import Prefixes
-from negcore.model.skeleton import skeleton
+from negcore.model.skeleton import feed_forwards, skeleton
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile
@@ -48,7 +51,7 @@ class ParameterCounts:
 
     n_all: int
     n_in_layers: int
-    """Parameters of the layers, which every token runs through."""
+    """Parameters of the layers that a token runs through: of experts, those of as many as it is routed to."""
     n_in_head: int
     """Parameters of the head, which only the probed token runs through."""
 
@@ -153,7 +156,7 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site)
+    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site, router=run.router)
     lm = replace(loaded, prefixes=Prefixes())
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
@@ -183,9 +186,11 @@ def _threads(count: int) -> Iterator[None]:
 def count_parameters(card: ModelCard) -> ParameterCounts:
     """Count a model's parameters without loading its weights."""
     model = skeleton(card.config, masked=card.arch.masked)
+    layers = feed_forwards(model, card.arch).values()
+    n_idle = sum(_idle(layer, card.arch, shape) for layer, shape in zip(layers, card.layer_shapes, strict=True))
     return ParameterCounts(
         n_all=_count(model),
-        n_in_layers=_count(model.get_submodule(card.arch.layers)),
+        n_in_layers=_count(model.get_submodule(card.arch.layers)) - n_idle,
         n_in_head=card.text_config.vocab_size * model.get_output_embeddings().in_features,
     )
 
@@ -284,8 +289,8 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_shared: int, n
     n_rows = min(run.batch_size or largest, run.shard_rows)
     # Gradients as they come, side by side, as wide as they are stored, and in the order in which they are stored.
     a_neuron = 2 * (width + _NUMBER_BYTES)
-    gradients = n_options * n_rows * (card.n_layers * card.layer_width * a_neuron + 3 * config.vocab_size * width)
-    a_token, heads = 3 * card.layer_width + 6 * config.hidden_size, config.num_attention_heads * n_tokens
+    gradients = n_options * n_rows * (card.n_layers * card.active_width * a_neuron + 3 * config.vocab_size * width)
+    a_token, heads = 3 * card.active_width + 6 * config.hidden_size, config.num_attention_heads * n_tokens
     if card.arch.whole:
         return int(n_rows * n_tokens * card.n_layers * (2 * a_token + 3 * heads) * width + gradients)
     n_last = n_rows if computes_by_row(device) else n_rows * n_options
@@ -293,6 +298,12 @@ def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_shared: int, n
     own = max(n_tokens - n_shared, own_tokens(device.type))
     cache = card.cached_numbers * width * (n_shared + n_rows * (n_tokens - n_shared))
     return int(cache + own * a_token * width + graph + gradients)
+
+
+def _idle(layer: Any, arch: Architecture, shape: LayerShape) -> int:
+    """Return the parameters of the experts that a token is not routed to."""
+    experts = stacked_experts(layer, arch)
+    return 0 if experts is None else _count(experts) * (shape.n_experts - shape.top_k) // shape.n_experts
 
 
 def _count(module: Any) -> int:

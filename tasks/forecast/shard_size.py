@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from negcore.datasets import Example
 from negcore.model.check import ModelCheck
+from negcore.model.layer_shapes import shapes_of
 from negcore.store.identity import canonical_json, choice_digest
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.schema import ALIGNMENT_BYTES, aligned_schema, lists
@@ -24,7 +25,8 @@ _OFFSET_BYTES = 4
 def shard_bytes(split: ShardSet, indices: Iterable[int] | None = None) -> list[int]:
     """Return the bytes of each of a split's shards, or of some of them."""
     n_layers, n_neurons = split.identity.n_layers, split.identity.n_neurons
-    schema = STORAGE_LEVELS[split.identity.storage].schema(split.n_options, n_layers, n_neurons, n_chosen(split))
+    level, shapes = STORAGE_LEVELS[split.identity.storage], shapes_of(split.identity.experts)
+    schema = level.schema(split.n_options, n_layers, n_neurons, n_chosen(split), shapes)
     file_bytes = _file_bytes(schema, split)
     n_listed = n_chosen(split) or n_layers * n_neurons
     chosen = range(len(split.shards)) if indices is None else indices

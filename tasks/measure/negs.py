@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +14,9 @@ from negcore.measure.kept import keeping
 from negcore.measure.neurgrad import measure_negs
 from negcore.measure.votes import VOTES
 from negcore.model.language_model import LanguageModel
-from negcore.store.identity import DEFAULT_STORAGE, StorageName
-from negcore.store.levels import STORAGE_LEVELS, StorageLevel
+from negcore.model.layer_shapes import LayerShapes, shapes_of
+from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, StorageName
+from negcore.store.levels import EXPERT_AXES, STORAGE_LEVELS, Routed, StorageLevel
 from negcore.store.schema import StoredExample
 from tasks.measure.examples import EncodedExample, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
@@ -32,7 +33,7 @@ class NegMeasurement(Measurement):
 
     n_layers: int
     layer_width: int
-    """Neurons a layer."""
+    """Neurons a layer; of a mixture of experts, those that a prompt has, in the layer with the most."""
     storage: StorageName = DEFAULT_STORAGE
     batch_size: int | None = None
     """Prompts in a batch; None to choose by length. Changes at most the last digits."""
@@ -42,6 +43,15 @@ class NegMeasurement(Measurement):
     """Which these are: flat indices, rising; None as long as they are not chosen."""
     n_shared: int | None = None
     """Tokens that all prompts of the shards begin with: a worker runs them once. None to look at each shard."""
+    shapes: LayerShapes | None = None
+    """Counts of each layer's neurons, of a mixture of experts."""
+
+    @classmethod
+    def of(cls, identity: RunIdentity, **options: Any) -> Self:
+        """Return the measurement of a run's model; options as the fields behind the first two."""
+        shapes = shapes_of(identity.experts)
+        width = identity.n_neurons if shapes is None else max(shape.n_active for shape in shapes)
+        return cls(identity.n_layers, width, shapes=shapes, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -49,7 +59,7 @@ class NegMeasurement(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return dict(self._level.axes)
+        return {**self._level.axes, **(EXPERT_AXES if self.shapes else {})}
 
     def about(self, n_options: int) -> dict[str, Any]:
         return {"axes": self.axes, "n_options": n_options}
@@ -58,11 +68,15 @@ class NegMeasurement(Measurement):
         n_layers, width = self.n_layers, self.layer_width
         no_numbers = np.empty((0, n_options, n_layers, width), np.float32), np.empty((0, n_layers, width), np.float32)
         kept = self._level.kept(*no_numbers, np.empty(0, np.int16), self.neurons)
-        return {name: ColumnType(values.dtype, values.shape[1:]) for name, values in kept.items()} | {
+        types = {name: ColumnType(values.dtype, values.shape[1:]) for name, values in kept.items()} | {
             "probs_PO": ColumnType(np.float32, (n_options,)),
             "nonfinite_PL": ColumnType(np.int32, (n_layers,)),
             "label_ids_PO": ColumnType(np.int64, (n_options,)),
         }
+        if self.shapes:
+            shape = n_layers, max(one.top_k for one in self.shapes)
+            types |= {"experts_PLK": ColumnType(np.int32, shape), "router_weights_PLK": ColumnType(np.float32, shape)}
+        return types
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         prompts = replace(encoded_prompts(examples), n_shared=self.n_shared)
@@ -79,9 +93,14 @@ class NegMeasurement(Measurement):
         assert self.n_chosen is None or self.neurons is not None, "the neurons are not chosen yet"
         kept = dict(columns)
         label_ids_PO, probs_PO, _ = (kept.pop(name) for name in ("label_ids_PO", "probs_PO", "nonfinite_PL"))
+        routed = None
+        if self.shapes is not None:
+            routed = Routed(self.shapes, kept.pop("experts_PLK"), kept.pop("router_weights_PLK"))
         if self.neurons is None and not self._level.has_nonfinite and self.nonfinite(columns):
             raise NegError(f"storage {self.storage!r} has no place for NaN and infinity: fail or skip such rows")
-        return self._level.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=self.neurons)
+        return self._level.packed(
+            examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=self.neurons, routed=routed
+        )
 
     def nonfinite(self, columns: Columns) -> list[Nonfinite]:
         by_layer_PL = columns["nonfinite_PL"]

@@ -278,7 +278,7 @@ class _Split:
 
 
 def _layer_rows(shard: Shard, layer: int) -> pa.RecordBatch:
-    """Return a row for every prompt, option and neuron of a layer, in this order."""
+    """Return a row for every prompt, option and neuron of a layer, in this order; none for neurons it does not have."""
     negs_PON = shard.negs_PON(layer)
     activations_PN = shard.activations_PN(layer)
     shape_PON = negs_PON.shape
@@ -292,7 +292,10 @@ def _layer_rows(shard: Shard, layer: int) -> pa.RecordBatch:
         negs_PON.ravel(),
         np.broadcast_to(activations_PN[:, None], shape_PON).ravel(),
     ]
-    return _batch(columns, _NEGS)
+    batch = _batch(columns, _NEGS)
+    if shard.layer_shapes is None:
+        return batch
+    return batch.filter(pa.array(np.broadcast_to(shard.active_PN(layer)[:, None], shape_PON).ravel()))
 
 
 def _batch(columns: Sequence[Any], schema: pa.Schema) -> pa.RecordBatch:

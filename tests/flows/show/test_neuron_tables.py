@@ -59,7 +59,8 @@ def numbers_of(n_options=2, *, values=True):
     rng = np.random.default_rng(0)
     negs_PO = rng.standard_normal((8, n_options)).astype(np.float32)
     gold_P = np.arange(8) % n_options
-    return NeuronRows(np.linspace(-1, 1, 8), negs_PO if values else None, np.sign(negs_PO).astype(np.int8), gold_P)
+    signs_PO = np.sign(negs_PO).astype(np.int8)
+    return NeuronRows(np.linspace(-1, 1, 8), negs_PO if values else None, signs_PO, gold_P, np.ones(8, bool))
 
 
 def test_a_neuron_is_a_line_with_its_name_score_and_sureness():
