@@ -36,7 +36,7 @@ test: $(VENV)/.developing
 faults: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/fault_suite.py
 
-# The engine and the shards beside their plain twins, in about five minutes; figures go to bench.json.
+# Engine, shards, probes and queue beside their plain twins, in about twenty minutes; figures go to docs.
 bench: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/bench.py
 
@@ -53,7 +53,7 @@ check: lint test
 
 # Writes what is made from other files; the picture needs graphviz.
 docs: $(VENV)/.developing
-	$(BIN)/python -m tests.build_documents
+	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/build_documents.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,210 +1,139 @@
-"""Time the engine and the shards beside their plain twins on this machine's CPU: `make bench`.
+"""Time the engine, the shards, the probes and the queue beside their plain twins on this machine's CPU: `make bench`.
 
-Both sides run in turns in one process, and the medians' ratio is what counts. Prompts are random tokens in the lengths
-of datasets. `--only` chooses rows by a part of their name.
+Both sides run in turns in one process, and the medians' ratio is what counts. The figures are written as JSON after
+every row, and at the end as docs/benchmarks.md if they are docs/bench.json. `--only` measures some rows again and
+leaves the others in the file as they are.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
+import bench_engine
+import bench_runs
+import bench_store
 import torch
 import transformers
+from bench_rows import Item, Setting
+from bench_tables import console_table, document
 from rich.console import Console
-from rich.table import Table
-from support import Row, identity_of, negs_place, write_negs
-from transformers import DynamicCache
 
-from negcore import open_negs
-from negcore.measure.benchmark import plain_gradients
-from negcore.measure.forward import common_prefix_length
-from negcore.measure.loading import load_model
-from negcore.measure.neurgrad import neurgrad
-from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
-from negcore.measure.virtual_tokens import Method
-from negcore.model.attention import ATTENTION_NAME
-from negcore.model.encoding import EncodedPrompts
-from negcore.model.language_model import LanguageModel
-from negcore.model.past import Prefixes
-from negcore.store.integrity import forget_checks
-
-LABELS = [" A", " B", " C", " D"]
+DOCS = Path(__file__).parents[1] / "docs"
+PACKAGES = ("torch", "transformers", "numpy", "pyarrow", "scikit-learn", "ray")
 
 
-class Sides(NamedTuple):
-    """Two ways to do one thing."""
+class Group(NamedTuple):
+    """Rows that belong together."""
 
-    name: str
-    unit: str
-    n_units: int
-    ours: Callable[[], object]
-    plain: Callable[[], object]
-    goal: float | None = None
-    """Most that ours may take of the other's time."""
+    items: Callable[[Setting], Iterator[Item]]
+    about: str
 
 
-def prompts(n_prompts: int, n_shared: int, n_own: int) -> EncodedPrompts:
-    """Random tokens: some that all prompts share, and own ones, a fifth more or fewer from prompt to prompt."""
-    random = np.random.default_rng(0)
-    shared = random.integers(1000, 40000, n_shared).tolist()
-    lengths = n_own + random.integers(-n_own // 5, n_own // 5 + 1, n_prompts)
-    ids = [[*shared, index, *random.integers(1000, 40000, length - 1).tolist()] for index, length in enumerate(lengths)]
-    return EncodedPrompts(ids, np.tile([330, 389, 340, 422], (n_prompts, 1)))
-
-
-class Forward:
-    """A forward pass (SDPA, no gradient) of each prompt's own tokens after a copy of the shared prefix's cache."""
-
-    def __init__(self, lm: LanguageModel, encoded: EncodedPrompts, *, whole: bool = False) -> None:
-        self._lm, self._ids = lm, encoded.ids
-        self._n_shared = 0 if whole else common_prefix_length(encoded.ids)
-        self._prefix = DynamicCache()
-        if self._n_shared:
-            self._sdpa(lambda: self._run(self._ids[0][: self._n_shared], self._prefix))
-
-    def __call__(self) -> None:
-        self._sdpa(self._all)
-
-    def _all(self) -> None:
-        for tokens in self._ids:
-            cache = DynamicCache()
-            for layer, one in enumerate(self._prefix.layers):
-                cache.update(one.keys.clone(), one.values.clone(), layer)
-            self._run(tokens[self._n_shared :], cache)
-
-    def _run(self, tokens: Sequence[int], cache: Any) -> None:
-        with torch.no_grad():
-            self._lm.model(input_ids=torch.tensor([tokens]), past_key_values=cache, logits_to_keep=1)
-
-    def _sdpa(self, work: Callable[[], None]) -> None:
-        self._lm.model.set_attn_implementation("sdpa")
-        try:
-            work()
-        finally:
-            self._lm.model.set_attn_implementation(ATTENTION_NAME)
-
-
-def engine_rows(lm: LanguageModel) -> list[Sides]:
-    """NEGs of all neurons for four options, and sweeps."""
-    rows = []
-    for name, goal, shape in (
-        ("agnews, one-shot", 1.00, (24, 321, 86)),
-        ("agnews, zero-shot", 0.85, (24, 16, 86)),
-        ("imdb, zero-shot", 1.10, (8, 15, 290)),
-        ("agnews, one-shot, a shard of 8", 1.15, (8, 321, 86)),
-    ):
-        encoded = prompts(*shape)
-        title = f"NEG, {name}: forward pass of own tokens"
-        ours = partial(neurgrad, lm, encoded)
-        rows.append(Sides(title, "s a prompt", shape[0], ours, Forward(lm, encoded), goal))
-    few = prompts(4, 321, 86)
-    text = "Question: which answer fits? A. one B. two C. three D. four. Answer:"
-    chosen, shifts = draw_neurons(lm.n_layers, lm.layer_width, 16), shift_grid(2)
-
-    def swept(method: Method) -> object:
-        return sweep(lm, [text], LABELS[0], neurons=chosen, shifts=shifts, method=method)
-
-    whole, each = Forward(lm, few, whole=True), partial(plain_gradients, lm, text, LABELS)
-    return [
-        *rows,
-        Sides("NEG, one-shot: forward pass of whole prompts", "s a prompt", 4, partial(neurgrad, lm, few), whole),
-        Sides("NEG, 20 tokens: autograd for each option", "s", 1, partial(neurgrad, lm, [text], LABELS), each),
-        Sides("sweep: passes of whole prompts", "s a neuron", 16, partial(swept, "auto"), partial(swept, "hooks")),
-    ]
-
-
-def store_rows(folder: Path) -> list[Sides]:
-    """Shards of 32 rows of SmolLM2's shape with four options, against plain files of as many bytes."""
-    random, n_rows, shape = np.random.default_rng(0), 32, (30, 1536)
-    columns = {
-        "negs_POLN": random.standard_normal((n_rows, 4, *shape), np.float32),
-        "activations_PLN": random.standard_normal((n_rows, *shape), np.float32),
-        "probs_PO": np.full((n_rows, 4), 0.25, np.float32),
-        "label_ids_PO": np.tile(np.arange(4), (n_rows, 1)),
-    }
-    examples = [Row(str(row), answer=row % 4) for row in range(n_rows)]
-    place, identity = negs_place("random", "random", "train"), identity_of(*shape)
-
-    def publish() -> None:
-        write_negs(folder / "run", place, 0, 1, identity=identity, examples=examples, **columns)
-
-    publish()
-    n_bytes = next((folder / "run").rglob("*.arrow")).stat().st_size
-    content, plain_file = random.bytes(n_bytes), folder / "plain"
-
-    def write() -> None:
-        with plain_file.open("wb") as file:
-            file.write(content)
-            os.fsync(file.fileno())
-
-    def read_shard() -> None:
-        forget_checks()
-        open_negs(folder / "run").at(place).layer(3).sum()
-
-    def read() -> None:
-        np.frombuffer(plain_file.read_bytes(), np.uint8).sum()
-
-    write()
-    mebibytes = n_bytes // 2**20
-    return [
-        Sides(f"shard of {mebibytes} MiB written: plain file, synced", "s", 1, publish, write),
-        Sides("shard checked, one layer read: plain file read whole", "s", 1, read_shard, read),
-    ]
-
-
-def compared(sides: Sides, repeats: int) -> dict[str, Any]:
-    """Time both sides in turns, after a first call of each."""
-
-    def seconds(work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        return (time.perf_counter() - started) / sides.n_units
-
-    seconds(sides.ours), seconds(sides.plain)
-    pairs = [(seconds(sides.ours), seconds(sides.plain)) for _ in range(repeats)]
-    ours, plain = (median(times) for times in zip(*pairs, strict=True))
-    ratios = [one / other for one, other in pairs]
-    return {"name": sides.name, "unit": sides.unit, "ours": ours, "plain": plain, "ratio": ours / plain,
-            "ratios": ratios, "goal": sides.goal}  # fmt: skip
+GROUPS: Mapping[str, Group] = {
+    "NEGs": Group(
+        bench_engine.negs,
+        "A forward pass is SDPA without gradients, one prompt after the other: of own tokens after a copy of the "
+        "shared prefix's cache, or of whole prompts. Autograd takes one backward pass over the whole prompt for each "
+        "of the four options. Ours keeps the shared prefix from call to call, as a worker does from shard to shard.",
+    ),
+    "Sweeps": Group(bench_engine.sweeps, "One prompt of 40 tokens, neurons of all layers, shifts from -2 to 2 by .2."),
+    "Growth": Group(
+        bench_engine.growth,
+        "One thing grows at a time, from 8 prompts with 16 shared and 86 own tokens and four options. Layers (of 1,024 "
+        "neurons) and neurons (in 8 layers) are those of random models of width 256.",
+    ),
+    "Shards": Group(
+        bench_store.shards, "32 rows of SmolLM2-135M's shape, all values; the plain file has as many bytes (28 MiB)."
+    ),
+    "Rankings and probes": Group(
+        bench_store.probes,
+        "Random numbers in Llama-2-7B's shape with four options, each row measured once. Four shards of 32 rows are "
+        "written and come again and again, so that they are in memory: 31 GiB of NEGs are read, and no disk is "
+        "measured. Random numbers are the worst case of a forest, whose trees grow to single rows.",
+    ),
+    "Workers": Group(
+        bench_runs.workers, "The same shards of 8 prompts of some 50 tokens each, with the model loaded, once."
+    ),
+    "Queue": Group(
+        bench_runs.queue,
+        "What handing out shards costs. Workers sleep: threads for real, those of the larger rows in simulated time, "
+        "which stands still while the driver computes. Finished shards of the last row hold one row of a model with "
+        "one neuron, so that it is the driver's work for a shard that counts; larger ones cost the reading of their "
+        "bytes besides. A minute for half a million of them is .12 ms.",
+    ),
+    "Memory": Group(bench_runs.memory, "One local worker in a process of its own, that of the driver included."),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name has this in it")
+    parser.add_argument("--only", action="append", help="part of the name of a group or of rows; several are possible")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="file for the figures")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and few rows: tries the script alone")
+    parser.add_argument("--out", type=Path, default=DOCS / "bench.json", help="file for the figures")
     args = parser.parse_args()
+    if args.tiny and args.out == DOCS / "bench.json":
+        parser.error("--tiny measures nothing that the documents could show: give another --out")
     torch.set_num_threads(args.threads)
-    console, results = Console(), []
+    console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        console.print("loading smollm2-135m")
-        lm = replace(load_model("smollm2-135m", device="cpu"), prefixes=Prefixes())
-        rows = [*engine_rows(lm), *store_rows(Path(folder))]
-        chosen = [sides for sides in rows if args.only in sides.name]
-        for number, sides in enumerate(chosen, start=1):
-            console.print(f"{number} of {len(chosen)}: {sides.name}")
-            results.append(compared(sides, args.repeats))
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads,
-               "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
-    args.out.write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
-    table = Table("what, against what", "unit", "ours", "other", "ours / other", "goal", title=json.dumps(machine))
-    for row in results:
-        ours, plain, ratio = (f"{row[name]:.3g}" for name in ("ours", "plain", "ratio"))
-        goal = "" if row["goal"] is None else f"{row['goal']:.2f}"
-        table.add_row(row["name"], row["unit"], ours, plain, ratio, goal)
-    console.print(table)
+        setting = Setting(Path(folder), args.repeats, args.threads, args.tiny)
+        figures = measure(setting, console, args.out, args.only or [""])
+    for title, group in figures["groups"].items():
+        console.print(console_table(title, group["rows"]))
+    if args.out == DOCS / "bench.json":
+        (DOCS / "benchmarks.md").write_text(document(figures), encoding="utf-8")
+
+
+def measure(setting: Setting, console: Console, out: Path, only: list[str]) -> dict[str, Any]:
+    """Measure the rows that are asked for, write the figures after each, and return them all."""
+    todo = [
+        (title, item)
+        for title, group in GROUPS.items()
+        for item in group.items(setting)
+        if any(part in f"{title}: {item.name}" for part in only)
+    ]
+    about = machine(setting)
+    earlier = json.loads(out.read_text()) if out.exists() and only != [""] else {"machine": about, "groups": {}}
+    if earlier["machine"] != about:
+        sys.exit(f"{out} holds figures of {earlier['machine']}, and this is {about}: give another --out")
+    found = {title: _by_name(earlier["groups"].get(title, {}).get("rows", ())) for title in GROUPS}
+    figures: dict[str, Any] = {}
+    for number, (title, item) in enumerate(todo, 1):
+        console.print(f"{number} of {len(todo)}: {title}: {item.name}", highlight=False)
+        began = time.perf_counter()
+        found[title] |= _by_name(row.record() for row in item.measure())
+        console.print(f"    {time.perf_counter() - began:.1f} s", highlight=False)
+        filled = {name: list(rows.values()) for name, rows in found.items() if rows}
+        groups = {name: {"about": GROUPS[name].about, "rows": rows} for name, rows in filled.items()}
+        figures = {"machine": about, "groups": groups}
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
+def _by_name(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["name"], row["against"]): row for row in rows}
+
+
+def machine(setting: Setting) -> dict[str, str]:
+    """Return what the figures depend on."""
+    cpu = re.search(r"(?m)^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text())
+    about = {
+        "CPU": cpu[1] if cpu else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "threads": str(setting.threads),
+    }
+    return about | {"Python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 if __name__ == "__main__":

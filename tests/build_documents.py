@@ -1,10 +1,12 @@
 """Write the documents that are made from other files.
 
-These are run-files.md from the run file classes, the families in README.md from their rows, and way.svg from way.dot.
+These are run-files.md from the run file classes, the families in README.md from their rows, benchmarks.md from
+bench.json, and way.svg from way.dot.
 
 Run it from the repository: `make docs`. The picture needs graphviz (`apt-get install graphviz`).
 """
 
+import json
 import subprocess
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from bench_tables import document
 from pydantic import BaseModel
 
 from negcore.model.architectures import ARCHITECTURES
@@ -135,7 +138,13 @@ def _bounds(schema: Mapping[str, Any]) -> str:
     return f" {' '.join(bounds)}" if bounds else ""
 
 
+def benchmarks() -> str:
+    """Return the text of benchmarks.md."""
+    return document(json.loads((DOCS / "bench.json").read_text(encoding="utf-8")))
+
+
 if __name__ == "__main__":
     (DOCS / "run-files.md").write_text(run_files(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(benchmarks(), encoding="utf-8")
     PICTURE.with_suffix(".svg").write_text(picture(), encoding="utf-8")

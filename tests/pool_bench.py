@@ -10,15 +10,16 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -37,6 +38,7 @@ from tasks.measure.shard_set import ShardSet
 from tasks.pool.base import Jobs, Outcome, Resources
 from tasks.steps import Step
 
+T = TypeVar("T")
 Figures = dict[str, float]
 
 
@@ -103,7 +105,7 @@ def actors(n_workers: int, n_jobs: int = 2000) -> Figures:
 
 def large(n_workers: int = 1000, n_shards: int = 1_000_000) -> Figures:
     """Measure how fast a driver hands out the shards of a very large split, and the memory it takes."""
-    before_bytes = _peak_bytes()
+    before_bytes = peak_bytes()
     split = shard_set("simulated", "large", "train", n_shards, 20, shard_rows=1)
     with (
         tempfile.TemporaryDirectory() as root,
@@ -117,7 +119,7 @@ def large(n_workers: int = 1000, n_shards: int = 1_000_000) -> Figures:
         "shards": n_shards,
         "shards a second": n_shards / spent_s,
         "shards a second of the driver's CPU": n_shards / cpu_s,
-        "driver, MB": _peak_bytes() / 1e6,
+        "driver, MB": peak_bytes() / 1e6,
         "before, MB": before_bytes / 1e6,
         "busy, %": 100 * pool.share_busy,
     }
@@ -158,7 +160,7 @@ def resumed(n_finished: int = 500_000) -> Figures:
         "s of CPU": ended_cpu - began_cpu,
         "s for the disk's room alone": planned - began,
         "ms a finished shard": 1000 * (ended_cpu - planned_cpu) / n_finished,
-        "driver, MB": _peak_bytes() / 1e6,
+        "driver, MB": peak_bytes() / 1e6,
     }
 
 
@@ -186,9 +188,16 @@ def _write(root: Path, split: ShardSet, index: int) -> None:
     receipt_path(folder, index).write_text(sealed)
 
 
-def _peak_bytes() -> int:
-    """Return the most memory that this process had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes() -> int:
+    """Return the most memory that this process had; `getrusage` counts that of the process it was started by, too."""
+    (line,) = re.findall(r"(?m)^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text())
+    return int(line) * 1024
+
+
+def in_own_process(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a fresh process, so that memory and threads are its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *args).result()
 
 
 ROWS: dict[str, tuple[Callable[..., Figures], tuple[Any, ...]]] = {
@@ -205,11 +214,6 @@ ROWS: dict[str, tuple[Callable[..., Figures], tuple[Any, ...]]] = {
 }
 
 
-def _measured(name: str) -> Figures:
-    function, arguments = ROWS[name]
-    return function(*arguments)
-
-
 def main() -> None:
     """Measure the rows that are asked for, each in a process of its own, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -220,8 +224,8 @@ def main() -> None:
     figures: dict[str, Figures] = {}
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        with multiprocessing.get_context("spawn").Pool(1) as processes:  # so that memory is a row's own
-            figures[name] = processes.apply(_measured, (name,))
+        function, arguments = ROWS[name]
+        figures[name] = in_own_process(function, *arguments)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     if options.json:
         print(json.dumps({"machine": machine, "rows": figures}, indent=1))

@@ -19,7 +19,7 @@ from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import DEFAULT_SHIFTS, SweepResult, draw_neurons, measured, shift_grid, sweep
 from negcore.measure.virtual_tokens import Method
 from negcore.model.architectures import Dtype
-from negcore.model.encoding import encode, encode_targets
+from negcore.model.encoding import EncodedPrompts, encode, encode_targets
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import HALF_TYPES
 
@@ -171,14 +171,22 @@ def _measured_in(
         yield what, _Measured(result.negs_PK, float(result.linear_PK.mean()), time.perf_counter() - started)
 
 
-def plain_gradients(lm: LanguageModel, prompt: str, labels: Sequence[str]) -> torch.Tensor:
+def plain_gradients(
+    lm: LanguageModel, prompt: str | EncodedPrompts, labels: Sequence[str] | None = None
+) -> torch.Tensor:
     """Take the gradients of each label's probability by every neuron, with a pass over the whole prompt for each label.
+
+    Parameters
+    ----------
+    prompt : str or EncodedPrompts
+        One prompt. An encoded one brings its labels.
 
     Returns
     -------
     Tensor of shape (O, L, N)
     """
-    encoded = encode(lm.card, [prompt], labels)
+    encoded = encode(lm.card, [prompt] if isinstance(prompt, str) else prompt, labels)
+    assert len(encoded.ids) == 1, "one prompt at a time"
     position = probed_position(lm, encoded.ids[0])
     ids_1T = torch.tensor(encoded.ids, device=lm.device)
     positions_1 = torch.tensor([position], device=lm.device)

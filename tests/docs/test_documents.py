@@ -62,6 +62,10 @@ def test_the_families_in_the_readme_are_those_of_now():
     assert build_documents.README.read_text(encoding="utf-8") == build_documents.readme(), "run: make docs"
 
 
+def test_the_benchmarks_are_those_of_the_raw_figures():
+    assert (DOCS / "benchmarks.md").read_text(encoding="utf-8") == build_documents.benchmarks(), "run: make docs"
+
+
 def test_the_picture_was_drawn_from_its_source():
     drawn = (DOCS / "pictures" / "way.svg").read_text(encoding="utf-8")
     assert f"<!-- drawn from {build_documents.source_digest()} -->" in drawn, "run: make docs"
