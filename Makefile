@@ -7,7 +7,7 @@ APT := DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -o Dpkg::Use-Pty=0
 PYTHON ?= python3
 DEMO ?= runs/demo
 
-.PHONY: bench bench-gpu setup gemma cluster-tools browser demo test faults lint check docs clean
+.PHONY: bench bench-gpu setup gemma cluster-tools browser demo test faults lint check docs paper clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +54,10 @@ check: lint test
 # Writes what is made from other files; the picture needs graphviz.
 docs: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/build_documents.py
+
+# Takes the figures of finished campaigns (RUNS="runs/paper-llama2-7b ...") into the page that has the paper's.
+paper: $(VENV)/.developing
+	$(BIN)/python -m tests.build_paper $(RUNS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,7 +15,7 @@ from tasks.config.reading import recorded_run
 
 DOCS = REPOSITORY / "docs"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-RUN_FILES = sorted((DOCS / "run-files").glob("*.yaml"))
+RUN_FILES = sorted((DOCS / "run-files").rglob("*.yaml"))
 
 
 def prose(document):
