@@ -227,8 +227,8 @@ def _in_halves(rows: Tensor, matrix: Tensor) -> Tensor:
     upper = rows.to(matrix.dtype)
     lower = (rows - upper).to(matrix.dtype)
     flat = matrix.flatten(0, 1)
-    products = (torch.bmm(half.flatten(0, 1), flat, out_dtype=torch.float32) for half in (upper, lower))
-    return sum(products, start=torch.zeros((), device=rows.device)).view(*rows.shape[:-1], -1)
+    of_upper, of_lower = (torch.bmm(half.flatten(0, 1), flat, out_dtype=torch.float32) for half in (upper, lower))
+    return (of_upper + of_lower).view(*rows.shape[:-1], -1)
 
 
 def _virtual(
