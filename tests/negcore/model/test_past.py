@@ -14,7 +14,7 @@ def random_tokens(rows: int, count: int) -> KeysValues:
 
 
 def explicit(query: Tensor, tokens: KeysValues, mask: Tensor, scale: float = 1.0) -> Tensor:
-    return attention._explicit(query, *tokens, mask, scale, None)
+    return attention._explicit(query, *tokens, mask, scale, None, None)
 
 
 @pytest.mark.parametrize("copies", [1, 3])
@@ -26,7 +26,7 @@ def test_the_last_token_attends_to_parts_as_to_the_whole_in_values_and_gradients
     mask = torch.rand(B * copies, 1, 1, P + S + 1) > 0.3
     mask[..., -1] = True
     whole = explicit(query, past.joined(newest), mask)
-    parts = attention._last(query, newest, past, mask, None)
+    parts = attention._last(query, newest, past, mask, None, None)
     torch.testing.assert_close(parts, whole)
     direction = torch.randn_like(whole)
     torch.testing.assert_close(*(torch.autograd.grad((one * direction).sum(), query)[0] for one in (parts, whole)))
@@ -36,7 +36,7 @@ def test_a_batched_backward_pass_through_parts_is_one_for_each_option():
     torch.manual_seed(0)
     past, newest = Past(random_tokens(1, P), random_tokens(B, S)), random_tokens(B, 1)
     query = torch.randn(B, H, 1, D, dtype=torch.float64, requires_grad=True)
-    output = attention._last(query, newest, past, torch.ones(B, 1, 1, P + S + 1, dtype=torch.bool), None)
+    output = attention._last(query, newest, past, torch.ones(B, 1, 1, P + S + 1, dtype=torch.bool), None, None)
     directions = torch.randn(4, *output.shape, dtype=torch.float64)
     together = torch.autograd.grad(output, query, directions, is_grads_batched=True, retain_graph=True)[0]
     alone = [torch.autograd.grad(output, query, one, retain_graph=True)[0] for one in directions]
