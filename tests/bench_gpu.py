@@ -29,12 +29,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent))  # `support` is a module beside this one, as for the tests
-from support import CONFIGS, LABELS, Row, prompts_for, tiny_model, tiny_tokenizer
+from support import CONFIGS, LABELS, Row, by_turns, prompts_for, save_tiny_model, tiny_model, tiny_tokenizer
 
 from negcore.measure.benchmark import plain_gradients
 from negcore.measure.forward import common_prefix_length
 from negcore.measure.kept import keeping
-from negcore.measure.loading import checked
+from negcore.measure.loading import checked, load_model
 from negcore.measure.model_check import check_model
 from negcore.measure.neurgrad import NeurGradBatch, away_from_zero, measure_negs, neurgrad
 from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
@@ -441,6 +441,25 @@ def _idle(setting: Setting) -> Iterator[Figures]:
     found["busy_s"] = _kernel_shares(recorded)["busy_s"]
 
 
+def several_devices(setting: Setting) -> Iterator[Figures]:
+    """10: tiny models with their blocks on the device and the processor by turns, against those on the device alone."""
+    first, second = ("cpu", "disk") if setting.device == "cpu" else (f"{setting.device}:0", "cpu")
+    for family in ("llama", "gemma3_text", "gpt2", "bert", "mixtral"):
+        with tempfile.TemporaryDirectory() as folder:
+            ref = str(save_tiny_model(family, Path(folder) / "tiny"))
+            one = load_model(ref, device=setting.device)
+            several = load_model(ref, device_map=by_turns(ref, first, second))
+            texts = prompts_for(one)
+            truth, ours = (neurgrad(lm, texts, LABELS).negs_POLN for lm in (one, several))
+            figures: Figures = {"family": family, "negs": relative(ours - truth, truth)}
+            if not one.has_experts:
+                swept, expected = (
+                    sweep(lm, texts[:2], [" A"] * 2, neurons=[(1, 3)]).probs_PKS for lm in (several, one)
+                )
+                figures["sweep"] = relative(swept - expected, expected)
+            yield figures | {"passed": max(figures["negs"], figures.get("sweep", 0)) < 1e-4}
+
+
 CHECKS: dict[str, Callable[[Setting], Iterator[Figures]]] = {
     "families": families,
     "numbers": real_numbers,
@@ -451,8 +470,8 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Figures]]] = {
     "batches": batches,
     "long": long_prompt,
     "shards": shards,
+    "devices": several_devices,
 }
-"""Check 9, a model on several devices, is not possible yet."""
 
 
 def machine(setting: Setting) -> Figures:

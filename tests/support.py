@@ -20,8 +20,9 @@ from negcore.measure.loading import checked
 from negcore.measure.neurgrad import Negs, Results
 from negcore.model.architectures import ARCHITECTURES
 from negcore.model.check import ModelCheck
-from negcore.model.language_model import LanguageModel, wrap_model
-from negcore.model.skeleton import auto_class
+from negcore.model.language_model import LanguageModel, describe_model, wrap_model
+from negcore.model.placement import passing_map
+from negcore.model.skeleton import auto_class, skeleton
 from negcore.store.identity import RunIdentity
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import Receipt, ShardPlace, publish_shard
@@ -330,6 +331,19 @@ def save_tiny_model(family: str, directory: Path, *, n_positions: int | None = N
             settings = json.loads((directory / name).read_text())
             (directory / name).write_text(json.dumps(settings | {field: n_positions}))
     return directory
+
+
+def by_turns(ref: str, first: str, second: str) -> dict[str, str]:
+    """Return a map that puts a model's blocks on two devices by turns, so that every pass crosses between them."""
+    card = describe_model(ref)
+    model, layers = skeleton(card.config, masked=card.arch.masked), card.arch.layers
+    blocks = [
+        path
+        for path, _ in model.named_modules()
+        if path.startswith(f"{layers}.") and path.count(".") == layers.count(".") + 1
+    ]
+    beside = set(passing_map(model, layers, "cpu", "disk")) - set(blocks)
+    return dict.fromkeys(beside, first) | {path: (first, second)[index % 2] for index, path in enumerate(blocks)}
 
 
 class Row(NamedTuple):

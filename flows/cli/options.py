@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
@@ -61,8 +61,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     help_text = field.description or ""
     if get_origin(kind) is tuple:  # several values; the run file checks each
         kind = list[str]
-    elif Path in get_args(kind) or (get_origin(kind) is Union and NoneType not in get_args(kind)):
-        kind = str  # it may be a URL; or it has several forms, like a number or "all"
+    elif Path in get_args(kind) or _has_several_forms(kind):
+        kind = str  # it may be a URL, a number or "all", a word or a mapping
     has_default = not field.is_required() and field.default is not None and field.default_factory is None
     if has_default and name not in ("dataset", "confusion"):  # a long list, and a switch
         default = field.default
@@ -74,3 +74,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )
+
+
+def _has_several_forms(kind: Any) -> bool:
+    forms = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return bool(forms) and (NoneType not in forms or any(get_origin(one) is dict for one in forms))

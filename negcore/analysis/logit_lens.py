@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from negcore.errors import ModelError, NegError
 from negcore.model.language_model import LanguageModel
+from negcore.model.placement import with_weights
 
 _ROWS = 2**14
 """Rows of the unembedding that are taken as float32 at once."""
@@ -91,7 +92,10 @@ def _logits(lm: LanguageModel, row_H: Tensor) -> Tensor:
     """Return the logits of a row as the last hidden state, without biases: float32, shape (V,)."""
     norm = final_norm(lm)
     state_H = (row_H if norm is None else _without_bias(norm, row_H)).float()
-    weights_VH = lm.model.get_output_embeddings().weight
+    head = lm.model.get_output_embeddings()
+    with with_weights(head):
+        weights_VH = head.weight
+    state_H = state_H.to(weights_VH.device)
     return torch.cat([weights_RH.float() @ state_H for weights_RH in weights_VH.split(_ROWS)]).cpu()
 
 
@@ -156,7 +160,7 @@ def _traced(modules: list[nn.Module]) -> Iterator[dict[nn.Module, _Passed]]:
 def _last_token(values: Any) -> Tensor | None:
     first = values[0] if isinstance(values, tuple) and values else values
     is_vector = isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 0
-    return first.reshape(-1, first.shape[-1])[-1].clone() if is_vector else None
+    return first.reshape(-1, first.shape[-1])[-1].clone().cpu() if is_vector else None
 
 
 def _same(one_H: Tensor | None, other_H: Tensor | None) -> bool:

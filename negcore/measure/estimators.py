@@ -308,7 +308,8 @@ def _increases(
     limit: BatchLimit,
 ) -> Tensor:
     """Return the log-probability increases of some neurons of one layer: shape (K,)."""
-    rows_NH = lm.down_rows(layer).to(stream.acts_N.dtype)
+    rows_NH = lm.down_rows(layer).to(stream.acts_N)
+    neurons_K = neurons_K.to(rows_NH.device)  # a layer may be on another device
 
     def part_increases(indices: list[int]) -> Tensor:
         part = neurons_K[indices]

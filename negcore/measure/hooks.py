@@ -84,20 +84,24 @@ def tapped(
         values_BTN = values.view(n_rows, -1, values.shape[-1])
         first = values.shape[-1] - (columns.stop - columns.start)  # a fused projection holds the gate first, then `up`
         has_others = values_BTN.shape[1] > 1
-        probed_BN = values_BTN[rows, positions_B] if has_others else values_BTN[:, 0]
-        readings._parts[layer, columns.start == 0] = probed_BN[:, first:].detach()
+        probed = rows.to(values.device), positions_B.to(values.device)  # a layer may be on another device
+        probed_BN = values_BTN[probed] if has_others else values_BTN[:, 0]
+        readings._parts[layer, columns.start == 0] = probed_BN[:, first:].detach().to(lm.device)
         if layer not in shifts:
             return values
-        shift = shifts[layer][:, columns].to(values.dtype)
+        shift = shifts[layer][:, columns].to(values)
         shift = nn.functional.pad(shift, (first, 0)) if first else shift
         if not has_others:  # the same sum, for which a GPU needs one step instead of twenty
             return values + shift.view_as(values)
-        return values_BTN.index_put((rows, positions_B), shift, accumulate=True).view_as(values)
+        return values_BTN.index_put(probed, shift, accumulate=True).view_as(values)
 
     def route(layer: int, routing: Routing) -> Routing:
         chosen = routing if routings is None else routings[layer]
         readings.routings[layer] = Routing(*(one.detach() for one in chosen))
-        by_row = (one.view(n_rows, -1, one.shape[-1])[rows, positions_B] for one in readings.routings[layer])
+        by_row = (
+            one.view(n_rows, -1, one.shape[-1])[rows.to(one.device), positions_B.to(one.device)]
+            for one in readings.routings[layer]
+        )
         readings._probed[layer] = Routing(*by_row)
         return chosen
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from negcore.measure.model_check import check_model
-from negcore.model.architectures import Dtype, Router, SiteChoice, Way
+from negcore.model.architectures import DeviceMap, Dtype, Router, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.check import COMPARED, Compared, ModelCheck
 from negcore.model.language_model import LanguageModel, ModelCard, read_model, wrap_model
@@ -23,6 +23,7 @@ def load_model(
     device: str | None = None,
     site: SiteChoice = "paper",
     router: Router = "through",
+    device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """Load a model for measuring, frozen, in evaluation mode and with exact attention, and check it on one prompt.
 
@@ -41,13 +42,17 @@ def load_model(
     router : {"through", "fixed"}
         In a mixture of experts, whether a shift moves the routing of later layers: `through` differentiates through
         the router's weights, `fixed` holds experts and weights as they are without a shift.
+    device_map : {"auto", "cpu", "disk"} or mapping, optional
+        For a model that is larger than a device. `auto` spreads it over all GPUs; with `cpu` or `disk` the weights of
+        its blocks wait in main memory or in their files and pass through `device`. A mapping names the device
+        (`cuda:0`, `cpu`, `disk`) of each part of the model by its path, as in accelerate.
 
     Raises
     ------
     ModelError
         If the model cannot be found or loaded, has no such site, or fails the check: see `check_model`.
     """
-    return checked(read_model(ref, dtype=dtype, device=device, site=site, router=router))
+    return checked(read_model(ref, dtype=dtype, device=device, site=site, router=router, device_map=device_map))
 
 
 def as_language_model(

@@ -44,11 +44,7 @@ class PlainExperts(TorchFunctionMode):
         super().__init__()
         self._lm = lm
         self._modules = {layer: module for layer in range(lm.n_layers) if (module := lm.experts(layer)) is not None}
-        name = {"act": "down_proj", "up": "gate_up_proj"}[lm.site] if self._modules else ""
-        self._weights = {
-            getattr(module, name).untyped_storage().data_ptr(): (layer, getattr(module, name))
-            for layer, module in self._modules.items()
-        }
+        self._name = {"act": "down_proj", "up": "gate_up_proj"}[lm.site] if self._modules else ""
         self._leaves: dict[tuple[int, int], _Leaf] = {}
         self._experts_TK: dict[int, Tensor] = {}
 
@@ -93,7 +89,7 @@ class PlainExperts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight: Any = args[1] if func in _PRODUCTS and len(args) > 1 else None
-        known = self._weights.get(weight.untyped_storage().data_ptr()) if isinstance(weight, Tensor) else None
+        known = self._stacked(weight) if isinstance(weight, Tensor) else None
         if known is None:
             return func(*args, **kwargs)
         layer, stacked = known
@@ -108,6 +104,12 @@ class PlainExperts(TorchFunctionMode):
         changed = torch.zeros_like(product)
         changed[..., columns] = self._with_leaf(layer, expert, (product + later)[..., columns], zero=True)
         return product + changed
+
+    def _stacked(self, weight: Tensor) -> tuple[int, Tensor] | None:
+        """Return the weights of all experts that one's are a part of, if any; those that wait on disk come and go."""
+        place = weight.untyped_storage().data_ptr()
+        here = ((layer, getattr(module, self._name)) for layer, module in self._modules.items())
+        return next((one for one in here if place and one[1].untyped_storage().data_ptr() == place), None)
 
     def _with_leaf(self, layer: int, expert: int, values: Tensor, *, zero: bool = False) -> Tensor:
         leaf = torch.zeros_like(values, requires_grad=True)

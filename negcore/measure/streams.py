@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from negcore.measure.forward import ProbedBatch, copies
 from negcore.model.language_model import LanguageModel
+from negcore.model.placement import with_weights
 
 
 class Stream(NamedTuple):
@@ -36,7 +37,8 @@ class Stream(NamedTuple):
         sum_RH = self.joined_H + written_RH * self.scale_H
         if self.norm is None:
             return sum_RH
-        weights = {name: tensor.to(sum_RH.dtype) for name, tensor in self.norm.named_parameters()}
+        with with_weights(self.norm):
+            weights = {name: tensor.to(sum_RH.dtype) for name, tensor in self.norm.named_parameters()}
         result: Tensor = torch.func.functional_call(self.norm, weights, (sum_RH,))
         return result
 
@@ -110,7 +112,7 @@ def _silenced(batch: ProbedBatch, writers: Sequence[nn.Module]) -> Iterator[None
 
     def silence(row: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rows_BTH = output.reshape(len(batch.rows), -1, output.shape[-1]).clone()
-        rows_BTH[row, batch.positions_B[row]] = 0
+        rows_BTH[row, int(batch.positions_B[row])] = 0
         return rows_BTH.view_as(output)
 
     with ExitStack() as hooks:
@@ -122,4 +124,4 @@ def _silenced(batch: ProbedBatch, writers: Sequence[nn.Module]) -> Iterator[None
 def _at_probed(batch: ProbedBatch, values: Any) -> Tensor:
     tensor: Tensor = values[0] if isinstance(values, tuple | list) else values
     rows = torch.arange(len(batch.rows), device=tensor.device)
-    return tensor.reshape(len(rows), -1, tensor.shape[-1])[rows, batch.positions_B].detach()
+    return tensor.reshape(len(rows), -1, tensor.shape[-1])[rows, batch.positions_B.to(rows.device)].detach()

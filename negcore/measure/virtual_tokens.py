@@ -27,6 +27,7 @@ from negcore.measure.memory import BatchLimit
 from negcore.model.attention import side_by_side
 from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import LanguageModel
+from negcore.model.placement import running
 
 Method = Literal["auto", "virtual", "hooks"]
 
@@ -94,13 +95,10 @@ def head_logits(lm: LanguageModel, output: Any, hidden_RH: Tensor) -> Tensor:
     answer = type(output)(**{**output, "last_hidden_state": hidden_RH[None]})
     token_11 = torch.zeros(1, 1, dtype=torch.long, device=lm.device)
     # The whole model runs, but for its body, which answers at once: the part that its head asks, whichever that is.
-    for part in lm.body_parts:
-        part.forward = lambda *_, **__: answer
-    try:
-        logits: Tensor = lm.model(input_ids=token_11, use_cache=False).logits[0]
-    finally:
+    with ExitStack() as answering:
         for part in lm.body_parts:
-            del part.forward
+            answering.enter_context(running(part, lambda *_, **__: answer))
+        logits: Tensor = lm.model(input_ids=token_11, use_cache=False).logits[0]
     return logits
 
 
@@ -272,4 +270,5 @@ class _Joining:
     def _shift(self, values: Tensor) -> Tensor:
         flat_RN = values.reshape(-1, values.shape[-1])  # some layers (OPT) drop the batch axis
         columns = self.neurons + (flat_RN.shape[1] - self.lm.layer_width)  # a fused projection holds `up` last
-        return flat_RN.index_put((self.rows, columns), self.sizes.to(values.dtype), accumulate=True).view_as(values)
+        places = self.rows.to(values.device), columns.to(values.device)  # a layer may be on another device
+        return flat_RN.index_put(places, self.sizes.to(values), accumulate=True).view_as(values)

@@ -4,6 +4,7 @@ A new family is a row here and a line in the parametrised tests. Paths are relat
 head; paths below a layer are relative to that layer.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
@@ -19,6 +20,12 @@ Router = Literal["through", "fixed"]
 - `through`: the router sees the move, as in the untouched model: NEGs are differentiated through its weights, and under
   a finite shift it may choose other experts.
 - `fixed`: experts and their weights stay those of the unshifted pass.
+"""
+DeviceMap = Literal["auto", "cpu", "disk"] | Mapping[str, str | int]
+"""Where the parts of a model are: a device, `cpu` or `disk` for each by its path, or a word.
+
+- `auto`: spread over all GPUs.
+- `cpu`, `disk`: the blocks' weights wait in main memory or in their files, and pass through the device.
 """
 Way = Literal["virtual", "cached", "whole"]
 """Ways through a causal model, the fastest first.

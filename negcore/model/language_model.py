@@ -21,7 +21,7 @@ from xxhash import xxh3_128
 from negcore.errors import ModelError
 from negcore.hub import Commit, HubError, commit_of, download_problem, file_of
 from negcore.model.adapters import adapter_digest, check_adapter, merged
-from negcore.model.architectures import Architecture, Dtype, Router, Site, SiteChoice, Way
+from negcore.model.architectures import Architecture, DeviceMap, Dtype, Router, Site, SiteChoice, Way
 from negcore.model.attention import ATTENTION_NAME, register_attention
 from negcore.model.check import Compared, ModelCheck
 from negcore.model.discovery import find_architecture
@@ -39,6 +39,7 @@ from negcore.model.model_files import (
     reading,
 )
 from negcore.model.past import Prefixes
+from negcore.model.placement import main_device, placed, resolved_map, with_weights
 from negcore.model.quantised import plain_config, plain_model, storage_note
 from negcore.model.references import is_directory, is_gguf, parse_reference, with_adapter
 from negcore.model.skeleton import (
@@ -229,7 +230,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        """Device of tokens, logits and shifts; a model on several devices takes and gives them there."""
+        return main_device(self.model)
 
     @property
     def dtype(self) -> str:
@@ -313,7 +315,8 @@ class LanguageModel:
 
     def down_rows(self, layer: int) -> Tensor:
         """Return what one unit of each neuron's `act` adds to the layer's output: shape (N, hidden)."""
-        return down_rows(self.down(layer))
+        with with_weights(self.down(layer)):
+            return down_rows(self.down(layer))
 
     def down_row(self, layer: int, neuron: int) -> Tensor:
         """Return what one unit of a neuron's `act` adds to the layer's output: shape (hidden,).
@@ -405,7 +408,13 @@ def model_name(ref: str) -> str:
 
 
 def read_model(
-    ref: str | ModelCard, *, dtype: Dtype, device: str | None, site: SiteChoice, router: Router = "through"
+    ref: str | ModelCard,
+    *,
+    dtype: Dtype,
+    device: str | None,
+    site: SiteChoice,
+    router: Router = "through",
+    device_map: DeviceMap | None = None,
 ) -> LanguageModel:
     """Load a model without its check: see `negcore.measure.loading.load_model`.
 
@@ -422,14 +431,23 @@ def read_model(
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     reason = plain_reason if card.base_revision.startswith("xxh3:") else download_problem
     with reading(f"model {card.name!r}{storage_note(card.config)} could not be loaded", reason):
-        model = _weighted(card, dtype=DTYPES[dtype])
-        model = plain_model(model, card.config, DTYPES[dtype])
-        if card.adapter is not None:
-            model = merged(model, card.adapter)
-        model = model.to(target)
+        model = _placed(card, DTYPES[dtype], target, device_map)
     _take_from_files(model)
     _check_files(card)
     return LanguageModel(_prepared(model), card, resolved, router=router)
+
+
+def _placed(card: ModelCard, dtype: torch.dtype, device: str, wanted: DeviceMap | None) -> Any:
+    """Load a model onto its device or devices, with plain weights and its adapter merged."""
+
+    def load(**options: Any) -> Any:
+        model = plain_model(_weighted(card, dtype=dtype, **options), card.config, dtype)
+        return model if card.adapter is None else merged(model, card.adapter)
+
+    device_map = resolved_map(card._skeleton, card.arch.layers, wanted, device, dtype)
+    if device_map is None:
+        return load().to(device)
+    return placed(load, device_map, at_once=card.adapter is None and not storage_note(card.config))
 
 
 def _check_router(router: str) -> None:

@@ -32,29 +32,29 @@ def in_float32(lm: LanguageModel) -> Iterator[None]:
     within = {module for block in blocks for module in block.modules()}
     beside = {module for part in (lm.body_parts[-1], lm.model.get_input_embeddings()) for module in part.modules()}
     others = [module for module in lm.model.modules() if module not in within | beside]
-    at_times = [(block, _half_tensors(block, whole=True)) for block in blocks]
-    at_times += [(module, _half_tensors(module, whole=False)) for module in others]
-    always = [tensor for module in beside - within for tensor in _half_tensors(module, whole=False)]
+    at_times = [(block, list(block.modules())) for block in blocks] + [(module, [module]) for module in others]
     with ExitStack() as hooks:
-        hooks.enter_context(_wide_while_it_runs(None, always))
-        for module, tensors in at_times:
-            if tensors:
-                hooks.enter_context(_wide_while_it_runs(module, tensors))
+        hooks.enter_context(_wide_while_it_runs(None, list(beside - within)))
+        for module, holders in at_times:
+            if _half_tensors(holders):
+                hooks.enter_context(_wide_while_it_runs(module, holders))
         yield
 
 
 @contextmanager
-def _wide_while_it_runs(module: nn.Module | None, tensors: list[Tensor]) -> Iterator[None]:
-    """Widen tensors while a module runs, or all the time where there is none."""
-    narrow = [tensor.data for tensor in tensors]
+def _wide_while_it_runs(module: nn.Module | None, holders: list[nn.Module]) -> Iterator[None]:
+    """Widen the half tensors that some modules hold while a module runs, or all the time where there is none."""
+    narrow = {place: tensor.data for place, tensor in _half_tensors(holders).items()}
 
+    # Tensors are looked up anew each time: those of weights that wait on disk are others after each pass.
     def widen(*_: Any) -> None:
-        for tensor, data in zip(tensors, narrow, strict=True):
-            tensor.data = data.float()
+        for holder, name in narrow:
+            tensor = getattr(holder, name)
+            tensor.data = tensor.data.float()
 
     def restore(*_: Any) -> None:
-        for tensor, data in zip(tensors, narrow, strict=True):
-            tensor.data = data
+        for (holder, name), data in narrow.items():
+            getattr(holder, name).data = data
 
     handles = []
     if module is None:
@@ -69,9 +69,12 @@ def _wide_while_it_runs(module: nn.Module | None, tensors: list[Tensor]) -> Iter
         restore()
 
 
-def _half_tensors(module: nn.Module, *, whole: bool) -> list[Tensor]:
-    """Return the parameters and buffers of a half type that a module holds itself, or the whole of it."""
+def _half_tensors(holders: list[nn.Module]) -> dict[tuple[nn.Module, str], Tensor]:
+    """Return the parameters and buffers of a half type that some modules hold themselves, each once."""
     half = [DTYPES[name] for name in HALF_TYPES]
-    return [
-        tensor for tensor in (*module.parameters(recurse=whole), *module.buffers(recurse=whole)) if tensor.dtype in half
-    ]
+    found: dict[tuple[nn.Module, str], Tensor] = {}
+    for holder in holders:
+        for name, tensor in (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)):
+            if tensor.dtype in half and all(tensor is not other for other in found.values()):
+                found[holder, name] = tensor
+    return found

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from negcore.errors import RunError
-from negcore.model.architectures import Dtype, Router, SiteChoice
+from negcore.model.architectures import DeviceMap, Dtype, Router, SiteChoice
 from negcore.model.references import with_adapter
 from negcore.store.files import draft, local_directory, location, shortened
 from negcore.store.identity import content_digest
@@ -78,6 +78,22 @@ NodeLabel = Annotated[str, AfterValidator(_node_label)]
 """A label of a Ray node, ``NAME=VALUE``."""
 
 
+def _gpus(count: float) -> float:
+    if count > 1 and count != int(count):
+        raise ValueError(f"{count} is not allowed: a worker takes a share of one GPU, or a whole number of GPUs")
+    return count
+
+
+def _device_map(wanted: Any) -> Any:
+    if isinstance(wanted, str) and wanted not in ("cpu", "disk"):
+        raise ValueError(f"{wanted!r} is not allowed: cpu, disk or, in a run file, a device for each part of the model")
+    return wanted
+
+
+Gpus = Annotated[float, AfterValidator(_gpus)]
+"""GPUs of a worker."""
+
+
 class RunFile(BaseModel):
     """The fields of every run: models, how they are computed, and where."""
 
@@ -120,8 +136,13 @@ class RunFile(BaseModel):
         description="Ray actors a model. By default one a core.",
     )
     cpus: int = Field(1, ge=1, le=1024, description="Cores for each worker.")
-    gpus: float = Field(
-        0, ge=0, le=1, description="Share of a GPU for each actor, up to a whole one: a model is on one device. 0: CPU."
+    gpus: Gpus = Field(
+        0, ge=0, le=64, description="GPUs of each actor, or a share of one; over several the model is spread. 0: CPU."
+    )
+    device_map: Annotated[str | dict[str, str | int] | None, AfterValidator(_device_map)] = Field(
+        None,
+        description="cpu or disk: where the blocks' weights wait, to pass through the device. In a run file also a "
+        "device for each part of the model by its path.",
     )
     job_timeout_s: float | None = Field(
         None, gt=0, description="A worker silent for so long is replaced. By default never."
@@ -141,6 +162,7 @@ class RunFile(BaseModel):
             "out",
             "nonfinite",
             "device",
+            "device_map",
             "backend",
             "workers",
             "cpus",
@@ -240,6 +262,12 @@ class RunFile(BaseModel):
         Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself.
         """
         return self.device or ("cpu" if self.backend == "ray" and self.gpus == 0 else None)
+
+    @property
+    def placement(self) -> DeviceMap | None:
+        """Where a worker puts the parts of its model; `None` is one device."""
+        given: Any = self.device_map  # checked above
+        return given or ("auto" if self.gpus > 1 else None)
 
     @property
     def resources(self) -> Resources:

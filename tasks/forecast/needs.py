@@ -156,7 +156,8 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, site=run.site, router=run.router)
+    options = {"site": run.site, "router": run.router, "device_map": run.placement}
+    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, **options)
     lm = replace(loaded, prefixes=Prefixes())
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]

@@ -11,7 +11,7 @@ import torch
 
 from negcore.errors import ModelError
 from negcore.measure.loading import load_model
-from negcore.model.architectures import Dtype, Router, SiteChoice
+from negcore.model.architectures import DeviceMap, Dtype, Router, SiteChoice
 from negcore.model.language_model import ModelCard
 from negcore.model.past import Prefixes
 from negcore.store.publish import Receipt, SetAside
@@ -41,10 +41,12 @@ class ModelWorker:
         router: Router = "through",
         threads: int,
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> None:
         # The number of threads decides how sums are split, so it is part of what makes results repeatable.
         torch.set_num_threads(threads)
-        self._lm = replace(load_model(model, dtype=dtype, device=device, site=site, router=router), prefixes=Prefixes())
+        lm = load_model(model, dtype=dtype, device=device, site=site, router=router, device_map=device_map)
+        self._lm = replace(lm, prefixes=Prefixes())
         if revision not in (None, self._lm.revision):
             raise ModelError(
                 f"model {model!r} is {self._lm.revision} here, but {revision} where the run was planned: its files "
@@ -93,6 +95,7 @@ def model_pool(run: RunFile, card: ModelCard) -> AbstractContextManager[Pool]:
         "revision": card.revision,
         "dtype": run.dtype,
         "device": run.worker_device,
+        "device_map": run.placement,
         "site": run.site,
         "router": run.router,
         "threads": run.cpus,
