@@ -453,9 +453,8 @@ def several_devices(setting: Setting) -> Iterator[Figures]:
             truth, ours = (neurgrad(lm, texts, LABELS).negs_POLN for lm in (one, several))
             figures: Figures = {"family": family, "negs": relative(ours - truth, truth)}
             if not one.has_experts:
-                swept, expected = (
-                    sweep(lm, texts[:2], [" A"] * 2, neurons=[(1, 3)]).probs_PKS for lm in (several, one)
-                )
+                both = (sweep(lm, texts[:2], [" A"] * 2, neurons=[(1, 3)]).probs_PKS for lm in (several, one))
+                swept, expected = both
                 figures["sweep"] = relative(swept - expected, expected)
             yield figures | {"passed": max(figures["negs"], figures.get("sweep", 0)) < 1e-4}
 

@@ -337,12 +337,8 @@ def by_turns(ref: str, first: str, second: str) -> dict[str, str]:
     """Return a map that puts a model's blocks on two devices by turns, so that every pass crosses between them."""
     card = describe_model(ref)
     model, layers = skeleton(card.config, masked=card.arch.masked), card.arch.layers
-    blocks = [
-        path
-        for path, _ in model.named_modules()
-        if path.startswith(f"{layers}.") and path.count(".") == layers.count(".") + 1
-    ]
-    beside = set(passing_map(model, layers, "cpu", "disk")) - set(blocks)
+    blocks = [f"{layers}.{name}" for name, _ in model.get_submodule(layers).named_children()]
+    beside = passing_map(model, layers, "cpu", "disk").keys() - set(blocks)
     return dict.fromkeys(beside, first) | {path: (first, second)[index % 2] for index, path in enumerate(blocks)}
 
 

@@ -292,3 +292,24 @@ def test_an_adapter_belongs_to_the_name_and_its_absence_changes_no_name(values):
     plain, adapted = (read_run_file(SkillRun, None, values | more) for more in ({}, {"adapter": "adapters/a"}))
     assert "adapter" not in plain.science and plain.model_refs == ("m",)
     assert adapted.model_refs == ("m+adapters/a",) and adapted.name != plain.name
+
+
+def test_a_model_is_spread_over_the_gpus_of_its_worker_unless_a_map_says_otherwise(values, tmp_path):
+    def placed(**more):
+        return read_run_file(SkillRun, None, values | more)
+
+    assert placed().placement is None and placed(gpus=0.5).placement is None and placed(gpus=1).placement is None
+    assert placed(gpus=4).placement == "auto" and placed(gpus=4).resources.gpus == 4
+    assert placed(gpus=4, device_map="cpu").placement == "cpu" and placed(gpus=4).name == placed().name
+    file = tmp_path / "mine.yaml"
+    file.write_text("kind: pipeline\nmodel: m\ndataset: d\ndevice_map: {'': cpu, model.layers: disk}\n")
+    assert read_run_file(SkillRun, file, {}).placement == {"": "cpu", "model.layers": "disk"}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({"gpus": 1.5}, "a share of one GPU, or a whole number"), ({"device_map": "gpu"}, "'gpu' is not allowed: cpu")],
+)
+def test_a_place_that_no_model_can_have_is_refused(values, more, says):
+    with pytest.raises(RunError, match=says):
+        read_run_file(SkillRun, None, values | more)
