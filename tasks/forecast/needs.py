@@ -156,8 +156,14 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
     ModelError
         If the model cannot be loaded.
     """
-    options = {"site": run.site, "router": run.router, "device_map": run.placement}
-    loaded = load_model(model.card, dtype=run.dtype, device=run.worker_device, **options)
+    loaded = load_model(
+        model.card,
+        dtype=run.dtype,
+        device=run.worker_device,
+        site=run.site,
+        router=run.router,
+        device_map=run.placement,
+    )
     lm = replace(loaded, prefixes=Prefixes())
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]

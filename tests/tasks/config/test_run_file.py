@@ -176,7 +176,7 @@ def test_the_former_name_of_the_shard_size_is_read_and_the_command_line_takes_pr
         ("shots", 3, "shots is 3"),
         ("dtype", "int4", "dtype is 'int4'"),
         ("model", [], "model is"),
-        ("gpus", 4, "gpus is 4.*less than or equal to 1"),
+        ("gpus", 65, "gpus is 65.*less than or equal to 64"),
     ],
 )
 def test_a_bad_value_is_refused_with_field_and_value(values, field, value, problem):
