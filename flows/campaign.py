@@ -11,8 +11,10 @@ from flows.flow_run import noted, run_session, run_work
 from flows.linearity import LinearityResults
 from flows.pipeline import Results
 from flows.prefect_flows import prefect_flow
+from flows.show.accuracy_figures import model_forests
 from flows.show.campaign_tables import campaign_tables
 from flows.show.report import RunResults, Section
+from flows.show.sentences import campaign_sentences
 from flows.skills import SkillResults
 from negcore.errors import NegError, typed_line
 from negcore.store.files import n_bytes
@@ -45,7 +47,16 @@ class CampaignResults(RunResults):
 
     @cached_property
     def sections(self) -> list[Section]:
-        return [Section("", list(campaign_tables(self.comparison)))]
+        found = self.comparison
+        return [
+            Section(
+                title="",
+                tables=list(campaign_tables(found)),
+                figures=list(model_forests(found.accuracy, found.names)),
+                sentences=list(campaign_sentences(found)),
+                folder="campaign/figures",
+            )
+        ]
 
 
 campaign = prefect_flow("campaign")

@@ -198,4 +198,5 @@ def check_other(command: str) -> None:
         extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"\w+", " ".join(re.findall(r"\[(.*)\]", command)))) <= set(extras), command
     if program == "python":
-        assert (REPOSITORY / words[0]).is_file(), command
+        file = f"{words[1].replace('.', '/')}.py" if words[0] == "-m" else words[0]
+        assert (REPOSITORY / file).is_file(), command

@@ -1,6 +1,6 @@
-"""Figures of the probes' accuracies: a forest plot with intervals and floors, and the numbers of neurons kept."""
+"""Figures of the probes' accuracies: forest plots with intervals and floors, and the numbers of neurons kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flows.show.accuracy_tables import SHOTS, asked, probe_title, short
@@ -26,6 +26,11 @@ from tasks.probe import AccuracyRow
 from tasks.results import Average
 
 _COLOURS = {"lm": BLUE, "polar": GREEN, "magn": PURPLE, "tree": ORANGE}
+_FLOORS = (
+    "Vertical lines are floors, which know nothing of the question: guessing, the commonest training answer, options "
+    "and lengths alone, and calibrated probabilities. A probe whose bar reaches a floor has not shown that it reads "
+    "anything."
+)
 _ROW = 17
 """Pixels of a probe's row."""
 
@@ -50,11 +55,28 @@ def forest(scores: Sequence[AccuracyRow], means: Sequence[Average]) -> Figure:
         model=first.model,
         name=f"accuracy-{SHOTS[first.shots]}",
         title=f"accuracy on test, {asked(first.model, first.shots)}",
-        says="Accuracy of every probe on test with its 95 % interval (Wilson). Vertical lines are floors, which know "
-        "nothing of the question: guessing, the commonest training answer, options and lengths alone, and calibrated "
-        "probabilities. A probe whose bar reaches a floor has not shown that it reads anything.",
+        says=f"Accuracy of every probe on test with its 95 % interval (Wilson). {_FLOORS}",
         parts=[Part(panels)],
     )
+
+
+def model_forests(averages: Sequence[Average], names: Mapping[str, str]) -> Iterator[Figure]:
+    """Draw the mean accuracies over all datasets of several models, a figure a number of demonstrations.
+
+    Parameters
+    ----------
+    averages : sequence of Average
+    names : mapping of model to the name that people read
+    """
+    for shots, means in by([one for one in averages if not one.genre], "shots").items():
+        yield Figure(
+            model="models",
+            name=f"accuracy-{SHOTS[shots]}",
+            title=f"mean accuracy on test by model, {SHOTS[shots]}",
+            says="Accuracy of every probe of every model, mean over its datasets, with its 95 % interval (MOVER of "
+            f"Wilson's), for other rows of the same datasets. {_FLOORS}",
+            parts=[Part([_forest(names[model], rows) for model, rows in by(means, "model").items()])],
+        )
 
 
 def _forest(title: str, rows: Sequence[AccuracyRow | Average]) -> Chart:

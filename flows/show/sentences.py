@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from flows.show import comparison_tables
-from flows.show.accuracy_tables import FLOOR_TITLES, PROBE_TITLES, asked, probe_title, short
+from flows.show.accuracy_tables import FLOOR_TITLES, PROBE_TITLES, SHOTS, asked, probe_title, short
 from flows.show.comparison_tables import listed
 from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
 from flows.show.model_names import shown_model
@@ -11,6 +11,7 @@ from flows.show.skill_tables import DIRECTION_TITLES, probes, tops
 from flows.show.table import by
 from flows.show.text import change, correlation, count, share
 from negcore.analysis.causal import CausalRow
+from tasks.campaign import Comparison, GainRow
 from tasks.comparisons import ComparisonRow
 from tasks.floors import best_floor
 from tasks.linearity import Findings
@@ -38,6 +39,52 @@ def accuracy_sentences(
         for dataset, rows in by(own, "dataset").items():
             where = f"on {short(dataset)} ({rows[0].n_test} test rows)"
             yield _with(f"{asked_so}: {_said(where, rows)}", compared.get(dataset))
+
+
+def campaign_sentences(comparison: Comparison) -> Iterator[str]:
+    """Say which model answers best, what the probes of each reach on average, and how linear its neurons are."""
+    for shots, best in by([row for row in comparison.gains if not row.genre], "shots").items():
+        whole = [row for row in best if row.n_datasets == max(other.n_datasets for other in best)]
+        if len(whole) > 1:
+            fewer = [comparison.names[row.model] for row in best if row not in whole]
+            yield f"{SHOTS[shots]}: {_ranked(comparison, whole)}{_left_out(fewer) if fewer else ''}"
+    means = [one for one in comparison.accuracy if not one.genre]
+    for (model, shots), rows in _by_model(means).items():
+        said = _said(f"on average over {count(rows[0].n_datasets, 'dataset')}", rows)
+        yield f"{comparison.names[model]}, {SHOTS[shots]}: {said}"
+    for row in comparison.linearity:
+        where = f"{comparison.names[row.model]} on {row.dataset}, within ±{row.range:g}"
+        agreement = (
+            f", and NeurGrad correlates with the measured NEG by {correlation(row.pearson)} "
+            f"({correlation(row.pearson_low)} to {correlation(row.pearson_high)})"
+            if row.pearson is not None and row.pearson_low is not None and row.pearson_high is not None
+            else ""
+        )
+        n_pairs = row.n_prompts * row.n_neurons
+        yield f"{where}: {share(row.linear_share)} of {n_pairs} pairs of prompt and neuron are linear{agreement}."
+
+
+def _left_out(names: Sequence[str]) -> str:
+    return f" {listed(names)} answered fewer datasets and {_verb(names, 'is', 'are')} left out here."
+
+
+def _by_model(means: Sequence[Average]) -> dict[tuple[str, int], list[Average]]:
+    groups: dict[tuple[str, int], list[Average]] = {}
+    for one in means:
+        groups.setdefault((one.model, one.shots), []).append(one)
+    return groups
+
+
+def _ranked(comparison: Comparison, best: Sequence[GainRow]) -> str:
+    """Say which model's best probe is right most often, and of which others that is not clear."""
+    first, *others = sorted(best, key=lambda row: -row.accuracy)
+    where = f"{comparison.names[first.model]}'s best probe ({probe_title(first.probe)}) is right most often, in "
+    above = [comparison.names[row.model] for row in others if row.high < first.low]
+    near = [comparison.names[row.model] for row in others if row.high >= first.low]
+    verdicts = [f"its interval lies above {_verb(above, 'that', 'those')} of {listed(above)}"] if above else []
+    verdicts += [f"its interval meets {_verb(near, 'that', 'those')} of {listed(near)}"] if near else []
+    chosen = "each model's best probe was chosen on these very test rows"
+    return f"{where}{share(first.accuracy)} ({share(first.low)}-{share(first.high)}); {listed(verdicts)}; {chosen}."
 
 
 def _with(said: str, compared: Sequence[ComparisonRow] | None) -> str:
