@@ -326,11 +326,14 @@ class LanguageModel:
         experts, shape = self.experts(layer), self.layer_shapes[layer]
         if experts is not None and neuron < shape.n_experts * shape.n_units:
             expert, unit = divmod(neuron, shape.n_units)
-            weight: Tensor = experts.down_proj[expert]
+            with with_weights(experts):
+                weight: Tensor = experts.down_proj[expert]
             return weight[unit] if experts.is_transposed else weight[:, unit]
         row = self.arch if experts is None else dense_row(self.layers[layer], self.arch)
         assert row is not None
-        return down_rows(self.layers[layer].get_submodule(row.down))[neuron - shape.n_experts * shape.n_units]
+        down = self.layers[layer].get_submodule(row.down)
+        with with_weights(down):
+            return down_rows(down)[neuron - shape.n_experts * shape.n_units]
 
     def experts(self, layer: int) -> Any | None:
         """Return the module of a layer's routed experts; None if it has none."""

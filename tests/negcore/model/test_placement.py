@@ -9,7 +9,7 @@ from support import LABELS, PROMPTS, by_turns, prompts_for, save_tiny_model
 
 from negcore.analysis.logit_lens import logit_lens
 from negcore.errors import ModelError
-from negcore.measure.estimators import ESTIMATORS, estimate
+from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES, estimate
 from negcore.measure.interventions import intervene
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
@@ -44,6 +44,7 @@ def measured(lm):
     found["sweep"] = sweep(lm, prompts[:2], [" A"] * 2, neurons=[(0, 1), (1, 3), (2, 5)]).negs_PK
     for name in ESTIMATORS:
         some = {"answers": [0, 1], "neurons": [(0, 1), (2, 5)], "estimator": name}
+        some |= {"references": prompts[4:6]} if name in WITH_REFERENCES else {}
         found[name] = estimate(lm, prompts[:2], LABELS[:2], **some)
     shifts = intervene(lm, prompts[:2], " A", sets=[[(0, 1), (1, 3)], [(2, 5)]], shifts=[0.5, -0.5])
     found["interventions"] = shifts.probs_PDM
