@@ -16,10 +16,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +43,15 @@ from negcore.measure.sweeps import draw_neurons, shift_grid, sweep
 from negcore.model.attention import ATTENTION_NAME
 from negcore.model.encoding import EncodedPrompts
 from negcore.model.language_model import DTYPES, LanguageModel, describe_model, read_model, wrap_model
-from negcore.store.identity import RunIdentity
+from negcore.store.identity import RunIdentity, StorageName
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace, publish_shard
 from tasks.measure.negs import NegMeasurement
 
 Figures = dict[str, Any]
+
+_IN_A_ROW = 6
+"""Shards that are measured and written one behind the other."""
 
 
 class Setting(NamedTuple):
@@ -391,34 +396,53 @@ def long_prompt(setting: Setting) -> Iterator[Figures]:
 
 
 def shards(setting: Setting) -> Iterator[Figures]:
-    """10: shards of 64 prompts, measured and published as a worker does it, by storage level."""
+    """10: shards of 64 prompts, measured and published as a worker does it, by storage level: one, and six in a row."""
     lm = llama_7b(setting, "bfloat16")
     n_rows = 8 if setting.tiny else 64
     work = random_prompts(lm, "one-shot", n_rows, 461, (86, 86))
-    examples = [Row(str(index), answer=index % 4) for index in range(n_rows)]
     for storage in STORAGE_LEVELS:
-        measurement = NegMeasurement(lm.n_layers, lm.layer_width, storage)
-        keep = keeping(lm, storage, np.array([row.answer for row in examples]))
-        identity = RunIdentity(
-            model="m", model_revision="r", tokenizer_hash="t", site="up", dtype="bfloat16", prompt={},
-            n_layers=lm.n_layers, n_neurons=lm.layer_width, dataset_fingerprint="f", storage=storage,
-        )  # fmt: skip
+        one_shard = partial(_shard, lm, work, storage, Lock())
+        seconds: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder, _idle(setting) as idle:
-            seconds: dict[str, float] = {}
-            with _noted(seconds, "measure_s"):
-                measured = measure_negs(lm, work.prompts, keep, dtype=torch.float32)
-            columns = {**measured, "label_ids_PO": work.prompts.label_ids_PO}
-            with _noted(seconds, "nonfinite_s"):
-                measurement.nonfinite(columns)
-            with _noted(seconds, "columns_s"):
-                record = measurement.record_batch(examples, columns)
-            with _noted(seconds, "publish_s"):
-                place = ShardPlace("negs", "m", "d", "train")
-                about = measurement.about(4)
-                receipt = publish_shard(folder, place, 0, 1, identity=identity, batch=record, about=about)
+            n_bytes = one_shard(folder, seconds, 0)
         total = sum(seconds.values())
-        yield {"storage": storage, "rows": n_rows, "bytes": receipt.n_bytes, **seconds,
-               "bytes_per_s": receipt.n_bytes / total, "idle_share": 1 - idle["busy_s"] / total}  # fmt: skip
+        yield {"storage": storage, "rows": n_rows, "bytes": n_bytes, **seconds,
+               "bytes_per_s": n_bytes / total, "idle_share": 1 - idle["busy_s"] / total}  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder, _idle(setting) as idle, ThreadPoolExecutor(2) as threads:
+            started = time.perf_counter()
+            assert sum(threads.map(partial(one_shard, folder, {}), range(_IN_A_ROW))) == _IN_A_ROW * n_bytes
+            total = time.perf_counter() - started
+        yield {"storage": storage, "shards": _IN_A_ROW, "seconds": total, "idle_share": 1 - idle["busy_s"] / total}
+
+
+def _shard(
+    lm: LanguageModel,
+    work: Workload,
+    storage: StorageName,
+    device: Lock,
+    folder: str,
+    seconds: dict[str, float],
+    index: int,
+) -> int:
+    """Measure a shard, with the device for itself, and publish it; note the times and return its bytes."""
+    examples = [Row(str(row), answer=row % 4) for row in range(len(work.prompts.ids))]
+    measurement = NegMeasurement(lm.n_layers, lm.layer_width, storage)
+    keep = keeping(lm, storage, np.array([row.answer for row in examples]))
+    identity = RunIdentity(
+        model="m", model_revision="r", tokenizer_hash="t", site="up", dtype="bfloat16", prompt={},
+        n_layers=lm.n_layers, n_neurons=lm.layer_width, dataset_fingerprint="f", storage=storage,
+    )  # fmt: skip
+    with device, _noted(seconds, "measure_s"):
+        measured = measure_negs(lm, work.prompts, keep, dtype=torch.float32)
+    columns = {**measured, "label_ids_PO": work.prompts.label_ids_PO}
+    with _noted(seconds, "nonfinite_s"):
+        measurement.nonfinite(columns)
+    with _noted(seconds, "columns_s"):
+        record = measurement.record_batch(examples, columns)
+    with _noted(seconds, "publish_s"):
+        place, about = ShardPlace("negs", "m", "d", "train"), measurement.about(4)
+        receipt = publish_shard(folder, place, index, _IN_A_ROW, identity=identity, batch=record, about=about)
+    return receipt.n_bytes
 
 
 @contextmanager
