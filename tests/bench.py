@@ -139,4 +139,5 @@ def machine(setting: Setting) -> dict[str, str]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     main()
