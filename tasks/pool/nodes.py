@@ -13,30 +13,35 @@ from tasks.pool.base import Resources
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
-"""Time between two looks for drain notices: a spot node gets one some 30 s to 2 minutes before it is taken back."""
+"""Time between two looks: a spot node gets a drain notice some 30 s to 2 minutes before it is taken back."""
 
 
-class DrainNotices:
-    """The nodes that are being drained, looked up by a thread: the cluster may be slow to answer, or silent."""
+class NodeWatch:
+    """A thread that asks the cluster what its nodes do: behind a cut link, the answer may take for ever."""
 
     def __init__(self) -> None:
-        self.nodes: frozenset[str] = frozenset()
-        """Ids of the nodes that get no more work."""
+        self.draining: frozenset[str] = frozenset()
+        """Ids of the nodes that are about to go: they get no more work."""
+        self.free: Mapping[str, float] | None = None
+        """What no worker has taken; None until it is known."""
         self._closed = threading.Event()
-        threading.Thread(target=self._look, name="drain notices", daemon=True).start()
+        threading.Thread(target=self._look, name="nodes", daemon=True).start()
 
     def close(self) -> None:
         """Look no more."""
         self._closed.set()
 
     def _look(self) -> None:
-        from ray._private.state import state  # the public API does not tell
+        import ray
+        from ray._private.state import state  # the public API does not tell of drain notices
 
-        while not self._closed.wait(_LOOK_S):
+        while not self._closed.is_set():
             try:
-                self.nodes = frozenset(state.get_draining_nodes())
+                self.draining = frozenset(state.get_draining_nodes())
+                self.free = ray.available_resources()
             except Exception as error:  # Ray has no type for a silent or closed cluster
-                logger.debug("drain notices cannot be read: %s", one_line(error))
+                logger.debug("nodes cannot be looked at: %s", one_line(error))
+            self._closed.wait(_LOOK_S)
 
 
 def is_dead(node: str) -> bool:
@@ -69,11 +74,10 @@ def check_demand(resources: Resources, label: str) -> None:
     )
 
 
-def waiting(resources: Resources) -> str:
-    """Return in words what a pool waits for that has no place for a worker."""
-    import ray
-
-    return f"waiting for {demand(resources)} a worker (free: {amounts(ray.available_resources())})"
+def waiting(resources: Resources, free: Mapping[str, float] | None) -> str:
+    """Return in words what a pool waits for that has no place for a worker, and what the cluster has free."""
+    offer = "" if free is None else f" (free: {amounts(free)})"
+    return f"waiting for {demand(resources)} a worker{offer}"
 
 
 def demand(resources: Resources) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from negcore.errors import first_line
 from tasks.pool.actor_pool import ActorPool, Phase
 from tasks.pool.base import NodeLost, OutOfMemory, Resources, WorkerLost
-from tasks.pool.nodes import DrainNotices, check_demand, waiting
+from tasks.pool.nodes import NodeWatch, check_demand, waiting
 from tasks.pool.ray_session import check_head
 
 __all__ = ["RayPool"]
@@ -53,11 +53,11 @@ class RayPool(ActorPool):
             max_restarts=0,
             max_task_retries=0,
         )
-        self._notices = DrainNotices()
+        self._nodes = NodeWatch()
 
     def close(self) -> None:
-        """End all actors and the look for drain notices."""
-        self._notices.close()
+        """End all actors and the look at the nodes."""
+        self._nodes.close()
         super().close()
 
     def _make(self) -> Any:
@@ -71,13 +71,13 @@ class RayPool(ActorPool):
         self._ray.kill(handle)
 
     def _drained(self) -> Collection[str]:
-        return self._notices.nodes
+        return self._nodes.draining
 
     def _check(self) -> None:
         check_head()
 
     def _waiting(self) -> str:
-        return waiting(self._resources)
+        return waiting(self._resources, self._nodes.free)
 
     def _error_of(self, call: Future[Any]) -> Exception | None:
         """Return the error a call ended with: the worker's own, or `WorkerLost`."""

@@ -110,42 +110,48 @@ def _joined_ray(address: str) -> Iterator[None]:
 
 
 class _HeadWatch:
-    """A thread that calls on a cluster's head: behind a cut link, Ray's own calls wait for minutes in silence.
+    """Threads that call on a cluster's head: behind a cut link, Ray's own calls wait for minutes in silence.
 
-    It asks for this process's own node too: one that was cut off for half a minute is dead to the head for good, and
-    ends itself; no call of this process is answered then.
+    One of them asks for this process's own node: one that was cut off for half a minute is dead to the head for good,
+    and ends itself; no call of this process is answered then.
     """
 
     def __init__(self, address: str, node: str) -> None:
-        self.loss: RunError | None = None
-        """The error of a run whose head, or whose own node, is lost."""
         self._address, self._node = address, node
+        self._silence: RunError | None = None
+        self._death: RunError | None = None
         self._over = threading.Event()
-        threading.Thread(target=self._call, name="head", daemon=True).start()
+        for call in (self._knock, self._ask):
+            threading.Thread(target=call, name="head", daemon=True).start()
+
+    @property
+    def loss(self) -> RunError | None:
+        """The error of a run whose head, or whose own node, is lost."""
+        return self._death or self._silence
 
     def end(self) -> None:
         self._over.set()
 
-    def _call(self) -> None:
+    def _knock(self) -> None:
         answered_at = time.monotonic()
         while not self._over.wait(_HEAD_BEAT_S):
             try:
                 check_reachable(self._address)
-                answered_at, self.loss = time.monotonic(), self._error_of_node()
+                answered_at, self._silence = time.monotonic(), None
             except RunError as error:
                 refuses = isinstance(error.__cause__, ConnectionRefusedError)
                 limit_s = _HEAD_REFUSES_S if refuses else _HEAD_SILENCE_S
                 if time.monotonic() - answered_at > limit_s:
-                    self.loss = self._error(limit_s)
+                    self._silence = self._error(limit_s)
 
-    def _error_of_node(self) -> RunError | None:
-        if not is_dead(self._node):
-            return None
-        return RunError(
-            f"the Ray head at {self._address!r} took this machine's Ray node for dead, as after a cut link, and the "
-            "node has ended: stopped; finished shards are kept, and the same command goes on from them once the node "
-            f"is started again (ray start --address={self._address})"
-        )
+    def _ask(self) -> None:
+        while not self._over.wait(_HEAD_BEAT_S):
+            if is_dead(self._node):
+                self._death = RunError(
+                    f"the Ray head at {self._address!r} took this machine's Ray node for dead, as after a cut link, "
+                    "and the node has ended: stopped; finished shards are kept, and the same command goes on from them "
+                    f"once the node is started again (ray start --address={self._address})"
+                )
 
     def _error(self, limit_s: float) -> RunError:
         return RunError(

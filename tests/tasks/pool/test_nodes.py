@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,41 @@ def test_a_node_that_the_head_takes_for_dead_ends_its_driver_in_a_line(monkeypat
         time.sleep(0.1)
         with pytest.raises(RunError, match=r"took this machine's Ray node for dead.*ray start --address=10.0.0.1:6379"):
             sessions.check_head()
+
+
+@pytest.mark.parametrize("question", ["ray.available_resources", "ray._private.state.state.get_draining_nodes"])
+def test_a_pool_whose_head_is_silent_waits_for_none_of_its_answers(cluster, monkeypatch, question):
+    ticks: list[PoolStatus] = []
+    silent = threading.Event()
+
+    def check_head():
+        if len(ticks) > 2:
+            raise RunError("the head is silent")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(question, silent.wait)
+        patch.setattr(ray_pool, "check_head", check_head)
+        waits = Resources(node_labels=(("kind", "none"),), wait_for_nodes=True)
+        with pytest.raises(RunError, match="the head is silent"):
+            outcomes([("square", 3)], waits, on_tick=ticks.append, tick_s=0.1)
+    silent.set()
+
+
+def test_a_silent_head_is_told_though_it_does_not_answer_about_nodes(monkeypatch):
+    silent = threading.Event()
+    monkeypatch.setattr("ray.nodes", silent.wait)
+    monkeypatch.setattr(sessions, "_HEAD_BEAT_S", 0.01)
+    monkeypatch.setattr(sessions, "_HEAD_SILENCE_S", 0.05)
+    monkeypatch.setattr(sessions, "check_reachable", lambda address: unreachable())
+    with sessions._watched("10.0.0.1:6379", "mine"):
+        time.sleep(0.3)
+        with pytest.raises(RunError, match="has not answered for"):
+            sessions.check_head()
+    silent.set()
+
+
+def unreachable():
+    raise RunError("no Ray cluster answers")
 
 
 def test_a_silent_cluster_says_nothing_of_nodes(monkeypatch):
