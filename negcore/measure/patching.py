@@ -5,7 +5,7 @@ same neuron at the probed token of another prompt, the prompt's reference. A ref
 prompt but for what is asked), or any other prompt, whose value is then a resample. All scores are in target and have
 the sign of f(a) - f(a'): what the prompt's own value adds.
 
-Shapes: P prompts, K chosen neurons, L layers, N neurons a layer, B rows of a batch, R rows of one prompt.
+Shapes: P prompts, K chosen neurons, B rows of a batch, R rows of one prompt.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from negcore.measure.dropped_layers import dropping, n_blocks
 from negcore.measure.forward import ProbedBatch, measure_batches
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
-from negcore.measure.question import Question, read_activations, row_gradients, score_replacement, score_rows
+from negcore.measure.question import Question, chosen, read_activations, row_gradients, score_replacement, score_rows
 from negcore.measure.relevance import propagation_rules
 from negcore.model.language_model import LanguageModel
 
@@ -29,10 +29,10 @@ def attribution_patching_scores(lm: LanguageModel, question: Question, neurons_K
     Source: Nanda (2023), "Attribution patching"; Kramar et al., arXiv 2403.00745, equation 4, whose sign is that of
     f(a') - f(a). Cost: two forward passes (prompt and reference) and one backward pass.
     """
-    replaced_PLN = read_activations(lm, question.references).to(lm.device)
+    replaced_PK = torch.from_numpy(read_activations(lm, question.references, neurons_K2)).to(lm.device)
 
-    def score(gradient_BLN: Tensor, activations_BLN: Tensor, prompts: list[int]) -> Tensor:
-        return gradient_BLN.double() * (activations_BLN.double() - replaced_PLN[prompts])
+    def score(gradient_BK: Tensor, activations_BK: Tensor, prompts: list[int]) -> Tensor:
+        return gradient_BK.double() * (activations_BK.double() - replaced_PK[prompts])
 
     return score_rows(lm, question, neurons_K2, score)
 
@@ -60,7 +60,7 @@ def atp_star_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> 
     """
     if n_blocks(lm) == 1:
         raise NegError(f"AtP* drops one layer after the other, and {lm.card.name} has one; leave this estimator out")
-    replaced_PK = _chosen(read_activations(lm, question.references), neurons_K2)
+    replaced_PK = read_activations(lm, question.references, neurons_K2)
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
     limit = BatchLimit("dropped layers")
     for prompt in range(len(question.ids)):
@@ -93,7 +93,7 @@ def mean_ablation_scores(lm: LanguageModel, question: Question, neurons_K2: Ints
     """
 
     def replace() -> Floats:
-        mean_K: Floats = _chosen(read_activations(lm, question.references), neurons_K2).mean(0)
+        mean_K: Floats = read_activations(lm, question.references, neurons_K2).mean(0)
         return mean_K
 
     return score_replacement(lm, question, neurons_K2, replace)
@@ -105,14 +105,7 @@ def resample_ablation_scores(lm: LanguageModel, question: Question, neurons_K2: 
     Source: Chan et al. (2022), "Causal scrubbing"; Vig et al., arXiv 2004.12265. Cost: a forward pass of each
     reference; for each neuron of each prompt one virtual token (causal models) or one forward pass (masked models).
     """
-    return score_replacement(
-        lm, question, neurons_K2, lambda: _chosen(read_activations(lm, question.references), neurons_K2)
-    )
-
-
-def _chosen(activations_PLN: Tensor, neurons_K2: Ints) -> Floats:
-    chosen_PK: Floats = activations_PLN[:, neurons_K2[:, 0], neurons_K2[:, 1]].numpy()
-    return chosen_PK
+    return score_replacement(lm, question, neurons_K2, lambda: read_activations(lm, question.references, neurons_K2))
 
 
 def _dropped_gradients(
@@ -120,16 +113,15 @@ def _dropped_gradients(
 ) -> tuple[Floats, Floats]:
     """Return one prompt's gradients (R, K), with each layer dropped and, last, with none; and activations (K,)."""
     n_rows = n_blocks(lm) + 1
-    gradients_RLN = torch.empty(n_rows, lm.n_layers, lm.layer_width, dtype=torch.float64)
-    activations_RLN = torch.empty_like(gradients_RLN)
+    gradients_RK, activations_RK = np.empty((2, n_rows, len(neurons_K2)))
 
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
         shifts = zero_shifts(lm, len(rows))
         with dropping(lm, rows):
             gradients, activations_BLN = row_gradients(batch, question, [prompt] * len(rows), shifts)
-        gradients_RLN[rows] = torch.stack(gradients, dim=1).double().cpu()
-        activations_RLN[rows] = activations_BLN.double().cpu()
+        gradients_RK[rows] = chosen(torch.stack(gradients, dim=1), neurons_K2).double().cpu().numpy()
+        activations_RK[rows] = chosen(activations_BLN, neurons_K2).double().cpu().numpy()
 
     # Every row is the same prompt, so a causal model runs all its tokens but the last once.
     measure_batches(lm, [question.ids[prompt]] * n_rows, measure, limit, max_rows=n_rows)
-    return _chosen(gradients_RLN, neurons_K2), _chosen(activations_RLN[-1:], neurons_K2)[0]
+    return gradients_RK, activations_RK[-1]

@@ -84,7 +84,7 @@ def row_gradients(
 def score_gradients(
     lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor], Tensor]
 ) -> Floats:
-    """Score neurons by a function of gradient and activation, both of shape (B, L, N)."""
+    """Score neurons by a function of gradient and activation, both of shape (B, K)."""
     return score_rows(lm, question, neurons_K2, lambda gradient, a, prompts: score(gradient, a))
 
 
@@ -93,28 +93,33 @@ def score_rows(
 ) -> Floats:
     """Score neurons by a function of gradient, activation and the prompts of their rows."""
     result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
-    layers_K, chosen_K = neurons_K2.T
 
     def measure(batch: ProbedBatch, prompts: list[int]) -> None:
         gradients, activations_BLN = row_gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
-        scores_BLN = score(torch.stack(gradients, dim=1), activations_BLN, prompts)
-        result_PK[prompts] = scores_BLN[:, layers_K, chosen_K].double().cpu().numpy()
+        gradient_BK = chosen(torch.stack(gradients, dim=1), neurons_K2)
+        scores_BK = score(gradient_BK, chosen(activations_BLN, neurons_K2), prompts)
+        result_PK[prompts] = scores_BK.double().cpu().numpy()
 
     max_rows = _BATCH_LOGIT_BYTES // (4 * lm.card.vocab_size)
     measure_batches(lm, question.ids, measure, BatchLimit("prompts"), max_rows=max_rows)
     return result_PK
 
 
-def read_activations(lm: LanguageModel, ids: Sequence[list[int]]) -> Tensor:
-    """Return every neuron's activation at the probed token of some prompts: shape (P, L, N), float64, on the CPU."""
-    result_PLN = torch.empty(len(ids), lm.n_layers, lm.layer_width, dtype=torch.float64)
+def chosen(values_BLN: Tensor, neurons_K2: Ints) -> Tensor:
+    """Return the values of some neurons: shape (B, K)."""
+    return values_BLN[:, neurons_K2[:, 0], neurons_K2[:, 1]]
+
+
+def read_activations(lm: LanguageModel, ids: Sequence[list[int]], neurons_K2: Ints) -> Floats:
+    """Return some neurons' activations at the probed token of some prompts: shape (P, K), float64."""
+    result_PK = np.empty((len(ids), len(neurons_K2)))
 
     def measure(batch: ProbedBatch, prompts: list[int]) -> None:
-        result_PLN[prompts] = batch.predict().activations_BLN.double().cpu()
+        result_PK[prompts] = chosen(batch.predict().activations_BLN, neurons_K2).double().cpu().numpy()
 
     with torch.no_grad():
         measure_batches(lm, ids, measure, BatchLimit("prompts"), max_rows=_READ_ROWS)
-    return result_PLN
+    return result_PK
 
 
 def score_replacement(
