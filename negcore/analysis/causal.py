@@ -215,9 +215,8 @@ def shift_sets(
         As for `neurgrad`.
     NegError
         If there are no sets or shifts, a shift is zero or not finite, a neuron does not exist, a gold option is not
-        one of the options, or the NEGs do not fit or are not finite; ModelError if the model has experts.
+        one of the options, or the NEGs do not fit or are not finite.
     """
-    lm.refuse_experts("causal checks")
     _check_settings(lm, sets, shifts)
     encoded = encode(lm.card, prompts, labels)
     n_prompts, n_options = encoded.label_ids_PO.shape

@@ -70,6 +70,7 @@ def benchmark(
     watch : callable
         Told what is timed, as it begins.
     """
+    lm.refuse_experts("benchmarks")
     chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
     shifts = shift_grid(2)
     assert len(shifts) == N_SHIFTS
@@ -158,6 +159,7 @@ class _Measured(NamedTuple):
 def _measured_in(
     lm: LanguageModel, prompts: Sequence[str], labels: Sequence[str], neurons: int
 ) -> Iterator[tuple[str, _Measured]]:
+    lm.refuse_experts("comparisons of number types by sweeps")
     encoded, chosen_K2 = encode_targets(lm.card, prompts, labels), draw_neurons(lm.n_layers, lm.layer_width, neurons)
     sweeps: dict[str, Callable[[], SweepResult]] = {"sweep": lambda: sweep(lm, encoded, neurons=chosen_K2)}
     if lm.dtype in HALF_TYPES:

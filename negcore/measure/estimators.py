@@ -94,6 +94,7 @@ def estimate(
     """
     if estimator not in ESTIMATORS:
         raise NegError(f"estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
+    lm.refuse_experts("estimators other than `negcore.neurgrad`")
     if target not in get_args(Target):
         raise NegError(f"target {target!r} is not known; choose one of {', '.join(get_args(Target))}")
     if (references is not None) != (estimator in WITH_REFERENCES):

@@ -4,7 +4,7 @@ Shapes: P prompts, O options (labels), D shifts of sets, M sets of neurons, K ne
 L layers, N neurons a layer, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
+from negcore.measure.active import active_places
 from negcore.measure.forward import (
     TOKEN_BUDGET,
     ProbedBatch,
@@ -26,6 +27,7 @@ from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero, neurgrad
 from negcore.measure.sweeps import checked_shifts, choose_neurons
 from negcore.model.encoding import EncodedPrompts, encode_targets
+from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 
@@ -118,6 +120,7 @@ def intervene(
     ----------
     Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053: multi-neuron intervention.
     """
+    lm.refuse_experts("interventions on sets of neurons")
     shifts_D = checked_shifts(shifts)
     chosen = [choose_neurons(lm, np.asarray(neurons)) for neurons in sets]
     places = [(neurons_K2[:, 0], neurons_K2[:, 1]) for neurons_K2 in chosen]
@@ -161,6 +164,12 @@ class JointShift(NamedTuple):
     sizes_K: Floats
     """In units of activation; positive is away from zero."""
 
+    def among_active(self, lm: LanguageModel, probed: Mapping[int, Routing]) -> "JointShift":
+        """Return the shift of the neurons that a prompt has, by their places among those: see `active_places`."""
+        places_K = active_places(lm, probed, self.layers_K, self.neurons_K)
+        there_K = places_K >= 0
+        return JointShift(self.layers_K[there_K], places_K[there_K], self.sizes_K[there_K])
+
 
 class ShiftedTogether(NamedTuple):
     """Probabilities of one prompt's labels; float32, or float64 from a float64 model."""
@@ -178,6 +187,9 @@ def shift_together(
     lm: LanguageModel, prompts: EncodedPrompts, rows_of: Callable[[int], Sequence[JointShift]]
 ) -> Iterator[ShiftedTogether]:
     """Shift sets of neurons at the probed token, one prompt at a time; its rows share what comes before that token.
+
+    Of a mixture of experts, the neurons of a set that the prompt has are shifted: those of the experts of its unshifted
+    pass.
 
     Activations, and so the directions away from zero, are those of the unshifted pass.
 
@@ -204,7 +216,8 @@ def _shift_prompt(
 ) -> ShiftedTogether:
     lm = batch.lm
     with torch.no_grad():
-        logits_1V, activations_1LN, _ = batch.predict()
+        logits_1V, activations_1LN, probed = batch.predict()
+        rows = [row.among_active(lm, probed) for row in rows]
         directions_LN = away_from_zero(activations_1LN[0])
         parts = limit.compute(
             len(rows),
@@ -218,7 +231,7 @@ def _shift_prompt(
 
 def _rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
     """Return how many shifted rows should fit in memory, with keys and values, beside the unshifted one."""
-    row_bytes = np.dtype(lm.result_type).itemsize * (lm.n_layers * lm.layer_width + lm.card.vocab_size)
+    row_bytes = np.dtype(lm.result_type).itemsize * (lm.n_layers * lm.active_width + lm.card.vocab_size)
     return max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes) - 1)
 
 
@@ -231,7 +244,7 @@ def _shifted(
 ) -> Tensor:
     """Return p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
     n_rows = 1 + len(rows)
-    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, n_rows, prompt.lm.layer_width)
+    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, n_rows, prompt.lm.active_width)
     for row, shift in enumerate(rows, start=1):
         layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
         sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)

@@ -111,6 +111,7 @@ def steered_answers(
     """
     if lm.arch.masked:
         raise ModelError(f"{lm.card.name} fills in masks and writes no answers: steer a model of the next token")
+    lm.refuse_experts("steered answers")
     if max_tokens < 1:
         raise NegError(f"max_tokens {max_tokens} leaves no answer; give at least 1")
     joint = joint_shift(lm, shifts)

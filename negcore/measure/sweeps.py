@@ -110,6 +110,9 @@ class SweepResult:
     """True where only nodes were measured, and probabilities lie on the polynomials through them; None: all shifts."""
     ranges: tuple[float, ...] = ()
     """Ranges whose sums nodes give, beside the whole grid."""
+    active_PK: NDArray[np.bool_] | None = None
+    """Of a mixture of experts, False where a prompt does not have a neuron, as it is not routed to its expert: slopes
+    and r are masked there, and there are neither shifts nor changes. None for models without experts."""
 
     @cached_property
     def changes_PKS(self) -> Floats:
@@ -123,18 +126,21 @@ class SweepResult:
 
     @property
     def negs_PK(self) -> Floats:
-        """Measured NEG: probability per unit of activation."""
-        return self.fit.slopes
+        """Measured NEG: probability per unit of activation; masked where a prompt does not have the neuron."""
+        return self._masked(self.fit.slopes)
 
     @property
     def pearson_PK(self) -> Floats:
-        """Pearson r between shift and change; NaN where the change is constant."""
-        return self.fit.pearson
+        """Pearson r between shift and change; NaN where the change is constant, masked as `negs_PK`."""
+        return self._masked(self.fit.pearson)
 
     @property
     def linear_PK(self) -> NDArray[np.bool_]:
         """True where |r| >= 0.95."""
         return self.fit.linear
+
+    def _masked(self, values_PK: Floats) -> Floats:
+        return values_PK if self.active_PK is None else np.ma.masked_array(values_PK, ~self.active_PK)
 
     def within(self, max_shift: float) -> "SweepResult":
         """Return the part of the sweep with shifts up to a size, whose lines are those of that range.
@@ -259,6 +265,7 @@ def measured(
         label_ids_P=encoded.label_ids_PO[:, 0],
         by_nodes_PK=None if grid is None else np.zeros((n_prompts, n_chosen), np.bool_),
         ranges=() if grid is None else tuple(ranges),
+        active_PK=np.ones((n_prompts, n_chosen), np.bool_) if lm.has_experts else None,
     )
     for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
         _fill(result, index, prompt, grid)
@@ -271,19 +278,19 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Int
     Raises
     ------
     NegError
-        If a neuron does not exist or is named twice, or the selection is empty; ModelError if the model has experts.
+        If a neuron does not exist or is named twice, or the selection is empty.
     """
-    lm.refuse_experts("shifts of chosen neurons")
-    layer_width = lm.layer_width
+    layer_width = min(shape.n_neurons for shape in lm.layer_shapes)
     if isinstance(neurons, str):
         if neurons != "all":
             raise NegError(f"neurons {neurons!r} is not known; give 'all', a number a layer or (layer, neuron) pairs")
-        neurons = layer_width
+        widths = enumerate(shape.n_neurons for shape in lm.layer_shapes)
+        return np.array([(layer, neuron) for layer, width in widths for neuron in range(width)], np.int64)
     if isinstance(neurons, int):
         if not 1 <= neurons <= layer_width:
             raise NegError(f"{neurons} neurons a layer cannot be chosen; {lm.card.name} has 1 to {layer_width}")
         random = np.random.default_rng(seed)
-        chosen_LK = [np.sort(random.choice(layer_width, neurons, replace=False)) for _ in range(lm.n_layers)]
+        chosen_LK = [np.sort(random.choice(one.n_neurons, neurons, replace=False)) for one in lm.layer_shapes]
         return np.array([(layer, neuron) for layer, row in enumerate(chosen_LK) for neuron in row], np.int64)
     return _checked_neurons(lm, np.asarray(neurons))
 
@@ -324,7 +331,9 @@ def checked_shifts(shifts: ArrayLike) -> Floats:
 def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     if neurons.ndim != 2 or neurons.shape[1] != 2 or not len(neurons) or not np.issubdtype(neurons.dtype, np.integer):
         raise NegError(f"neurons of shape {neurons.shape} ({neurons.dtype}) are no list of (layer, neuron) pairs")
-    inside = ((neurons >= 0) & (neurons < (lm.n_layers, lm.layer_width))).all(axis=1)
+    widths_L = np.array([shape.n_neurons for shape in lm.layer_shapes])
+    widths_K = widths_L[np.clip(neurons[:, 0], 0, lm.n_layers - 1)]
+    inside = (neurons >= 0).all(axis=1) & (neurons[:, 0] < lm.n_layers) & (neurons[:, 1] < widths_K)
     for layer, neuron in neurons[~inside].tolist():
         allowed = f"layers 0 to {lm.n_layers - 1} and neurons 0 to {lm.layer_width - 1}"
         raise NegError(f"neuron {neuron} of layer {layer} does not exist; {lm.card.name} has {allowed}")
@@ -335,9 +344,13 @@ def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
 
 def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt, grid: NodeGrid | None) -> None:
     layers_K, neurons_K = result.neurons_K2.T
+    neurons_K = prompt.places_of(layers_K, neurons_K)
+    if result.active_PK is not None:
+        result.active_PK[index] = neurons_K >= 0
+        result.probs_PKS[index] = prompt.log_probs_O[0].exp().item()
     activations_K = prompt.activations_LN[layers_K, neurons_K]
     signs_K = away_from_zero(activations_K).double().cpu().numpy()
-    result.activations_PK[index] = activations_K.double().cpu().numpy()
+    result.activations_PK[index] = np.where(neurons_K >= 0, activations_K.double().cpu().numpy(), 0)
     result.base_probs_P[index] = prompt.log_probs_O[0].exp().item()
 
     def changes_at(part: Ints, shifts_S: Floats) -> Floats:
@@ -349,6 +362,7 @@ def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt, grid: NodeGrid
         )
 
     order = np.argsort(layers_K, kind="stable")
+    order = order[neurons_K[order] >= 0]
     for start in range(0, len(order), step := max(1, _PLANNED_ROWS // len(result.shifts_S))):
         part = order[start : start + step]
         if grid is None or result.by_nodes_PK is None:

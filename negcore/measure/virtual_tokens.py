@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import ModelError
-from negcore.measure.forward import CausalBatch, probed_batches, probed_position
+from negcore.measure.active import active_places, held_routings
+from negcore.measure.forward import CausalBatch, probed_batches, probed_position, stacked_layers
 from negcore.measure.hooks import Readings, hook_site, tapped
 from negcore.measure.memory import BatchLimit
 from negcore.model.attention import side_by_side
@@ -44,6 +45,7 @@ class Shifts(NamedTuple):
 
     layers_R: Ints
     neurons_R: Ints
+    """Places of neurons that the prompt has: see `ShiftedPrompt.places_of`."""
     sizes_R: Floats
     """Added to the neuron, in units of activation, sign included."""
 
@@ -106,13 +108,17 @@ class ShiftedPrompt(ABC):
     """Prompt whose neurons can be shifted, one neuron a row."""
 
     activations_LN: Tensor
-    """At the probed token, unshifted: shape (L, N)."""
+    """At the probed token, unshifted: shape (L, N); of a mixture of experts, of the neurons that the prompt has."""
     log_probs_O: Tensor
     """Log-probabilities of the labels, unshifted: shape (O,)."""
 
     def __init__(self, lm: LanguageModel, label_ids_O: Ints, max_rows: int, limit: BatchLimit) -> None:
         self.lm, self.max_rows, self._limit = lm, max_rows, limit
         self.label_ids_O = torch.from_numpy(label_ids_O).to(lm.device)
+
+    def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
+        """Return where neurons are among the prompt's own in their layers; -1 for those that it does not have."""
+        return neurons_K
 
     def measure(self, shifts: Shifts) -> Measured:
         """Measure the labels with each row's neuron shifted, and without."""
@@ -168,16 +174,19 @@ class HookedPrompt(ShiftedPrompt):
         self._tokens_T = torch.tensor(tokens, device=lm.device)
         self._position = probed_position(lm, tokens)
         with torch.no_grad():
-            logits_1V, activations = self._run(1, {})
+            logits_1V, self._unshifted = self._run(1, {})
             self.log_probs_O = self._log_probs(logits_1V)[0]
-        self.activations_LN = torch.cat([activations[layer] for layer in range(lm.n_layers)])
+        self.activations_LN = stacked_layers(lm, [self._unshifted[layer][0] for layer in range(lm.n_layers)], dim=0)
+
+    def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
+        return active_places(self.lm, self._unshifted.probed, layers_K, neurons_K)
 
     def _measure(self, shifts: Shifts) -> Measured:
         n_rows = 1 + len(shifts.layers_R)
         steps_LRN = {}
         for layer in np.unique(shifts.layers_R).tolist():
             chosen = np.flatnonzero(shifts.layers_R == layer)
-            steps_RN = np.zeros((n_rows, self.lm.layer_width), self.lm.result_type)
+            steps_RN = np.zeros((n_rows, self.lm.layer_shapes[layer].n_active), self.lm.result_type)
             steps_RN[1 + chosen, shifts.neurons_R[chosen]] = shifts.sizes_R[chosen]
             steps_LRN[layer] = torch.from_numpy(steps_RN).to(self.lm.device)
         return self._compared(self._run(n_rows, steps_LRN)[0])
@@ -185,7 +194,8 @@ class HookedPrompt(ShiftedPrompt):
     def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, Readings]:
         """Run the prompt in several rows: logits (R, V) at the probed token, and activations by layer."""
         positions_R = torch.full((n_rows,), self._position, device=self.lm.device)
-        with tapped(self.lm, positions_R, steps_LRN) as activations:
+        routings = held_routings(self.lm, self._unshifted, n_rows) if steps_LRN else None
+        with tapped(self.lm, positions_R, steps_LRN, routings=routings) as activations:
             output = self.lm.model(input_ids=self._tokens_T.expand(n_rows, -1))
         return output.logits[:, self._position], activations
 

@@ -10,9 +10,12 @@ from support import ARCHITECTURES, LABELS, PROMPTS, tiny_config, tiny_model, tin
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from negcore.analysis.causal import SkillSet, shift_sets
+from negcore.analysis.logit_lens import logit_lens, written_row
 from negcore.errors import ModelError, NegError
 from negcore.measure import neurgrad as gradients
 from negcore.measure.estimators import estimate
+from negcore.measure.interventions import intervene
 from negcore.measure.loading import as_language_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.steering import steer
@@ -231,7 +234,7 @@ def test_an_unknown_choice_of_the_router_is_refused():
 @pytest.mark.parametrize(
     "measure",
     [
-        lambda lm: sweep(lm, PROMPTS[:1], " A", neurons=[(0, 1)]),
+        lambda lm: intervene(lm, PROMPTS[:1], " A", sets=[[(0, 1)]], shifts=[1.0]),
         lambda lm: estimate(lm, PROMPTS[:1], " A", estimator="neurgrad"),
         lambda lm: steer(lm, PROMPTS[:1], [(0, 1, 1.0)]),
     ],
@@ -239,3 +242,116 @@ def test_an_unknown_choice_of_the_router_is_refused():
 def test_what_knows_dense_neurons_alone_refuses_experts_by_name(measure):
     with pytest.raises(NegError, match="tiny-mixtral.*not made for mixtures of experts.*docs/experts.md"):
         measure(model("mixtral"))
+
+
+# Finite shifts
+
+
+def some_neurons(lm, row=0):
+    """The strongest neurons that a prompt has in every layer, and one of an expert that it is not routed to."""
+    batch = neurgrad(lm, PROMPTS[row : row + 1], OPTIONS[:1])
+    there, absent = [], []
+    for layer, shape in enumerate(lm.layer_shapes):
+        experts_1K = batch.experts_PLK[:, layer, : shape.top_k]
+        strongest = int(np.abs(batch.negs_POLN[0, 0, layer, : shape.n_active]).argmax())
+        there.append((layer, int(shape.active_neurons(experts_1K)[0, strongest])))
+        others = sorted(set(range(shape.n_experts)) - set(experts_1K[0].tolist()))
+        absent += [(layer, expert * shape.n_units) for expert in others[:1]]
+    negs = [float(np.abs(batch.negs_POLN[0, 0, layer]).max()) for layer, _ in there]
+    signed = [float(batch.negs_POLN[0, 0, layer, np.abs(batch.negs_POLN[0, 0, layer]).argmax()]) for layer, _ in there]
+    assert negs == [abs(one) for one in signed]
+    return there, absent, signed
+
+
+@pytest.mark.parametrize("router", ["through", "fixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_slope_of_a_sweep_is_the_neg_under_the_same_choice_of_the_router(family, router):
+    lm = model(family, router)
+    there, absent, negs = some_neurons(lm)
+    result = sweep(lm, PROMPTS[:1], OPTIONS[0], neurons=[*there, *absent], shifts=[-1e-3, 1e-3])
+    assert result.active_PK.tolist() == [[True] * len(there) + [False] * len(absent)]
+    assert result.negs_PK.mask.tolist() == (~result.active_PK).tolist()
+    assert not result.changes_PKS[:, len(there) :].any()
+    np.testing.assert_allclose(result.negs_PK.data[0, : len(there)], negs, rtol=2e-2)
+
+
+def test_a_fixed_router_is_that_of_the_unshifted_pass_however_far_a_neuron_moves():
+    through, fixed = model("gpt_oss"), model("gpt_oss", "fixed")
+    there, _, _ = some_neurons(through)
+    shifts = [-30.0, 8.0]
+    as_it_is = sweep(through, PROMPTS[:1], OPTIONS[0], neurons=there[:1], shifts=shifts)
+    held = sweep(fixed, PROMPTS[:1], OPTIONS[0], neurons=there[:1], shifts=shifts)
+    assert np.abs(held.probs_PKS / as_it_is.probs_PKS - 1).max() > 0.1
+
+    tokens, kept, handles = encode_prompts(through.card, PROMPTS[:1])[0], {}, []
+    routers = [layer.mlp.router for layer in through.layers]
+    for router in routers:
+        handles.append(router.register_forward_hook(lambda module, _, output: kept.update({module: output})))
+    through.model(input_ids=torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+
+    def replay(module, args, output):
+        n_rows = len(output[0]) // len(tokens)
+        return tuple(one.repeat(n_rows, 1) for one in kept[module])
+
+    handles = [router.register_forward_hook(replay) for router in routers]
+    twin = sweep(through, PROMPTS[:1], OPTIONS[0], neurons=there[:1], shifts=shifts)
+    for handle in handles:
+        handle.remove()
+    assert_close(held.probs_PKS, twin.probs_PKS)
+
+
+@pytest.mark.parametrize("router", ["through", "fixed"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_a_causal_check_shifts_the_neurons_that_a_prompt_has(family, router):
+    lm = model(family, router)
+    there, absent, _ = some_neurons(lm)
+
+    def flat(pairs):
+        return np.array([layer * lm.layer_width + neuron for layer, neuron in pairs])
+
+    def skill_set(pairs):
+        return SkillSet("top", len(pairs), 0, flat(pairs), np.ones(len(pairs), np.int8))
+
+    sets = [skill_set(there[:1]), skill_set(absent[:1]), skill_set([*there[:1], *absent[:1]])]
+    chosen = np.unique(np.concatenate([one.neurons_K for one in sets]))
+    result = shift_sets(
+        lm,
+        PROMPTS[:1],
+        OPTIONS,
+        gold_P=[0],
+        gold_negs_PK=np.ones((1, len(chosen))),
+        sets=sets,
+        shifts=[0.5],
+    )
+    alone = sweep(lm, PROMPTS[:1], OPTIONS[0], neurons=there[:1], shifts=[0.5]).probs_PKS[0, 0, 0]
+    by_set = result.probs_PMO[0].reshape(3, 2, -1)  # by the sign of the row's NEG, and by the set's polarity
+    np.testing.assert_allclose(by_set[0, :, 0], alone, rtol=1e-6)
+    assert (by_set[1] == result.base_probs_PO[0]).all()
+    np.testing.assert_allclose(by_set[2], by_set[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_row_that_a_neuron_writes_is_that_of_its_expert(family):
+    lm = model(family)
+    for layer, shape in enumerate(lm.layer_shapes):
+        for neuron in {0, shape.n_neurons - 1}:
+            module = lm.experts(layer)
+            if neuron < shape.n_experts * shape.n_units:
+                stack = module.down_proj if module.is_transposed else module.down_proj.mT
+                expected = stack[neuron // shape.n_units, neuron % shape.n_units]
+            else:
+                expected = lm.down_row(layer, neuron)
+                assert len(expected) == lm.model.config.hidden_size
+            assert torch.equal(written_row(lm, layer, neuron), expected)
+    assert len(logit_lens(lm, 0, 1, n_tokens=3).promoted) == 3
+
+
+def test_a_sweep_of_all_neurons_names_those_that_there_are():
+    lm = model("qwen2_moe")
+    result = sweep(lm, PROMPTS[:1], OPTIONS[0], neurons="all", shifts=[1.0])
+    assert len(result.neurons_K2) == sum(shape.n_neurons for shape in lm.layer_shapes)
+    assert result.active_PK.sum() == sum(shape.n_active for shape in lm.layer_shapes)
+    with pytest.raises(NegError, match="neuron 30 of layer 1 does not exist"):
+        sweep(lm, PROMPTS[:1], OPTIONS[0], neurons=[(1, 30)], shifts=[1.0])
