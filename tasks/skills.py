@@ -4,13 +4,13 @@ The analyses themselves are in `negcore.analysis`; here they are put together fo
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from negcore.analysis.causal import CausalRow, causal_rows, skill_sets
+from negcore.analysis.causal import CausalRow, ExpertNeurons, causal_rows, skill_sets
 from negcore.analysis.shared_neurons import (
     CommonNeuronRow,
     GenreOverlapRow,
@@ -146,7 +146,8 @@ def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
     folders = [condition.folder for condition in run.conditions]
     usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
     for (_, model), *_ in usable:
-        refuse_experts(model.card, "analyses of skill neurons")
+        if len({shape.n_neurons for shape in model.card.layer_shapes}) > 1:  # chance levels take layers for equal
+            refuse_experts(model.card, "analyses of skill neurons, where layers have different numbers of neurons,")
     return ModelPlans(
         tuple(
             PlannedSkills(models[0][1].card, dict(zip(folders, (model for _, model in models), strict=True)))
@@ -208,11 +209,15 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
         If the model has too few neurons for the sizes.
     """
     (test,) = [split for split in planned.splits if split.place.part == "test"]
+    train = open_negs(run.conditions[0].run.directory).select(card.name, planned.dataset.name, "train")
+    experts = ExpertNeurons.of(train)
     shifts = [sign * shift for shift in run.shift for sign in (1, -1)]
     parts: dict[str, ShardSet] = {}
     for probe in run.probe:
         ranking = _shown_ranking(run, planned.dataset.name, scores.main[Vote(probe, "neg")])
-        sets = skill_sets(ranking, tops(run, card), card.n_layers, card.layer_width, draws=run.draws, seed=run.seed)
+        sets = skill_sets(
+            ranking, tops(run, card), card.n_layers, card.layer_width, draws=run.draws, seed=run.seed, experts=experts
+        )
         parts[probe] = plan_causal(run.conditions[0].run.directory, test, probe, sets, shifts)
     return parts
 
@@ -300,9 +305,14 @@ def compare_datasets(
         scores_M = {name: scores[name].main[Vote(probe, "neg")] for name in genres}
         rankings = rank_with_random_ties(scores_M, seed=run.seed)
         result.overlaps.extend(overlaps(probe, rankings, genres, tops(run, card)))
-        result.common.extend(common_neurons(probe, rankings, tops(run, card), layer_width=card.layer_width))
+        common = common_neurons(probe, rankings, tops(run, card), layer_width=card.layer_width)
+        result.common.extend(replace(row, name=_name_of(card, row.layer, row.neuron)) for row in common)
     result.genre_overlaps.extend(genre_overlaps(result.overlaps))
     return result
+
+
+def _name_of(card: ModelCard, layer: int, neuron: int) -> str:
+    return f"{layer}.{card.layer_shapes[layer].name_of(neuron)}"
 
 
 def accuracy_rows(run: SkillsRun, findings: Sequence[SkillFindings]) -> list[AccuracyRow]:

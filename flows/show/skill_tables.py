@@ -24,7 +24,7 @@ from flows.show.accuracy_tables import (
 from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Number, Piece, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import bare, change, printable, share, times
-from negcore.analysis.shared_neurons import OverlapRow
+from negcore.analysis.shared_neurons import CommonNeuronRow, OverlapRow
 from negcore.analysis.skills import TrainingRowsRow
 from tasks.skills import DatasetFindings, SkillFindings
 
@@ -310,7 +310,9 @@ def _common(findings: SkillFindings) -> Table:
         listed = ", ".join(f"{n} of {top}" for n, top in zip(counts, tops(findings), strict=True))
         best = [row for row in findings.common if (row.probe, row.top) == (probe, tops(findings)[-1])][:_MOST_COMMON]
         rows: Rows = [[f"{PROBE_TITLES[probe]}: {listed}"]]
-        rows += [["", *map(Number, (row.layer, row.neuron, row.worst_rank, row.n_same_polarity))] for row in best]
+        rows += [
+            ["", Number(row.layer), _number(row), Number(row.worst_rank), Number(row.n_same_polarity)] for row in best
+        ]
         blocks.append(rows)
     return Table(
         key=f"common-{findings.model}",
@@ -319,6 +321,12 @@ def _common(findings: SkillFindings) -> Table:
         blocks=blocks,
         caption=f"The {_MOST_COMMON} whose worst rank over the datasets is best; rank 0 is the best of all.",
     )
+
+
+def _number(row: CommonNeuronRow) -> Cell:
+    """Return the number of a neuron in its layer; of a mixture of experts, its expert and unit."""
+    below = row.name.partition(".")[2]
+    return below if "." in below else Number(row.neuron)
 
 
 def _layers(findings: SkillFindings) -> Table:

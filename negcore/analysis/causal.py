@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from negcore.analysis.linearity import bootstrap_weights
 from negcore.arrays import Floats, Ints
@@ -26,6 +26,7 @@ from negcore.measure.votes import Numbers, Ranking, Signs, check_finite, check_g
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.store.reader import NegSplit
 
 SetKind = Literal["top", "random", "bottom"]
 Direction = Literal["gold", "polarity"]
@@ -91,6 +92,28 @@ class SkillSet(NamedTuple):
     """Polarities of the neurons in the ranking."""
 
 
+class ExpertNeurons(NamedTuple):
+    """Which neurons of a mixture of experts prompts have together, and which they have at all: arrays of shape (M,)."""
+
+    groups_M: Ints
+    """Rising number of the expert of each neuron, or of the neurons that every prompt has in its layer."""
+    in_training_M: NDArray[np.bool_]
+    """True if a training prompt has it."""
+
+    @classmethod
+    def of(cls, train: NegSplit) -> "ExpertNeurons | None":
+        """Return those of a training split; None for a model without experts."""
+        if train.layer_shapes is None:
+            return None
+        groups, there = [], []
+        for layer, shape in enumerate(train.layer_shapes):
+            groups_N = np.minimum(np.arange(train.n_neurons) // max(shape.n_units, 1), shape.n_experts)
+            is_there_N = np.isin(groups_N, train.experts(layer)) | (groups_N == shape.n_experts)
+            groups.append(groups_N + sum(one.n_experts + 1 for one in train.layer_shapes[:layer]))
+            there.append(is_there_N & (np.arange(train.n_neurons) < shape.n_neurons))
+        return cls(np.concatenate(groups), np.concatenate(there))
+
+
 class Condition(NamedTuple):
     """A set of neurons, with the direction and size of its shift."""
 
@@ -116,7 +139,14 @@ class CausalResult:
 
 
 def skill_sets(
-    ranking: Ranking, sizes: Sequence[int], n_layers: int, layer_width: int, *, draws: int, seed: int
+    ranking: Ranking,
+    sizes: Sequence[int],
+    n_layers: int,
+    layer_width: int,
+    *,
+    draws: int,
+    seed: int,
+    experts: "ExpertNeurons | None" = None,
 ) -> list[SkillSet]:
     """Choose the sets that check a ranking: for each size the best neurons, random ones of the same layers, the last.
 
@@ -134,6 +164,9 @@ def skill_sets(
         L and N.
     draws : int
         Number of random sets of each size. A set depends only on the ranking, its size, its draw and the seed.
+    experts : ExpertNeurons, optional
+        Of a mixture of experts. Random sets then have as many neurons of each expert as the best have, so that every
+        prompt has as many of them, and the last are among the neurons that training prompts have.
 
     Returns
     -------
@@ -151,10 +184,14 @@ def skill_sets(
         raise NegError(f"the ranking holds {len(ranking.order_K)} neurons of {n_total}; give one of all neurons")
     if draws < 1:
         raise NegError(f"{draws} random draws leave nothing to compare the best neurons with; give at least 1")
+    groups_M, last_K = np.arange(n_total) // layer_width, ranking.order_K
+    if experts is not None:
+        groups_M, last_K = experts.groups_M, last_K[experts.in_training_M[last_K]]
     for size in sizes:
-        if not 1 <= size <= n_total // 2:
-            raise NegError(f"a set of {size} neurons cannot be checked; of {n_total} neurons take 1 to {n_total // 2}")
-    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, layer_width, draws, seed)]
+        if not 1 <= size <= len(last_K) // 2:
+            there = f"{len(last_K)} neurons" + " that training prompts have" * (experts is not None)
+            raise NegError(f"a set of {size} neurons cannot be checked; of {there} take 1 to {len(last_K) // 2}")
+    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, groups_M, last_K, draws, seed)]
 
 
 def chosen_neurons(sets: Sequence[SkillSet]) -> Ints:
@@ -316,11 +353,11 @@ def effect_of(
     return _effect(base, shifted, bootstrap_weights(n_prompts, n_bootstrap, seed))
 
 
-def _sets_of_size(ranking: Ranking, size: int, layer_width: int, draws: int, seed: int) -> list[SkillSet]:
-    top_K, bottom_K = ranking.order_K[:size], ranking.order_K[-size:]
+def _sets_of_size(ranking: Ranking, size: int, groups_M: Ints, last_K: Ints, draws: int, seed: int) -> list[SkillSet]:
+    top_K, bottom_K = ranking.order_K[:size], last_K[-size:]
     polarity_M = np.empty_like(ranking.polarity_K)
     polarity_M[ranking.order_K] = ranking.polarity_K
-    drawn = [_layer_matched(top_K, layer_width, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
+    drawn = [_matched(top_K, groups_M, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
     return [
         SkillSet("top", size, 0, top_K, polarity_M[top_K]),
         *(SkillSet("random", size, draw, one_K, polarity_M[one_K]) for draw, one_K in enumerate(drawn)),
@@ -328,11 +365,12 @@ def _sets_of_size(ranking: Ranking, size: int, layer_width: int, draws: int, see
     ]
 
 
-def _layer_matched(top_K: Ints, layer_width: int, random: np.random.Generator) -> Ints:
-    """Draw as many neurons of each layer as are in the top, and other neurons before those of the top."""
+def _matched(top_K: Ints, groups_M: Ints, random: np.random.Generator) -> Ints:
+    """Draw as many neurons of each group as are in the top, and other neurons before those of the top."""
     drawn = []
-    for layer, count in zip(*np.unique(top_K // layer_width, return_counts=True), strict=True):
-        shuffled_N = layer * layer_width + random.permutation(layer_width)
+    for group, count in zip(*np.unique(groups_M[top_K], return_counts=True), strict=True):
+        start, stop = np.searchsorted(groups_M, (group, group + 1))
+        shuffled_N = start + random.permutation(stop - start)
         others_first = np.argsort(np.isin(shuffled_N, top_K), kind="stable")
         drawn.append(shuffled_N[others_first[:count]])
     return np.concatenate(drawn)

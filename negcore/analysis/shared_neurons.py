@@ -81,6 +81,8 @@ class CommonNeuronRow:
     """Its worst rank over the datasets; 0 is the best."""
     n_same_polarity: int
     """Number of datasets in which it has its most frequent polarity."""
+    name: str = ""
+    """``layer.neuron``, or ``layer.expert.unit`` of a mixture of experts."""
 
 
 def rank_with_random_ties(scores_by_dataset: Mapping[str, Ints], *, seed: int) -> dict[str, Ranking]:

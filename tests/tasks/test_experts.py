@@ -1,14 +1,17 @@
 """Runs on mixtures of experts: shards hold the routed experts' neurons alone, and everything behind them knows so."""
 
+import csv
 import re
 
 import numpy as np
 import pytest
-from support import save_tiny_model, write_questions
+from support import neg, save_tiny_model, write_questions
 
 from flows.pipeline import run_extract, run_pipeline
+from flows.skills import run_skills
+from negcore.analysis.causal import ExpertNeurons, skill_sets
 from negcore.analysis.neurons import neuron_means, read_neuron, top_neurons
-from negcore.errors import ModelError, ShardError
+from negcore.errors import ModelError, NegError, ShardError
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.votes import Vote
@@ -19,13 +22,14 @@ from negcore.store.integrity import shard_faults
 from negcore.store.levels import has_columns_of
 from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
-from tasks.config.dataset_runs import SkillRun
+from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.reading import read_run_file
 from tasks.forecast.needs import count_parameters, forecast
 from tasks.forecast.shard_size import shard_bytes
 from tasks.neurons import best_neurons
 from tasks.plan import plan
 from tasks.rundir.query import query
+from tasks.skills import plan_skills
 from tasks.steps import PlainSteps
 
 # One kind of layers alone, and dense layers beside layers with shared experts, whose widths differ.
@@ -277,7 +281,69 @@ def test_numbers_that_a_prompt_does_not_have_are_missing_in_frames_and_no_rows_i
     assert counted["n"] == there.sum() * split.n_options
 
 
+# Analyses and the command line
+
+
+@pytest.fixture(scope="module")
+def analysed(home):
+    folder, questions = home
+    values = {"model": [str(folder / "mixtral")], "dataset": [questions], "backend": "local", "shard_rows": 8}
+    values |= {"out": folder / "skills", "variant": ["shots"], "top": [4, 16], "shift": [0.5], "draws": 2, "band": 8}
+    run = read_run_file(SkillsRun, None, values)
+    (findings,) = run_skills(run, PlainSteps()).findings
+    return run, findings
+
+
+def test_a_causal_check_compares_with_random_neurons_of_the_same_experts(analysed):
+    run, findings = analysed
+    assert {(row.neurons, row.size) for row in findings.datasets[0].causal} >= {
+        ("top", 4),
+        ("random", 4),
+        ("bottom", 4),
+    }
+    train = open_negs(run.conditions[0].run.directory).select(split="train")
+    experts = ExpertNeurons.of(train)
+    active = np.concatenate([train.active([(layer, n) for n in range(96)]) for layer in range(3)], axis=1)
+    assert (experts.in_training_M == active.any(axis=0)).all()
+    top, *random, bottom = skill_sets(rank(train), [8], 3, 96, draws=3, seed=0, experts=experts)
+    for one in random:
+        assert not set(one.neurons_K) & set(top.neurons_K)
+        assert (active[:, one.neurons_K].sum(axis=1) == active[:, top.neurons_K].sum(axis=1)).all()
+    assert active[:, bottom.neurons_K].any(axis=0).all()
+    with pytest.raises(NegError, match="neurons that training prompts have take 1 to"):
+        skill_sets(rank(train), [145], 3, 96, draws=1, seed=0, experts=experts)
+
+
+def test_shifted_skill_neurons_change_what_their_prompts_answer_and_no_others(analysed):
+    run, findings = analysed
+    changes = {row.shift: row.prob_change for row in findings.datasets[0].causal if row.neurons == "top"}
+    assert any(change != 0 for change in changes.values())
+    assert all(np.isfinite(change) for change in changes.values())
+
+
+@pytest.mark.slow
+def test_the_command_line_runs_a_mixture_of_experts_from_shards_to_the_curve_of_a_neuron(home):
+    folder, questions = home
+    out = folder / "command"
+    common = ["--model", folder / "mixtral", "--dataset", questions, "--backend", "local", "--shard-rows", 8]
+    ran = neg("pipeline", *common, "--probe", "magn", "--router", "fixed", "--out", out)
+    assert ran.returncode == 0, ran.stderr
+    name = next(csv.DictReader(neg("neurons", out, "--csv").stdout.splitlines()))["name"]
+    looked = neg("neuron", out, name, "--split", "train", "--rows", 1, "--sweep")
+    assert looked.returncode == 0, looked.stderr
+    assert f"neuron {name} of" in looked.stdout and "measured curve" in looked.stdout
+    wrong = neg("neuron", out, "0.9.9")
+    assert wrong.returncode == 2 and "0.9.9 is no neuron of" in wrong.stderr
+
+
 # What is refused
+
+
+def test_analyses_of_skill_neurons_are_refused_where_layers_differ_in_width(home):
+    folder, questions = home
+    values = {"model": [str(folder / "qwen2_moe")], "dataset": [questions], "out": folder / "refused"}
+    with pytest.raises(ModelError, match="analyses of skill neurons, where layers have different numbers of neurons"):
+        plan_skills(read_run_file(SkillsRun, None, values))
 
 
 @pytest.mark.parametrize(
