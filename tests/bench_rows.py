@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the goal is met; None if there is none."""
+        """True if the goal is met; None if there is none."""
         if self.goal is None:
             return None
         value = self.ratio if self.goal.what == "ratio" else self.ours
