@@ -3,15 +3,18 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
+from flows.flow_run import fitted
 from flows.show.report import RunResults
 from negcore.errors import ModelError, NegError, RunError, typed_line
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import choose_neurons
-from tasks.config.run_file import write_run_file
+from tasks.config.run_file import RunFile, write_run_file
 from tasks.forecast.capacity import check_disk
+from tasks.forecast.needs import worker_needs
 from tasks.measure.missing import Extracted
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
@@ -21,6 +24,8 @@ from tasks.pool.base import Pool, Stopped
 from tasks.rundir.layout import write_plan_file
 from tasks.stages.extract import extract as extract_task
 from tasks.steps import Pending, Steps, Together
+
+R = TypeVar("R", bound=RunFile)
 
 _LOOK_S = 0.2
 """Time between two looks for workers that have nothing to do."""
@@ -44,6 +49,12 @@ def extract_planned(planned: Planned, steps: Steps, results: RunResults, *, when
         extraction.tell(results)
     if results.set_aside:
         steps.table("set-aside", [{"row": line} for line in results.set_aside], "Rows set aside, and why")
+
+
+def fitted_to(run: R, planned: Planned, steps: Steps, results: RunResults) -> R:
+    """Return a run with the workers that are chosen for its plan; the runs in the plan have those that are given."""
+    roots = [one.directory for one, _ in planned]
+    return fitted(run, partial(worker_needs, planned), roots, steps, results)
 
 
 def _warnings(planned: Planned) -> Iterable[str]:

@@ -1,7 +1,7 @@
 """The parts that all flows share: one driver a run directory, a report at the end, and the news for Prefect."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import wraps
@@ -28,6 +28,7 @@ from negcore.model.language_model import model_name
 from negcore.store.files import n_bytes
 from negcore.texts import printable, public
 from tasks.config.run_file import RUN_FILE, RunFile
+from tasks.forecast.workers import Needs, choose_workers, device_warnings
 from tasks.pool.base import Stopped
 from tasks.pool.ray_session import ray_session
 from tasks.rundir.checks import read_checks
@@ -221,6 +222,22 @@ def run_session(run: RunFile) -> Iterator[None]:
     """Keep Ray up inside the block, if the run's workers are actors."""
     with ray_session(run.ray_address) if run.backend == "ray" else nullcontext():
         yield
+
+
+def fitted(run: R, needs: Needs, roots: Iterable[Path], steps: Steps, results: RunResults) -> R:
+    """Return a run with the workers that are chosen for it, and tell who watches; once, in the driver.
+
+    Parameters
+    ----------
+    needs : callable
+        As of `choose_workers`.
+    roots : iterable of Path
+        Directories that hold its shards: those that were measured on another kind of device become a warning.
+    """
+    choice = choose_workers(run, needs)
+    steps.tell(choice.line)
+    results.warnings += device_warnings(choice, roots)
+    return run.model_copy(update=choice.fields)
 
 
 def listed(names: Sequence[str]) -> str:

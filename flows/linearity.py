@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from flows.flow_run import attempt, noted, run_session, run_work
+from flows.flow_run import attempt, fitted, noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.linearity_figures import linearity_figures
 from flows.show.linearity_tables import linearity_tables, summary
@@ -12,6 +12,7 @@ from flows.show.sentences import linearity_sentences
 from negcore.errors import ModelError, RunError
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import write_run_file
+from tasks.forecast.needs import least_needs
 from tasks.linearity import Findings, write_findings
 from tasks.measure.worker import model_pool
 from tasks.plan_linearity import PlannedStudy, plan_linearity
@@ -53,12 +54,15 @@ linearity = prefect_flow("linearity")
 def run_linearity(run: LinearityRun, steps: Steps) -> LinearityResults:
     """Measure what is missing, then analyse every model that is whole."""
     studies = steps.planned(plan_linearity, run)
-    write_run_file(run)
-    write_plan_file(run.directory, [one for study in studies for one in study.shard_sets])
     results = LinearityResults(run.directory)
     results.problems += studies.problems
     results.warnings += [study.warning for study in studies if study.warning]
     with run_session(run):
+        run = fitted(
+            run, lambda _: [least_needs(study.card, run.dtype) for study in studies], [run.directory], steps, results
+        )
+        write_run_file(run)
+        write_plan_file(run.directory, [one for study in studies for one in study.shard_sets])
         measured = [study for study in studies if _measure_study(run, steps, results, study)]
     for study in measured:
         _analyse(run, steps, results, study)

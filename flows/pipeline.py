@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
-from flows.extraction import WhenExtracted, extract_planned
+from flows.extraction import WhenExtracted, extract_planned, fitted_to
 from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_figures import accuracy_figures
@@ -113,8 +113,10 @@ def count_mceval8k_steps(run: EvaluationRun, planned: Planned) -> int:
 def run_extract(run: SkillRun, steps: Steps) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
+    models = steps.planned(plan, run)
     with run_session(run):
-        extract_planned([(run, steps.planned(plan, run))], steps, results, when_extracted=lambda run, dataset: None)
+        run = fitted_to(run, [(run, models)], steps, results)
+        extract_planned([(run, models)], steps, results, when_extracted=lambda run, dataset: None)
     return results
 
 
@@ -140,9 +142,11 @@ def run_probe(run: SkillRun, steps: Steps) -> Results:
 def run_pipeline(run: SkillRun, steps: Steps) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    planned = [(run, steps.planned(plan, run))]
-    with _probing(planned, steps, results) as probe:
-        extract_planned(planned, steps, results, when_extracted=probe)
+    models = steps.planned(plan, run)
+    with run_session(run):
+        run = fitted_to(run, [(run, models)], steps, results)
+        with _probing([(run, models)], steps, results) as probe:
+            extract_planned([(run, models)], steps, results, when_extracted=probe)
     return results
 
 
@@ -154,9 +158,12 @@ def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
     results.problems += dict.fromkeys(
         problem for _, models in planned for model in models for problem in model.problems
     )
-    write_run_file(run)
-    with _probing(planned, steps, results) as probe:
-        extract_planned(planned, steps, results, when_extracted=probe)
+    with run_session(run):
+        run = fitted_to(run, planned, steps, results)
+        write_run_file(run)
+        planned = [(one, models) for one, (_, models) in zip(run.settings, planned, strict=True)]
+        with _probing(planned, steps, results) as probe:
+            extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flows.extraction import extract_planned
+from flows.extraction import extract_planned, fitted_to
 from flows.flow_run import run_session
 from flows.pipeline import Results
 from flows.show.report import RunResults
@@ -78,8 +78,9 @@ def _extract(run: SkillRun, steps: Steps) -> Results:
     results = Results(run.directory)
     before = begin(run.directory)
     with run_session(run):
-        planned = [(run, steps.planned(plan_usable, run))]
-        extract_planned(planned, steps, results, when_extracted=lambda run, dataset: None)
+        models = steps.planned(plan_usable, run)
+        run = fitted_to(run, [(run, models)], steps, results)
+        extract_planned([(run, models)], steps, results, when_extracted=lambda run, dataset: None)
     if before.manifest and not results.problems:  # a run that was not finished is not so now
         finish(run.directory, before, shards_of(run.directory))
     return results

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from flows.extraction import extract_planned
+from flows.extraction import extract_planned, fitted_to
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.pipeline import Results
 from flows.prefect_flows import prefect_flow
@@ -24,7 +24,7 @@ from tasks.floors import mass_warnings
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.model_plans import ModelPlans
-from tasks.plan import PlannedDataset
+from tasks.plan import Planned, PlannedDataset
 from tasks.rank import rank_pool
 from tasks.skills import (
     DatasetFindings,
@@ -81,9 +81,10 @@ def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
 def run_skills(run: SkillsRun, steps: Steps) -> SkillResults:
     """Extract what is missing, then rank, check and analyse every dataset that is whole under all conditions."""
     planned = steps.planned(plan_skills, run)
-    write_run_file(run)
     results = SkillResults(run.directory)
     with run_session(run):
+        run = fitted_to(run, _by_condition(run, planned), steps, results)
+        write_run_file(run)
         whole = _extract(run, steps, results, planned)
         for of_model in planned:
             datasets = [one for one in of_model.datasets if (one.model, one.dataset.name) in whole]
@@ -109,16 +110,20 @@ def _extract(
     def extracted(_: SkillRun, dataset: PlannedDataset) -> None:
         n_whole[dataset.model, dataset.dataset.name] += 1
 
-    by_condition = [
-        (condition.run, ModelPlans(tuple(one.models[condition.folder] for one in planned), planned.problems))
-        for condition in run.conditions
-    ]
+    by_condition = _by_condition(run, planned)
     extract_planned(by_condition, steps, extraction, when_extracted=extracted)
     results.extracted += extraction.extracted
     results.problems += extraction.problems
     results.set_aside += extraction.set_aside
     results.warnings += extraction.warnings
     return {names for names, n in n_whole.items() if n == len(by_condition)}
+
+
+def _by_condition(run: SkillsRun, planned: ModelPlans[PlannedSkills]) -> Planned:
+    return [
+        (condition.run, ModelPlans(tuple(one.models[condition.folder] for one in planned), planned.problems))
+        for condition in run.conditions
+    ]
 
 
 def _analyse_model(

@@ -1,10 +1,37 @@
-"""Memory and disk of this machine, in bytes."""
+"""Cores, GPUs, memory and disk of this machine."""
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from negcore.store.files import is_remote
+
+
+@dataclass(frozen=True)
+class Room:
+    """The room for workers on one machine."""
+
+    cores: float
+    gpus: float
+    memory_bytes: int
+
+
+def room_here() -> Room:
+    """Return the room on this machine."""
+    import torch
+
+    return Room(cores(), torch.cuda.device_count(), memory_bytes())
+
+
+def cores() -> int:
+    """Return the cores that this process and its workers may use: the machine's, or a container's limit."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota_us, period_us = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(usable, int(quota_us) // int(period_us)))
+    except (OSError, ValueError):  # no such limit
+        return usable
 
 
 def in_binary_units(n_bytes: int) -> str:

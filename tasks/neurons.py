@@ -16,7 +16,7 @@ from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
-from tasks.rank import count_ahead
+from tasks.rank import count_ahead, ranking_workers
 from tasks.run_negs import StoredSplit, stored_splits
 from tasks.rundir.manifest import check_results
 from tasks.rundir.tables import read_table
@@ -91,7 +91,7 @@ def neuron_rows(
     tops = {vote: Ranking.from_scores(rankings.votes_M[vote]).top(N_TOP).order_K for vote in vote_probes(run).values()}
     if not tops:
         return []
-    ahead = count_ahead(pool, run.directory, ranked, tops, step, seed=run.seed, n_blocks=run.workers)
+    ahead = count_ahead(pool, run.directory, ranked, tops, step, seed=run.seed, n_blocks=ranking_workers(run))
     place: dict[str, Any] = {"model": planned.model, "shots": run.shots, "dataset": planned.dataset.name, "group": ""}
     labels = common_labels(planned.dataset)
     return [

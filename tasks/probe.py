@@ -25,7 +25,7 @@ from tasks.neurons import NeuronRow, neuron_rows, vote_probes
 from tasks.plan import SUMS, PlannedDataset
 from tasks.pool.base import Pool
 from tasks.predictions import Predictions
-from tasks.rank import rank_split
+from tasks.rank import rank_split, ranking_workers
 from tasks.resamples import ResampleRow, resample_rows
 from tasks.steps import Step
 
@@ -171,7 +171,7 @@ class Prober:
             votes_of(run),
             step,
             act="act" in run.probe,
-            n_blocks=run.workers,
+            n_blocks=ranking_workers(run),
         )
         return ranked[train.n_rows]
 

@@ -16,6 +16,7 @@ from negcore.probing.rankings import Rankings, rank_layers, training_scores
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.run_file import RunFile
+from tasks.machine import cores
 from tasks.pool.base import Pool, Resources
 from tasks.pool.opening import open_pool
 from tasks.steps import Step
@@ -89,9 +90,16 @@ class RankWorker:
         return job.work()
 
 
+def ranking_workers(run: RunFile) -> int:
+    """Return the number of workers that rank neurons: those with models, or one a core if these are as few as GPUs."""
+    return run.workers if run.workers and not run.gpus else max(run.workers or 1, cores())
+
+
 def rank_pool(run: RunFile) -> AbstractContextManager[Pool]:
     """Open a pool of ranking workers beside those with models; they reserve no CPUs, as they mostly read files."""
-    resources = Resources(workers=run.workers, cpus=0, job_timeout_s=run.job_timeout_s, address=run.ray_address)
+    resources = Resources(
+        workers=ranking_workers(run), cpus=0, job_timeout_s=run.job_timeout_s, address=run.ray_address
+    )
     return open_pool(run.backend, RankWorker, {}, resources, label="ranking")
 
 

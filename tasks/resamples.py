@@ -17,7 +17,7 @@ from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.neurons import vote_probes
 from tasks.plan import PlannedDataset, check_sample_rows
 from tasks.pool.base import Pool
-from tasks.rank import sample_scores
+from tasks.rank import ranking_workers, sample_scores
 from tasks.steps import Step
 
 
@@ -104,7 +104,9 @@ def resample_rows(
         If the step is to stop.
     """
     vote, counts_BP = vote_probes(run)[probe], sample_counts(run, planned.dataset.name, train)
-    scores_BM = sample_scores(pool, run.directory, train, vote, step, counts_BP=counts_BP, n_blocks=run.workers)
+    scores_BM = sample_scores(
+        pool, run.directory, train, vote, step, counts_BP=counts_BP, n_blocks=ranking_workers(run)
+    )
     rows = []
     for sample, scores_M in enumerate(scores_BM):
         step.check_stop()

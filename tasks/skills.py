@@ -51,7 +51,7 @@ from tasks.neurons import NEURONS_FILE, NeuronRow, neuron_rows
 from tasks.plan import PlannedDataset, PlannedModel, of_each_model, plan
 from tasks.pool.base import Pool
 from tasks.probe import AccuracyRow
-from tasks.rank import rank_split
+from tasks.rank import rank_split, ranking_workers
 from tasks.rundir.tables import write_table, write_tables
 from tasks.steps import Step
 
@@ -192,7 +192,7 @@ def rank_dataset(pool: Pool, run: SkillsRun, planned: PlannedDataset, step: Step
         root = condition.run.directory
         train = open_negs(root).select(planned.model, planned.dataset.name, "train")
         sizes = training_sizes(train.n_rows) if condition.folder == "main" else ()
-        ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=run.workers)
+        ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=ranking_workers(run))
         by_condition[condition.folder] = ranked[train.n_rows].votes_M
         if sizes:
             by_size = {size: rankings.votes_M for size, rankings in ranked.items()}

@@ -68,6 +68,9 @@ class Watcher(Protocol):
     def finish(self, step: str, error: BaseException | None) -> None:
         """Show that a step ended."""
 
+    def tell(self, line: str) -> None:
+        """Show a line about the run."""
+
 
 class Step:
     """A step under way, as its function sees it: it reports progress here and learns that it is to stop.
@@ -219,6 +222,11 @@ class Steps(ABC):
         part.stop = _PartStop(self.stop)
         return part
 
+    def tell(self, line: str) -> None:
+        """Tell who watches a line about the run."""
+        for watcher in self._watchers():
+            watcher.tell(line)
+
     @abstractmethod
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         """Show a table of results."""
@@ -321,6 +329,12 @@ class PrefectSteps(Steps):
 
     def _key(self, key: str) -> str:
         return artifact_key(f"{self._name}-{key}")
+
+    def tell(self, line: str) -> None:
+        from prefect import get_run_logger
+
+        super().tell(line)
+        get_run_logger().info("%s", line)
 
     def table(self, key: str, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         from prefect.artifacts import create_table_artifact
@@ -481,6 +495,8 @@ class _ProgressArtifact:
             get_run_logger().info("%s: %s", self._title, f"{self._parts}, {seconds}" if self._parts else seconds)
             if self._id is not None:
                 self._page.drop(self._id)
+
+    def tell(self, line: str) -> None: ...
 
     def _text(self, progress: Progress) -> str:
         text = self._parts

@@ -1,8 +1,9 @@
-"""What the queue of a run costs, and what it keeps busy: `python tests/pool_bench.py`.
+"""What the start and the queue of a run cost, and what the queue keeps busy: `python tests/pool_bench.py`.
 
-Workers sleep, in simulated time where there are many, so that no model is needed and one core is enough. Each row is a
-measurement of the code that runs use: `flows.extraction`, `tasks.measure.missing`, `tasks.pool`. Rows can be
-chosen by a part of their name; all of them take some minutes.
+Rows named "start" run the command until its first shard is there. In the others workers sleep, in simulated time where
+there are many, so that no model is needed and one core is enough. Each row is a measurement of the code that runs use:
+`flows.extraction`, `tasks.measure.missing`, `tasks.pool`. Rows can be chosen by a part of their name; all of them take
+some minutes.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -164,6 +167,30 @@ def resumed(n_finished: int = 500_000) -> Figures:
     }
 
 
+def start(*command: str) -> Figures:
+    """Measure when a command says its first word, has planned, and has its first shard on disk; then it is ended."""
+    figures: Figures = {"load of the machine before": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "run", Path(folder) / "log"
+        events: dict[str, Callable[[], bool]] = {
+            "s to the first line": lambda: log.stat().st_size > 0,
+            "s to the plan": lambda: "run directory" in log.read_text(),
+            "s to the first shard": lambda: any(out.rglob("_receipts/part-*.json")),
+        }
+        with log.open("w") as lines:
+            began = time.perf_counter()
+            arguments = [sys.executable, "-m", "flows.cli", *command, "--out", str(out)]
+            process = subprocess.Popen(arguments, stdout=lines, stderr=lines)
+        for event, has_come in events.items():
+            while not has_come():
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.02)
+            figures[event] = time.perf_counter() - began
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    return figures
+
+
 def _write(root: Path, split: ShardSet, index: int) -> None:
     """Write a shard and its receipt as `publish_shard` does, but without waiting for the disk."""
     job = split.job(root, index)
@@ -200,6 +227,10 @@ def in_own_process(function: Callable[..., T], *args: Any) -> T:
         return process.submit(function, *args).result()
 
 
+_SMALL = (
+    *("pipeline", "--model", "smollm2-135m", "--dataset", "mini/fact", "--limit", "60"),
+    *("--backend", "local", "--orchestrator", "none"),
+)  # fmt: skip
 ROWS: dict[str, tuple[Callable[..., Figures], tuple[Any, ...]]] = {
     "64 workers, 22 x 3 splits, one queue": (busy, (SimulatedPool, 64)),
     "64 workers, 22 x 3 splits, one after the other": (busy, (OneSplitAtATime, 64)),
@@ -211,6 +242,9 @@ ROWS: dict[str, tuple[Callable[..., Figures], tuple[Any, ...]]] = {
     "1,000 workers, a tenth of a million shards": (large, (1000, 100_000)),
     "resuming a million shards, half of them finished": (resumed, ()),
     "resuming 20,000 shards, half of them finished": (resumed, (10_000,)),
+    "start of the demo": (start, ("demo",)),
+    "start of the demo without Prefect": (start, ("demo", "--orchestrator", "none")),
+    "start of a small run in this process, without Prefect": (start, _SMALL),
 }
 
 

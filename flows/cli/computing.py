@@ -1,5 +1,6 @@
 """Commands that compute: a run of every kind, the demo, what a run will need, and how fast the paths are."""
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -71,7 +72,8 @@ def plan(
     quiet_libraries()
     from flows.show.forecast_tables import forecast_lines, forecast_tables
     from tasks.forecast.capacity import requirements
-    from tasks.forecast.needs import forecast, measured_rate, skill_runs
+    from tasks.forecast.needs import forecast, measured_rate, skill_runs, worker_needs
+    from tasks.forecast.workers import choose_workers, is_here
     from tasks.model_plans import all_problems
     from tasks.plan import plan as plan_run
 
@@ -79,6 +81,9 @@ def plan(
     run = recorded_run(run_file, overrides) if run_file else read_run_file(options_of, None, overrides)
     with reading():
         planned = [(one, plan_run(one, tolerant=run.skips_unusable_datasets)) for one in skill_runs(run)]
+        chosen = choose_workers(planned[0][0], partial(worker_needs, planned)) if is_here(run) else None
+        if chosen:
+            planned = [(one.model_copy(update=chosen.fields), of_run) for one, of_run in planned]
         models = forecast(planned)
     first, of_first = planned[0]
     rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
@@ -95,7 +100,8 @@ def plan(
         for warning in dataset.warnings
     }
     left_out = {f"left out: {problem}" for problem in (*problems, *all_problems(of_run for _, of_run in planned))}
-    for line in (*sorted(left_out), *sorted(warnings), *forecast_lines(models, rates, needed)):
+    workers = [chosen.line if chosen else "workers: chosen in the cluster where they are not given"]
+    for line in (*sorted(left_out), *sorted(warnings), *forecast_lines(models, rates, needed), *workers):
         console.print(escape(line), soft_wrap=True, highlight=False)
     for requirement in needed:
         requirement.check()
@@ -160,6 +166,8 @@ def execute(name: str, run: RunFile, orchestrator: str) -> None:
     """Carry out a run of a kind and show its results."""
     quiet_libraries()
     check_machine()
+    if not console.is_terminal:
+        console.print("reading tokenizers and datasets ...")
     with reading():
         from tasks.steps import handing_over
 

@@ -14,6 +14,7 @@ from flows.show.console import console, errors, tell
 from tasks.config.run_file import RunFile
 
 if TYPE_CHECKING:
+    from flows.show.display import Display
     from flows.show.report import RunResults
     from tasks.rundir.verify import Verified
     from tasks.steps import Handover, Steps
@@ -61,31 +62,26 @@ def carry_out(
         The flow to carry it out as, under the Prefect server that is configured or private. By default without one.
     """
     from prefect.exceptions import CancelledRun
+    from prefect.settings import PREFECT_API_URL
 
     from flows.flow_run import IncompleteRun
     from flows.show.display import Display
     from tasks.rundir.claim import claim
-    from tasks.server import prefect_api
     from tasks.steps import PlainSteps
     from tasks.withheld import Withheld
 
     console.print(f"run directory: {escape(str(run.directory))}", highlight=False, soft_wrap=True)
+    starts_server = prefect_flow is not None and not PREFECT_API_URL.value()
+    if hint := faster_start(run, n_steps, starts_server=starts_server):
+        console.print(hint, highlight=False, soft_wrap=True)
     try:
         # Claimed before anything is started: a private server would get in the way of another driver's.
         with claim(run.directory, when_lost=given.stop.set), Display(console, title, n_steps) as display:
             given.watcher, given.claimed = display, run.directory
-            of_workers = {"ray": "Ray", "local": "a worker in this process"}[run.backend]
             if prefect_flow is None:
-                display.starting(of_workers)
+                display.starting(_WORKERS[run.backend])
                 return work(run, PlainSteps())
-            display.starting("Prefect")
-            with prefect_api(run.local_directory / "prefect") as api:
-                api.wait_ready()
-                page = api.url.removesuffix("/api")
-                hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
-                console.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
-                display.starting(of_workers)
-                return prefect_flow(run)
+            return _under_prefect(run, display, prefect_flow)
     except Withheld as withheld:
         raise withheld.error from None
     except IncompleteRun as incomplete:
@@ -96,6 +92,43 @@ def carry_out(
         with suppress(OSError):  # the terminal may be gone
             errors.print(f"{what}; finished shards are kept, and the same command goes on from them")
         raise typer.Exit(130) from None
+
+
+_WORKERS = {"ray": "Ray", "local": "a worker in this process"}
+"""What is started for workers, by backend."""
+
+
+def _under_prefect(run: R, display: "Display", prefect_flow: Callable[[R], T]) -> T:
+    """Carry out a run as a flow; Ray starts while a private server does."""
+    from flows.flow_run import run_session
+    from tasks.server import prefect_api
+
+    with ExitStack() as started:
+        api = started.enter_context(prefect_api(run.local_directory / "prefect"))
+        if api.private:
+            display.starting(f"Prefect and {_WORKERS[run.backend]}")
+            started.enter_context(run_session(run))
+        api.wait_ready()
+        page = api.url.removesuffix("/api")
+        hint = f" (password: {run.local_directory / 'prefect' / 'password'})" if api.private else ""
+        console.print(f"watch it at {escape(page + hint)}", highlight=False, soft_wrap=True)
+        if not api.private:
+            display.starting(_WORKERS[run.backend])
+        return prefect_flow(run)
+
+
+def faster_start(run: RunFile, n_steps: int, *, starts_server: bool) -> str:
+    """Return a line that names the options that start a small run sooner; empty for others."""
+    from tasks.forecast.workers import is_here
+
+    if run.backend == "local" or not is_here(run) or n_steps > _FEW_STEPS:
+        return ""
+    options = "--backend local" + " --orchestrator none" * starts_server
+    return f"so small a run starts sooner with {options}: in this process, with one worker"
+
+
+_FEW_STEPS = 32
+"""Parts (shards, probes) of a small run at most."""
 
 
 def show(results: "RunResults") -> None:

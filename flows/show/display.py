@@ -57,7 +57,9 @@ class Display:
         self._progress.stop()
 
     def starting(self, what: str) -> None:
-        """Show what is being started, as long as no step has begun."""
+        """Show what is being started, as long as no step has begun; without a terminal, in a line."""
+        if not self._console.is_terminal:
+            self._console.print(escape(f"starting {what} ..."), highlight=False)
         self._progress.update(self._whole, note=escape(f"starting {what}"))
 
     def advance(self, progress: Progress) -> None:
@@ -76,6 +78,10 @@ class Display:
             self._done[step] = progress.done
             done, reused = self._finished + sum(self._done.values()), sum(self._reused.values())
             self._progress.update(self._whole, completed=done, reused=reused)
+
+    def tell(self, line: str) -> None:
+        """Show a line above the bars."""
+        self._console.print(escape(line), highlight=False, soft_wrap=True)
 
     def finish(self, step: str, error: BaseException | None) -> None:
         with self._lock:

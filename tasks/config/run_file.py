@@ -4,7 +4,6 @@ Every field is also an option of the command line: its description is the option
 file is the help of its command.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -78,8 +77,8 @@ NodeLabel = Annotated[str, AfterValidator(_node_label)]
 """A label of a Ray node, ``NAME=VALUE``."""
 
 
-def _gpus(count: float) -> float:
-    if count > 1 and count != int(count):
+def _gpus(count: float | None) -> float | None:
+    if count is not None and count > 1 and count != int(count):
         raise ValueError(f"{count} is not allowed: a worker takes a share of one GPU, or a whole number of GPUs")
     return count
 
@@ -90,8 +89,8 @@ def _device_map(wanted: Any) -> Any:
     return wanted
 
 
-Gpus = Annotated[float, AfterValidator(_gpus)]
-"""GPUs of a worker."""
+Gpus = Annotated[float | None, Field(ge=0, le=64), AfterValidator(_gpus)]
+"""GPUs of a worker; `None` is chosen when the run starts."""
 
 
 class RunFile(BaseModel):
@@ -130,14 +129,14 @@ class RunFile(BaseModel):
 
     device: str | None = Field(None, description="Torch device. By default the first GPU, else the CPU.")
     backend: Literal["ray", "local"] = Field("ray", description="Where workers run: Ray actors, or this process.")
-    workers: int = Field(
-        default_factory=lambda: os.cpu_count() or 1,
-        ge=1,
-        description="Ray actors a model. By default one a core.",
+    workers: int | None = Field(
+        None, ge=1, description="Ray actors a model. By default as many as GPUs, or else cores and memory, allow."
     )
     cpus: int = Field(1, ge=1, le=1024, description="Cores for each worker.")
     gpus: Gpus = Field(
-        0, ge=0, le=64, description="GPUs of each actor, or a share of one; over several the model is spread. 0: CPU."
+        None,
+        description="GPUs of each actor, or a share of one; over several the model is spread. 0: CPU. By default one, "
+        "if there are any.",
     )
     device_map: Annotated[str | dict[str, str | int] | None, AfterValidator(_device_map)] = Field(
         None,
@@ -259,15 +258,16 @@ class RunFile(BaseModel):
     def worker_device(self) -> str | None:
         """Device of a worker; `None` is the first GPU, else the CPU.
 
-        Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself.
+        Ray shows every GPU to an actor that has none reserved: such an actor must not take one by itself. GPUs are
+        chosen when the run starts, by `tasks.forecast.workers`.
         """
-        return self.device or ("cpu" if self.backend == "ray" and self.gpus == 0 else None)
+        return self.device or ("cpu" if self.backend == "ray" and not self.gpus else None)
 
     @property
     def placement(self) -> DeviceMap | None:
         """Where a worker puts the parts of its model; `None` is one device."""
         given: Any = self.device_map  # checked above
-        return given or ("auto" if self.gpus > 1 else None)
+        return given or ("auto" if (self.gpus or 0) > 1 else None)
 
     @property
     def resources(self) -> Resources:
@@ -276,9 +276,9 @@ class RunFile(BaseModel):
         A worker on a GPU writes a shard while it measures the next; on a CPU the one would take the other's cores.
         """
         return Resources(
-            workers=self.workers,
+            workers=self.workers or 1,
             cpus=self.cpus,
-            gpus=self.gpus,
+            gpus=self.gpus or 0.0,
             jobs_a_worker=1 if self.worker_device == "cpu" or self.backend == "local" else 2,
             job_timeout_s=self.job_timeout_s,
             address=self.ray_address,

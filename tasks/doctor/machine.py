@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from negcore.findings import Finding
 from negcore.model.embedded import EMBEDDED
 from negcore.store.files import cache_directory
-from tasks.machine import free_bytes, in_binary_units, memory_bytes
+from tasks.machine import cores, free_bytes, in_binary_units, memory_bytes
 
 _PROJECT = "neg-at-scale"
 _CONSTRAINTS = Path(__file__).parents[2] / "infra" / "constraints.txt"
@@ -148,16 +148,11 @@ def _devices(found: dict[str, Any], advice: str) -> Iterator[Finding]:
         yield Finding("device", "look", f"a driver for NVIDIA is there, but {torch} sees no GPU{why}", advice)
     else:
         also = "; Apple's GPU is there, use it with --device mps in float32" if found["mps"] else ""
-        yield Finding("device", "good", f"CPU, {_cores()} cores; {torch}{also}")
+        yield Finding("device", "good", f"CPU, {cores()} cores; {torch}{also}")
 
 
 def _has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Memory and disk

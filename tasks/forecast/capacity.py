@@ -1,6 +1,5 @@
 """Requirements of a run on disk, memory and GPU, beside what is there."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from negcore.errors import RunError
 from tasks.config.dataset_runs import SkillRun
 from tasks.forecast.needs import ModelForecast, missing_shards, on_gpu, splits_of
 from tasks.forecast.shard_size import shard_bytes
-from tasks.machine import free_bytes, in_binary_units, memory_bytes
+from tasks.forecast.workers import is_here
+from tasks.machine import cores, free_bytes, in_binary_units, memory_bytes
 from tasks.plan import Planned
 
 
@@ -60,9 +60,8 @@ def check_disk(planned: Planned) -> None:
 
 def requirements(run: SkillRun, models: Sequence[ModelForecast]) -> list[Requirement]:
     """Return all that a run needs, beside what this machine has; a cluster's memory is not known here."""
-    is_here = run.backend == "local" or (run.ray_address or os.environ.get("RAY_ADDRESS", "local")) == "local"
-    needed = [_disk(run.directory, sum(model.n_bytes_left for model in models)), _memory(run, models, is_here)]
-    return [*needed, _gpu(run, models, is_here)] if on_gpu(run) else needed
+    needed = [_disk(run.directory, sum(model.n_bytes_left for model in models)), _memory(run, models)]
+    return [*needed, _gpu(run, models)] if on_gpu(run) else needed
 
 
 def _disk(directory: Path, needed_bytes: int) -> Requirement:
@@ -70,19 +69,19 @@ def _disk(directory: Path, needed_bytes: int) -> Requirement:
     return Requirement(f"disk space for shards in {str(directory)!r}", needed_bytes, free_bytes(directory), remedy)
 
 
-def _memory(run: SkillRun, models: Sequence[ModelForecast], is_here: bool) -> Requirement:
+def _memory(run: SkillRun, models: Sequence[ModelForecast]) -> Requirement:
     needed = [
         _workers(run, model) * (model.host_bytes + (0 if on_gpu(run) else model.device_bytes)) + model.forest_bytes
         for model in models
     ]
     remedy = "use fewer --workers, or a smaller --shard-rows, --batch-size or --tree-neurons"
-    return Requirement("main memory", max(needed), memory_bytes() if is_here else None, remedy)
+    return Requirement("main memory", max(needed), memory_bytes() if is_here(run) else None, remedy)
 
 
-def _gpu(run: SkillRun, models: Sequence[ModelForecast], is_here: bool) -> Requirement:
+def _gpu(run: SkillRun, models: Sequence[ModelForecast]) -> Requirement:
     """Return the memory that all workers of one GPU need together."""
-    sharing = int(1 / run.gpus) if 0 < run.gpus < 1 else 1
-    there = torch.cuda.get_device_properties(0).total_memory if is_here and torch.cuda.is_available() else None
+    sharing = int(1 / run.gpus) if run.gpus and run.gpus < 1 else 1
+    there = torch.cuda.get_device_properties(0).total_memory if is_here(run) and torch.cuda.is_available() else None
     remedy = "use a smaller --batch-size, --dtype bfloat16, or more --gpus a worker"
     return Requirement("GPU memory", sharing * max(model.device_bytes for model in models), there, remedy)
 
@@ -91,4 +90,4 @@ def _workers(run: SkillRun, model: ModelForecast) -> int:
     """Return how many workers of one model run side by side."""
     if run.backend == "local":
         return 1
-    return max(1, min(run.workers, (os.cpu_count() or 1) // run.cpus, sum(one.n_shards for one in model.datasets)))
+    return max(1, min(run.resources.workers, cores() // run.cpus, sum(one.n_shards for one in model.datasets)))

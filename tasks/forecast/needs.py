@@ -18,7 +18,7 @@ from negcore.errors import RunError
 from negcore.measure.forward import common_prefix_length, largest_batch, own_tokens
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import computes_by_row, neurgrad
-from negcore.model.architectures import Architecture
+from negcore.model.architectures import Architecture, Dtype
 from negcore.model.experts import stacked_experts
 from negcore.model.language_model import DTYPES, ModelCard
 from negcore.model.layer_shapes import LayerShape
@@ -54,6 +54,23 @@ class ParameterCounts:
     """Parameters of the layers that a token runs through: of experts, those of as many as it is routed to."""
     n_in_head: int
     """Parameters of the head, which only the probed token runs through."""
+
+
+@dataclass(frozen=True)
+class WorkerNeeds:
+    """The memory that a worker needs, in bytes."""
+
+    device_bytes: int
+    """For its model and the largest batch, on the model's device."""
+    host_bytes: int
+    """In main memory besides."""
+    driver_bytes: int = 0
+    """That the driver needs for itself at the same time: its forest."""
+
+    @property
+    def bytes_on_cpu(self) -> int:
+        """Bytes of main memory that it needs if its model is there too."""
+        return self.device_bytes + self.host_bytes
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,7 @@ class ModelForecast:
 
 
 def on_gpu(run: SkillRun) -> bool:
-    """Tell whether workers measure on a GPU."""
+    """Tell whether workers measure on a GPU; that is chosen in `tasks.forecast.workers`."""
     return (run.worker_device or ("cuda" if run.gpus or torch.cuda.is_available() else "cpu")).startswith("cuda")
 
 
@@ -146,6 +163,31 @@ def forecast(planned: Planned) -> tuple[ModelForecast, ...]:
         If a model's configuration cannot be used.
     """
     return tuple(map(_model_forecast, of_each_model(planned)))
+
+
+def worker_needs(planned: Planned, gpus: float) -> list[WorkerNeeds]:
+    """Return the needs of a worker of every model, which has such a share of a GPU; nothing on disk is looked at."""
+    return [
+        _worker_needs([(run.model_copy(update={"gpus": gpus}), model) for run, model in of_model])
+        for of_model in of_each_model(planned)
+    ]
+
+
+def least_needs(card: ModelCard, dtype: Dtype) -> WorkerNeeds:
+    """Return what any worker of a model needs: its process, and the model."""
+    return WorkerNeeds(count_parameters(card).n_all * DTYPES[dtype].itemsize, _PROCESS_BYTES)
+
+
+def _worker_needs(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> WorkerNeeds:
+    run, model = of_model[0]
+    least = least_needs(model.card, run.dtype)
+    datasets = [(run, dataset) for run, model in of_model for dataset in model.datasets]
+    splits = [(run, split) for run, dataset in datasets for split in dataset.splits]
+    return WorkerNeeds(
+        least.device_bytes + max((_batch_of(run, model.card, split) for run, split in splits), default=0),
+        least.host_bytes + max((_assembly_bytes(run, split) for run, split in splits), default=0),
+        max((_forest_bytes(run, model.card, dataset) for run, dataset in datasets), default=0),
+    )
 
 
 def measured_rate(run: SkillRun, model: PlannedModel) -> float:
@@ -238,7 +280,6 @@ def _dataset_forecast(
     run: SkillRun, card: ModelCard, parameters: ParameterCounts, dataset: PlannedDataset, *, several: bool
 ) -> DatasetForecast:
     needs = [_split_needs(run, card, parameters, split) for split in dataset.splits]
-    n_features = min(run.tree_neurons, card.n_layers * card.layer_width) if "tree" in run.probe else 0
     return DatasetForecast(
         name=dataset.dataset.name,
         condition=run.directory.name if several else "",
@@ -250,8 +291,13 @@ def _dataset_forecast(
         operations=sum(one.operations for one in needs),
         batch_bytes=max(one.batch_bytes for one in needs),
         assembly_bytes=max(one.assembly_bytes for one in needs),
-        forest_bytes=_FOREST_BYTES_A_FEATURE * len(dataset.dataset.splits["train"]) * n_features,
+        forest_bytes=_forest_bytes(run, card, dataset),
     )
+
+
+def _forest_bytes(run: SkillRun, card: ModelCard, dataset: PlannedDataset) -> int:
+    n_features = min(run.tree_neurons, card.n_layers * card.layer_width) if "tree" in run.probe else 0
+    return _FOREST_BYTES_A_FEATURE * len(dataset.dataset.splits["train"]) * n_features
 
 
 class _Needs(NamedTuple):
@@ -273,9 +319,20 @@ def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, sp
         n_bytes=sum(sizes),
         n_bytes_left=sum(sizes[index] for index in missing),
         operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
-        batch_bytes=_batch_bytes(run, card, max(map(len, ids)), n_shared, n_options),
-        assembly_bytes=run.resources.jobs_a_worker * _SHARD_COPIES * max(sizes),
+        batch_bytes=_batch_of(run, card, split),
+        assembly_bytes=_assembly_bytes(run, split),
     )
+
+
+def _batch_of(run: SkillRun, card: ModelCard, split: ShardSet) -> int:
+    ids = encoded_prompts(split.examples).ids
+    n_shared = 0 if card.arch.whole else common_prefix_length(ids)
+    return _batch_bytes(run, card, max(map(len, ids)), n_shared, len(split.examples[0].labels))
+
+
+def _assembly_bytes(run: SkillRun, split: ShardSet) -> int:
+    """Return the bytes in main memory while the largest shard of a split is put together, behind others under way."""
+    return run.resources.jobs_a_worker * _SHARD_COPIES * max(shard_bytes(split))
 
 
 def _operations(

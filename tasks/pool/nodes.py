@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from negcore.errors import RunError, one_line
+from tasks.machine import Room
 from tasks.pool.base import Resources
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,15 @@ def check_demand(resources: Resources, label: str) -> None:
     )
 
 
+def rooms(node_labels: Mapping[str, str]) -> list[Room]:
+    """Return the room for workers on each node of the cluster that this process has joined."""
+    import ray
+
+    nodes = (node for node in ray.nodes() if node["Alive"] and _has_labels(node, node_labels))
+    offers = (node["Resources"] for node in nodes)
+    return [Room(offer.get("CPU", 0), offer.get("GPU", 0), int(offer.get("memory", 0))) for offer in offers]
+
+
 def waiting(resources: Resources, free: Mapping[str, float] | None) -> str:
     """Return in words what a pool waits for that has no place for a worker, and what the cluster has free."""
     offer = "" if free is None else f" (free: {amounts(free)})"
@@ -98,4 +108,8 @@ def _offer(resources: Resources, offer: Mapping[str, float], labels: Mapping[str
 
 def _fits(resources: Resources, node: Mapping[str, Any]) -> bool:
     is_large_enough = all(node["Resources"].get(name, 0) >= amount for name, amount in resources.demand.items())
-    return is_large_enough and all(node["Labels"].get(name) == value for name, value in resources.node_labels)
+    return is_large_enough and _has_labels(node, dict(resources.node_labels))
+
+
+def _has_labels(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return all(node["Labels"].get(name) == value for name, value in labels.items())

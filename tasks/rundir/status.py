@@ -213,7 +213,8 @@ def _pace_now(directory: Path, folders: Sequence[FolderStatus]) -> Pace | None:
     newest = max(begun, key=lambda one: float(one[1]["time_s"].max()))[0]
     alike = [shards for one, shards in begun if (one.kind, one.names[0]) == (newest.kind, newest.names[0])]
     published = np.concatenate([shards[["time_s", "n_rows"]] for shards in alike])
-    workers = recorded_run(newest.root, to_look_at=True).workers if n_bytes(newest.root / RUN_FILE) is not None else 1
+    has_run_file = n_bytes(newest.root / RUN_FILE) is not None
+    workers = recorded_run(newest.root, to_look_at=True).resources.workers if has_run_file else 1
     plans = {one.folder.root / PLAN_FILE for one in folders if one.folder.planned is not None}
     return pace(
         published["time_s"], published["n_rows"], max((written_s(plan) for plan in plans), default=None), workers

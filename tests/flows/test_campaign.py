@@ -440,6 +440,8 @@ def test_progress_counts_what_can_be_planned(run, results):
 
         def finish(self, step, error): ...
 
+        def tell(self, line): ...
+
     with handing_over() as given:
         given.watcher = Watcher()
         run_campaign(run, PlainSteps())

@@ -155,6 +155,8 @@ def test_progress_counts_every_part(run):
 
         def finish(self, step, error): ...
 
+        def tell(self, line): ...
+
     with handing_over() as given:
         given.watcher = Watcher()
         run_skills(run, PlainSteps())

@@ -131,7 +131,7 @@ def test_the_forest_is_counted_where_one_is_to_grow(run):
 
 
 def test_memory_grows_with_workers_but_not_beyond_the_cores(run, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("tasks.forecast.capacity.cores", lambda: 4)
     models = forecast([(run, plan(run))])
 
     def memory(**changes):
