@@ -40,7 +40,20 @@ def facts_table(lm: LanguageModel) -> Table:
         ["longest prompt", f"{card.context_tokens} tokens"],
         ["vocabulary", f"{card.vocab_size} tokens"],
     ]
+    if lm.has_experts:
+        rows.insert(4, ["experts", _experts(lm)])
     return Table("model", shown_model(card.name), texts("", ""), [rows])
+
+
+def _experts(lm: LanguageModel) -> str:
+    """Return the counts of a model's layers of experts in words."""
+    kinds = {
+        f"{one.n_experts} of {one.n_units} neurons, {one.top_k} of them a token"
+        + f", beside {one.n_dense} neurons of every token" * bool(one.n_dense)
+        for one in lm.layer_shapes
+        if one.n_experts
+    }
+    return "; ".join(sorted(kinds))
 
 
 def check_section(noted: Sequence[NotedCheck]) -> Section:

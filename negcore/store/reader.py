@@ -395,7 +395,8 @@ class NegSplit(ShardReader, _AsFrame):
         if self.layer_shapes is None:
             return f"layers 0..{self.n_layers - 1} with neurons 0..{self.n_neurons - 1}"
         kinds = {
-            f"{shape.n_experts} experts of {shape.n_units} units and {shape.n_dense} neurons that every prompt has"
+            f"{shape.n_experts} experts of {shape.n_units} units"
+            + f" and {shape.n_dense} shared neurons" * bool(shape.n_dense)
             if shape.n_experts
             else f"{shape.n_dense} neurons"
             for shape in self.layer_shapes

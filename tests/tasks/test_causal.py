@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from faults import spoil
 from support import save_tiny_model, write_negs
 
 from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
@@ -297,7 +296,7 @@ def test_probabilities_that_are_not_finite_fail_the_shard_of_the_check(run, tmp_
     def spoilt(self, job, examples):
         columns = honest(self, job, examples)
         for place in [place for place, example in enumerate(examples) if example.id == row.id]:
-            spoil(columns, place)
+            columns["base_probs"][place, 0] = np.nan
         return columns
 
     monkeypatch.setattr(ModelWorker, "_measure", spoilt)

@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from support import neg, save_tiny_model, write_questions
+from support import neg, save_tiny_model, tiny_model, write_questions
 
 from flows.pipeline import run_extract, run_pipeline
+from flows.show.check_tables import facts_table
 from flows.skills import run_skills
 from negcore.analysis.causal import ExpertNeurons, skill_sets
 from negcore.analysis.neurons import neuron_means, read_neuron, top_neurons
@@ -282,6 +283,11 @@ def test_numbers_that_a_prompt_does_not_have_are_missing_in_frames_and_no_rows_i
 
 
 # Analyses and the command line
+
+
+def test_the_facts_of_a_model_count_its_experts():
+    (rows,) = facts_table(tiny_model("qwen2_moe")).blocks
+    assert ["experts", "4 of 8 neurons, 2 of them a token, beside 12 neurons of every token"] in rows
 
 
 @pytest.fixture(scope="module")
