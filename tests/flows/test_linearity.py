@@ -11,7 +11,6 @@ from typing import get_args
 import numpy as np
 import pyarrow as pa
 import pytest
-from faults import spoil
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
@@ -318,6 +317,12 @@ def test_a_prompt_without_the_poison_row_has_the_numbers_that_it_has_with_it(run
     kept = [whole.ids.index(id_) for id_ in partly.ids]
     np.testing.assert_allclose(partly.sweep.probs_PKS, whole.sweep.probs_PKS[kept], rtol=1e-5)
     np.testing.assert_allclose(partly.scores_PK["gradient"], whole.scores_PK["gradient"][kept], rtol=1e-5)
+
+
+def spoil(columns, row):
+    """Make one number of a row NaN: of the first column, whichever that is."""
+    first = next(values for values in columns.values() if values.dtype.kind == "f")
+    first.reshape(len(first), -1)[row, 0] = np.nan
 
 
 def is_located(line):
