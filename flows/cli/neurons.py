@@ -15,6 +15,7 @@ from flows.cli.options import RunDirectory
 from flows.cli.tables import deliver
 from flows.cli.terminal import quiet_libraries
 from flows.show.console import console, tell
+from flows.show.model_names import shown_model
 from negcore.errors import NegError, RunError
 from negcore.store.files import location
 
@@ -171,7 +172,9 @@ def _tell_neuron(directory: Path, first: "StoredSplit", name: str) -> tuple[int,
     negs = first.open()
     layer, number = negs.number_of(name)
     where = f"site {negs.identity.site}, {negs.n_layers} layers x {negs.n_neurons} neurons"
-    console.print(Text(f"neuron {negs.name_of(layer, number)} of {negs.identity.model} ({where})"), soft_wrap=True)
+    console.print(
+        Text(f"neuron {negs.name_of(layer, number)} of {shown_model(negs.identity.model)} ({where})"), soft_wrap=True
+    )
     listed = listed_neurons(directory)
     own = [row for row in listed.rows if (row.model, row.layer, row.neuron) == (first.place.model, layer, number)]
     for warning in listed.warnings:

@@ -10,6 +10,7 @@ import pyarrow.compute
 
 from flows.cli.neurons import check_name
 from flows.show.accuracy_tables import accuracy_tables, comparison_table
+from flows.show.model_names import distinct_names, shown_model, told_apart
 from flows.show.neuron_tables import moved_table, neg_size, neuron_table, neuron_tables, places_line
 from flows.show.report import REPORT_FILE
 from flows.show.table import Cell, Column, Number, Table, Words, numbers, texts
@@ -49,7 +50,7 @@ def index(runs: Runs) -> Page:
 
 
 def _summary_cells(one: RunSummary) -> Iterator[Cell]:
-    yield from (one.name, one.kind, "\n".join(one.models), _listed(one.subjects))
+    yield from (one.name, one.kind, "\n".join(distinct_names(one.models).values()), _listed(one.subjects))
     yield Words(one.state, "green" if one.state == "finished" else "yellow")
     yield "" if one.written_s is None else f"{datetime.fromtimestamp(one.written_s, UTC):%Y-%m-%d %H:%M} UTC"
 
@@ -60,13 +61,19 @@ def _listed(names: Sequence[str], most: int = 4) -> str:
 
 def run_page(runs: Runs, name: str, report: str) -> Page:
     """Return what there is of a run: results, best neurons, rows, run file, and its report below that address."""
-    place, summary, splits = runs.at(name), runs.summary(name), runs.splits(name)
+    splits = runs.splits(name)
+    with told_apart(one.place.model for one in splits.values()):
+        return _run_page(runs, name, report, splits)
+
+
+def _run_page(runs: Runs, name: str, report: str, splits: Mapping[str, StoredSplit]) -> Page:
+    place, summary = runs.at(name), runs.summary(name)
     parts = [Part(lines=[f"{summary.kind}: {summary.state}", str(place)])]
     if n_bytes(place / REPORT_FILE) is not None:
         parts.append(Part(lines=[Link("report of the run", f"{report}{REPORT_FILE}")]))
     parts += _accuracy_parts(runs, name)
     for model in dict.fromkeys(one.place.model for one in splits.values()):
-        parts.append(Part(f"Neurons of {model}", asked={"run": name, "model": model}))
+        parts.append(Part(f"Neurons of {shown_model(model)}", asked={"run": name, "model": model}))
     parts += _best_parts(runs, name)
     if splits:
         parts.append(_splits_part(name, splits))
@@ -110,7 +117,7 @@ def _best_parts(runs: Runs, name: str) -> Iterator[Part]:
 
 def _splits_part(name: str, splits: Mapping[str, StoredSplit]) -> Part:
     keys: dict[tuple[str, ...], str] = {
-        (one.place.model, one.title, one.place.part): key for key, one in splits.items()
+        (shown_model(one.place.model), one.title, one.place.part): key for key, one in splits.items()
     }
     table = Table("negs", "Rows whose NEGs are stored", texts("model", "dataset", "rows"), [[*map(list, keys)]])
     return Part(table=table, links={"rows": lambda row: address("rows", run=name, part=keys[tuple(row)])})
@@ -129,7 +136,9 @@ def compare_page(runs: Runs, names: Sequence[str]) -> Page:
         raise RunError("choose at least two runs: there is nothing to compare one with")
     files = {name: runs.at(name) / "accuracy.arrow" for name in chosen}
     warnings = [warning for file in files.values() if (warning := check_results(file.parent, [file]))]
-    table = comparison_table({name: read_table(file, AccuracyRow) for name, file in files.items()})
+    scores = {name: read_table(file, AccuracyRow) for name, file in files.items()}
+    with told_apart(row.model for rows in scores.values() for row in rows):
+        table = comparison_table(scores)
     if not table.blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(chosen)}, asked of the same model")
     lines: list[str | Link] = [*warnings, *(Link(name, address("run", run=name)) for name in chosen)]
@@ -313,9 +322,9 @@ def _places(runs: Runs, name: str, model: str, layer: int, number: int) -> list[
     try:
         listed = listed_neurons(runs.at(name)).rows
     except NegError as error:
-        return [model, f"{error}"]
+        return [shown_model(model), f"{error}"]
     own = [row for row in listed if (row.model, row.layer, row.neuron) == (model, layer, number)]
-    return [model, *([places_line(own)] if listed else [])]
+    return [shown_model(model), *([places_line(own)] if listed else [])]
 
 
 def _neuron_parts(name: str, key: str, split: StoredSplit, layer: int, number: int) -> Iterator[Part]:

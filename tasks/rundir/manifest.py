@@ -256,11 +256,13 @@ def check_results(root: Path, tables: Sequence[Path]) -> str | None:
     Raises
     ------
     RunError
-        If the run's manifest names another table, or other shards.
+        If the run has no such table, or its manifest names another one, or other shards.
     """
     manifest = read_manifest(root)
     if manifest is None:
         return f"{str(root)!r} has no {MANIFEST_FILE}: its run is not finished, or was made by an earlier version"
+    if missing := [path for path in tables if n_bytes(path) is None]:
+        raise RunError(f"run {str(root)!r} has no table {_place(root, missing[0])}: its kind of run has none")
     reason = None
     if changed := [path for path in tables if manifest.files.get(_place(root, path)) != checksum(path)]:
         reason = "it is not what the run finished with"

@@ -44,9 +44,9 @@ def part_of(client, dataset, split="test"):
     return html.unescape(found)
 
 
-def text_of(page):
+def text_of(page, status=200):
     """The texts of a page, without its markup."""
-    assert page.status_code == 200, page.text
+    assert page.status_code == status, page.text
     return html.unescape(re.sub(r"<[^>]*>", "", page.text))
 
 
@@ -99,6 +99,23 @@ def test_a_neuron_shows_its_means_and_the_rows_it_moves_most(browser, root):
 def test_runs_are_compared(browser):
     page = text_of(browser.get("/compare", params={"run": [f"runs/{NAME}", "runs/copy"]}))
     assert "run by run" in page and NAME in page
+
+
+def test_a_run_without_accuracies_is_not_compared_and_the_page_says_why(root, tmp_path):
+    shutil.copytree(root / "copy", tmp_path / "runs" / "a")
+    (shutil.copytree(root / "copy", tmp_path / "runs" / "b") / "accuracy.arrow").unlink()
+    with serving(tmp_path / "runs") as found, httpx.Client(base_url=found.address, follow_redirects=True) as client:
+        client.get("/", params={"token": found.token})
+        answer = client.get("/compare", params={"run": ["runs/a", "runs/b"]})
+    assert "has no table accuracy.arrow" in text_of(answer, 404)
+
+
+def test_a_model_given_as_a_path_is_called_by_its_name(browser):
+    page = text_of(browser.get("/run", params={"run": f"runs/{NAME}"}))
+    assert "Neurons of tiny-llama" in page
+    shown = text_of(browser.get("/neuron", params={"run": f"runs/{NAME}", "neuron": "1.7"}))
+    assert "tiny-llama" in shown and "/tiny-llama" not in shown
+    assert "/tiny-llama" not in text_of(browser.get("/"))
 
 
 def test_names_and_prompts_stay_text(browser):
