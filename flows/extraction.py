@@ -42,7 +42,7 @@ def extract_planned(planned: Planned, steps: Steps, results: RunResults, *, when
     results.warnings += _warnings(planned)
     for run, models in planned:
         write_run_file(run)
-        write_plan_file(run.directory, [split for m in models for dataset in m.datasets for split in dataset.splits])
+        write_plan_file(run.directory, [one for m in models for dataset in m.datasets for one in dataset.shard_sets])
     extractions = [_ModelExtraction(of_model, steps.part(), when_extracted) for of_model in of_each_model(planned)]
     _carry_out(extractions, steps)
     for extraction in extractions:
@@ -184,7 +184,7 @@ class _DatasetExtraction:
 
     def __init__(self, run: SkillRun, planned: PlannedDataset) -> None:
         self.run, self.planned = run, planned
-        self.todo = deque(split for split in planned.splits if n_chosen(split) is None)
+        self.todo = deque(split for split in planned.shard_sets if n_chosen(split) is None)
         """Splits that can be started."""
         self.n_under_way = 0
         self._to_choose = [split for split in planned.splits if n_chosen(split) is not None]
@@ -204,7 +204,7 @@ class _DatasetExtraction:
     @property
     def is_whole(self) -> bool:
         """True if every row is there now, or set aside."""
-        return len(self._ended) == len(self.planned.splits) and self._is_without_loss
+        return len(self._ended) == len(self.planned.shard_sets) and self._is_without_loss
 
     @property
     def _is_without_loss(self) -> bool:
@@ -246,7 +246,7 @@ class _DatasetExtraction:
 
     def tell(self, results: RunResults) -> None:
         """Add what became of the dataset to the results, in the order of the plan."""
-        for split in self.planned.splits:
+        for split in self.planned.shard_sets:
             ended = self._ended.get(split.place.part)
             if isinstance(ended, Extracted):
                 results.add(ended)

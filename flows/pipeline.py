@@ -13,7 +13,9 @@ from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_figures import accuracy_figures
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
+from flows.show.certificate_tables import certificate_tables
 from flows.show.comparison_tables import comparison_tables
+from flows.show.control_tables import control_tables
 from flows.show.neuron_figures import neuron_figures
 from flows.show.neuron_tables import top_table
 from flows.show.report import RunResults, Section
@@ -21,13 +23,15 @@ from flows.show.resample_tables import resample_tables
 from flows.show.sentences import accuracy_sentences
 from negcore.errors import typed_line
 from negcore.store.publish import receipts
+from tasks.certificates import CertificateRow
 from tasks.comparisons import ComparisonRow, comparisons
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.kinds import count_shards
 from tasks.config.run_file import write_run_file
+from tasks.controls import ControlRow, random_weight_rows
 from tasks.floors import mass_warnings
 from tasks.measure.missing import names_of
-from tasks.model_plans import ModelPlans
+from tasks.model_plans import ModelPlans, all_problems
 from tasks.neurons import NEURONS_FILE, NeuronRow
 from tasks.plan import (
     Planned,
@@ -60,6 +64,10 @@ class Results(RunResults):
     comparisons: list[ComparisonRow] = field(default_factory=list)
     """Comparisons of the probes by their `predictions`."""
     resamples: list[ResampleRow] = field(default_factory=list)
+    controls: list[ControlRow] = field(default_factory=list)
+    """Accuracies of the probes under controls."""
+    certificates: list[CertificateRow] = field(default_factory=list)
+    """Bounds on large NEGs that the estimates miss."""
     neurons: list[NeuronRow] = field(default_factory=list)
     """Best neurons of the vote probes."""
     splits: list[SplitAccount] = field(default_factory=list)
@@ -71,13 +79,16 @@ class Results(RunResults):
     def sections(self) -> list[Section]:
         if not self.scores:
             return []
-        accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets)
+        accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets, self.controls)
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
+        controls = control_tables(self.controls, self.scores)
+        certificates = certificate_tables(self.certificates)
         resamples, neurons = resample_tables(self.resamples, self.scores), top_table(self.neurons, self.scores)
+        beside = (*controls, *comparisons, *resamples, *certificates, *neurons, *confusion)
         return [
             Section(
                 "",
-                [rows_table(self.splits), *accuracy, *comparisons, *resamples, *neurons, *confusion],
+                [rows_table(self.splits), *accuracy, *beside],
                 figures=[*accuracy_figures(self.scores, self.averages), *neuron_figures(self.neurons)],
                 sentences=list(accuracy_sentences(self.scores, self.averages, self.comparisons)),
                 neurons=self.neurons,
@@ -89,34 +100,53 @@ extract, probe, pipeline, mceval8k = map(prefect_flow, ("extract", "probe", "pip
 """By these names, deployments that were registered earlier find the flows."""
 
 
+def count_extract_steps(run: SkillRun, models: ModelPlans[PlannedModel]) -> int:
+    """Return the number of shards, those of a control included."""
+    return count_shards(run, models) * len(run.with_control)
+
+
 def count_probe_steps(run: SkillRun, models: ModelPlans[PlannedModel]) -> int:
     """Return the number of rankings and fits that the probes of a run take."""
-    return probe_steps(run) * sum(len(model.datasets) for model in models)
+    return sum(map(probe_steps, run.with_control)) * _n_datasets(models)
 
 
 def count_pipeline_steps(run: SkillRun, models: ModelPlans[PlannedModel]) -> int:
     """Return the number of shards and of steps of the probes."""
-    return count_shards(run, models) + count_probe_steps(run, models)
+    return count_extract_steps(run, models) + count_probe_steps(run, models)
 
 
 def plan_mceval8k(run: EvaluationRun) -> Planned:
     """Plan the run of every number of demonstrations, without the datasets that cannot be used."""
-    return [(settings, plan_usable(settings)) for settings in run.settings]
+    return [(one, plan_usable(one)) for settings in run.settings for one in settings.with_control]
 
 
 def count_mceval8k_steps(run: EvaluationRun, planned: Planned) -> int:
     """Return the number of steps of all settings."""
-    return sum(count_pipeline_steps(settings, models) for settings, models in planned)
+    return sum(count_shards(one, models) + probe_steps(one) * _n_datasets(models) for one, models in planned)
+
+
+def _n_datasets(models: ModelPlans[PlannedModel]) -> int:
+    return sum(len(model.datasets) for model in models)
+
+
+def _planned(run: SkillRun, steps: Steps) -> Planned:
+    """Plan a run, and its control if it has one."""
+    return [(one, steps.planned(plan, one)) for one in run.with_control]
+
+
+def _fitted(run: SkillRun, planned: Planned, steps: Steps, results: Results) -> Planned:
+    """Return the plans of a run and its control with the workers that are chosen for them."""
+    run = fitted_to(run, planned, steps, results)
+    return [(one, models) for one, (_, models) in zip(run.with_control, planned, strict=True)]
 
 
 @run_work
 def run_extract(run: SkillRun, steps: Steps) -> Results:
     """Compute every missing NEG shard of the run."""
     results = Results(run.directory)
-    models = steps.planned(plan, run)
+    planned = _planned(run, steps)
     with run_session(run):
-        run = fitted_to(run, [(run, models)], steps, results)
-        extract_planned([(run, models)], steps, results, when_extracted=lambda run, dataset: None)
+        extract_planned(_fitted(run, planned, steps, results), steps, results, when_extracted=lambda run, dataset: None)
     return results
 
 
@@ -124,29 +154,33 @@ def run_extract(run: SkillRun, steps: Steps) -> Results:
 def run_probe(run: SkillRun, steps: Steps) -> Results:
     """Fit and score probes on NEG shards that are already there."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    models = steps.planned(plan, run)
-    results.problems += models.problems
-    with _probing([(run, models)], steps, results) as probe:
-        for model in models:
-            for dataset in model.datasets:
-                for split in dataset.splits:
-                    known = receipts(split.place.path(run.directory))
-                    rows = [row for receipt in known for row in receipt.set_aside]
-                    named = names_of(split, rows)
-                    results.set_aside += [f"{split.title}: {named[row.id]}: {row.reason}" for row in rows]
-                probe(run, dataset)
+    planned = _planned(run, steps)
+    results.problems += all_problems(models for _, models in planned)
+    with _probing(planned, steps, results) as probe:
+        for one, models in planned:
+            for dataset in (dataset for model in models for dataset in model.datasets):
+                results.set_aside += _known_set_aside(one, dataset)
+                probe(one, dataset)
     return results
+
+
+def _known_set_aside(run: SkillRun, dataset: PlannedDataset) -> Iterator[str]:
+    """Yield a line for every row of a dataset that was set aside when it was extracted."""
+    for split in dataset.splits:
+        rows = [row for receipt in receipts(split.place.path(run.directory)) for row in receipt.set_aside]
+        named = names_of(split, rows)
+        yield from (f"{split.title}: {named[row.id]}: {row.reason}" for row in rows)
 
 
 @run_work
 def run_pipeline(run: SkillRun, steps: Steps) -> Results:
     """Extract, and probe each dataset as soon as its splits are there, beside the next extraction."""
     results = Results(run.directory, n_datasets=len(run.dataset))
-    models = steps.planned(plan, run)
+    planned = _planned(run, steps)
     with run_session(run):
-        run = fitted_to(run, [(run, models)], steps, results)
-        with _probing([(run, models)], steps, results) as probe:
-            extract_planned([(run, models)], steps, results, when_extracted=probe)
+        planned = _fitted(run, planned, steps, results)
+        with _probing(planned, steps, results) as probe:
+            extract_planned(planned, steps, results, when_extracted=probe)
     return results
 
 
@@ -161,7 +195,8 @@ def run_mceval8k(run: EvaluationRun, steps: Steps) -> Results:
     with run_session(run):
         run = fitted_to(run, planned, steps, results)
         write_run_file(run)
-        planned = [(one, models) for one, (_, models) in zip(run.settings, planned, strict=True)]
+        settings = (one for of_shots in run.settings for one in of_shots.with_control)
+        planned = [(one, models) for one, (_, models) in zip(settings, planned, strict=True)]
         with _probing(planned, steps, results) as probe:
             extract_planned(planned, steps, results, when_extracted=probe)
     return results
@@ -180,7 +215,7 @@ def _probing(planned: Planned, steps: Steps, results: Results) -> Iterator[WhenE
         prober = Prober(pool)
         try:
             yield lambda settings, dataset: pending.append(_submit_probe(settings, steps, prober, dataset))
-            _collect(results, sorted(pending, key=lambda one: in_order.index(id(one.dataset))))
+            _collect(results, sorted(pending, key=lambda one: in_order.index(id(one.dataset))), run)
         except BaseException:
             steps.stop.set()  # before the pool closes under those who still wait for it
             raise
@@ -199,7 +234,8 @@ def _submit_probe(run: SkillRun, steps: Steps, prober: Prober, dataset: PlannedD
     return _PendingProbe(run, dataset, probed)
 
 
-def _collect(results: Results, pending: Sequence[_PendingProbe]) -> None:
+def _collect(results: Results, pending: Sequence[_PendingProbe], run: SkillRun) -> None:
+    """Collect what was probed; of a control of `run`, the accuracies alone."""
     for one in pending:
         try:
             probed = one.probed.result()
@@ -208,10 +244,15 @@ def _collect(results: Results, pending: Sequence[_PendingProbe]) -> None:
         except Exception as error:
             results.problems.append(f"{one.dataset.name}: probes: {typed_line(error)}")
             continue
+        if (seed := one.run.random_weights) is not None and run.random_weights is None:
+            results.controls += random_weight_rows(probed.scores, seed)
+            continue
         results.scores += probed.scores
         results.confusion += probed.confusion
         results.predictions += probed.predictions
         results.resamples += probed.resamples
+        results.controls += probed.controls
+        results.certificates += probed.certificates
         results.neurons += probed.neurons
         results.warnings += probed.warnings
         known = {(account.dataset, account.shots) for account in results.splits}
@@ -240,5 +281,10 @@ def _publish(results: Results) -> None:
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.resamples:
         write_table(results.directory / "resamples.arrow", ResampleRow, [asdict(row) for row in results.resamples])
+    if results.certificates:
+        rows = [asdict(row) for row in results.certificates]
+        write_table(results.directory / "certificates.arrow", CertificateRow, rows)
+    if results.controls:
+        write_table(results.directory / "controls.arrow", ControlRow, [asdict(row) for row in results.controls])
     if results.confusion:
         write_table(results.directory / "confusion.arrow", Confusion, [asdict(row) for row in results.confusion])

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from flows.extraction import extract_planned, fitted_to
 from flows.flow_run import attempt, noted, run_session, run_work
 from flows.pipeline import Results
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_tables import short
+from flows.show.faithfulness_tables import faithfulness_tables
 from flows.show.report import RunResults, Section
 from flows.show.sentences import skill_sentences
 from flows.show.skill_figures import skill_figures
@@ -21,10 +24,12 @@ from negcore.model.language_model import ModelCard
 from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.run_file import write_run_file
 from tasks.floors import mass_warnings
+from tasks.measure.faithfulness import plan_norms, read_norms
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.worker import model_pool
 from tasks.model_plans import ModelPlans
 from tasks.plan import Planned, PlannedDataset
+from tasks.pool.base import Pool
 from tasks.rank import rank_pool
 from tasks.skills import (
     DatasetFindings,
@@ -33,7 +38,9 @@ from tasks.skills import (
     SkillFindings,
     compare_datasets,
     plan_checks,
+    plan_ranking_curves,
     plan_skills,
+    planned_test,
     write_findings,
 )
 from tasks.stages.analysis import analyse_skills
@@ -53,7 +60,7 @@ class SkillResults(RunResults):
         return [
             Section(
                 summary(one),
-                skill_tables(one),
+                [*skill_tables(one), *faithfulness_tables(one)],
                 figures=skill_figures(one),
                 sentences=list(skill_sentences(one)),
                 folder="skills/figures",
@@ -61,6 +68,9 @@ class SkillResults(RunResults):
             for one in self.findings
         ]
 
+
+_Measured = dict[str, dict[str, ShardSet]]
+"""What was measured of rankings, by dataset and probe."""
 
 skills = prefect_flow("skills")
 """By this name, deployments that were registered earlier find the flow."""
@@ -72,9 +82,10 @@ def count_skills_steps(run: SkillsRun, planned: Iterable[PlannedSkills]) -> int:
 
 
 def _n_steps(run: SkillsRun, planned: PlannedSkills) -> int:
-    """Count the ranking of every dataset, the shards of its causal checks, and its analysis."""
-    checked = [split for dataset in planned.datasets for split in dataset.splits if split.place.part == "test"]
-    return 2 * len(planned.datasets) + len(run.probe) * sum(len(split.shards) for split in checked)
+    """Count the ranking of every dataset, the shards of its causal checks and curves, and its analysis."""
+    n_shards = sum(len(planned_test(dataset).shards) for dataset in planned.datasets)
+    n_norms = len(planned.datasets) if run.curves else 0
+    return 2 * len(planned.datasets) + len(run.probe) * n_shards * (1 + run.curves) + n_norms
 
 
 @run_work
@@ -131,12 +142,12 @@ def _analyse_model(
 ) -> None:
     scores = _rank(run, steps, results, datasets)
     ranked = [one for one in datasets if one.dataset.name in scores]
-    checks = _check(run, steps, results, card, ranked, scores)
+    checks, curves = _check(run, steps, results, card, ranked, scores)
     found = [
         findings
         for one in ranked
-        if (parts := checks.get(one.dataset.name))
-        and (findings := _analyse(run, steps, results, one, card, scores[one.dataset.name], parts))
+        if (parts := checks.get(name := one.dataset.name))
+        and (findings := _analyse(run, steps, results, one, card, scores[name], parts, curves.get(name, {})))
     ]
     if found:
         results.findings.append(compare_datasets(run, card, scores, found))
@@ -159,21 +170,48 @@ def _check(
     card: ModelCard,
     datasets: Sequence[PlannedDataset],
     scores: Mapping[str, NeuronScores],
-) -> dict[str, dict[str, ShardSet]]:
-    """Check the rankings of every dataset; return the checks of those that are whole."""
-    root, whole = run.conditions[0].run.directory, {}
-    known = {row for one in results.extracted for row in one.set_aside}
+) -> tuple[_Measured, _Measured]:
+    """Check the rankings of every dataset; return the checks of those that are whole, and the curves if asked for."""
+    checked, curved = _Measured(), _Measured()
     with model_pool(run, card) as pool:
         for one in datasets:
-            checks = plan_checks(run, one, card, scores[one.dataset.name])
-            name = f"{one.name} causal check"
-            checked = attempt(steps, results, measure, name, pool, list(checks.values()), root) or []
-            results.problems += [problem for of_probe in checked for problem in of_probe.problems]
-            lines = dict.fromkeys(line for of_probe in checked for line in of_probe.named_set_aside(known))
-            results.set_aside += [f"{name}: {line}" for line in lines]
-            if checked and not any(of_probe.failures for of_probe in checked):
-                whole[one.dataset.name] = checks
-    return whole
+            name, own = one.dataset.name, scores[one.dataset.name]
+            checks = plan_checks(run, one, card, own)
+            if _is_measured(run, steps, results, pool, f"{one.name} causal check", checks):
+                checked[name] = checks
+            if run.curves and (curves := _curves(run, steps, results, pool, one, card, own)):
+                curved[name] = curves
+    return checked, curved
+
+
+def _curves(
+    run: SkillsRun,
+    steps: Steps,
+    results: SkillResults,
+    pool: Pool,
+    planned: PlannedDataset,
+    card: ModelCard,
+    scores: NeuronScores,
+) -> dict[str, ShardSet]:
+    """Measure the curves of a dataset's rankings; return them if they are whole."""
+    norms = plan_norms(planned_test(planned))
+    if not _is_measured(run, steps, results, pool, f"{planned.name} norms", {"": norms}):
+        return {}
+    norms_M = read_norms(run.conditions[0].run.directory, norms).astype(np.float64)
+    curves = plan_ranking_curves(run, planned, card, scores, norms_M)
+    return curves if _is_measured(run, steps, results, pool, f"{planned.name} curves", curves) else {}
+
+
+def _is_measured(
+    run: SkillsRun, steps: Steps, results: SkillResults, pool: Pool, name: str, sets: Mapping[str, ShardSet]
+) -> bool:
+    """Measure what is missing of some sets; tell whether all of them are whole then."""
+    known = {row for one in results.extracted for row in one.set_aside}
+    measured = attempt(steps, results, measure, name, pool, list(sets.values()), run.conditions[0].run.directory) or []
+    results.problems += [problem for one in measured for problem in one.problems]
+    lines = dict.fromkeys(line for one in measured for line in one.named_set_aside(known))
+    results.set_aside += [f"{name}: {line}" for line in lines]
+    return bool(measured) and not any(one.failures for one in measured)
 
 
 def _analyse(
@@ -184,6 +222,7 @@ def _analyse(
     card: ModelCard,
     scores: NeuronScores,
     checks: Mapping[str, ShardSet],
+    curves: Mapping[str, ShardSet],
 ) -> DatasetFindings | None:
     name = f"{planned.name} analysis"
-    return attempt(steps, results, analyse_skills, name, run, planned, card, scores, checks)
+    return attempt(steps, results, analyse_skills, name, run, planned, card, scores, checks, curves)

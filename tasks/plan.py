@@ -13,6 +13,7 @@ from negcore.datasets.base import REMEDY, in_one_line
 from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
+from negcore.measure.random_weights import random_revision
 from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
 from negcore.model.layer_shapes import shapes_json
 from negcore.model.tokenizer_file import tokenizer_warning
@@ -20,6 +21,7 @@ from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace
+from tasks.certificates import plan_sweeps
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import RECIPES, n_stored, reads_training_values
 from tasks.config.run_file import RunFile
@@ -32,6 +34,9 @@ from tasks.model_plans import ModelPlans, plan_models
 from tasks.names import check_distinct
 
 PACKAGES = ("neg-at-scale", "torch", "transformers", "numpy", "pyarrow")
+
+RANDOM = " (random weights)"
+"""Note behind the name of a model whose weights are random."""
 
 SUMS = "train-sums"
 """The split that holds vote sums of the training prompts, with storage "stats": neurons are chosen by them."""
@@ -47,11 +52,20 @@ class PlannedDataset:
     """In the order they are measured: what neurons are chosen by comes first."""
     warnings: tuple[str, ...] = ()
     """One line for everything that must be read with care."""
+    random_weights: bool = False
+    """True if the model's weights are random."""
+    sweeps: tuple[ShardSet, ...] = ()
+    """Sweeps of a few neurons, which certify the NEGs of the others."""
+
+    @property
+    def shard_sets(self) -> tuple[ShardSet, ...]:
+        """All that is measured."""
+        return self.splits + self.sweeps
 
     @property
     def name(self) -> str:
         """Model, dataset and how it is asked, for people."""
-        return f"{self.model} {self.dataset.name}{_asked(self.dataset.settings)}"
+        return f"{self.model}{RANDOM * self.random_weights} {self.dataset.name}{_asked(self.dataset.settings)}"
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class PlannedModel:
 
     @property
     def n_shards(self) -> int:
-        return sum(len(split.shards) for dataset in self.datasets for split in dataset.splits)
+        return sum(len(one.shards) for dataset in self.datasets for one in dataset.shard_sets)
 
 
 def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
@@ -99,11 +113,14 @@ Planned = Sequence[tuple[SkillRun, ModelPlans[PlannedModel]]]
 
 
 def of_each_model(planned: Planned) -> list[list[tuple[SkillRun, PlannedModel]]]:
-    """Return the plans by model, each with the run that it is of; a run may have to do without a model."""
-    by_model: dict[str, list[tuple[SkillRun, PlannedModel]]] = {}
+    """Return the plans by model, one with random weights apart from it, each with the run that it is of.
+
+    A run may have to do without a model.
+    """
+    by_model: dict[tuple[str, int | None], list[tuple[SkillRun, PlannedModel]]] = {}
     for run, models in planned:
         for model in models:
-            by_model.setdefault(model.card.name, []).append((run, model))
+            by_model.setdefault((model.card.name, run.random_weights), []).append((run, model))
     return list(by_model.values())
 
 
@@ -144,6 +161,8 @@ def _check_experts(run: SkillRun, card: ModelCard) -> None:
     if not run.level.has_experts:
         able = ", ".join(name for name, level in STORAGE_LEVELS.items() if level.has_experts)
         refuse_experts(card, f"shards of storage {run.storage!r}", f"set storage to one of {able}")
+    if run.certify:
+        refuse_experts(card, "certificates", "leave --certify out")
     unable = [name for name in run.probe if not RECIPES[name].takes_experts]
     if unable:
         able = ", ".join(name for name, recipe in RECIPES.items() if recipe.takes_experts)
@@ -173,7 +192,14 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     if "tree" in run.probe:
         n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
         _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)
-    return PlannedDataset(card.name, dataset, tuple(splits), prompt_warnings(card, dataset))
+    return PlannedDataset(
+        card.name,
+        dataset,
+        tuple(splits),
+        prompt_warnings(card, dataset),
+        random_weights=run.random_weights is not None,
+        sweeps=tuple(plan_sweeps(run, split) for split in splits if run.certify and split.place.part == "test"),
+    )
 
 
 def check_sample_rows(run: SkillRun, dataset: str, n_rows: int) -> None:
@@ -263,7 +289,7 @@ def _shard_set(
         ),
         shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,
-        title=f"{identity.model} {dataset.name} {part}{_asked(dataset.settings)}",
+        title=f"{identity.model}{_weights(run)} {dataset.name} {part}{_asked(dataset.settings)}",
     )
 
 
@@ -289,7 +315,7 @@ def run_identity(
     """
     return RunIdentity(
         model=card.name,
-        model_revision=card.revision,
+        model_revision=_revision(run, card),
         tokenizer_hash=card.tokenizer_digest,
         site=card.arch.site(run.site),
         dtype=run.dtype,
@@ -302,6 +328,14 @@ def run_identity(
         experts={"router": run.router, "layers": shapes_json(card.layer_shapes)} if card.has_experts else None,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
     )
+
+
+def _weights(run: RunFile) -> str:
+    return "" if run.random_weights is None else RANDOM
+
+
+def _revision(run: RunFile, card: ModelCard) -> str:
+    return card.revision if run.random_weights is None else random_revision(card.revision, run.random_weights)
 
 
 def choosing(split: ShardSet, neurons: tuple[int, ...]) -> ShardSet:

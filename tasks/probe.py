@@ -1,7 +1,7 @@
 """Fit skill-neuron probes to a dataset's NEG shards, save them, and measure them on its test split."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit
+from tasks.certificates import CertificateRow, certificate_rows
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
+from tasks.controls import ControlRow, permuted_row, with_permuted_gold
 from tasks.floors import FloorAnswers
 from tasks.measure.planned_negs import planned_negs
 from tasks.neurons import NeuronRow, neuron_rows, vote_probes
@@ -85,6 +87,8 @@ class Probed:
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
     resamples: list[ResampleRow] = field(default_factory=list)
+    controls: list[ControlRow] = field(default_factory=list)
+    certificates: list[CertificateRow] = field(default_factory=list)
     neurons: list[NeuronRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -100,9 +104,9 @@ class Answers(NamedTuple):
 def probe_steps(run: SkillRun) -> int:
     """Return the number of steps in which probing one dataset reports progress.
 
-    They are the ranking, each probe, and each that is fitted on samples of the rows.
+    They are the ranking, each probe, each that is fitted on samples of the rows, and each permutation of the answers.
     """
-    return 1 + len(run.probe) + (len(vote_probes(run)) if run.train_samples else 0)
+    return 1 + len(run.probe) + (len(vote_probes(run)) if run.train_samples else 0) + run.controls
 
 
 class Prober:
@@ -156,12 +160,29 @@ class Prober:
             save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
             answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
         probed = _probed(run, planned, splits, answers)
+        for sweeps in planned.sweeps:
+            probed.certificates.extend(certificate_rows(run, sweeps, splits.test))
         probed.neurons.extend(neuron_rows(run, planned, ranked, splits.train, rankings, self._pool, step))
         for done, name in enumerate(vote_probes(run) if run.train_samples else (), 1 + len(run.probe)):
             step.report(done, n_steps)
             probed.resamples.extend(resample_rows(run, planned, name, *splits, self._pool, step))
+        for draw in range(run.controls):
+            step.report(n_steps - run.controls + draw, n_steps)
+            probed.controls.extend(self._permuted(run, planned, splits, draw, step))
         step.report(n_steps, n_steps)
         return probed
+
+    def _permuted(
+        self, run: SkillRun, planned: PlannedDataset, splits: "Splits", draw: int, step: Step
+    ) -> Iterator[ControlRow]:
+        """Yield the accuracy of every probe that is fitted on permuted answers."""
+        train, valid = (with_permuted_gold(split, run.seed, draw) for split in (splits.train, splits.valid))
+        fitter = ProbeFitter(run, Splits(train, valid, splits.test), self._rank(run, train, step))
+        for name in run.probe:
+            step.check_stop()
+            probe = fitter.fit(name)
+            right = accuracy(splits.test.gold_P, probe.predict(splits.test))
+            yield permuted_row(run, planned, name, draw, probe.n_kept, right)
 
     def _rank(self, run: SkillRun, train: NegSplit, step: Step) -> Rankings:
         ranked = rank_split(

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negcore.analysis.neurons import neurons_ahead, scores_in_samples
 from negcore.arrays import Ints
@@ -30,10 +31,13 @@ class LayersJob:
     place: ShardPlace
     first_layer: int
     end_layer: int
+    gold_P: NDArray[np.int16] | None = field(default=None, kw_only=True)
+    """Gold options in place of those in the shards, if there are such."""
 
     @property
     def split(self) -> NegSplit:
-        return open_negs(self.root, verify=False).at(self.place)  # whoever made the job has read all of its bytes
+        split = open_negs(self.root, verify=False).at(self.place)  # whoever made the job has read all of its bytes
+        return split if self.gold_P is None else split.with_gold(self.gold_P)
 
     @property
     def layers(self) -> range:
@@ -130,7 +134,8 @@ def rank_split(
     Stopped
         If the step is to stop.
     """
-    whole = RankJob(root, split.place, 0, split.n_layers, tuple(votes), act, tuple(sizes))
+    layers = (0, split.n_layers)
+    whole = RankJob(root, split.place, *layers, tuple(votes), act, tuple(sizes), gold_P=split.replaced_gold_P)
     in_order: list[dict[int, Rankings]] = _in_blocks(pool, whole, n_blocks, step)
     return {size: Rankings.joined([block[size] for block in in_order]) for size in in_order[0]}
 

@@ -102,11 +102,14 @@ def card_of(split: StoredSplit) -> ModelCard:
     Raises
     ------
     RunError
-        If the run file names no such model.
+        If the run file names no such model, or the run gave it random weights.
     ModelError
         If it cannot be found or read.
     """
-    for ref in run_of(split).model_refs:
+    run = run_of(split)
+    if run.random_weights is not None:
+        raise RunError(f"{str(split.root)!r}: its numbers are of random weights, not of {split.place.model!r} itself")
+    for ref in run.model_refs:
         if model_name(ref) == split.place.model:
             return describe_model(ref)
     raise RunError(f"{str(split.root)!r}: its run file names no model {split.place.model!r}")

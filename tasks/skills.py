@@ -3,14 +3,32 @@
 The analyses themselves are in `negcore.analysis`; here they are put together for a dataset and for a model.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
-from negcore.analysis.causal import CausalRow, ExpertNeurons, causal_rows, skill_sets
+from negcore.analysis.causal import (
+    CausalDifferenceRow,
+    CausalRow,
+    ExpertNeurons,
+    causal_differences,
+    causal_rows,
+    skill_sets,
+)
+from negcore.analysis.faithfulness import (
+    AreaRow,
+    CircuitRow,
+    CurveRow,
+    curve_rows,
+    curve_sets,
+    mib_circuit,
+    strata,
+)
 from negcore.analysis.shared_neurons import (
     CommonNeuronRow,
     GenreOverlapRow,
@@ -35,16 +53,18 @@ from negcore.analysis.skills import (
     training_sizes,
     transfer,
 )
-from negcore.arrays import Ints
+from negcore.arrays import Floats, Ints
 from negcore.measure.votes import Ranking, Vote
 from negcore.model.language_model import ModelCard, refuse_experts
 from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
+from negcore.store.files import output
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillsRun
 from tasks.floors import FloorAnswers
 from tasks.measure.causal import plan_causal, read_causal
+from tasks.measure.faithfulness import mean_sizes, plan_curves, read_curves
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, all_problems
 from tasks.neurons import NEURONS_FILE, NeuronRow, neuron_rows
@@ -81,6 +101,17 @@ class ReferenceRow:
 
 
 @dataclass(frozen=True)
+class Faithfulness:
+    """Rows of the curves of one dataset's rankings."""
+
+    curves: list[CurveRow] = field(default_factory=list)
+    areas: list[AreaRow] = field(default_factory=list)
+    circuits: list[CircuitRow] = field(default_factory=list)
+    mib: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """What MIB's evaluation reads, by probe."""
+
+
+@dataclass(frozen=True)
 class DatasetFindings:
     """Rows of all analyses of one dataset's skill neurons; `negcore.analysis` describes them."""
 
@@ -95,6 +126,9 @@ class DatasetFindings:
     layers: list[LayerShareRow]
     neurons: Sequence[NeuronRow] = ()
     """Not a list: their table is that of other runs, in the run directory."""
+    causal_differences: list[CausalDifferenceRow] = field(default_factory=list)
+    faithfulness: Faithfulness | None = None
+    """None without `SkillsRun.curves`."""
 
     @property
     def reference(self) -> ReferenceRow:
@@ -144,6 +178,9 @@ def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
     """
     planned = [(condition.run, plan(condition.run)) for condition in run.conditions]
     folders = [condition.folder for condition in run.conditions]
+    for _, models in planned if run.curves else ():
+        for model in models:
+            refuse_experts(model.card, "curves of rankings", "leave --curves out")
     usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
     for (_, model), *_ in usable:
         if len({shape.n_neurons for shape in model.card.layer_shapes}) > 1:  # chance levels take layers for equal
@@ -208,7 +245,7 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
     NegError
         If the model has too few neurons for the sizes.
     """
-    (test,) = [split for split in planned.splits if split.place.part == "test"]
+    test = planned_test(planned)
     train = open_negs(run.conditions[0].run.directory).select(card.name, planned.dataset.name, "train")
     experts = ExpertNeurons.of(train)
     shifts = [sign * shift for shift in run.shift for sign in (1, -1)]
@@ -233,9 +270,19 @@ def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
 
 
 def analyse_dataset(
-    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores, checks: Mapping[str, ShardSet]
+    run: SkillsRun,
+    planned: PlannedDataset,
+    card: ModelCard,
+    scores: NeuronScores,
+    checks: Mapping[str, ShardSet],
+    curves: Mapping[str, ShardSet] | None = None,
 ) -> DatasetFindings:
     """Run all analyses of one dataset's skill neurons on its shards.
+
+    Parameters
+    ----------
+    checks, curves : mapping of probe to ShardSet
+        What was measured of each ranking; curves only if the run asks for them.
 
     Raises
     ------
@@ -246,10 +293,12 @@ def analyse_dataset(
     main = {split: open_negs(run.conditions[0].run.directory).select(card.name, dataset, split) for split in _SPLITS}
     valid, test = main["valid"], main["test"]
     votes = {probe: Vote(probe, "neg") for probe in run.probe}
-    found = DatasetFindings(dataset, [_reference(run, planned, main)], [], [], [], [], [], [], [], scores.best)
+    reference, measured = _reference(run, planned, main), _faithfulness(run, card, dataset, scores, curves or {})
+    found = DatasetFindings(dataset, [reference], [], [], [], [], [], [], [], scores.best, faithfulness=measured)
     for probe, part in checks.items():
         result = read_causal(run.conditions[0].run.directory, part)
         found.causal.extend(causal_rows(probe, result, n_bootstrap=_BOOTSTRAP, seed=run.seed))
+        found.causal_differences.extend(causal_differences(probe, result))
     for probe, vote in votes.items():
         scores_M, most = scores.main[vote], run.max_neurons
         found.neuron_counts.extend(accuracy_by_neurons(vote, scores_M, test, max_neurons=most, seed=run.seed))
@@ -266,6 +315,61 @@ def analyse_dataset(
 
 
 _SPLITS = ("train", "valid", "test")
+
+
+def plan_ranking_curves(
+    run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores, norms_M: Floats
+) -> dict[str, ShardSet]:
+    """Plan the curves of each probe's ranking, on the test split.
+
+    Parameters
+    ----------
+    norms_M : float array of shape (M,)
+        Norm of every neuron's output.
+
+    Raises
+    ------
+    NegError
+        If shards are missing or damaged.
+    """
+    dataset = planned.dataset.name
+    train = open_negs(run.conditions[0].run.directory).select(card.name, dataset, "train")
+    strata_M = strata(mean_sizes(train), norms_M, card.layer_width)
+    parts: dict[str, ShardSet] = {}
+    for probe in run.probe:
+        ranking = _shown_ranking(run, dataset, scores.main[Vote(probe, "neg")])
+        sets = curve_sets(ranking, strata_M, card.layer_width, draws=run.draws, seed=abs(run.seed))
+        parts[probe] = plan_curves(planned_test(planned), probe, sets)
+    return parts
+
+
+def planned_test(planned: PlannedDataset) -> ShardSet:
+    """Return the NEGs of a dataset's test split, as planned."""
+    (test,) = [split for split in planned.splits if split.place.part == "test"]
+    return test
+
+
+def _faithfulness(
+    run: SkillsRun, card: ModelCard, dataset: str, scores: NeuronScores, curves: Mapping[str, ShardSet]
+) -> Faithfulness | None:
+    """Make the tables of the curves that were measured; None if none were."""
+    by_probe = {vote.name: scores_M for vote, scores_M in scores.main.items()}
+    found = Faithfulness(mib={probe: _mib(card, by_probe[probe]) for probe in curves})
+    n_all = card.n_layers * card.layer_width
+    for probe, measured in curves.items():
+        conditions, gold_P, result = read_curves(run.conditions[0].run.directory, measured)
+        points, areas, circuits = curve_rows(
+            probe, conditions, gold_P, result, n_all, n_bootstrap=_BOOTSTRAP, seed=abs(run.seed)
+        )
+        found.curves.extend(points)
+        found.areas.extend(areas)
+        found.circuits.extend(circuits)
+    return found if curves else None
+
+
+def _mib(card: ModelCard, scores_M: Ints) -> dict[str, object]:
+    config = card.text_config
+    return mib_circuit(scores_M.astype(np.float64), card.places, config, config.model_type)
 
 
 def _reference(run: SkillsRun, planned: PlannedDataset, main: Mapping[str, NegSplit]) -> ReferenceRow:
@@ -361,4 +465,21 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
     datasets = [((found.model, one.dataset), one) for found in findings for one in found.datasets]
     write_tables(folder, DatasetFindings, datasets, names=("model", "dataset"))
     write_tables(folder, SkillFindings, [((found.model,), found) for found in findings], names=("model",))
+    curves = [(labels, one.faithfulness) for labels, one in datasets if one.faithfulness]
+    if curves:
+        write_tables(folder, Faithfulness, curves, names=("model", "dataset"))
+        for (model, dataset), faithfulness in curves:
+            for probe, circuit in faithfulness.mib.items():
+                _write_json(circuit_path(run.directory, model, dataset, probe), circuit)
     return folder
+
+
+def circuit_path(root: Path, model: str, dataset: str, probe: str) -> Path:
+    """Return the file of a ranking as MIB's evaluation reads it."""
+    place = Path(f"model={quote(model, safe='')}") / f"dataset={quote(dataset, safe='')}"
+    return root / "skills" / "circuits" / place / f"{probe}.json"
+
+
+def _write_json(path: Path, value: Mapping[str, object]) -> None:
+    with output(path) as file:
+        file.write_text(json.dumps(value), encoding="ascii")

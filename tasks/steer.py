@@ -163,6 +163,8 @@ def read_steered_run(directory: str, model: str | None = None) -> SteeredRun:
         raise RunError(f"{directory!r} has no model {model!r}: name one of {', '.join(names)}")
     if model is None and len(names) > 1:
         raise RunError(f"{directory!r} has {len(names)} models: name one with --model: {', '.join(names)}")
+    if run.random_weights is not None:
+        raise RunError(f"{directory!r} measured random weights, which are not steered: name a run of the model itself")
     run = run.model_copy(update={"model": (names.get(model or "", model or run.model[0]),)})
     return SteeredRun(run, plan(run, tolerant=True)[0])
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
+from tasks.controls import Control, ControlRow
 from tasks.floors import FLOORS, SMALL_MASS, Floored, best_floor
 from tasks.probe import AccuracyRow, Confusion
 from tasks.results import Average, SplitAccount
@@ -48,7 +49,13 @@ _OF_AVERAGES = (
     " Averages count every dataset the same; their interval (MOVER of Wilson's) is for other rows of the same datasets."
 )
 
+_OF_CONTROLS = " perm.: the probe fitted on permuted answers, mean of them; rand.: on the model with random weights."
+CONTROL_TITLES: Mapping[Control, str] = MappingProxyType({"permuted answers": "perm.", "random weights": "rand."})
+"""Short titles of the controls."""
+
 Row = AccuracyRow | Average
+Controlled = Mapping[tuple[str, int, str, str], Mapping[Control, float]]
+"""Accuracies by model, shots, dataset and probe, and by control."""
 _ByProbe = dict[str, AccuracyRow]
 
 
@@ -63,14 +70,22 @@ class Measured(Protocol):
     def high(self) -> float: ...
 
 
-def accuracy_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], n_datasets: int) -> Iterator[Table]:
+def accuracy_tables(
+    scores: Sequence[AccuracyRow],
+    averages: Sequence[Average],
+    n_datasets: int,
+    controls: Sequence[ControlRow] = (),
+) -> Iterator[Table]:
     """Return a table for every model and number of demonstrations, or several where there are many probes.
 
     Parameters
     ----------
     n_datasets : int
         Datasets that were asked for: averages over fewer say so.
+    controls : sequence of ControlRow
+        What stands below the accuracies.
     """
+    beside = controlled(controls)
     for model, shots in dict.fromkeys((score.model, score.shots) for score in scores):
         own = [score for score in scores if (score.model, score.shots) == (model, shots)]
         means = {(mean.genre, mean.probe): mean for mean in averages if (mean.model, mean.shots) == (model, shots)}
@@ -81,8 +96,12 @@ def accuracy_tables(scores: Sequence[AccuracyRow], averages: Sequence[Average], 
                 key=f"accuracy-{model}-{SHOTS[shots]}-{start}",
                 title=f"Accuracy on test: {asked(model, shots)}",
                 columns=[*texts("dataset"), *_accuracy_columns(probes)],
-                blocks=list(_genre_blocks(own, means, probes, n_datasets)) if means else [_rows_of(own, probes)],
-                caption=_CAPTION + (_OF_AVERAGES if means else ""),
+                blocks=(
+                    list(_genre_blocks(own, means, probes, n_datasets, beside))
+                    if means
+                    else [_rows_of(own, probes, beside)]
+                ),
+                caption=_CAPTION + _OF_CONTROLS * bool(beside) + _OF_AVERAGES * bool(means),
                 says=_says([score for score in own if score.probe in probes and not score.group]),
             )
 
@@ -98,31 +117,35 @@ def _says(scores: Sequence[AccuracyRow]) -> str:
 
 
 def _genre_blocks(
-    scores: Sequence[AccuracyRow], means: Mapping[tuple[str, str], Average], probes: Sequence[str], n_datasets: int
+    scores: Sequence[AccuracyRow],
+    means: Mapping[tuple[str, str], Average],
+    probes: Sequence[str],
+    n_datasets: int,
+    beside: Controlled,
 ) -> Iterator[Block]:
     """Return a block for every genre, with its average if it has several datasets, and one for all genres."""
     for genre, of_genre in by(scores, "genre").items():
         own = [means[genre, probe] for probe in probes if (genre, probe) in means]
         average = [_average_row(own, f"average of {own[0].n_datasets}")] if own and own[0].n_datasets > 1 else []
-        yield [[Words(genre, "bold")], *_rows_of(of_genre, probes), *average]
+        yield [[Words(genre, "bold")], *_rows_of(of_genre, probes, beside), *average]
     whole = [means["", probe] for probe in probes]
     n = whole[0].n_datasets
     name = f"average of {n}" if n == n_datasets else f"average of {n}\n({n_datasets - n} missing)"
     yield [_average_row(whole, name, Words("all genres\n", "bold"))]
 
 
-def _rows_of(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[list[Cell]]:
+def _rows_of(scores: Sequence[AccuracyRow], probes: Sequence[str], beside: Controlled) -> list[list[Cell]]:
     """Return a row for every dataset, and below it one for every group of its rows."""
     return [
-        _score_row(of_group, probes)
+        _score_row(of_group, probes, beside)
         for of_dataset in by(scores, "dataset").values()
         for of_group in by(of_dataset, "group").values()
     ]
 
 
-def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str]) -> list[Cell]:
+def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str], beside: Controlled) -> list[Cell]:
     first, by_probe = scores[0], {score.probe: score for score in scores}
-    cells = [_score_cell(by_probe[probe]) for probe in probes]
+    cells = [_score_cell(by_probe[probe], beside) for probe in probes]
     if first.group:
         return [f"  {first.group}", rows_cell(first, "", f"{first.n_test}"), floor_cell(first), *cells]
     return [_marked(short(first.dataset), first.overlapping), *_beside(first), *cells]
@@ -133,8 +156,22 @@ def _average_row(means: Sequence[Average], name: str, *heading: Words) -> list[C
     return [(*heading, *marked), rows_cell(means[0], "", ""), floor_cell(means[0]), *map(probe_cell, means)]
 
 
-def _score_cell(score: AccuracyRow) -> Cell:
-    return probe_cell(score, "" if score.n_neurons is None else kept(score.n_neurons))
+def _score_cell(score: AccuracyRow, beside: Controlled = MappingProxyType({})) -> Cell:
+    cell = probe_cell(score, "" if score.n_neurons is None else kept(score.n_neurons))
+    found = {} if score.group else beside.get((score.model, score.shots, score.dataset, score.probe), {})
+    return (*cell, *(Words(f"\n{CONTROL_TITLES[control]} {share(mean)}", "dim") for control, mean in found.items()))
+
+
+def controlled(controls: Sequence[ControlRow]) -> Controlled:
+    """Return the accuracy of every probe under every control, the mean over its draws."""
+    values: dict[tuple[str, int, str, str], dict[Control, list[float]]] = {}
+    for row in controls:
+        of_probe = values.setdefault((row.model, row.shots, row.dataset, row.probe), {})
+        of_probe.setdefault(row.control, []).append(row.accuracy)
+    return {
+        key: {control: sum(found) / len(found) for control, found in of_probe.items()}
+        for key, of_probe in values.items()
+    }
 
 
 def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
@@ -242,7 +279,7 @@ def accuracy_cell(row: Measured, *notes: Piece) -> tuple[Piece, ...]:
     return Number(row.accuracy, share, "bold"), *notes, interval(row.low, row.high)
 
 
-def probe_cell(row: Row, *notes: Piece) -> Cell:
+def probe_cell(row: Row, *notes: Piece) -> tuple[Piece, ...]:
     """Return a probe's accuracy, marked if it is not above the floors; LM-Prob is no probe of neurons."""
     return (*accuracy_cell(row, *notes), floor_mark(row, row) if row.probe != "lm" else "")
 

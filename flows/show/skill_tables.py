@@ -129,13 +129,14 @@ def _causal_block(one: DatasetFindings, probe: str) -> Rows:
     rows: Rows = [[Words(PROBE_TITLES[probe], "italic")]]
     for size, direction, shift in product(sorted(by(one.causal, "size")), DIRECTION_TITLES, (furthest, -furthest)):
         own = [found[size, direction, shift, neurons] for neurons in NEURON_TITLES]
-        accuracy = [_change_cell(row.accuracy_change, row.change_low, row.change_high) for row in own]
-        prob = [_change_cell(row.prob_change, row.prob_low, row.prob_high) for row in own]
+        accuracy = [change_cell(row.accuracy_change, row.change_low, row.change_high) for row in own]
+        prob = [change_cell(row.prob_change, row.prob_low, row.prob_high) for row in own]
         rows.append([Number(size), DIRECTION_TITLES[direction], f"{shift:+g}", *accuracy, *prob])
     return rows
 
 
-def _change_cell(value: float, low: float, high: float) -> Cell:
+def change_cell(value: float, low: float, high: float) -> Cell:
+    """Return a change with its interval below, bold where that is without 0."""
     style: Style = "bold" if low > 0 or high < 0 else ""
     return Number(value, change, style), interval(low, high, lambda end: bare(f"{end:.3f}"), " ")
 

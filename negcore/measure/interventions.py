@@ -221,7 +221,7 @@ def _shift_prompt(
         directions_LN = away_from_zero(activations_1LN[0])
         parts = limit.compute(
             len(rows),
-            _rows_of_a_pass(lm, len(tokens)),
+            rows_of_a_pass(lm, len(tokens)),
             lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, label_ids_1O),
         )
     base_probs_1O = label_probabilities(logits_1V, label_ids_1O).cpu()
@@ -229,7 +229,7 @@ def _shift_prompt(
     return ShiftedTogether(batch.rows[0], base_probs_1O[0].numpy(), probs_RO.numpy())
 
 
-def _rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
+def rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
     """Return how many shifted rows should fit in memory, with keys and values, beside the unshifted one."""
     row_bytes = np.dtype(lm.result_type).itemsize * (lm.n_layers * lm.active_width + lm.card.vocab_size)
     return max(1, min(TOKEN_BUDGET // n_tokens, _ROW_BYTES // row_bytes) - 1)

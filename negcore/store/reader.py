@@ -10,6 +10,7 @@ neurons, K chosen neurons.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,6 +257,9 @@ class NegSplit(ShardReader, _AsFrame):
         Rows of the split that were planned and could not be computed, in order, with the reason.
     """
 
+    replaced_gold_P: npt.NDArray[np.int16] | None = None
+    """Gold options in place of those in the shards, if there are such."""
+
     def __init__(self, folder: Path, *, verify: bool) -> None:
         super().__init__(folder, verify=verify)
         if not self.n_rows:
@@ -284,7 +288,29 @@ class NegSplit(ShardReader, _AsFrame):
 
     def shards(self) -> Iterator["Shard"]:
         for columns in super().shards():
-            yield Shard(columns.path, columns.batch, columns.rows, self)
+            batch = columns.batch
+            if self.replaced_gold_P is not None:
+                gold = pa.array(self.replaced_gold_P[columns.rows])
+                batch = batch.set_column(self.schema.get_field_index("gold"), self.schema.field("gold"), gold)
+            yield Shard(columns.path, batch, columns.rows, self)
+
+    def with_gold(self, gold_P: npt.NDArray[np.int16]) -> "NegSplit":
+        """Return the split with other gold options in its rows, such as permuted ones; no file changes.
+
+        Raises
+        ------
+        ShardError
+            If the shards hold sums that were taken with the gold options of their rows, or the numbers of rows differ.
+        """
+        if not self.level.has_all_neurons:
+            raise ShardError(f"the sums in {str(self.folder)!r} are those of its own gold options, and hold no others")
+        if gold_P.shape != (self.n_rows,):
+            raise ShardError(
+                f"{str(self.folder)!r} has {self.n_rows} rows: give each a gold option, not {gold_P.shape}"
+            )
+        other = copy(self)
+        other.gold_P = other.replaced_gold_P = gold_P.astype(np.int16)
+        return other
 
     def layer(self, layer: int) -> FloatArray:
         """Return the NEGs of one layer: float32 (P, O, N), probability per unit of activation.

@@ -34,6 +34,12 @@ ProbeName = Literal[
 ]
 
 
+_OF_CERTIFICATES = ("certify_rows", "missed_above", "missed_below")
+"""Fields that say something of certificates alone."""
+
+RANDOM_FOLDER = "random-weights"
+"""Folder of the control with random weights, below the directory of its run."""
+
 _VOTES = ("polar", "magn", "polar-gradient", "magn-gradient", "polar-gxa", "magn-gxa")
 """Probes that are votes of the neurons that they rank."""
 
@@ -148,7 +154,38 @@ class _ProbedRun(_PromptedRun):
         "the run and those after it. Nothing is measured again.",
     )
 
-    not_science = _PromptedRun.not_science | {"confusion", "train_samples", "sample_rows"}
+    controls: int = Field(
+        0,
+        ge=0,
+        description="Also fit every probe on so many permutations of the right answers, and on the same model with "
+        "random weights: how much of an accuracy needs neither answers nor training.",
+    )
+
+    certify: int = Field(
+        0,
+        ge=0,
+        description="Also sweep so many random neurons of each layer, and state how many of all others can have a "
+        "large NEG that the estimate misses, at 95 % confidence; see docs/analyses.md.",
+    )
+    certify_rows: int = Field(8, ge=1, description="Random test rows in which they are swept.")
+    missed_above: PositiveFloat | None = Field(
+        None,
+        description="Measured |NEG| that must not be missed. By default what 1 % of the estimates are above.",
+    )
+    missed_below: PositiveFloat | None = Field(
+        None, description="A neuron is missed if its estimate is below this. By default half of missed_above."
+    )
+
+    not_science = _PromptedRun.not_science | {
+        "confusion",
+        "train_samples",
+        "sample_rows",
+        "controls",
+        "certify",
+        "certify_rows",
+        "missed_above",
+        "missed_below",
+    }
 
     @model_validator(mode="after")
     def _check_storage(self) -> Self:
@@ -162,6 +199,29 @@ class _ProbedRun(_PromptedRun):
                     f"probe {name!r} reads the activations of all neurons, which storage {self.storage!r} does not "
                     "keep: leave it out, or set storage to values or codes"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_certify(self) -> Self:
+        if self.certify and not (self.level.has_values and self.level.has_all_neurons):
+            raise ValueError(
+                f"certify compares values of all neurons, which storage {self.storage!r} does not keep: set storage to "
+                "values or bfloat16"
+            )
+        for name in _OF_CERTIFICATES:
+            if not self.certify and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for certificates: set certify, or leave {name} out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_controls(self) -> Self:
+        if self.controls and not self.level.has_all_neurons:
+            raise ValueError(
+                f"controls rank neurons by permuted answers, for which storage {self.storage!r} keeps no rows: set "
+                "storage to values, bfloat16 or codes"
+            )
+        if self.controls and self.random_weights is not None:
+            raise ValueError("controls compare with random weights, which this run has itself: leave one of them out")
         return self
 
     @model_validator(mode="after")
@@ -200,6 +260,22 @@ class SkillRun(_ProbedRun):
     @property
     def dataset_runs(self) -> "tuple[SkillRun, ...]":
         return (self,)
+
+    @property
+    def with_control(self) -> "tuple[SkillRun, ...]":
+        """The run, and behind it the same with random weights if it has controls, in a folder below it."""
+        if not self.controls:
+            return (self,)
+        without: dict[str, Any] = {
+            "controls": 0,
+            "train_samples": 0,
+            "sample_rows": None,
+            "confusion": False,
+            "certify": 0,
+        }
+        without |= {name: type(self).model_fields[name].default for name in _OF_CERTIFICATES}
+        place = {"out": self.directory / RANDOM_FOLDER, "random_weights": abs(self.seed)}
+        return self, self.model_copy(update=without | place)
 
     def prompts(self, dataset: str) -> PromptSettings:
         """Return how the rows of one dataset, named as in `dataset`, become prompts."""
@@ -302,6 +378,13 @@ class SkillsRun(_PromptedRun):
     )
     draws: int = Field(3, ge=1, description="Random sets of neurons that the skill neurons are compared with.")
     band: int = Field(64, ge=1, description="Neurons of a band of the ranking.")
+    curves: bool = Field(
+        False,
+        description="Also silence growing parts of each ranking, and all but these, beside random neurons: deletion "
+        "and insertion curves, and circuits in MIB's terms; see docs/analyses.md.",
+    )
+
+    not_science = _PromptedRun.not_science | {"curves"}
 
     @model_validator(mode="before")
     @classmethod
@@ -327,6 +410,11 @@ class SkillsRun(_PromptedRun):
         if not self.level.has_all_neurons:
             raise ValueError(
                 f"storage {self.storage!r} keeps too little to analyse skill neurons: set it to values or codes"
+            )
+        if self.curves and not self.level.has_values:
+            raise ValueError(
+                f"curves match neurons by their NEG's size, which storage {self.storage!r} does not keep: set storage "
+                "to values or bfloat16"
             )
         return self
 

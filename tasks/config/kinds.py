@@ -65,6 +65,7 @@ RUN_KINDS = {
     "extract": RunKind(
         run_file="tasks.config.dataset_runs:SkillRun",
         plan="tasks.plan:plan",
+        count_steps="flows.pipeline:count_extract_steps",
         work="flows.pipeline:run_extract",
         help="""Compute the NEG of every neuron for every option and write Arrow shards.
 

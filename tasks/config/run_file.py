@@ -122,6 +122,11 @@ class RunFile(BaseModel):
         "model as it is) or leaves it as it was (fixed): see docs/experts.md.",
     )
     seed: int = Field(0, description="Decides samples, demonstrations and their order.")
+    random_weights: int | None = Field(
+        None,
+        ge=0,
+        description="Give the model weights as before any training, drawn with this seed: a control.",
+    )
     nonfinite: Literal["fail", "skip", "keep"] = Field(
         "fail",
         description="NaN or infinity in a row's numbers: fail its shard, skip the row, or keep it (no probe reads it).",
@@ -233,10 +238,9 @@ class RunFile(BaseModel):
     @property
     def science(self) -> dict[str, Any]:
         """The fields that decide the numbers, as plain JSON values."""
-        # Names are as before there were adapters, and a choice of the router.
-        defaults = {
-            name for name, value in {"adapter": None, "router": "through"}.items() if getattr(self, name) == value
-        }
+        # Names are as before there was a choice.
+        known = {"adapter": None, "random_weights": None, "router": "through"}
+        defaults = {name for name, value in known.items() if getattr(self, name) == value}
         return self.model_dump(mode="json", exclude={*self.not_science, *defaults})
 
     @property

@@ -151,7 +151,7 @@ def skill_runs(run: RunFile) -> tuple[SkillRun, ...]:
         raise RunError(
             f"run directory {str(run.directory)!r}: only runs on datasets can be foreseen, no linearity studies"
         )
-    return run.dataset_runs
+    return tuple(one for of_run in run.dataset_runs for one in of_run.with_control)
 
 
 def forecast(planned: Planned) -> tuple[ModelForecast, ...]:

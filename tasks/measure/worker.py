@@ -11,6 +11,7 @@ import torch
 
 from negcore.errors import ModelError
 from negcore.measure.loading import load_model
+from negcore.measure.random_weights import randomise_weights
 from negcore.model.architectures import DeviceMap, Dtype, Router, SiteChoice
 from negcore.model.language_model import ModelCard
 from negcore.model.past import Prefixes
@@ -42,16 +43,19 @@ class ModelWorker:
         threads: int,
         revision: str | None = None,
         device_map: DeviceMap | None = None,
+        random_weights: int | None = None,
     ) -> None:
         # The number of threads decides how sums are split, so it is part of what makes results repeatable.
         torch.set_num_threads(threads)
         lm = load_model(model, dtype=dtype, device=device, site=site, router=router, device_map=device_map)
-        self._lm = replace(lm, prefixes=Prefixes())
-        if revision not in (None, self._lm.revision):
+        if revision not in (None, lm.revision):
             raise ModelError(
-                f"model {model!r} is {self._lm.revision} here, but {revision} where the run was planned: its files "
+                f"model {model!r} is {lm.revision} here, but {revision} where the run was planned: its files "
                 "changed, or are others on this machine"
             )
+        if random_weights is not None:
+            lm = randomise_weights(lm, random_weights)
+        self._lm = replace(lm, prefixes=Prefixes())
         self._noted_in: set[Path] = set()
         self._measuring, self._publishing = threading.Lock(), threading.Lock()
 
@@ -99,5 +103,5 @@ def model_pool(run: RunFile, card: ModelCard) -> AbstractContextManager[Pool]:
         "site": run.site,
         "router": run.router,
         "threads": run.cpus,
-    }
+    } | ({} if run.random_weights is None else {"random_weights": run.random_weights})
     return open_pool(run.backend, ModelWorker, recipe, run.resources, label=card.name)

@@ -28,8 +28,9 @@ def analyse_skills(
     card: ModelCard,
     scores: NeuronScores,
     checks: Mapping[str, ShardSet],
+    curves: Mapping[str, ShardSet],
 ) -> DatasetFindings:
     """Make the tables of a dataset's skill neurons."""
-    findings = analyse_dataset(run, planned, card, scores, checks)
+    findings = analyse_dataset(run, planned, card, scores, checks, curves)
     step.report(1, 1)
     return findings
