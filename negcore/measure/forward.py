@@ -9,6 +9,7 @@ Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from types import MappingProxyType
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from negcore.measure.hooks import tapped
+from negcore.measure.hooks import Readings, tapped
 from negcore.measure.memory import BatchLimit
+from negcore.measure.passing import passes, recorded, replayed
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.model.masks import Layout, laid_out
@@ -191,6 +193,50 @@ class CausalBatch(ProbedBatch):
             )
 
 
+class PassingBatch(CausalBatch):
+    """Prompts of a causal model whose weights pass through its device, see `negcore.measure.passing`.
+
+    All their tokens run at once, the last ones too, and what every block makes of these is kept.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]], shared: Sequence[KeysValues]
+    ) -> None:
+        ProbedBatch.__init__(self, lm, rows)
+        n_shared = shared[0].keys.shape[2] if shared else 0
+        own = [tokens[n_shared:] for tokens in ids]
+        self._last_B1 = on_device(lm, [[tokens[-1]] for tokens in ids])
+        # The slots of last tokens, which run again, are seen by none but themselves.
+        self._lengths_B = on_device(lm, [len(tokens) - 1 for tokens in ids])
+        self._tokens = PromptTokens(shared, len(own), max(map(len, own)))
+        with recorded(lm, on_device(lm, [len(tokens) - 1 for tokens in own])) as self._made:
+            self._run_own(own, slice(0, len(own)))
+
+    def copies(self, tokens: Sequence[int], n_rows: int) -> CausalBatch:
+        """Repeat the one prompt of this batch, whose tokens are given, in rows."""
+        return type(self)(self.lm, range(n_rows), [tokens] * n_rows, self._tokens.shared)
+
+    def repeated(self, count: int) -> "PassingBatch":
+        """Return the batch with every row repeated, copies side by side; keys and values are held once."""
+        batch = super().repeated(count)
+        assert isinstance(batch, PassingBatch)
+        batch._made = {block: values.repeat_interleave(count, 0) for block, values in self._made.items()}
+        return batch
+
+    @contextmanager
+    def with_graph(self, shifts: dict[int, Tensor]) -> Iterator[tuple[Tensor, Readings]]:
+        """Give the logits with a graph from the shifts; readings are there when the gradient was taken, inside."""
+        with replayed(self.lm, self._made, shifts), tapped(self.lm, self.positions_B, shifts) as readings:
+            yield self._logits(), readings
+
+
+def causal_batch(
+    lm: LanguageModel, rows: Sequence[int], ids: Sequence[Sequence[int]], shared: Sequence[KeysValues]
+) -> CausalBatch:
+    """Run prompts of a causal model up to their last tokens, as its weights are placed."""
+    return (PassingBatch if passes(lm) else CausalBatch)(lm, rows, ids, shared)
+
+
 class WholeBatch(ProbedBatch):
     """Whole prompts, padded at their ends, where the probed token of a causal model does not see the padding."""
 
@@ -248,7 +294,7 @@ def probed_batches(
     dtype = lm.model.get_input_embeddings().weight.dtype
     shared = make() if lm.prefixes is None else lm.prefixes.get(dtype, prefix, make)
     for rows in _by_length(lm, ids, n_shared, batch_size, max_rows):
-        yield CausalBatch(lm, rows, [ids[row] for row in rows], shared)
+        yield causal_batch(lm, rows, [ids[row] for row in rows], shared)
 
 
 def largest_batch(card: ModelCard, itemsize: int, device: str, n_tokens: int, *, whole: bool) -> int:

@@ -22,6 +22,7 @@ from negcore.measure.forward import (
     CausalBatch,
     ProbedBatch,
     WholeBatch,
+    causal_batch,
     label_probabilities,
     probed_position,
     run_prefix,
@@ -30,6 +31,7 @@ from negcore.measure.forward import (
 from negcore.measure.hooks import hook_site, zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import label_gradients
+from negcore.measure.passing import passes, recomputed
 from negcore.measure.plain_experts import PlainExperts
 from negcore.measure.virtual_tokens import HookedPrompt, Shifts, VirtualPrompt
 from negcore.model.attention import ATTENTION_NAME
@@ -92,40 +94,43 @@ class _Plain:
         self.label_ids_O = compared_C[_telling_labels(self.logits_C)]
 
     def _logits(self) -> Tensor:
-        logits: Tensor = self._lm.model(input_ids=self._ids_1T).logits[0, self._position]
+        # A block that runs again would add its keys to a cache once more.
+        options = {"use_cache": False} if passes(self._lm) and not self._lm.arch.masked else {}
+        logits: Tensor = self._lm.model(input_ids=self._ids_1T, **options).logits[0, self._position]
         return logits
 
     @cached_property
     def gradients(self) -> _Gradients:
-        lm, leaves, activations = self._lm, {}, {}
+        lm, activations = self._lm, dict[int, Tensor]()
+        leaves: dict[int, Tensor] = {}
 
         def add_leaf(layer: int, values: Tensor) -> Tensor:
             activations[layer] = values.detach()
-            leaves[layer] = torch.zeros_like(values, requires_grad=True)
+            leaves.setdefault(layer, torch.zeros_like(values, requires_grad=True))
             return values + leaves[layer]
 
         experts = PlainExperts(lm)
-        with torch.enable_grad(), _untouched(lm), ExitStack() as hooks:
+        with torch.enable_grad(), _untouched(lm), recomputed(lm), ExitStack() as hooks:
             hooks.enter_context(experts.attached())
             for layer, shape in enumerate(lm.layer_shapes):
                 if shape.n_dense:
                     hooks.callback(hook_site(lm, layer, partial(add_leaf, layer)).remove)
             logits_1V = self._logits()[None]
             probs_O = label_probabilities(logits_1V, self.label_ids_O[None])[0]
-        parts = [
-            _Part(layer, one.leaf_RU, one.values_RU[one.row], one.row)
-            for layer in range(lm.n_layers)
-            for one in experts.probed(layer, self._position)
-        ]
-        parts += [_Part(layer, leaf, self._probed(activations[layer], layer)) for layer, leaf in leaves.items()]
-        grads_OLN = []
-        for prob in probs_O:
-            grads = torch.autograd.grad(prob, [part.leaf for part in parts], retain_graph=True)
-            probed = [
-                grad[part.row] if part.row is not None else self._probed(grad, part.layer)
-                for part, grad in zip(parts, grads, strict=True)
+            parts = [
+                _Part(layer, one.leaf_RU, one.values_RU[one.row], one.row)
+                for layer in range(lm.n_layers)
+                for one in experts.probed(layer, self._position)
             ]
-            grads_OLN.append(self._by_layer(parts, probed))
+            parts += [_Part(layer, leaf, self._probed(activations[layer], layer)) for layer, leaf in leaves.items()]
+            grads_OLN = []
+            for prob in probs_O:
+                grads = torch.autograd.grad(prob, [part.leaf for part in parts], retain_graph=True)
+                probed = [
+                    grad[part.row] if part.row is not None else self._probed(grad, part.layer)
+                    for part, grad in zip(parts, grads, strict=True)
+                ]
+                grads_OLN.append(self._by_layer(parts, probed))
         activations_LN = self._by_layer(parts, [part.values_U for part in parts])
         return _Gradients(torch.stack(grads_OLN), activations_LN, probs_O.detach())
 
@@ -191,7 +196,7 @@ class _Trial:
         ids = [self.ids[row] for row in rows]
         if self.lm.way == "whole":
             return WholeBatch(self.lm, rows, ids)
-        return CausalBatch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]))
+        return causal_batch(self.lm, rows, ids, run_prefix(self.lm, ids[0][:n_prefix]))
 
     def _logits(self, batch: ProbedBatch) -> Tensor:
         with torch.no_grad():
@@ -230,6 +235,8 @@ def _absent(lm: LanguageModel, name: Compared) -> str:
 
 def _logits_differ(trial: _Trial) -> float:
     """Compare both forms of the attention, without a graph and with one, with the model as it came."""
+    if passes(trial.lm):  # a graph of the whole model would hold all of its weights
+        return _logit_difference(trial.alone_logits_BC[:1], trial.plain.logits_C[None])
     with torch.enable_grad():
         with_graph_1V = trial.alone.predict(zero_shifts(trial.lm, 1)).logits_BV.detach()
     logits_FC = torch.cat([trial.alone_logits_BC[:1], with_graph_1V[:, trial.compared_C]])

@@ -18,6 +18,7 @@ from torch import Tensor
 from negcore.arrays import Floats, Ints, count_nonfinite
 from negcore.measure.forward import (
     CausalBatch,
+    PassingBatch,
     ProbedBatch,
     label_probabilities,
     measure_batches,
@@ -249,6 +250,8 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
         If the model's gradients failed its check at load.
     """
     batch.lm.require("neurgrad")
+    if isinstance(batch, PassingBatch):
+        return _passing_gradients(batch, label_ids_BO)
     if isinstance(batch, CausalBatch) and not computes_by_row(batch.lm.device):
         return _options_in_rows(batch, label_ids_BO)
     n_rows, n_options = label_ids_BO.shape
@@ -260,6 +263,19 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
         unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
         grads = _gradients(batch.lm, probs_BO, list(shifts.values()), unit_OBO)
     return LabelGradients(grads, activations_BLN, probs_BO.detach(), routings)
+
+
+def _passing_gradients(batch: PassingBatch, label_ids_BO: Tensor) -> LabelGradients:
+    """Differentiate with a row for each option, block by block."""
+    lm, (n_rows, n_options) = batch.lm, label_ids_BO.shape
+    shifts = zero_shifts(lm, n_rows * n_options)
+    leaves = list(shifts.values())
+    with torch.enable_grad(), batch.repeated(n_options).with_graph(shifts) as (logits_RV, readings):
+        probs_R1 = label_probabilities(logits_RV, label_ids_BO.reshape(-1, 1))
+        grads_RN = torch.autograd.grad(probs_R1.sum(), leaves)
+    grads = tuple(grad_RN.view(n_rows, n_options, -1).transpose(0, 1) for grad_RN in grads_RN)
+    activations_BLN = stacked_layers(lm, [readings[layer][::n_options] for layer in range(lm.n_layers)], dim=1)
+    return LabelGradients(grads, activations_BLN, probs_R1.detach().view(n_rows, n_options), {})
 
 
 def computes_by_row(device: torch.device) -> bool:
