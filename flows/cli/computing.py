@@ -58,6 +58,9 @@ def plan(
     gflops: Annotated[
         float | None, typer.Option(min=0.001, help="Rate of one worker, in 10^9 operations a second.")
     ] = None,
+    weights_gbs: Annotated[
+        float | None, typer.Option(min=0.001, help="Rate of weights that pass (--device-map), in 10^9 bytes a second.")
+    ] = None,
     **overrides: Any,
 ) -> None:
     """Foresee what a run will need: prompts, shards, bytes, memory, time; nothing is computed or written.
@@ -67,12 +70,13 @@ def plan(
     Takes the options of `neg pipeline`, or the run file of any run on datasets. Shards that are already in the run
     directory are not counted again. A run that does not fit this machine's disk, memory or GPU is refused with exit
     code 2; a model or dataset that cannot be used is named, and the exit code is then 1, as the run's would be. Memory
-    is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate.
+    is an estimate; time is operations (2 a parameter and token, and 2 for each option's gradient) over a rate. Weights
+    that pass through the device (--device-map) are read twice a batch of prompts, which takes their bytes over a rate.
     """
     quiet_libraries()
     from flows.show.forecast_tables import forecast_lines, forecast_tables
     from tasks.forecast.capacity import requirements
-    from tasks.forecast.needs import forecast, measured_rate, skill_runs, worker_needs
+    from tasks.forecast.needs import Rate, forecast, measured_rate, skill_runs, worker_needs
     from tasks.forecast.workers import choose_workers, is_here
     from tasks.model_plans import all_problems
     from tasks.plan import plan as plan_run
@@ -87,7 +91,8 @@ def plan(
         models = forecast(planned)
     first, of_first = planned[0]
     rates = {model.card.name: measured_rate(first, model) for model in of_first} if calibrate else {}
-    rates |= {model.name: gflops * 1e9 for model in models} if gflops else {}
+    weight_rate = weights_gbs * 1e9 if weights_gbs else None
+    rates |= {model.name: Rate(gflops * 1e9, weight_rate) for model in models} if gflops else {}
     needed = requirements(first, models)
     for table in forecast_tables(models, rates):
         console.print(table)

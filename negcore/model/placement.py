@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import align_module_device, compute_module_sizes
 from torch import nn
 
@@ -49,7 +50,7 @@ def resolved_map(
         if not count:
             raise ModelError("a model is spread over GPUs, and there is none here: leave out --gpus and device_map")
         return even_map(model, layers, dtype, count) if count > 1 else None
-    found = passing_map(model, layers, device, wanted) if isinstance(wanted, str) else _named(wanted)
+    found = passing_map(model, layers, device, wanted) if isinstance(wanted, str) else named_map(wanted)
     _check_map(model, found)
     return found
 
@@ -104,7 +105,21 @@ def placed(load: Callable[..., Any], device_map: dict[str, str | int], *, at_onc
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    _forget_addresses(model)
     return model
+
+
+def _forget_addresses(model: nn.Module) -> None:
+    """Let accelerate load every weight that waits by its name alone.
+
+    It knows tied weights by their address in memory, and where that is given to another weight, later on, it takes the
+    one for the other.
+    """
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if isinstance(one, AlignDevicesHook):
+                one.tied_params_map, one.tied_params_names = None, set()
 
 
 def main_device(model: Any) -> torch.device:
@@ -151,7 +166,8 @@ def _beside(model: nn.Module, layers: str) -> list[str]:
     return found
 
 
-def _named(wanted: Mapping[str, str | int]) -> dict[str, str | int]:
+def named_map(wanted: Mapping[str, str | int]) -> dict[str, str | int]:
+    """Return a device map with GPUs by their numbers."""
     return {path: _plain(place) for path, place in wanted.items()}
 
 

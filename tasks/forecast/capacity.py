@@ -71,11 +71,15 @@ def _disk(directory: Path, needed_bytes: int) -> Requirement:
 
 def _memory(run: SkillRun, models: Sequence[ModelForecast]) -> Requirement:
     needed = [
-        _workers(run, model) * (model.host_bytes + (0 if on_gpu(run) else model.device_bytes)) + model.forest_bytes
-        for model in models
+        _workers(run, model) * (model.host_bytes + _weights_here(run, model)) + model.forest_bytes for model in models
     ]
     remedy = "use fewer --workers, or a smaller --shard-rows, --batch-size or --tree-neurons"
     return Requirement("main memory", max(needed), memory_bytes() if is_here(run) else None, remedy)
+
+
+def _weights_here(run: SkillRun, model: ModelForecast) -> int:
+    """Return the bytes in main memory of a worker's model, and of its batch if it computes there."""
+    return model.place_bytes.get("cpu", 0) if on_gpu(run) else model.device_bytes
 
 
 def _gpu(run: SkillRun, models: Sequence[ModelForecast]) -> Requirement:

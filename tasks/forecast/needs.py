@@ -7,9 +7,9 @@ for each option's gradient; divided by a rate they give the time. `tasks.forecas
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,10 @@ from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import computes_by_row, neurgrad
 from negcore.model.architectures import Architecture, Dtype
 from negcore.model.experts import stacked_experts
-from negcore.model.language_model import DTYPES, ModelCard
+from negcore.model.language_model import DTYPES, LanguageModel, ModelCard
 from negcore.model.layer_shapes import LayerShape
 from negcore.model.past import Prefixes
+from negcore.model.placement import even_map, map_bytes, named_map, passing_map, with_weights
 from negcore.model.skeleton import feed_forwards, skeleton
 from negcore.store.publish import receipts
 from tasks.config.dataset_runs import SkillRun
@@ -90,6 +91,8 @@ class DatasetForecast:
     """Bytes of the shards that are not there yet."""
     operations: float
     """Operations for the shards that are not there yet."""
+    n_batches: int
+    """Batches of prompts for these shards."""
     batch_bytes: int
     """Bytes of the largest batch, on the model's device."""
     assembly_bytes: int
@@ -108,11 +111,39 @@ class ModelForecast:
     parameters: ParameterCounts
     model_bytes: int
     datasets: tuple[DatasetForecast, ...]
+    device_map: Mapping[str, str | int] = field(default_factory=dict)
+    """Device of each part of the model; empty for one device."""
+    place_bytes: Mapping[str | int, int] = field(default_factory=dict)
+    """Bytes of weights on each device of the map."""
+
+    @property
+    def passing_bytes(self) -> int:
+        """Bytes of weights that wait elsewhere and pass through the device."""
+        waiting = {"disk"} if set(self.place_bytes) <= {"cpu", "disk"} else {"cpu", "disk"}
+        return sum(count for place, count in self.place_bytes.items() if place in waiting)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights on the fullest device."""
+        waiting = {"disk"} if set(self.place_bytes) <= {"cpu", "disk"} else {"cpu", "disk"}
+        resident = [count for place, count in self.place_bytes.items() if place not in waiting]
+        return max(resident, default=0) if self.place_bytes else self.model_bytes
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of the largest batch, with the weights of a block that passes."""
+        n_blocks = sum(place in ("cpu", "disk") for place in self.device_map.values())
+        block = 2 * self.passing_bytes // max(1, n_blocks)
+        return block + max((one.batch_bytes for one in self.datasets), default=0)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that a worker needs on its model's device: the model and the largest batch."""
-        return self.model_bytes + max((one.batch_bytes for one in self.datasets), default=0)
+        """Bytes that a worker needs on its model's device, the fullest: weights and the largest batch."""
+        return self.resident_bytes + self.batch_bytes
+
+    def read_bytes(self, n_batches: int) -> int:
+        """Return the bytes of weights that pass for some batches: twice each."""
+        return 2 * self.passing_bytes * n_batches
 
     @property
     def host_bytes(self) -> int:
@@ -132,6 +163,20 @@ class ModelForecast:
     def operations(self) -> float:
         """Operations for all that is left to do."""
         return sum(one.operations for one in self.datasets)
+
+
+class Rate(NamedTuple):
+    """Speed of one worker."""
+
+    operations_s: float
+    weight_bytes_s: float | None = None
+    """Bytes a second of weights that pass through its device; None if that is not known."""
+
+    def seconds(self, operations: float, read_bytes: int) -> float | None:
+        """Return the time of some work; None where it is not known."""
+        if read_bytes and self.weight_bytes_s is None:
+            return None
+        return operations / self.operations_s + (read_bytes / self.weight_bytes_s if self.weight_bytes_s else 0)
 
 
 def on_gpu(run: SkillRun) -> bool:
@@ -190,8 +235,8 @@ def _worker_needs(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> WorkerNe
     )
 
 
-def measured_rate(run: SkillRun, model: PlannedModel) -> float:
-    """Load the model and measure on a few prompts how many operations a second one worker does.
+def measured_rate(run: SkillRun, model: PlannedModel) -> Rate:
+    """Load the model and measure on a few prompts how fast one worker computes, and gets weights that pass.
 
     Raises
     ------
@@ -218,7 +263,22 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> float:
         neurgrad(lm, prompts, batch_size=run.batch_size)
         seconds = time.perf_counter() - started
     parameters, n_shared = count_parameters(model.card), 0 if model.card.arch.whole else prompts.n_shared or 0
-    return _operations(model.card, parameters, prompts.ids, n_shared, split.n_options) / seconds
+    operations = _operations(model.card, parameters, prompts.ids, n_shared, split.n_options)
+    passing = _model_forecast([(run, model)]).passing_bytes
+    if not passing:
+        return Rate(operations / seconds)
+    weight_bytes_s = _weight_rate(lm)
+    computing = max(seconds - 2 * passing / weight_bytes_s, seconds / 10)
+    return Rate(operations / computing, weight_bytes_s)
+
+
+def _weight_rate(lm: LanguageModel) -> float:
+    """Return the bytes a second at which the weights of the middle block reach the device."""
+    block, n_bytes, started = lm.layers[lm.n_layers // 2], 0, time.perf_counter()
+    for module in block.modules():
+        with with_weights(module):
+            n_bytes += sum(one.nbytes for one in module.parameters(recurse=False))
+    return n_bytes / (time.perf_counter() - started)
 
 
 @contextmanager
@@ -262,18 +322,34 @@ def splits_of(model: PlannedModel) -> list[ShardSet]:
 def _model_forecast(of_model: Sequence[tuple[SkillRun, PlannedModel]]) -> ModelForecast:
     run, model = of_model[0]
     parameters = count_parameters(model.card)
+    shapes = skeleton(model.card.config, masked=model.card.arch.masked)
+    device_map = planned_map(run, model.card, shapes)
     return ModelForecast(
         name=model.card.name,
         n_layers=model.card.n_layers,
         layer_width=model.card.layer_width,
         parameters=parameters,
         model_bytes=parameters.n_all * DTYPES[run.dtype].itemsize,
+        device_map=device_map,
+        place_bytes=map_bytes(shapes, device_map, DTYPES[run.dtype]),
         datasets=tuple(
             _dataset_forecast(run, model.card, parameters, dataset, several=len(of_model) > 1)
             for run, model in of_model
             for dataset in model.datasets
         ),
     )
+
+
+def planned_map(run: SkillRun, card: ModelCard, shapes: Any) -> dict[str, str | int]:
+    """Return the device map that workers will use; empty for one device."""
+    wanted = run.placement
+    if wanted is None:
+        return {}
+    if wanted == "auto":
+        return even_map(shapes, card.arch.layers, DTYPES[run.dtype], int(run.gpus or 1))
+    if isinstance(wanted, str):
+        return passing_map(shapes, card.arch.layers, "cuda:0" if on_gpu(run) else "cpu", wanted)
+    return named_map(wanted)
 
 
 def _dataset_forecast(
@@ -289,6 +365,7 @@ def _dataset_forecast(
         n_bytes=sum(one.n_bytes for one in needs),
         n_bytes_left=sum(one.n_bytes_left for one in needs),
         operations=sum(one.operations for one in needs),
+        n_batches=sum(one.n_batches for one in needs),
         batch_bytes=max(one.batch_bytes for one in needs),
         assembly_bytes=max(one.assembly_bytes for one in needs),
         forest_bytes=_forest_bytes(run, card, dataset),
@@ -305,6 +382,7 @@ class _Needs(NamedTuple):
     n_bytes: int
     n_bytes_left: int
     operations: float
+    n_batches: int
     batch_bytes: int
     assembly_bytes: int
 
@@ -314,11 +392,13 @@ def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, sp
     n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
     n_shared = 0 if card.arch.whole else common_prefix_length(ids)
     shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
+    rows = _batch_rows(run, card, max(map(len, ids)) - n_shared)
     return _Needs(
         n_tokens=sum(map(len, ids)),
         n_bytes=sum(sizes),
         n_bytes_left=sum(sizes[index] for index in missing),
         operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
+        n_batches=sum(-(-len(shards_ids[index]) // rows) for index in missing),
         batch_bytes=_batch_of(run, card, split),
         assembly_bytes=_assembly_bytes(run, split),
     )
@@ -346,11 +426,17 @@ def _operations(
     return 2.0 * (parameters.n_in_layers * (n_before + n_rows * passes) + parameters.n_in_head * n_rows * passes)
 
 
+def _batch_rows(run: SkillRun, card: ModelCard, n_own_tokens: int) -> int:
+    """Return the most prompts of a batch."""
+    device, width = "cuda" if on_gpu(run) else "cpu", DTYPES[run.dtype].itemsize
+    largest = largest_batch(card, width, device, n_own_tokens, whole=card.arch.whole)
+    return min(run.batch_size or largest, run.shard_rows)
+
+
 def _batch_bytes(run: SkillRun, card: ModelCard, n_tokens: int, n_shared: int, n_options: int) -> int:
     """Return the bytes of a batch of the longest prompts: the values of its layers, and its gradients."""
     config, width, device = card.text_config, DTYPES[run.dtype].itemsize, torch.device("cuda" if on_gpu(run) else "cpu")
-    largest = largest_batch(card, width, device.type, n_tokens - n_shared, whole=card.arch.whole)
-    n_rows = min(run.batch_size or largest, run.shard_rows)
+    n_rows = _batch_rows(run, card, n_tokens - n_shared)
     # Gradients as they come, side by side, as wide as they are stored, and in the order in which they are stored.
     a_neuron = 2 * (width + _NUMBER_BYTES)
     gradients = n_options * n_rows * (card.n_layers * card.active_width * a_neuron + 3 * config.vocab_size * width)

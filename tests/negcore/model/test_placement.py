@@ -57,7 +57,8 @@ def as_on_one_device(ref, **options):
     one, several = load_model(ref, device="cpu"), load_model(ref, **options)
     expected, found = measured(one), measured(several)
     for name, numbers in expected.items():
-        np.testing.assert_allclose(found[name], numbers, rtol=1e-5, atol=1e-9, err_msg=name)
+        worst = np.abs(found[name] - numbers).max()
+        assert worst <= 2e-5 * np.abs(numbers).max() + 1e-8, f"{name}: {worst}"
     return several
 
 
@@ -82,7 +83,7 @@ def test_weights_that_wait_on_disk_are_read_in_the_type_that_is_computed_in(fold
     one, passing = load_model(ref, dtype=dtype, device="cpu"), load_model(ref, dtype=dtype, device_map="disk")
     for prompts in (PROMPTS[:2], PROMPTS[:2]):
         swept, expected = (sweep(lm, prompts, [" A"] * 2, neurons=[(0, 1), (2, 5)]).negs_PK for lm in (passing, one))
-        np.testing.assert_allclose(swept, expected, rtol=1e-4)
+        np.testing.assert_allclose(swept, expected, rtol=1e-2 if dtype == "bfloat16" else 1e-4)
         ours, theirs = (neurgrad(lm, prompts, LABELS).negs_POLN for lm in (passing, one))
         np.testing.assert_allclose(ours, theirs, rtol=1e-2 if dtype == "bfloat16" else 1e-10, atol=1e-6)
 
@@ -129,3 +130,10 @@ def test_folders_of_weights_on_disk_go_with_their_model(folder, tmp_path, monkey
     del lm
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_wait_are_never_taken_for_tied_ones_whose_address_they_got(folder):
+    """accelerate knows tied weights by their address, which is free for others once a weight was copied."""
+    lm = load_model(folder("gpt2"), device_map="disk")
+    hooks = [module._hf_hook for module in lm.model.modules() if hasattr(module, "_hf_hook")]
+    assert hooks and not any(getattr(hook, "tied_params_map", None) for hook in hooks)
