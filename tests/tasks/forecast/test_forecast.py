@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli.app import app
 from flows.pipeline import run_extract
+from flows.show.forecast_tables import forecast_lines
 from negcore.errors import RunError
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
@@ -17,7 +18,7 @@ from tasks.config.run_file import write_run_file
 from tasks.forecast import needs as forecasting
 from tasks.forecast import shard_size
 from tasks.forecast.capacity import check_disk, requirements
-from tasks.forecast.needs import ParameterCounts, count_parameters, forecast, measured_rate, skill_runs
+from tasks.forecast.needs import ParameterCounts, Rate, count_parameters, forecast, measured_rate, skill_runs
 from tasks.forecast.shard_size import shard_bytes
 from tasks.machine import free_bytes
 from tasks.plan import plan
@@ -158,6 +159,28 @@ def test_the_memory_of_a_cluster_is_not_known_here(run):
 
 def test_a_rate_is_measured_with_the_model_itself(run):
     assert measured_rate(run, plan(run)[0]).operations_s > 0
+
+
+def test_weights_that_pass_are_read_twice_a_batch_and_take_their_time(run):
+    passing = run.model_copy(update={"device_map": "disk"})
+    (model,) = forecast([(passing, plan(passing))])
+    (whole,) = forecast([(run, plan(run))])
+    n_batches = sum(one.n_batches for one in model.datasets)
+    assert n_batches and 0 < model.passing_bytes < model.model_bytes and whole.passing_bytes == 0
+    assert model.read_bytes(n_batches) == 2 * n_batches * model.passing_bytes
+    assert model.resident_bytes < whole.resident_bytes == whole.model_bytes
+    assert Rate(1e9).seconds(1e9, 0) == 1 and Rate(1e9).seconds(1e9, 8) is None
+    assert Rate(1e9, 4.0).seconds(1e9, 8) == 3
+    lines = "\n".join(forecast_lines([model], {model.name: Rate(1e9)}, []))
+    assert "of weights on disk: model.layers.0-2" in lines and "--weights-gbs" in lines
+
+
+def test_a_model_over_several_gpus_needs_what_the_fullest_holds(run):
+    spread = run.model_copy(update={"gpus": 2.0})
+    (model,) = forecast([(spread, plan(spread))])
+    assert set(model.place_bytes) == {0, 1} and model.passing_bytes == 0
+    assert model.model_bytes / 2 <= model.resident_bytes < model.model_bytes
+    assert "of weights on GPU 1: model.layers." in "\n".join(forecast_lines([model], {}, []))
 
 
 # Refusals
