@@ -261,10 +261,12 @@ def check_results(root: Path, tables: Sequence[Path]) -> str | None:
     manifest = read_manifest(root)
     if manifest is None:
         return f"{str(root)!r} has no {MANIFEST_FILE}: its run is not finished, or was made by an earlier version"
-    if missing := [path for path in tables if n_bytes(path) is None]:
+    finished = {path: manifest.files.get(_place(root, path)) for path in tables}
+    now = {path: _checksum(path) for path in tables}
+    if missing := [path for path in tables if finished[path] is None and now[path] is None]:
         raise RunError(f"run {str(root)!r} has no table {_place(root, missing[0])}: its kind of run has none")
     reason = None
-    if changed := [path for path in tables if manifest.files.get(_place(root, path)) != checksum(path)]:
+    if changed := [path for path in tables if finished[path] != now[path]]:
         reason = "it is not what the run finished with"
     elif tables and manifest.shards != shards_of(root):
         reason = "the shards beside it are no longer those that it was made of"
@@ -272,6 +274,14 @@ def check_results(root: Path, tables: Sequence[Path]) -> str | None:
         path = [*changed, *tables][0]
         raise RunError(f"table {str(path)!r} cannot be trusted ({reason}): run the same command again")
     return None
+
+
+def _checksum(path: Path) -> str | None:
+    """Return the checksum of a file; None if it is gone."""
+    try:
+        return checksum(path)
+    except FileNotFoundError:
+        return None
 
 
 def _file_fault(path: Path, xxh3: str) -> str | None:

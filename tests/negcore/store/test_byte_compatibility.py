@@ -316,13 +316,20 @@ def read_arrays(path):
 # Run files of before
 
 
+def as_written_before(name):
+    """The run of a case, with the workers that were chosen for it when it was written."""
+    run = run_of(name)
+    chosen = {"workers": 2, "gpus": 0.0}
+    return run.model_copy(update={field: value for field, value in chosen.items() if getattr(run, field) is None})
+
+
 @pytest.mark.parametrize("file", ["run.yaml", "by-hand.yaml"])
 @pytest.mark.parametrize("name", RUN_CASES)
 def test_an_old_run_file_gives_the_same_run(name, file):
     path = RUNS / case_folder(name) / file
     assert "kind:" not in path.read_text(encoding="utf-8")
     run = read_run_file(KINDS[RUN_CASES[name].kind], path, {})
-    assert run == run_of(name)
+    assert run == (run_of(name) if file == "by-hand.yaml" else as_written_before(name))
     assert facts_of(run) == read_json(RUNS / "facts.json")[name]
 
 
@@ -330,4 +337,4 @@ def test_an_old_run_file_gives_the_same_run(name, file):
 def test_the_kind_of_an_old_run_is_known_from_its_fields(name):
     run = recorded_run(RUNS / case_folder(name))
     assert type(run) is KINDS[RUN_CASES[name].kind]
-    assert run == run_of(name)
+    assert run == as_written_before(name)
