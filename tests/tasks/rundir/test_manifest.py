@@ -143,6 +143,14 @@ def test_other_shards_than_the_tables_were_made_of_are_named(copy):
         check_results(copy, [copy / "accuracy.arrow"])
 
 
+def test_a_table_that_is_gone_and_one_that_a_run_never_has_are_told_apart(copy):
+    (copy / "accuracy.arrow").unlink()
+    with pytest.raises(RunError, match="accuracy.arrow' cannot be trusted"):
+        check_results(copy, [copy / "accuracy.arrow"])
+    with pytest.raises(RunError, match="has no table causal.arrow: its kind of run has none"):
+        check_results(copy, [copy / "causal.arrow"])
+
+
 def test_a_comparison_refuses_a_table_that_is_not_the_runs_and_warns_of_one_that_nothing_tells_of(made, copy):
     (copy / "accuracy.arrow").write_bytes((made / "accuracy.arrow").read_bytes() + b" ")
     assert "it is not what the run finished with" in str(neg("compare", made, copy).exception)
