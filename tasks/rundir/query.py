@@ -7,6 +7,7 @@ Axes: P prompts, O options, N neurons a layer.
 
 import importlib.util
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, suppress
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 1.0
 """Time that a query which is stopped has to end; a step of DuckDB's that takes longer goes on in its thread."""
+_POLL_S = 0.1
 _LOCKED: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",  # no file, no network, no extension
     "python_enable_replacements": "false",  # no variable of this program
@@ -99,9 +101,11 @@ def query(root: Path, sql: str) -> pa.Table:
     try:
         return answer.result()
     except KeyboardInterrupt:
-        with suppress(duckdb.Error):  # it has ended
-            connection.interrupt()
-        wait([answer], _PATIENCE_S)
+        deadline = time.monotonic() + _PATIENCE_S
+        while not answer.done() and time.monotonic() < deadline:
+            with suppress(duckdb.Error):  # it has ended
+                connection.interrupt()  # forgotten by DuckDB if the query has yet to begin
+            wait([answer], _POLL_S)
         raise
 
 

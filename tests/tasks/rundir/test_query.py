@@ -300,7 +300,15 @@ def test_a_disk_that_fails_under_a_query_is_the_disks_error(run, monkeypatch):
         query(run, "SELECT sum(neg) FROM negs(0)")
 
 
-def test_ctrl_c_stops_a_query_that_computes(run):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as a terminal's program has it: what is started in the background of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_a_query_that_computes(run, ctrl_c):
     ending = threading.Timer(1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     ending.start()
     began = time.monotonic()
