@@ -267,7 +267,7 @@ def check_results(root: Path, tables: Sequence[Path]) -> str | None:
         raise RunError(f"run {str(root)!r} has no table {_place(root, missing[0])}: its kind of run has none")
     reason = None
     if changed := [path for path in tables if finished[path] != now[path]]:
-        reason = "it is not what the run finished with"
+        reason = "it is gone" if now[changed[0]] is None else "it is not what the run finished with"
     elif tables and manifest.shards != shards_of(root):
         reason = "the shards beside it are no longer those that it was made of"
     if reason:

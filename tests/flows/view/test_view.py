@@ -101,13 +101,13 @@ def test_runs_are_compared(browser):
     assert "run by run" in page and NAME in page
 
 
-def test_a_run_without_accuracies_is_not_compared_and_the_page_says_why(root, tmp_path):
+def test_a_run_whose_accuracies_are_gone_is_not_compared_and_the_page_says_so(root, tmp_path):
     shutil.copytree(root / "copy", tmp_path / "runs" / "a")
     (shutil.copytree(root / "copy", tmp_path / "runs" / "b") / "accuracy.arrow").unlink()
     with serving(tmp_path / "runs") as found, httpx.Client(base_url=found.address, follow_redirects=True) as client:
         client.get("/", params={"token": found.token})
         answer = client.get("/compare", params={"run": ["runs/a", "runs/b"]})
-    assert "has no table accuracy.arrow" in text_of(answer, 404)
+    assert "accuracy.arrow' cannot be trusted (it is gone)" in text_of(answer, 404)
 
 
 def test_a_model_given_as_a_path_is_called_by_its_name(browser):

@@ -145,7 +145,7 @@ def test_other_shards_than_the_tables_were_made_of_are_named(copy):
 
 def test_a_table_that_is_gone_and_one_that_a_run_never_has_are_told_apart(copy):
     (copy / "accuracy.arrow").unlink()
-    with pytest.raises(RunError, match="accuracy.arrow' cannot be trusted"):
+    with pytest.raises(RunError, match=r"accuracy.arrow' cannot be trusted \(it is gone\)"):
         check_results(copy, [copy / "accuracy.arrow"])
     with pytest.raises(RunError, match="has no table causal.arrow: its kind of run has none"):
         check_results(copy, [copy / "causal.arrow"])
