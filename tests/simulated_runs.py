@@ -120,7 +120,7 @@ def extract(
     open_pool : callable
         Of the run and a card, in place of `tasks.measure.worker.model_pool`.
     """
-    results, run = Results(root), SimpleNamespace(directory=root)
+    results, run = Results(root), SimpleNamespace(directory=root, random_weights=None)
     without_files = {name: lambda *_: None for name in ("check_disk", "write_run_file", "write_plan_file")}
     with patch.multiple("flows.extraction", model_pool=open_pool, **without_files):
         extract_planned(
