@@ -16,8 +16,8 @@ make bench
 ```
 
 measures all rows below in some twenty minutes on two quiet cores and writes them here; the raw figures, with the ratio
-of every repeat, are in [bench.json](bench.json). `python tests/bench.py --only NAME` measures some rows again and
-leaves the others as they are.
+of every repeat, are in [bench.json](bench.json). `PYTHONPATH=. python tests/bench.py --only NAME` measures some rows
+again and leaves the others as they are.
 
 Both sides run in turns in one process, after a first call of each, and medians are compared; rows without a second
 side are measured once. Prompts are random tokens in the lengths of datasets, and every NEG is that of all neurons of

@@ -1,7 +1,7 @@
 """Measure NEGs of a model whose weights wait on disk; print the most memory that this took and the weights' bytes.
 
-`python tests/passing_memory.py --weights disk`, and `--weights here` for a model that is loaded whole. Memory is the
-process's anonymous memory (`RssAnon`) above what it has once the libraries are there: pages of the weights' files,
+`PYTHONPATH=. python tests/passing_memory.py --weights disk`, and `--weights here` for a model that is loaded whole.
+Memory is the process's anonymous memory (`RssAnon`) above what it has once the libraries are there: pages of the weights' files,
 which the system drops where memory is short, are not counted. The last line is JSON.
 """
 

@@ -1,4 +1,4 @@
-"""What the start and the queue of a run cost, and what the queue keeps busy: `python tests/pool_bench.py`.
+"""What the start and the queue of a run cost, and what the queue keeps busy: `PYTHONPATH=. python tests/pool_bench.py`.
 
 Rows named "start" run the command until its first shard is there. In the others workers sleep, in simulated time where
 there are many, so that no model is needed and one core is enough. Each row is a measurement of the code that runs use:
