@@ -1,6 +1,7 @@
 """How near sweeps by nodes come to the whole grid, on a real model.
 
-`PYTHONPATH=. python tests/nodes_bench.py --model smollm2-135m` prints it. Each grid is measured whole, then by nodes alone (no neuron is measured again) and by nodes with the rule of `sweep`.
+`PYTHONPATH=. python tests/nodes_bench.py --model smollm2-135m` prints it. Each grid is
+measured whole, then by nodes alone (no neuron is measured again) and by nodes with the rule of `sweep`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Measure NEGs of a model whose weights wait on disk; print the most memory that this took and the weights' bytes.
 
 `PYTHONPATH=. python tests/passing_memory.py --weights disk`, and `--weights here` for a model that is loaded whole.
-Memory is the process's anonymous memory (`RssAnon`) above what it has once the libraries are there: pages of the weights' files,
-which the system drops where memory is short, are not counted. The last line is JSON.
+Memory is the process's anonymous memory (`RssAnon`) above what it has once the libraries are there: pages of the
+weights' files, which the system drops where memory is short, are not counted. The last line is JSON.
 """
 
 import argparse
