@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
+from rich.console import Console
 
 from flows.cancellation import stopped_by_cancellation
 from flows.lost_server import told_when_back
@@ -157,7 +158,17 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
         raise
 
 
+def outlive_readers() -> None:
+    """Let this process go on once nobody reads its output: rich ends it, and a worker that is killed reads no more."""
+    Console.on_broken_pipe = _fall_silent  # type: ignore[method-assign]
+
+
+def _fall_silent(console: Console) -> None:
+    console.quiet = True
+
+
 def _under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
+    outlive_readers()
     tag_flow_run(run)
     steps, is_deployed = PrefectSteps(run.directory), _is_deployed()
     if is_deployed:

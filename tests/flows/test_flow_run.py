@@ -1,12 +1,18 @@
 """What Prefect keeps of a run that is not whole: every problem in a line of its own, and no prompt."""
 
+import io
 import json
+import logging
 import sqlite3
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from prefect.logging.handlers import PrefectConsoleHandler
+from rich.console import Console
 from support import neg, save_tiny_model
+
+from flows.flow_run import outlive_readers
 
 SECRET = "zebrafinch"  # no word of the names that Prefect gives runs
 """A word of every prompt."""
@@ -69,3 +75,19 @@ def test_the_flow_run_has_failed_and_says_why(kept):
 def test_no_prompt_is_in_the_servers_database(kept):
     assert b"is not safetensors" in kept.database
     assert SECRET.encode() not in kept.database
+
+
+class Unread(io.StringIO):
+    """A pipe whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_run_goes_on_once_nobody_reads_its_log(monkeypatch):
+    monkeypatch.setattr(Console, "on_broken_pipe", Console.on_broken_pipe)
+    outlive_readers()
+    handler = PrefectConsoleHandler(Unread())
+    for _ in range(2):
+        handler.emit(logging.LogRecord("flow", logging.INFO, "", 0, "unread", (), None))
+    assert handler.console.quiet

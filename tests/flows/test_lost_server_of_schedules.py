@@ -271,9 +271,13 @@ def test_a_run_that_was_pending_when_the_server_was_lost_gets_a_final_state(depl
 
 
 class Lost(NamedTuple):
-    """What was seen of a run that was killed with its worker."""
+    """What was seen of runs whose worker was killed."""
 
+    outlived: Json
+    """The run that was left alone by its worker."""
+    n_shards: int
     killed: Json
+    """The run that was killed with its worker."""
     again: Json
     """The next run of the same directory, by another worker."""
     redone: list[str]
@@ -283,14 +287,20 @@ class Lost(NamedTuple):
 @pytest.fixture(scope="module")
 def lost(server, folder, deployed):
     server("POST", f"deployments/{deployed.deployment}/pause_deployment")
-    directory = folder / "killed"
+    alone, directory = folder / "left-alone", folder / "killed"
 
-    def start() -> Json:
+    def start(directory: Path) -> Json:
         parameters = {"run": run_values(folder, directory)}
         return server("POST", f"deployments/{deployed.deployment}/create_flow_run", {"parameters": parameters})
 
     with running(deployed.worker, folder / "worker.log", **deployed.settings) as working:
-        killed = start()
+        outlived = start(alone)
+        with standing_still(working, alone):
+            working.kill()
+            working.wait()
+        outlived = server.reached(outlived, "COMPLETED")
+    with running(deployed.worker, folder / "worker.log", **deployed.settings) as working:
+        killed = start(directory)
         with standing_still(working, directory) as flow:
             for process in (working, *flow):
                 process.kill()
@@ -298,15 +308,21 @@ def lost(server, folder, deployed):
         before = stamps(directory)
         killed = server.reached(killed, *FINAL)
     with running(deployed.worker, folder / "worker.log", **deployed.settings):
-        again = server.reached(start(), *FINAL)
+        again = server.reached(start(directory), *FINAL)
     now = stamps(directory)
-    return Lost(killed, again, [name for name in before if now[name] != before[name]])
+    redone = [name for name in before if now[name] != before[name]]
+    return Lost(outlived, n_shards(alone), killed, again, redone)
 
 
 def stamps(directory: Path) -> dict[str, int]:
     """When each finished shard was written, by its receipt."""
     receipts = (directory / "negs").rglob("_receipts/part-*.json")
     return {path.relative_to(directory).as_posix(): path.stat().st_mtime_ns for path in receipts}
+
+
+def test_a_run_outlives_the_worker_that_started_it(lost):
+    assert lost.outlived["state"]["type"] == "COMPLETED"
+    assert lost.n_shards == N_ROWS
 
 
 def test_a_run_that_is_killed_with_its_worker_is_marked_as_crashed_and_the_next_one_goes_on(lost):
