@@ -160,7 +160,7 @@ def under_prefect(work: Callable[[R, Steps], E], run: R) -> E:
 
 def outlive_readers() -> None:
     """Let this process go on once nobody reads its output: rich ends it, and a worker that is killed reads no more."""
-    Console.on_broken_pipe = _fall_silent  # type: ignore[method-assign]
+    Console.on_broken_pipe = _fall_silent  # type: ignore[assignment, method-assign]
 
 
 def _fall_silent(console: Console) -> None:
