@@ -13,7 +13,7 @@ from negcore.errors import first_line
 from tasks.pool.actor_pool import ActorPool, Phase
 from tasks.pool.base import NodeLost, OutOfMemory, Resources, WorkerLost
 from tasks.pool.nodes import NodeWatch, check_demand, waiting
-from tasks.pool.ray_session import check_head
+from tasks.pool.ray_session import check_head, head_is_lost
 
 __all__ = ["RayPool"]
 
@@ -68,7 +68,8 @@ class RayPool(ActorPool):
         return getattr(handle, phase).remote(*args).future()  # type: ignore[no-any-return]
 
     def _kill(self, handle: Any) -> None:
-        self._ray.kill(handle)
+        if not head_is_lost():  # Ray would wait for it
+            self._ray.kill(handle)
 
     def _drained(self) -> Collection[str]:
         return self._nodes.draining

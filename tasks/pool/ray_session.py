@@ -24,7 +24,7 @@ from negcore.store.temporary import temporary_directory
 from tasks.environment import environment
 from tasks.pool.nodes import is_dead
 
-__all__ = ["check_head", "check_reachable", "ray_session"]
+__all__ = ["check_head", "check_reachable", "head_is_lost", "ray_session"]
 
 _LONGEST_TEMP = 20
 """Characters: a socket's path has at most 107, and Ray adds about 85."""
@@ -174,6 +174,11 @@ def _watched(address: str, node: str) -> Iterator[None]:
     finally:
         watch.end()
         _watch = before
+
+
+def head_is_lost() -> bool:
+    """Tell whether the head of the joined cluster has been silent for too long."""
+    return _watch is not None and _watch.loss is not None
 
 
 def check_head() -> None:
