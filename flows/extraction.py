@@ -189,7 +189,7 @@ class _DatasetExtraction:
         self.n_under_way = 0
         self._to_choose = [split for split in planned.splits if n_chosen(split) is not None]
         self._ended: dict[str, Extracted | str] = {}
-        """What became of splits, or why they are missing, by part."""
+        """Outcomes of splits, or the reasons why they are missing, by part."""
 
     @property
     def n_tokens_a_row(self) -> float:

@@ -11,7 +11,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 logger = logging.getLogger(__name__)
 
 _LIMIT_S = 86_400.0
-"""Who waits holds no worker, no claim and little memory, so a day is affordable. Then the process ends unheard."""
+"""A waiting run holds no worker, no claim and little memory, so a day is affordable. Then the process ends unheard."""
 _POLL_S = 5.0
 
 

@@ -70,7 +70,7 @@ class SkillResults(RunResults):
 
 
 _Measured = dict[str, dict[str, ShardSet]]
-"""What was measured of rankings, by dataset and probe."""
+"""Measurements of rankings, by dataset and probe."""
 
 skills = prefect_flow("skills")
 """By this name, deployments that were registered earlier find the flow."""

@@ -21,4 +21,4 @@ class Finding:
     found: str
     """One line."""
     advice: str = ""
-    """What to set or do, in one line; empty where nothing is to be done."""
+    """The remedy, in one line; empty where nothing is to be done."""

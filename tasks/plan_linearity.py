@@ -35,7 +35,7 @@ class PlannedStudy:
     partners: References | None
     """The prompt that each prompt is patched from; None if no estimator does that."""
     warning: str | None = None
-    """What must be read with care, in one line."""
+    """A warning of what must be read with care, in one line."""
 
     def of_kind(self, kind: str) -> list[ShardSet]:
         """Return the sets of one kind: ``sweeps``, ``estimates`` or ``interventions``."""

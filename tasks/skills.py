@@ -108,7 +108,7 @@ class Faithfulness:
     areas: list[AreaRow] = field(default_factory=list)
     circuits: list[CircuitRow] = field(default_factory=list)
     mib: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """What MIB's evaluation reads, by probe."""
+    """Circuits as MIB's evaluation reads them, by probe."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Steering:
     asked: list[Asked]
     shifts: list[Shift]
     about: str
-    """What is shifted, for people."""
+    """The shifts, in words."""
     chosen_on: str | None
     """Dataset whose probe chose the neurons; None for neurons by hand."""
 

@@ -170,7 +170,7 @@ class SleepingPool(ActorPool):
     ) -> None:
         super().__init__(object, {}, resources, label)
         self.spans: list[tuple[float, float]] = []
-        """When each job began and ended."""
+        """Times at which each job began and ended."""
         self._seconds, self._answer = seconds, answer
         self._threads = ThreadPoolExecutor(resources.workers)
 

@@ -31,7 +31,7 @@ class Slurm(NamedTuple):
     """A cluster that is up."""
 
     environment: dict[str, str]
-    """What its commands need."""
+    """Variables that its commands need."""
 
     def command(self, *words: str | Path) -> str:
         """Return what a command of Slurm prints."""

@@ -1,4 +1,4 @@
-"""What a shell completes: aliases of models, names of datasets, run directories and files (`--install-completion`)."""
+"""Completion in the shell: aliases of models, names of datasets, run directories, files (`--install-completion`)."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

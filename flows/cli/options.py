@@ -35,7 +35,7 @@ RunPath = Annotated[
 Command = Callable[..., None]
 
 _COMPLETED = {"model": complete_model, "dataset": complete_dataset}
-"""What a shell completes behind options, by the name of the field."""
+"""Values that a shell completes behind options, by the name of the field."""
 
 
 def run_options(run_class: type[RunFile]) -> Callable[[Command], Command]:

@@ -1,4 +1,4 @@
-"""What a command writes is not lost in silence, and a reader who leaves early does not end what it computes."""
+"""Output is never lost in silence, and a reader who leaves early does not end what it computes."""
 
 import errno
 import os

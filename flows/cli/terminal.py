@@ -95,7 +95,7 @@ def carry_out(
 
 
 _WORKERS = {"ray": "Ray", "local": "a worker in this process"}
-"""What is started for workers, by backend."""
+"""The thing that is started for workers, by backend."""
 
 
 def _under_prefect(run: R, display: "Display", prefect_flow: Callable[[R], T]) -> T:

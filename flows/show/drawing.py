@@ -62,7 +62,7 @@ class Figure:
     """With the model's name the name of its files."""
     title: str
     says: str
-    """What the figure shows, in a sentence or two: for those who see it and for those who cannot."""
+    """A description in a sentence or two: for those who see the figure and for those who cannot."""
     parts: Sequence[Part]
     is_private: bool = False
     """It names rows by their ids, so it is left out in Prefect."""

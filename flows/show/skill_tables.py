@@ -31,7 +31,7 @@ from tasks.skills import DatasetFindings, SkillFindings
 NEURON_TITLES = MappingProxyType({"top": "best", "random": "random", "bottom": "last"})
 """The sets of neurons of a causal check."""
 DIRECTION_TITLES = MappingProxyType({"gold": "NEG", "polarity": "rank"})
-"""Who says which way is towards the gold option: each neuron's NEG for it, or the ranking."""
+"""The judge of which way is towards the gold option: each neuron's NEG for it, or the ranking."""
 _CHECKED = "(causal check above)"
 _INTERVALS = "Below an accuracy: 95 % interval (Wilson)."
 _KEPT = "After an accuracy: neurons kept, chosen on valid."

@@ -73,7 +73,7 @@ class Table:
     blocks: Sequence[Block]
     caption: str = ""
     says: str = ""
-    """What the table says, in a sentence above it on the page."""
+    """The table's message, in a sentence above it on the page."""
 
     @property
     def pieces(self) -> list[list[list[tuple[Words | Number, ...]]]]:

@@ -38,11 +38,11 @@ class Part:
     links: Mapping[str, LinkOf] = field(default_factory=dict)
     """By the title of a column: where the cells of that column lead."""
     is_folded: bool = False
-    """Whether the table is a line until it is opened."""
+    """True if the table is a line until it is opened."""
     choices: Sequence[str] = ()
     """A name for each row of the table, which can be chosen to be compared."""
     asked: Mapping[str, str] | None = None
-    """What goes along with the name of a neuron that is asked for here."""
+    """Parameters that go along with the name of a neuron that is asked for here."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Page:
 
     @property
     def is_wide(self) -> bool:
-        """Whether a table has more columns than a screen has room for: rows are blocks then, as on narrow screens."""
+        """True if a table has more columns than a screen has room for: rows are blocks then, as on narrow screens."""
         return any(len(part.table.columns) > _MOST_COLUMNS for part in self.parts if part.table)
 
 

@@ -25,7 +25,7 @@ _KINDS: Mapping[str, str] = MappingProxyType({".svg": "image/svg+xml", ".png": "
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the index tells of a run."""
+    """A run as the index tells of it."""
 
     name: str
     kind: str

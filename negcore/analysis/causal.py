@@ -67,7 +67,7 @@ class CausalRow:
 
 @dataclass(frozen=True)
 class CausalDifferenceRow:
-    """How much more the best neurons of a ranking do than random ones of the same layers, paired by prompt."""
+    """The effect of a ranking's best neurons less that of random ones of the same layers, paired by prompt."""
 
     probe: str
     size: int

@@ -67,7 +67,7 @@ class CurveRow:
     neurons: str
     size: int
     share: float
-    """Of all neurons."""
+    """Share of all neurons."""
     value: float
     low: float
     """Lower end of the 95 % interval: bootstrap over prompts and draws."""

@@ -23,7 +23,7 @@ from negcore.errors import DatasetError
 from negcore.texts import did_you_mean, row_text
 
 Answers = Literal["text", "letter", "0", "1"]
-"""What a cell of the answer column is: an option's text, its letter, or its number counted from 0 or from 1."""
+"""The form of a cell of the answer column: an option's text, its letter, or its number counted from 0 or from 1."""
 
 _ANSWERS = {"text": "texts of options", "letter": "letters", "0": "numbers from 0", "1": "numbers from 1"}
 _USUAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -69,7 +69,7 @@ class Imported:
 
     rows: list[dict[str, Any]]
     told: tuple[str, ...]
-    """What was done, a line each."""
+    """Remarks on what was done, a line each."""
     has_letters: bool
     """True if the labels are letters of options that the prompt lists."""
 

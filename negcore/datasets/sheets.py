@@ -39,9 +39,9 @@ class Sheet:
     records: Sequence[tuple[str, Record]]
     """Place in the file, for messages, and the values that are there, by column."""
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What the numbers of a column stand for, where the file says it."""
+    """Names for the numbers of a column, where the file says them."""
     notes: tuple[str, ...] = ()
-    """How the file was read, where that was not sure."""
+    """Remarks on how the file was read, where that was not sure."""
 
 
 def read_sheet(path: Path) -> Sheet:

@@ -25,7 +25,7 @@ COMPARED = (("test", "train"), ("valid", "test"), ("valid", "train"))
 
 
 class Sampled(Protocol):
-    """What a sample is drawn by."""
+    """The unit that a sample is drawn by."""
 
     @property
     def id(self) -> str: ...

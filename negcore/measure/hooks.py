@@ -23,7 +23,7 @@ from negcore.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Readings:
-    """What a pass showed of the neurons at its probed tokens; indexed by layer."""
+    """The neurons at the probed tokens of a pass; indexed by layer."""
 
     routings: dict[int, Routing] = field(default_factory=dict)
     """Routing of all tokens of the pass, by layer of experts."""

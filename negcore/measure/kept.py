@@ -28,7 +28,7 @@ _NAN_BITS = 0x7FC0
 
 
 class _Rows(NamedTuple):
-    """What is known of the rows of a batch beside their numbers."""
+    """Facts about the rows of a batch beside their numbers."""
 
     gold_B: Tensor
     is_finite_B: Tensor

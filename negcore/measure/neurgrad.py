@@ -60,13 +60,13 @@ class NeurGradBatch:
     label_ids_PO: Ints
     """Token id that each label became."""
     experts_PLK: Ints | None = None
-    """Of a model with experts, the numbers of those that each prompt was routed to, rising; -1 where a layer has none.
+    """Numbers of the experts that each prompt was routed to, rising; -1 where a layer has none. Dense models: None.
 
     N then counts the neurons of these alone, expert after expert, and those that every prompt has behind them:
     `LayerShape.active_neurons` tells their numbers. In layers with fewer, zeros stand behind.
     """
     router_weights_PLK: Floats | None = None
-    """What the router gave each of them; 0 where there is none."""
+    """The router's weight of each of them; 0 where there is none."""
 
     def nonfinite(self) -> list[Nonfinite]:
         """Count each prompt's NaN and infinite values as float32, which shards hold; list affected prompts."""
@@ -165,12 +165,12 @@ class Experts(NamedTuple):
 
     @property
     def by_row(self) -> dict[str, Tensor]:
-        """What is kept of them, by name."""
+        """The arrays that are kept of them, by name."""
         return {"experts_PLK": self.numbers_BLK, "router_weights_PLK": self.weights_BLK}
 
 
 class Kept(NamedTuple):
-    """What is kept of a batch, by name: only this is copied to the host."""
+    """The arrays that are kept of a batch, by name: only they are copied to the host."""
 
     by_layer: Mapping[str, Tensor] = MappingProxyType({})
     """Shape (L, B, ..., N)."""

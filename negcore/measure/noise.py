@@ -50,7 +50,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far some NEGs and probabilities are from those that they should be."""
+    """The distance of some NEGs and probabilities from those that they should be."""
 
     signs: float
     """Share of NEGs with the right sign."""

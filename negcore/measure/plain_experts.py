@@ -31,7 +31,7 @@ class Probed(NamedTuple):
     """The neurons of one expert, for the tokens that are routed to it."""
 
     leaf_RU: Tensor
-    """What they can be differentiated by."""
+    """The leaf that they are differentiated by."""
     values_RU: Tensor
     row: int
     """Place of the probed token among these."""

@@ -34,7 +34,7 @@ Shift = tuple[int, int, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote behind a prompt."""
+    """The text that a model wrote behind a prompt."""
 
     text: str
     """Without the special tokens."""

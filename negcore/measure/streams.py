@@ -26,7 +26,7 @@ class Stream(NamedTuple):
     acts_N: Tensor
     """Input of the down projection."""
     joined_H: Tensor
-    """What the feed-forward's output is added to: the layer's input plus its attention output."""
+    """The stream that the feed-forward's output is added to: the layer's input plus its attention output."""
     scale_H: Tensor
     """Factor of each coordinate of the down projection's output on its way there."""
     norm: nn.Module | None

@@ -111,7 +111,7 @@ class SweepResult:
     ranges: tuple[float, ...] = ()
     """Ranges whose sums nodes give, beside the whole grid."""
     active_PK: NDArray[np.bool_] | None = None
-    """Of a mixture of experts, False where a prompt does not have a neuron, as it is not routed to its expert: slopes
+    """False where a prompt does not have a neuron of a mixture of experts, as it is not routed to its expert: slopes
     and r are masked there, and there are neither shifts nor changes. None for models without experts."""
 
     @cached_property

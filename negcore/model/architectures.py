@@ -15,14 +15,14 @@ Site = Literal["up", "act", "gate"]
 SiteChoice = Literal["up", "act", "gate", "paper"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Router = Literal["through", "fixed"]
-"""What becomes of the routing of experts when a neuron of an earlier layer moves.
+"""The routing of experts when a neuron of an earlier layer moves.
 
 - `through`: the router sees the move, as in the untouched model: NEGs are differentiated through its weights, and under
   a finite shift it may choose other experts.
 - `fixed`: experts and their weights stay those of the unshifted pass.
 """
 DeviceMap = Literal["auto", "cpu", "disk"] | Mapping[str, str | int]
-"""Where the parts of a model are: a device, `cpu` or `disk` for each by its path, or a word.
+"""The places of a model's parts: a device, `cpu` or `disk` for each by its path, or a word.
 
 - `auto`: spread over all GPUs.
 - `cpu`, `disk`: the blocks' weights wait in main memory or in their files, and pass through the device.

@@ -53,7 +53,7 @@ class Comparison:
     difference: float | None = None
     """Relative difference of the two ways; None where they were not compared."""
     note: str = ""
-    """Why they were not compared: what the model has not, or the error that ended one of the two ways."""
+    """The reason why they were not compared: a part that the model lacks, or the error that ended one of the ways."""
     applies: bool = True
     """False where the model does not have this path."""
 
@@ -84,7 +84,7 @@ class ModelCheck:
     comparisons: tuple[Comparison, ...]
     """One for every name in `COMPARED`, in that order."""
     notes: tuple[str, ...] = ()
-    """What else is to be known: parts that the check's prompt is too short for, or that round more than the rest."""
+    """Remarks: parts that the check's prompt is too short for, or that round more than the rest."""
     replaced: tuple[str, ...] = ()
     """One line for every comparison that failed on a faster way, which a slower one stands in for."""
 

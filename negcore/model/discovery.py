@@ -277,7 +277,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.entering: dict[str, _Value] = {}
-        """What enters every projection inside a list of layers."""
+        """The input of every projection inside a list of layers."""
         self.norms: dict[str, str] = {}
         """Normalisation of a projection's output, for projections that have one right behind them."""
         self._values: dict[int, _Value] = {}

@@ -32,7 +32,7 @@ class Routing(NamedTuple):
     experts_TK: Tensor
     """Number of each routed expert, rising in every row."""
     weights_TK: Tensor
-    """What the router gives each of them."""
+    """The router's weight of each of them."""
 
     def rows(self, which: Any) -> "Routing":
         """Return the routing of some of the tokens."""
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Tap:
-    """What a measurement does at the experts of one layer."""
+    """The part of a measurement at the experts of one layer."""
 
     site: Site
     route: Callable[[Routing], Routing]

@@ -176,9 +176,9 @@ class LanguageModel:
     card: ModelCard
     site: Site
     check: ModelCheck | None = None
-    """What the check at load found; None only while it is being made."""
+    """The findings of the check at load; None only while it is being made."""
     router: Router = "through"
-    """Whether shifts move the routing of experts: see `Router`. Without experts it means nothing."""
+    """The routing of experts under shifts: see `Router`. Without experts it means nothing."""
     joined: bool = False
     """True if the model's own code works on keys and values behind the cache: then they come whole."""
     prefixes: Prefixes | None = None

@@ -293,7 +293,7 @@ class SmallFile(NamedTuple):
     name: str
     content: bytes
     time_s: float
-    """When it was written, in seconds since the epoch."""
+    """Time of its writing, in seconds since the epoch."""
 
 
 def small_files(folder: Path, name_pattern: str) -> Iterator[SmallFile]:

@@ -50,7 +50,7 @@ class RunIdentity:
     study: Mapping[str, Any] | None = None
     """Settings of a measurement other than NEGs, as JSON: neurons, shifts, estimator."""
     experts: Mapping[str, Any] | None = None
-    """Of a mixture of experts, what became of the router (``router``) and the counts of each layer's neurons
+    """The router's part in a mixture of experts (``router``), and the counts of each layer's neurons
     (``layers``: dense ones, experts, experts of a token, neurons of an expert)."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Package versions. Informational: not part of the digest and not compared."""

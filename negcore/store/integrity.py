@@ -56,9 +56,9 @@ class Finished(NamedTuple):
     """The shards of a run that are there, by index."""
 
     receipts: dict[int, Receipt]
-    """Of those that need not be measured again."""
+    """Receipts of those that need not be measured again."""
     damaged: dict[int, str]
-    """What is wrong with those that have to be, though they were finished once."""
+    """Faults of those that have to be, though they were finished once."""
 
 
 def finished_shards(

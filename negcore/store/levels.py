@@ -58,8 +58,8 @@ Chosen = Sequence[int] | None
 Columns = dict[str, pa.Array]
 
 Kept = Mapping[str, Numbers]
-"""What a level keeps: numbers of every neuron (P, ..., L, N) or of chosen ones (P, ..., K) by the beginning of their
-columns' names, or vote sums (M,) by their columns' names."""
+"""Arrays that a level keeps: numbers of every neuron (P, ..., L, N) or of chosen ones (P, ..., K) by the beginning of
+their columns' names, or vote sums (M,) by their columns' names."""
 
 # What the columns mean. These texts are in the metadata of every file, so they are part of a shard's bytes and never
 # change, though two modules that they name have moved since (to negcore/store/codes.py and negcore/measure/votes.py).
@@ -74,7 +74,7 @@ EXPERT_AXES: Mapping[str, str] = MappingProxyType(
         "router_LL": "layer LL: row p holds the router's weight of each of these experts",
     }
 )
-"""What the columns of a mixture of experts mean, beside those of its level."""
+"""Meaning of the columns of a mixture of experts, beside those of its level."""
 _BFLOAT16 = "; as bfloat16: the upper 16 bits of a float32"
 
 

@@ -122,7 +122,7 @@ class ShardPlace(NamedTuple):
 
 
 Cause = Literal["failure", "nonfinite"]
-"""Why a row is set aside: computing it failed or killed its worker, or its numbers are not finite."""
+"""The cause why a row is set aside: computing it failed or killed its worker, or its numbers are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)

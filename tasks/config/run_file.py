@@ -269,7 +269,7 @@ class RunFile(BaseModel):
 
     @property
     def placement(self) -> DeviceMap | None:
-        """Where a worker puts the parts of its model; `None` is one device."""
+        """The places where a worker puts the parts of its model; `None` is one device."""
         given: Any = self.device_map  # checked above
         return given or ("auto" if (self.gpus or 0) > 1 else None)
 

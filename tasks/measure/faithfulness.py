@@ -30,7 +30,7 @@ class OutputNorms(Measurement):
     """Length of what one unit of each neuron's `act` adds to its layer's output. It is the same for every example."""
 
     n_neurons: int
-    """Of the whole model."""
+    """Number in the whole model."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Extracted:
     set_aside: tuple[SetAside, ...] = ()
     """Rows that are not in their shards, whenever that was found, and why."""
     damaged: tuple[str, ...] = ()
-    """What was wrong with finished shards that were computed again, a line each."""
+    """Faults of finished shards that were computed again, a line each."""
     named: Mapping[str, str] = field(default_factory=dict)
     """Names of the rows set aside in messages, by id."""
 

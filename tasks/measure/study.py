@@ -19,7 +19,7 @@ from tasks.measure.measurement import Columns, ColumnType, Measurement
 from tasks.measure.references import References
 
 _FORMULAS = {"integrated_gradients": "midpoints", "log_probability_increase": "with attention output"}
-"""What has changed in an estimator since its numbers were first stored: earlier ones are not mixed with these."""
+"""Changes of an estimator since its numbers were first stored: earlier ones are not mixed with these."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -103,7 +103,7 @@ class ActorPool(Pool):
         self._told: SimpleQueue[_Ended | None] = SimpleQueue()
         """Calls that ended; None where there is other news."""
         self._news: deque[_Ended | None] = deque()
-        """What of these was taken, and not acted upon yet."""
+        """Those of them that were taken, and not acted upon yet."""
         self._thread: threading.Thread | None = None
         self._looked_at = float("-inf")
         self._closed_at: float | None = None

@@ -24,7 +24,7 @@ class NodeWatch:
         self.draining: frozenset[str] = frozenset()
         """Ids of the nodes that are about to go: they get no more work."""
         self.free: Mapping[str, float] | None = None
-        """What no worker has taken; None until it is known."""
+        """Amounts that no worker has taken; None until they are known."""
         self._closed = threading.Event()
         threading.Thread(target=self._look, name="nodes", daemon=True).start()
 
