@@ -28,7 +28,7 @@ from tasks.comparisons import ComparisonRow, comparisons
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.kinds import count_shards
 from tasks.config.run_file import write_run_file
-from tasks.controls import ControlRow, random_weight_rows
+from tasks.controls import ControlRow
 from tasks.floors import mass_warnings
 from tasks.measure.missing import names_of
 from tasks.model_plans import ModelPlans, all_problems
@@ -245,7 +245,7 @@ def _collect(results: Results, pending: Sequence[_PendingProbe], run: SkillRun) 
             results.problems.append(f"{one.dataset.name}: probes: {typed_line(error)}")
             continue
         if (seed := one.run.random_weights) is not None and run.random_weights is None:
-            results.controls += random_weight_rows(probed.scores, seed)
+            results.controls += probed.of_random_weights(seed)
             continue
         results.scores += probed.scores
         results.confusion += probed.confusion

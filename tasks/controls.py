@@ -4,9 +4,8 @@ Permuted answers tell what a probe's search among so many neurons finds by chanc
 weights tells what its neurons know without training: the words of a prompt, and not what they mean.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -40,27 +39,6 @@ class ControlRow:
     n_test: int
 
 
-class Scored(Protocol):
-    """An accuracy on a test split or a group of its rows."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def shots(self) -> int: ...
-    @property
-    def dataset(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def probe(self) -> str: ...
-    @property
-    def n_neurons(self) -> int | None: ...
-    @property
-    def n_correct(self) -> int: ...
-    @property
-    def n_test(self) -> int: ...
-
-
 def with_permuted_gold(split: NegSplit, seed: int, draw: int) -> NegSplit:
     """Return a split whose gold options are permuted over its rows: each is as frequent as before.
 
@@ -79,20 +57,11 @@ def permuted_row(
     return _row(place, "permuted answers", draw, run.seed, n_neurons, right)
 
 
-def random_weight_rows(scores: Iterable[Scored], seed: int) -> list[ControlRow]:
-    """Return the accuracies of a run with random weights as those of a control, without groups of rows."""
-    return [
-        _row(
-            (one.model, one.shots, one.dataset, one.probe),
-            "random weights",
-            0,
-            seed,
-            one.n_neurons,
-            Accuracy(one.n_correct, one.n_test),
-        )
-        for one in scores
-        if not one.group
-    ]
+def random_weights_row(
+    place: tuple[str, int, str, str], seed: int, n_neurons: int | None, right: Accuracy
+) -> ControlRow:
+    """Return the row of a probe of a model with random weights, by its model, shots, dataset and name."""
+    return _row(place, "random weights", 0, seed, n_neurons, right)
 
 
 def _row(

@@ -20,7 +20,7 @@ from negcore.store.reader import NegSplit
 from tasks.certificates import CertificateRow, certificate_rows
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
-from tasks.controls import ControlRow, permuted_row, with_permuted_gold
+from tasks.controls import ControlRow, permuted_row, random_weights_row, with_permuted_gold
 from tasks.floors import FloorAnswers
 from tasks.measure.planned_negs import planned_negs
 from tasks.neurons import NeuronRow, neuron_rows, vote_probes
@@ -91,6 +91,16 @@ class Probed:
     certificates: list[CertificateRow] = field(default_factory=list)
     neurons: list[NeuronRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def of_random_weights(self, seed: int) -> list[ControlRow]:
+        """Return the accuracies of a model with random weights as those of a control, without groups of rows."""
+        return [
+            random_weights_row(
+                (one.model, one.shots, one.dataset, one.probe), seed, one.n_neurons, Accuracy(one.n_correct, one.n_test)
+            )
+            for one in self.scores
+            if not one.group
+        ]
 
 
 class Answers(NamedTuple):

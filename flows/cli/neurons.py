@@ -247,14 +247,7 @@ def _show_with_model(
         )
     load = load_model if sweep else read_model
     with _waiting("loading the model"):
-        lm = load(
-            card,
-            dtype=run.dtype,
-            device=run.worker_device,
-            site=run.site,
-            router=run.router,
-            device_map=run.placement,
-        )
+        lm = load(card, **run.loading)
     if sweep:
         for about in looked:
             _or_told(missing, lambda about=about: _show_sweep(lm, about, layer, number))

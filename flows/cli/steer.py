@@ -73,9 +73,7 @@ def steer(
         )
     run, planned = steering.run, steering.planned
     with console.status("loading the model") if console.is_terminal else nullcontext():
-        lm = load_model(
-            planned.card, dtype=run.dtype, device=run.worker_device, site=run.site, device_map=run.placement
-        )
+        lm = load_model(planned.card, **run.loading)
     prompts, answers, effects = [one.prompt for one in steering.asked], [], []
     beside = [(of, n_side_rows(of, effect_rows)) for of in planned.datasets if effect_rows]
     with Display(console, "steering", len(prompts) + sum(total for _, total in beside)) as display:

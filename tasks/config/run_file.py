@@ -274,6 +274,17 @@ class RunFile(BaseModel):
         return given or ("auto" if (self.gpus or 0) > 1 else None)
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `negcore.load_model` for the run's models, besides the model."""
+        return {
+            "dtype": self.dtype,
+            "device": self.worker_device,
+            "site": self.site,
+            "router": self.router,
+            "device_map": self.placement,
+        }
+
+    @property
     def resources(self) -> Resources:
         """The processes, cores and GPUs of the run's workers.
 

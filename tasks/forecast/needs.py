@@ -243,15 +243,7 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> Rate:
     ModelError
         If the model cannot be loaded.
     """
-    loaded = load_model(
-        model.card,
-        dtype=run.dtype,
-        device=run.worker_device,
-        site=run.site,
-        router=run.router,
-        device_map=run.placement,
-    )
-    lm = replace(loaded, prefixes=Prefixes())
+    lm = replace(load_model(model.card, **run.loading), prefixes=Prefixes())
     split = max(splits_of(model), key=lambda split: len(split.examples))
     examples = split.examples[: min(_CALIBRATION_PROMPTS, split.shard_rows)]
     encoded = encoded_prompts(examples)

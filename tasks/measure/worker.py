@@ -94,14 +94,10 @@ class ModelWorker:
 
 def model_pool(run: RunFile, card: ModelCard) -> AbstractContextManager[Pool]:
     """Open a pool of workers that hold a model, as the run file asks for."""
-    recipe = {
+    recipe = run.loading | {
         "model": card.ref,
         "revision": card.revision,
-        "dtype": run.dtype,
-        "device": run.worker_device,
-        "device_map": run.placement,
-        "site": run.site,
-        "router": run.router,
         "threads": run.cpus,
-    } | ({} if run.random_weights is None else {"random_weights": run.random_weights})
+        "random_weights": run.random_weights,
+    }
     return open_pool(run.backend, ModelWorker, recipe, run.resources, label=card.name)

@@ -5,6 +5,7 @@ Ray is imported in `tasks.pool` alone, and only once a pool or a session is open
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -16,6 +17,9 @@ from tasks.pool.nodes import NodeWatch, check_demand, waiting
 from tasks.pool.ray_session import check_head, head_is_lost
 
 __all__ = ["RayPool"]
+
+_KILL_S = 2.0
+"""Longest wait for an actor's end: Ray waits for a head that is silent, and a pool must not."""
 
 
 class _Host:
@@ -68,8 +72,11 @@ class RayPool(ActorPool):
         return getattr(handle, phase).remote(*args).future()  # type: ignore[no-any-return]
 
     def _kill(self, handle: Any) -> None:
-        if not head_is_lost():  # Ray would wait for it
-            self._ray.kill(handle)
+        if head_is_lost():  # nobody can be told; actors end with their driver
+            return
+        killing = threading.Thread(target=self._ray.kill, args=(handle,), name="kill", daemon=True)
+        killing.start()
+        killing.join(_KILL_S)
 
     def _drained(self) -> Collection[str]:
         return self._nodes.draining

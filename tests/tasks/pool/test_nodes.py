@@ -247,6 +247,21 @@ def test_a_pool_whose_head_is_silent_waits_for_none_of_its_answers(cluster, monk
     silent.set()
 
 
+def test_a_pool_is_closed_though_a_silent_head_does_not_end_its_actors(cluster, monkeypatch):
+    import ray
+
+    silent, kill = threading.Event(), ray.kill
+    monkeypatch.setattr(ray_pool, "_KILL_S", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.kill", lambda handle: (silent.wait(), kill(handle)))
+        with open_pool("ray", Worker, {}, Resources(), label="nodes") as pool:
+            (outcome,) = pool.map([("square", 3)])
+            began = time.monotonic()
+        assert outcome.result == 9
+        assert time.monotonic() - began < 5
+        silent.set()
+
+
 def test_a_silent_head_is_told_though_it_does_not_answer_about_nodes(monkeypatch):
     silent = threading.Event()
     monkeypatch.setattr("ray.nodes", silent.wait)
