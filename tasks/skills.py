@@ -12,14 +12,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from negcore.analysis.causal import (
-    CausalDifferenceRow,
-    CausalRow,
-    ExpertNeurons,
-    causal_differences,
-    causal_rows,
-    skill_sets,
-)
+from negcore.analysis.causal import ExpertNeurons, skill_sets
+from negcore.analysis.effects import CausalDifferenceRow, CausalRow, causal_differences, causal_rows
 from negcore.analysis.faithfulness import (
     AreaRow,
     CircuitRow,

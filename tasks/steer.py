@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from negcore.analysis.causal import Effect, effect_of
+from negcore.analysis.effects import Effect, effect_of
 from negcore.datasets import dataset_name
 from negcore.errors import DatasetError, ProbeError, RunError
 from negcore.measure.interventions import shift_together

@@ -10,7 +10,7 @@ from flows.show.model_names import shown_model
 from flows.show.skill_tables import DIRECTION_TITLES, probes, tops
 from flows.show.table import by
 from flows.show.text import change, correlation, count, share
-from negcore.analysis.causal import CausalRow
+from negcore.analysis.effects import CausalRow
 from tasks.campaign import Comparison, GainRow
 from tasks.comparisons import ComparisonRow
 from tasks.floors import best_floor

@@ -44,7 +44,7 @@ from flows.show.skill_tables import (
     tops,
 )
 from flows.show.text import share, times
-from negcore.analysis.causal import CausalRow
+from negcore.analysis.effects import CausalRow
 from tasks.skills import DatasetFindings, SkillFindings
 
 _SET_COLOURS = {"top": BLUE, "random": GREY, "bottom": ORANGE}

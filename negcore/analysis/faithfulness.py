@@ -26,7 +26,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.analysis.causal import matched_neurons, paired_difference
+from negcore.analysis.causal import matched_neurons
+from negcore.analysis.effects import paired_difference
 from negcore.analysis.linearity import bootstrap_weights
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError

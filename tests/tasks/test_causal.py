@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support import save_tiny_model, write_negs
 
-from negcore.analysis.causal import causal_rows, chosen_neurons, shift_sets, skill_sets
+from negcore.analysis.causal import chosen_neurons, shift_sets, skill_sets
+from negcore.analysis.effects import causal_rows
 from negcore.errors import ShardError
 from negcore.measure.loading import load_model
 from negcore.measure.votes import Ranking

@@ -8,7 +8,8 @@ import pytest
 from support import save_tiny_model, write_questions
 
 from flows.pipeline import run_pipeline
-from negcore.analysis.causal import SkillSet, causal_rows, chosen_neurons, shift_sets
+from negcore.analysis.causal import SkillSet, chosen_neurons, shift_sets
+from negcore.analysis.effects import causal_rows
 from negcore.errors import NegError
 from negcore.measure.loading import load_model
 from negcore.probing.rankings import rank

@@ -18,7 +18,8 @@ from flows.show.drawing import save_figures
 from flows.show.skill_figures import skill_figures as all_figures
 from flows.show.skill_tables import skill_tables, summary
 from flows.show.text import printable
-from negcore.analysis.causal import DIRECTIONS, CausalRow
+from negcore.analysis.causal import DIRECTIONS
+from negcore.analysis.effects import CausalRow
 from negcore.analysis.shared_neurons import CommonNeuronRow, LayerShareRow, OverlapRow, genre_overlaps, jaccard_chance
 from negcore.analysis.skills import (
     DEPTHS,

@@ -5,15 +5,8 @@ import pytest
 import torch
 from support import LABELS, PROMPTS, prompts_for, tiny_model
 
-from negcore.analysis.causal import (
-    CausalResult,
-    Condition,
-    SkillSet,
-    causal_rows,
-    chosen_neurons,
-    shift_sets,
-    skill_sets,
-)
+from negcore.analysis.causal import CausalResult, Condition, SkillSet, chosen_neurons, shift_sets, skill_sets
+from negcore.analysis.effects import causal_rows
 from negcore.errors import LabelError, NegError
 from negcore.measure import interventions
 from negcore.measure.hooks import tapped

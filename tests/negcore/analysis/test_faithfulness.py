@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from negcore.analysis.causal import CausalResult, causal_differences, matched_neurons, paired_difference
+from negcore.analysis.causal import CausalResult, matched_neurons
 from negcore.analysis.causal import Condition as Shifted
+from negcore.analysis.effects import causal_differences, paired_difference
 from negcore.analysis.faithfulness import (
     SHARES,
     Condition,
