@@ -4,11 +4,9 @@ accelerate infers which part goes where, and moves values and weights while the 
 a block, so that what a block computes stays on one device.
 """
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import nn
 
 from negcore.errors import ModelError
 from negcore.model.architectures import DeviceMap
+from negcore.store.temporary import temporary_directory
 
 
 def resolved_map(
@@ -94,17 +93,15 @@ def placed(load: Callable[..., Any], device_map: dict[str, str | int], *, at_onc
     at_once : bool
         True where each weight can go from its file to its place; else the model is in main memory first.
     """
-    folder = tempfile.mkdtemp(prefix="neg-weights-")  # for weights that are not in a file as they are computed with
-    try:
+    with ExitStack() as until:
+        folder = until.enter_context(temporary_directory())  # for weights not in a file as they are computed with
         if at_once:
-            model = load(device_map=device_map, offload_folder=folder)
+            model = load(device_map=device_map, offload_folder=str(folder))
         else:
             model = load()
-            dispatch_model(model, device_map, offload_dir=folder, skip_keys=model._skip_keys_device_placement)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+            skipped = model._skip_keys_device_placement
+            dispatch_model(model, device_map, offload_dir=str(folder), skip_keys=skipped)
+        weakref.finalize(model, until.pop_all().close)
     _forget_addresses(model)
     return model
 

@@ -1,6 +1,7 @@
 """Models on several devices: on a machine without a GPU these are the processor and the disk."""
 
 import gc
+import tempfile
 
 import numpy as np
 import pytest
@@ -87,6 +88,15 @@ def test_weights_that_wait_on_disk_are_read_in_the_type_that_is_computed_in(fold
         ours, theirs = (neurgrad(lm, prompts, LABELS).negs_POLN for lm in (passing, one))
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         assert error < (0.1 if dtype == "bfloat16" else 1e-6)
+
+
+def test_the_folder_for_waiting_weights_goes_with_its_model_or_its_process(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lm = load_model(folder("llama"), device_map={"": "disk"})
+    assert list(tmp_path.glob("neg-*/in-use"))  # which lets the next process tell that this one lives
+    del lm
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_logit_lens_reads_weights_that_wait_on_disk(folder):
