@@ -101,23 +101,23 @@ class PrefectServer:
         """Return the flow run that somebody works on."""
         return next(iter(self.runs("PENDING", "RUNNING")), None)
 
-    def reached(self, run: Json, *states: str) -> Json:
+    def reached(self, run: Json, *states: str, patience_s: float = PATIENCE_S) -> Json:
         """Return the flow run as soon as it is in one of the states."""
 
         def now() -> Json | None:
             known = self("GET", f"flow_runs/{run['id']}")
             return known if known["state"]["type"] in states else None
 
-        return wait_until(now, f"{run['name']} to be {states}")
+        return wait_until(now, f"{run['name']} to be {states}", patience_s)
 
     def of(self, run: Json, kind: str) -> list[Json]:
         """Return artifacts, logs or task runs of a flow run."""
         return self("POST", f"{kind}/filter", {kind: {"flow_run_id": {"any_": [run["id"]]}}})
 
 
-def wait_until(condition: Callable[[], Any], what: str) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
     """Return the condition's value as soon as it is true."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if value := condition():
             return value

@@ -4,6 +4,7 @@ The wait for heartbeats is shortened by one factor, and so are the heartbeats. E
 `fates` and in `told`; the tests look at what was seen of it.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -26,6 +27,10 @@ SHORTEST_S = 10
 BEAT_S = 180 / FACTOR
 """Prefect's default heartbeat."""
 LATE_S = 130 / FACTOR
+ATTEMPTS = 3
+"""On SQLite, Prefect's automations lose an event whose writing found the database locked four times."""
+FATE_S = 120
+"""Far longer than a fate takes whose events were not lost: about 15 s."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -89,6 +94,17 @@ def fates(server, deployments):
     """The states of runs after something went wrong with them."""
     for automation in automations():
         server("POST", "automations/", shortened(automation))
+    return again_if_lost(lambda: ended(server, deployments))
+
+
+def again_if_lost(attempt):
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(TimeoutError):
+            return attempt()
+    return attempt()
+
+
+def ended(server, deployments):
     runs = {name: begun(server, deployments, "RUNNING") for name in ("late", "dead", "mute", "finished", "revived")}
     runs["pending"] = begun(server, deployments, "PENDING")
     runs["cancelling"] = begun(server, deployments, "RUNNING")
@@ -101,7 +117,7 @@ def fates(server, deployments):
         beat(server, runs["late"])
     runs["late"] = server("GET", f"flow_runs/{runs['late']['id']}")  # its heart stops here
     for name in ("dead", "mute", "revived", "pending", "cancelling"):
-        server.reached(runs[name], *FINAL)
+        server.reached(runs[name], *FINAL, patience_s=FATE_S)
     return runs
 
 
@@ -154,17 +170,21 @@ def campaigns(server, deployments):
 
 
 def test_a_campaign_follows_a_nightly_run_that_has_completed_and_none_that_was_skipped(server, deployments):
-    for name in ("Skipped", None):  # the second proves that the first had its chance
-        assert campaigns(server, deployments) == []
-        run = begun(server, deployments, "RUNNING", "nightly")
-        moved(server, run, "CANCELLED" if name else "COMPLETED", name)
-    wait_until(lambda: campaigns(server, deployments), "a campaign")
-    assert len(campaigns(server, deployments)) == 1
+    def nightly(state, name=None):
+        moved(server, begun(server, deployments, "RUNNING", "nightly"), state, name)
+
+    def completed():
+        nightly("COMPLETED")
+        return wait_until(lambda: campaigns(server, deployments), "a campaign", FATE_S)
+
+    nightly("CANCELLED", "Skipped")  # the completed run proves that this one had its chance
+    assert campaigns(server, deployments) == []
+    assert len(again_if_lost(completed)) == 1
 
 
 @pytest.fixture(scope="module")
 def told(server, deployments, tmp_path_factory):
-    """What a webhook on this machine was told of a failed, a skipped and a cancelled run."""
+    """What a webhook on this machine was told of a skipped, a cancelled and a failed run, and these runs."""
     heard = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
@@ -181,16 +201,28 @@ def told(server, deployments, tmp_path_factory):
         environment = os.environ | server.settings(place) | {"PATH": f"{PREFECT.parent}:{os.environ['PATH']}"}
         command = [INFRA / "notify.sh", f"http://127.0.0.1:{listener.server_port}/hook"]
         subprocess.run(command, check=True, capture_output=True, env=environment)
-        for end, name in (("CANCELLED", "Skipped"), ("CANCELLED", None), ("FAILED", None)):
+
+        def over(state, name=None):
             run = begun(server, deployments, "RUNNING", "shards")
-            moved(server, run, end, name)
-        wait_until(lambda: heard, "a call")
+            moved(server, run, state, name)
+            return run
+
+        def failed():
+            run = over("FAILED")
+            wait_until(lambda: about(heard, [run]), "a call", FATE_S)
+            return run
+
+        runs = [over("CANCELLED", "Skipped"), over("CANCELLED"), again_if_lost(failed)]
         time.sleep(2)
         listener.shutdown()
-    return heard, run
+    return about(heard, runs), runs
+
+
+def about(heard, runs):
+    """What was heard of some runs, once or more often: others of this server crash meanwhile."""
+    return {call["text"] for call in heard if any(run["id"] in call["text"] for run in runs)}
 
 
 def test_a_webhook_hears_of_a_failed_run_and_not_of_skipped_or_cancelled_ones(told):
-    heard, failed = told
-    (only,) = heard
-    assert only == {"text": f"{failed['name']} ({failed['id']}): Failed"}
+    heard, (*_, failed) = told
+    assert heard == {f"{failed['name']} ({failed['id']}): Failed"}
