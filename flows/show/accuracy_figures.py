@@ -147,6 +147,6 @@ def kept_neurons(scores: Sequence[AccuracyRow]) -> Figure:
         title=f"accuracy and neurons kept, {asked(first.model, first.shots)}",
         says="How many neurons (k) each probe kept, chosen on valid, and how right it is on test: a point is a "
         "dataset, its bar the 95 % interval. Few neurons and a high accuracy mean that the skill sits in few places. "
-        "`neg skills` measures the whole curve.",
+        "For the whole curve, run neg skills.",
         parts=[Part(panels)],
     )

@@ -154,7 +154,7 @@ def top_table(rows: Sequence[NeuronRow], scores: Sequence[AccuracyRow]) -> Itera
             columns=[*texts("dataset", "probe"), *numbers("1st", "2nd", "3rd")],
             blocks=[[_top_row(*key, own, several=several) for key, own in best.items()]],
             caption="Below: share of bootstrap samples of the training rows in which it stays among the 20 best; "
-            "in yellow where that is less than half. `neg neurons` lists more of them.",
+            "in yellow where that is less than half. To list more of them, run neg neurons.",
         )
 
 
