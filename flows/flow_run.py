@@ -25,7 +25,6 @@ from flows.skipped import skipped
 from flows.stuck_runs import end_stuck_runs
 from flows.tags import tag_flow_run
 from negcore.errors import NegError, RunError, typed_line
-from negcore.model.language_model import model_name
 from negcore.store.files import n_bytes
 from negcore.texts import printable, public
 from tasks.config.run_file import RUN_FILE, RunFile
@@ -67,7 +66,7 @@ def run_work(work: Callable[[R, Steps], E]) -> Callable[[R, Steps], E]:
     def worked(run: R, steps: Steps) -> E:
         is_claimed = steps.has_claimed(run.directory)
         claimed = nullcontext() if is_claimed else claim(run.directory, when_lost=steps.stop.set)
-        with claimed, told_apart(map(model_name, run.model_refs)):
+        with claimed, told_apart(run.model_names.values()):
             before, started = begin(run.directory), datetime.now(UTC)
             results = work(run, steps)
             results.problems += moved_away(run)

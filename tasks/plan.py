@@ -14,7 +14,7 @@ from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
 from negcore.measure.random_weights import random_revision
-from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
+from negcore.model.language_model import ModelCard, describe_model, refuse_experts
 from negcore.model.layer_shapes import shapes_json
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.probing.fitted import check_forest_size
@@ -82,7 +82,7 @@ class PlannedModel:
         return sum(len(one.shards) for dataset in self.datasets for one in dataset.shard_sets)
 
 
-def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
+def plan(run: SkillRun, *, tolerant: bool = False, refs: Sequence[str] = ()) -> ModelPlans[PlannedModel]:
     """Read every dataset with every model's tokenizer and check all prompts and labels.
 
     Parameters
@@ -90,6 +90,8 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
     run : SkillRun
     tolerant : bool
         True to go on without the datasets that cannot be used, as long as there are others.
+    refs : sequence of str
+        References of some of the run's models, of which alone a plan is made. By default all.
 
     Raises
     ------
@@ -99,8 +101,8 @@ def plan(run: SkillRun, *, tolerant: bool = False) -> ModelPlans[PlannedModel]:
     """
     known: _Known = {}
     check_distinct("datasets", run.dataset, dataset_name)
-    check_distinct("models", run.model_refs, model_name)
-    return plan_models(run.model_refs, lambda ref: _plan_model(run, ref, tolerant, known))
+    check_distinct("models", run.model_refs, run.model_names.__getitem__)
+    return plan_models(refs or run.model_refs, lambda ref: _plan_model(run, ref, tolerant, known))
 
 
 def plan_usable(run: SkillRun) -> ModelPlans[PlannedModel]:
@@ -129,7 +131,7 @@ _Known = dict[tuple[str, str], Dataset]
 
 
 def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> PlannedModel:
-    card = describe_model(ref)
+    card = describe_model(ref, run.model_names[ref])
     _check_experts(run, card)
     card.arch.site(run.site)
     datasets: list[PlannedDataset] = []

@@ -11,7 +11,7 @@ from negcore.errors import NegError
 from negcore.measure.estimators import WITH_REFERENCES
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
-from negcore.model.language_model import ModelCard, describe_model, model_name, refuse_experts
+from negcore.model.language_model import ModelCard, describe_model, refuse_experts
 from negcore.model.tokenizer_file import tokenizer_warning
 from negcore.store.publish import ShardPlace
 from tasks.config.linearity_run import LinearityRun
@@ -56,12 +56,12 @@ def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
         If no model can be used: it or the facts are unknown or malformed, a prompt is too long, or it has too few
         neurons.
     """
-    check_distinct("models", run.model_refs, model_name)
+    check_distinct("models", run.model_refs, run.model_names.__getitem__)
     return plan_models(run.model_refs, lambda ref: _plan_study(run, ref))
 
 
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
-    card = describe_model(ref)
+    card = describe_model(ref, run.model_names[ref])
     refuse_experts(card, "studies of linearity")
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
     examples = encode_examples(card, facts.name, facts.examples)

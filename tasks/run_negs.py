@@ -6,7 +6,7 @@ from pathlib import Path
 
 from negcore.datasets import Example, dataset_name, load_dataset
 from negcore.errors import RunError
-from negcore.model.language_model import ModelCard, describe_model, model_name
+from negcore.model.language_model import ModelCard, describe_model
 from negcore.store.identity import text_hash
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
@@ -109,9 +109,9 @@ def card_of(split: StoredSplit) -> ModelCard:
     run = run_of(split)
     if run.random_weights is not None:
         raise RunError(f"{str(split.root)!r}: its numbers are of random weights, not of {split.place.model!r} itself")
-    for ref in run.model_refs:
-        if model_name(ref) == split.place.model:
-            return describe_model(ref)
+    for ref, name in run.model_names.items():
+        if name == split.place.model:
+            return describe_model(ref, name)
     raise RunError(f"{str(split.root)!r}: its run file names no model {split.place.model!r}")
 
 

@@ -14,7 +14,7 @@ from negcore.datasets import dataset_name
 from negcore.errors import DatasetError, ProbeError, RunError
 from negcore.measure.interventions import shift_together
 from negcore.measure.steering import Shift, joint_shift
-from negcore.model.language_model import LanguageModel, model_name
+from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 from negcore.model.references import with_adapter
 from negcore.probing.rankings import rank
@@ -158,15 +158,16 @@ def read_steered_run(directory: str, model: str | None = None) -> SteeredRun:
         If there is no run on datasets, it has several runs or models and none is named, or it cannot be planned.
     """
     run = _dataset_run(location(directory).absolute())
-    names = {model_name(with_adapter(ref, run.adapter)): ref for ref in run.model}
+    names = {run.model_names[with_adapter(ref, run.adapter)]: ref for ref in run.model}
     if model is not None and model not in names and model not in run.model:
         raise RunError(f"{directory!r} has no model {model!r}: name one of {', '.join(names)}")
     if model is None and len(names) > 1:
         raise RunError(f"{directory!r} has {len(names)} models: name one with --model: {', '.join(names)}")
     if run.random_weights is not None:
         raise RunError(f"{directory!r} measured random weights, which are not steered: name a run of the model itself")
-    run = run.model_copy(update={"model": (names.get(model or "", model or run.model[0]),)})
-    return SteeredRun(run, plan(run, tolerant=True)[0])
+    chosen = names.get(model or "", model or run.model[0])
+    planned = plan(run, tolerant=True, refs=[with_adapter(chosen, run.adapter)])[0]
+    return SteeredRun(run.model_copy(update={"model": (chosen,)}), planned)
 
 
 def _dataset_run(place: Path) -> SkillRun:

@@ -1,6 +1,7 @@
 """A small server that speaks the Hugging Face hub's protocol on loopback, for the real client.
 
-It serves folders as repositories: `models/ORGANISATION/NAME` and `datasets/ORGANISATION/NAME`, all at one commit. Its
+It serves folders as repositories: `models/ORGANISATION/NAME` and `datasets/ORGANISATION/NAME`, all at one commit. A folder
+`NAME@REVISION` beside one is another revision of it, at a commit of its own. Its
 faults are those of the real hub: gated repositories, missing ones, too many requests, connections that are cut. What is
 uploaded becomes files of its folders.
 """
@@ -19,7 +20,6 @@ from threading import Thread
 from urllib.parse import unquote
 
 COMMIT = "c" * 40
-REVISIONS = ("main", COMMIT)
 
 _REQUEST = re.compile(
     r"/(?:(api)/)?(?:(models|datasets)/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?"
@@ -48,6 +48,11 @@ class Hub:
     endpoint: str = ""
 
 
+def commit_id(revision: str) -> str:
+    """The commit of a revision that has a folder of its own."""
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
 @contextmanager
 def serving(root: Path) -> Iterator[Hub]:
     """Serve the repositories in a folder on a free loopback port."""
@@ -66,6 +71,7 @@ def serving(root: Path) -> Iterator[Hub]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    commit = COMMIT
 
     def __init__(self, hub: Hub, *args) -> None:
         self.hub = hub
@@ -144,13 +150,18 @@ class _Handler(BaseHTTPRequestHandler):
         if repository in self.hub.gated and (not api or verb == "tree"):
             self._error(401, "GatedRepo", f"Access to {repository} is restricted. You must be authenticated")
             return
-        if revision not in (None, *REVISIONS):
+        states = {"main": (COMMIT, folder), COMMIT: (COMMIT, folder)}
+        for other in folder.parent.glob(f"{folder.name}@*"):
+            state = commit_id(other.name.partition("@")[2]), other
+            states |= {state[0]: state, other.name.partition("@")[2]: state}
+        if (revision or "main") not in states:
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return
+        self.commit, folder = states[revision or "main"]
         if not api:
             self._file(repository, folder, path or "")
             return
-        self._json(_tree(folder) if verb == "tree" else _info(name, folder))
+        self._json(_tree(folder) if verb == "tree" else _info(name, folder, self.commit))
 
     def _file(self, repository: str, folder: Path, path: str) -> None:
         file = folder / path
@@ -201,13 +212,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _headers(self, n_bytes: int) -> None:
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", str(n_bytes))
 
 
-def _info(name: str, folder: Path) -> dict[str, object]:
+def _info(name: str, folder: Path, commit: str) -> dict[str, object]:
     files = [{"rfilename": entry["path"]} for entry in _tree(folder)]
-    return {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "siblings": files}
+    return {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [], "siblings": files}
 
 
 def _tree(folder: Path) -> list[dict[str, object]]:

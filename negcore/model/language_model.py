@@ -41,7 +41,7 @@ from negcore.model.model_files import (
 from negcore.model.past import Prefixes
 from negcore.model.placement import main_device, placed, resolved_map, with_weights
 from negcore.model.quantised import plain_config, plain_model, storage_note
-from negcore.model.references import is_directory, is_gguf, parse_reference, with_adapter
+from negcore.model.references import is_directory, is_gguf, model_name, parse_reference, with_adapter
 from negcore.model.skeleton import (
     auto_class,
     dense_row,
@@ -70,7 +70,7 @@ class ModelCard:
     """Facts about a model that are known before its weights are loaded."""
 
     name: str
-    """Reference as given, without `@revision`: the model's name in every output."""
+    """Name of the model in every output: its reference without `@revision`, or with it in a run that has several."""
     source: str
     """Hub id or local directory of the weights."""
     revision: str
@@ -91,9 +91,9 @@ class ModelCard:
     @property
     def ref(self) -> str:
         """Reference that loads exactly these weights again."""
-        base = parse_reference(self.name).base if self.adapter else self.name
-        pinned = base if self.base_revision.startswith("xxh3:") else f"{base}@{self.base_revision}"
-        return with_adapter(pinned, self.adapter)
+        if not self.base_revision.startswith("xxh3:"):
+            return with_adapter(f"{self.source}@{self.base_revision}", self.adapter)
+        return with_adapter(parse_reference(self.name).base if self.adapter else self.name, self.adapter)
 
     @property
     def text_config(self) -> Any:
@@ -363,7 +363,7 @@ def refuse_experts(card: ModelCard, what: str, remedy: str = "see docs/experts.m
         )
 
 
-def describe_model(ref: str) -> ModelCard:
+def describe_model(ref: str, name: str | None = None) -> ModelCard:
     """Read a model's configuration and tokenizer and, in local files, the names and shapes of its weights.
 
     Parameters
@@ -372,6 +372,8 @@ def describe_model(ref: str) -> ModelCard:
         Hugging Face id with optional `@revision`, local directory, `.gguf` file or alias. A GGUF file is converted
         to a safetensors directory in the cache on its first use (about half a minute for 135 M parameters). With
         `+FOLDER` behind it, the PEFT adapter in that folder is merged into the model.
+    name : str, optional
+        Name of the model in outputs, where that of `model_name` is another revision's too.
 
     Raises
     ------
@@ -379,7 +381,8 @@ def describe_model(ref: str) -> ModelCard:
         If the model cannot be found or read, its architecture is not in the table, or the adapter does not fit.
     """
     base, adapter = parse_reference(ref)
-    return _describe_base(ref) if adapter is None else _with_adapter(_describe_base(base), model_name(ref), adapter)
+    card = _describe_base(ref) if adapter is None else _with_adapter(_describe_base(base), model_name(ref), adapter)
+    return card if name is None else replace(card, name=name)
 
 
 def _with_adapter(card: ModelCard, name: str, adapter: Path) -> ModelCard:
@@ -397,17 +400,10 @@ def _describe_base(ref: str) -> ModelCard:
     if is_gguf(ref):
         return _describe(ref, convert_gguf(Path(ref)))
     name, revision = model_name(ref), ref.partition("@")[2]
-    looks_local = ref.startswith((".", "/", "~")) or ref.count("/") > 1
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local or not name.strip("/"):
         raise ModelError(f"model {ref!r}: {_no_directory(ref)}; {_allowed_refs()}")
     return _describe(name, name, _hub_commit(name, revision or None))
-
-
-def model_name(ref: str) -> str:
-    """Return the name that a model has in every output: its reference, for one of the hub without the revision."""
-    base, adapter = parse_reference(ref)
-    is_local = base in EMBEDDED or is_directory(base) or is_gguf(base)
-    return with_adapter(base if is_local else base.partition("@")[0], adapter)
 
 
 def read_model(

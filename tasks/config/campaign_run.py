@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from negcore.model.references import folder_name
 from negcore.store.files import shortened
 from negcore.store.identity import content_digest
 from tasks.config.kinds import studies
@@ -113,7 +114,7 @@ class CampaignRun(RunFile):
         """The folder of each model's runs: the last part of its name, and a digest behind it where that is taken."""
         folders: dict[str, str] = {}
         for model in dict.fromkeys(self.model):
-            folder = Path(model).name
+            folder = folder_name(model)
             taken = {name.casefold() for name in (*_RESERVED_FOLDERS, *folders.values())}
             is_taken = folder.casefold() in taken
             folders[model] = f"{shortened(folder)}-{content_digest(model)[:8]}" if is_taken else folder

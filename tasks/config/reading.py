@@ -139,7 +139,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise RunError(f"run file {str(file)!r} is not YAML of a run: it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
-        raise RunError(f"run file {str(file)!r} is not YAML: {one_line(error):.400}") from error
+        quotes = "; text that begins with it needs quotes" * ("cannot start any token" in f"{error}")
+        raise RunError(f"run file {str(file)!r} is not YAML: {one_line(error):.400}{quotes}") from error
     if not isinstance(values, dict):
         raise RunError(f"run file {str(file)!r} must hold a mapping of fields, but holds {type(values).__name__}")
     return values

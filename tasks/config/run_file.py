@@ -17,12 +17,13 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    field_validator,
     model_validator,
 )
 
 from negcore.errors import RunError
 from negcore.model.architectures import DeviceMap, Dtype, Router, SiteChoice
-from negcore.model.references import with_adapter
+from negcore.model.references import folder_name, model_names, whole_references, with_adapter
 from negcore.store.files import draft, local_directory, location, shortened
 from negcore.store.identity import content_digest
 from tasks.config.provenance import written_by
@@ -102,7 +103,8 @@ class RunFile(BaseModel):
     format: Literal[1] = Field(FORMAT, description="Version of the run file's form.")
 
     model: Several[str] = Field(
-        description="Model: Hugging Face id (org/name[@revision]), folder, .gguf file or smollm2-135m. Repeatable."
+        description="Model: Hugging Face id (org/name[@revision]; @REVISION alone is one more of the model before it), "
+        "folder, .gguf file or smollm2-135m. Repeatable."
     )
     adapter: str | None = Field(
         None, description="Folder of a PEFT adapter (adapter_model.safetensors) that is merged into the model."
@@ -199,6 +201,11 @@ class RunFile(BaseModel):
             )
         return values
 
+    @field_validator("model")
+    @classmethod
+    def _write_revisions_out(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        return whole_references(given)
+
     @classmethod
     def _check_truth_values(cls, values: dict[str, Any]) -> None:
         """Refuse true and false where something else is wanted: they would be taken for the numbers 1 and 0."""
@@ -232,7 +239,7 @@ class RunFile(BaseModel):
     @property
     def name(self) -> str:
         """A name that is the same whenever the same numbers are asked for."""
-        first = shortened(Path(self.model[0]).name.split("@")[0])
+        first = shortened(folder_name(self.model[0]).split("@")[0])
         return f"{first}-{content_digest(self.science)[:8]}"
 
     @property
@@ -247,6 +254,11 @@ class RunFile(BaseModel):
     def model_refs(self) -> tuple[str, ...]:
         """References of the models as they are measured: with the adapter, if there is one."""
         return tuple(with_adapter(ref, self.adapter) for ref in self.model)
+
+    @property
+    def model_names(self) -> dict[str, str]:
+        """Names of the models in every output, by these references: those of several revisions of one model differ."""
+        return model_names(self.model_refs)
 
     @property
     def subjects(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class ModelWorker:
     def _publish(self, job: ShardJob, columns: Columns, set_aside: Sequence[SetAside], seconds: float) -> Receipt:
         receipt = job.publish(columns, set_aside, self._lm.check)
         if job.root not in self._noted_in:
-            note_check(job.root, self._lm)
+            note_check(job.root, job.identity.model, self._lm)
             self._noted_in.add(job.root)
         if job.measurement.notes_seconds:
             write_seconds(job.place.path(job.root), job.index, seconds)

@@ -24,11 +24,11 @@ class NotedCheck:
     check: ModelCheck
 
 
-def note_check(root: Path, lm: LanguageModel) -> None:
-    """Note the check of a model in a run directory; of several workers' notes, the last stays."""
+def note_check(root: Path, name: str, lm: LanguageModel) -> None:
+    """Note the check of a model, by its name in the run, in a run directory; of several workers' notes, the last stays."""
     assert lm.check is not None
-    about = {"model": lm.card.name, "site": lm.site, "dtype": lm.dtype, "device": lm.device.type}
-    with draft(root / CHECKS_FOLDER / f"{quote(lm.card.name, safe='')}.json") as file:
+    about = {"model": name, "site": lm.site, "dtype": lm.dtype, "device": lm.device.type}
+    with draft(root / CHECKS_FOLDER / f"{quote(name, safe='')}.json") as file:
         file.write_text(json.dumps(about | {"check": lm.check.as_json()}, indent=1), encoding="ascii")
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from negcore.errors import RunError
-from negcore.model.references import with_adapter
 from negcore.store.files import is_remote, n_bytes, written_s
 from negcore.store.publish import SetAside
 from negcore.store.receipt_columns import read_columns
@@ -192,8 +191,7 @@ def _not_planned(directory: Path, folders: Sequence[FolderStatus]) -> Iterator[t
         if holds_others or n_bytes(root / PLAN_FILE) is not None:
             continue
         run = recorded_run(root, to_look_at=True)
-        names = [with_adapter(ref.partition("@")[0], run.adapter) for ref in run.model]
-        for model, subject in product(names, run.subjects):
+        for model, subject in product(run.model_names.values(), run.subjects):
             if (root, model, Path(subject).stem) not in begun:
                 yield model, subject
 

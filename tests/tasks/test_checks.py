@@ -91,7 +91,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_its_shards_stay(run, monkeypatc
 
 
 def test_damaged_notes_are_no_notes(tmp_path):
-    note_check(tmp_path, tiny_model("bert"))
+    note_check(tmp_path, "tiny-bert", tiny_model("bert"))
     (file,) = (tmp_path / "checks").iterdir()
     (noted,) = read_checks(tmp_path)
     assert noted.check == tiny_model("bert").check

@@ -39,11 +39,11 @@ def test_one_file_under_two_names_and_names_that_differ_in_case_are_refused(tmp_
         plan(SkillRun(model="no/model", dataset=("data.jsonl", other)))
 
 
-def test_two_spellings_of_a_dataset_and_two_revisions_of_a_model_are_one():
+def test_two_spellings_of_a_dataset_are_one_and_revisions_that_differ_in_case_alone_are_refused():
     with pytest.raises(RunError, match="stored as 'mceval8k/agnews'"):
         plan(SkillRun(model="no/model", dataset=("mceval8k/agnews", "MCEval8K/AGNews")))
-    with pytest.raises(RunError, match="models 'org/m@a' and 'org/m@b' would both be stored as 'org/m'"):
-        plan(SkillRun(model=("org/m@a", "org/m@b"), dataset="mini/fact"))
+    with pytest.raises(RunError, match="models 'org/m@a' and 'org/m@A' would both be stored as 'org/m@A'"):
+        plan(SkillRun(model=("org/m@a", "org/m@A"), dataset="mini/fact"))
 
 
 def test_what_is_given_twice_alike_is_one_thing_and_what_has_no_name_no_matter():

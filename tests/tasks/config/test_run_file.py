@@ -313,3 +313,12 @@ def test_a_model_is_spread_over_the_gpus_of_its_worker_unless_a_map_says_otherwi
 def test_a_place_that_no_model_can_have_is_refused(values, more, says):
     with pytest.raises(RunError, match=says):
         read_run_file(SkillRun, None, values | more)
+
+
+def test_a_revision_that_lacks_quotes_is_said_to_need_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text('kind: pipeline\nmodel: [org/m@a, "@b"]\ndataset: mini/fact\n')
+    assert read_run_file(SkillRun, file, {}).model == ("org/m@a", "org/m@b")
+    file.write_text("kind: pipeline\nmodel: [org/m@a, @b]\ndataset: mini/fact\n")
+    with pytest.raises(RunError, match="'@' that cannot start any token.*text that begins with it needs quotes"):
+        read_run_file(SkillRun, file, {})

@@ -207,7 +207,7 @@ def test_a_run_that_goes_on_elsewhere_says_so(machine, tmp_path):
     card = SimpleNamespace(name="org/m")
     device = SimpleNamespace(type="cpu")
     lm = SimpleNamespace(card=card, site="up", dtype="float32", device=device, check=ModelCheck.expected("float32"))
-    note_check(tmp_path, lm)
+    note_check(tmp_path, lm.card.name, lm)
     machine(gpus=1)
     (line,) = device_warnings(choose(run()), [tmp_path])
     assert "began on cpu, and what is missing is measured on cuda: last digits may differ" in line
