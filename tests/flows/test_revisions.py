@@ -1,6 +1,5 @@
 """Several revisions of one model of the hub, in a run and in a campaign: each has its weights, its name and its place."""
 
-
 import pyarrow as pa
 import pytest
 import yaml
@@ -76,7 +75,7 @@ def test_a_campaign_has_a_folder_and_a_name_for_every_revision_in_order(ran):
 
 def test_a_neuron_and_an_answer_are_of_the_named_revision(ran):
     assert {row.model for row in best_neurons(ran / "run", "polar", model="org/m@step10").rows} == {"org/m@step10"}
-    with pytest.raises(RunError, match="org/m@step9' is not in this run; it has org/m, org/m@step10, org/m@step2"):
+    with pytest.raises(RunError, match="org/m@step9' is not in this run; it has org/m@step2, org/m@step10, org/m"):
         best_neurons(ran / "run", "polar", model="org/m@step9")
     cached = {"HF_HOME": str(ran / "cache")}
     steered = ["--neurons", "0.1=2", "--rows", "1", "--max-tokens", "1", "--effect-rows", "2"]
