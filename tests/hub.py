@@ -1,9 +1,9 @@
 """A small server that speaks the Hugging Face hub's protocol on loopback, for the real client.
 
-It serves folders as repositories: `models/ORGANISATION/NAME` and `datasets/ORGANISATION/NAME`, all at one commit. A folder
-`NAME@REVISION` beside one is another revision of it, at a commit of its own. Its
-faults are those of the real hub: gated repositories, missing ones, too many requests, connections that are cut. What is
-uploaded becomes files of its folders.
+It serves folders as repositories: `models/ORGANISATION/NAME` and `datasets/ORGANISATION/NAME`, all at one commit. A
+folder `NAME@REVISION` beside one is another revision of it, at a commit of its own. Its faults are those of the real
+hub: gated repositories, missing ones, too many requests, connections that are cut. What is uploaded
+becomes files of its folders.
 """
 
 import base64

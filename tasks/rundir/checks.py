@@ -25,7 +25,7 @@ class NotedCheck:
 
 
 def note_check(root: Path, name: str, lm: LanguageModel) -> None:
-    """Note the check of a model, by its name in the run, in a run directory; of several workers' notes, the last stays."""
+    """Note the check of a model, by its name in the run; of several workers' notes, the last stays."""
     assert lm.check is not None
     about = {"model": name, "site": lm.site, "dtype": lm.dtype, "device": lm.device.type}
     with draft(root / CHECKS_FOLDER / f"{quote(name, safe='')}.json") as file:

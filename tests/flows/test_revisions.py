@@ -1,4 +1,4 @@
-"""Several revisions of one model of the hub, in a run and in a campaign: each has its weights, its name and its place."""
+"""Several revisions of one model of the hub, in a run and in a campaign: each has weights, name and place."""
 
 import pyarrow as pa
 import pytest

@@ -23,7 +23,7 @@ def test_a_revision_alone_repeats_the_model_before_it(given, whole):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["@a", "org/m"], "'@a' is a revision of the model before it, and there is none"),
+        (["@a", "org/m"], "'@a' is one of the model before it, and there is none"),
         (["org/m", "@"], "'@' names no revision"),
         (["smollm2-135m", "@a"], "'smollm2-135m' is none of the hub's"),
         (["/models/m.gguf", "@a"], "'/models/m.gguf' is none of the hub's"),
