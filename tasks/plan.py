@@ -10,6 +10,7 @@ from typing import Any
 
 from negcore.datasets import Change, Dataset, Example, PromptSettings, dataset_name, load_dataset
 from negcore.datasets.base import REMEDY, in_one_line
+from negcore.datasets.orders import refers_to_options
 from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
@@ -21,6 +22,7 @@ from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace
+from negcore.texts import row_text
 from tasks.certificates import plan_sweeps
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.recipes import RECIPES, n_stored, reads_training_values
@@ -185,6 +187,8 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
         "split_policy": run.split_policy,
         "split_rules": SPLIT_RULES,
     }
+    if run.permutations != 1:  # runs have the identities from before there was a choice
+        prompt["permutations"] = run.permutations
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
     splits: list[ShardSet] = []
     for split, examples in encoded.items():
@@ -220,9 +224,23 @@ def check_sample_rows(run: SkillRun, dataset: str, n_rows: int) -> None:
 
 def prompt_warnings(card: ModelCard, dataset: Dataset) -> tuple[str, ...]:
     """Return what must be read with care of a dataset's prompts, a line each."""
-    prompts = [example.prompt for examples in dataset.splits.values() for example in examples]
-    warning = tokenizer_warning(card, prompts)
-    return (f"{dataset.name}: {warning}",) if warning else ()
+    examples = [example for examples in dataset.splits.values() for example in examples]
+    found = (tokenizer_warning(card, [example.prompt for example in examples]), _referring(dataset, examples))
+    return tuple(f"{dataset.name}: {warning}" for warning in found if warning)
+
+
+def _referring(dataset: Dataset, examples: Sequence[Example]) -> str:
+    """Return a warning of rows in which an option speaks of others, if their order is changed; else nothing."""
+    if dataset.settings.permutations == 1:
+        return ""
+    referring = [(one.id, option) for one in examples for option in one.options if refers_to_options(option)]
+    if not referring:
+        return ""
+    n_rows, first = len({dataset.settings.row_of(id_) for id_, _ in referring}), referring[0][1]
+    return (
+        f"options that seem to speak of other options, such as {row_text(first)}, stand in {n_rows} of the rows: in "
+        "another order they can mean something else"
+    )
 
 
 def read_dataset(
@@ -248,13 +266,15 @@ def _readable(card: ModelCard, dataset: Dataset) -> Dataset:
     odd = {split: unreadable(card, examples) for split, examples in dataset.splits.items()}
     if not any(odd.values()):
         return dataset
+    row_of = dataset.settings.row_of
+    reasons = {split: {row_of(id_): reason for id_, reason in of_split.items()} for split, of_split in odd.items()}
     splits = {
-        split: tuple(example for example in examples if example.id not in odd[split])
+        split: tuple(example for example in examples if row_of(example.id) not in reasons[split])
         for split, examples in dataset.splits.items()
     }
-    left_out = [Change(split, len(reasons), in_one_line(reasons)) for split, reasons in odd.items() if reasons]
+    left_out = [Change(split, len(rows), in_one_line(rows)) for split, rows in reasons.items() if rows]
     report = dataset.split_report
-    used = {split: len(examples) for split, examples in splits.items()}
+    used = {split: n_used - len(reasons[split]) for split, n_used in report.n_used.items()}
     report = replace(report, n_used=used, dropped=(*report.dropped, *left_out))
     return replace(dataset, splits=splits, split_report=report)
 
@@ -362,6 +382,7 @@ def _asked(settings: PromptSettings) -> str:
     parts += ["chat"] * (settings.prompt_format == "chat")
     parts += [f"demonstrations {settings.demonstrations}"] if settings.demonstrations else []
     parts += [wording] if wording != "default" else []
+    parts += [f"{settings.permutations} orders"] if settings.permutations != 1 else []
     return "".join(f" {part}" for part in parts)
 
 

@@ -12,7 +12,7 @@ ALLOWED_TOP = {"negcore": {"negcore"}, "tasks": {"negcore", "tasks"}, "flows": {
 HEAVY = {"ray": {f"tasks/pool/{name}.py" for name in ("metrics", "nodes", "ray_pool", "ray_session")}}
 FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
-    {"negcore.texts"},
+    {"negcore.orders", "negcore.texts"},
     {"negcore.arrays", "negcore.errors", "negcore.findings"},
     {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
     {"negcore.store.temporary"},

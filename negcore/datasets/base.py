@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol, get_args
 import xxhash
 
 from negcore.errors import DatasetError
+from negcore.orders import Permutations, split_id
 from negcore.texts import private, row_text
 
 SPLITS = ("train", "valid", "test")
-LETTERS = string.ascii_uppercase
 
 SplitPolicy = Literal["clean", "clean-rows", "released"]
 PromptFormat = Literal["plain", "chat"]
@@ -35,7 +35,8 @@ class Example:
     """One prompt with its options."""
 
     id: str
-    """Stable and unique in the dataset; `agnews/test/412` is row 412 of the released test file."""
+    """Stable and unique in the dataset; `agnews/test/412` is row 412 of the released test file, and
+    `agnews/test/412@BADC` that row in another order of its options, see `negcore.orders`."""
     prompt: str
     """Text that ends where a label follows (causal models) or with the mask token (masked models)."""
     labels: tuple[str, ...]
@@ -132,10 +133,16 @@ class PromptSettings:
 
     unreadable: Literal["fail", "skip"] = "fail"
     """`skip` leaves out rows that the model cannot read, and counts them; `fail` refuses the dataset."""
+    permutations: Permutations = 1
+    """Orders of its options that each row is asked in, or "all" for up to 4 options: see `negcore.datasets.orders`."""
 
     def most_rows(self, split: str) -> int | None:
         """Return the most rows of a split; None means all."""
         return self.limit if split == "train" or self.eval_limit is None else self.eval_limit
+
+    def row_of(self, prompt_id: str) -> str:
+        """Return the id of the row that a prompt asks, in whatever order."""
+        return prompt_id if self.permutations == 1 else split_id(prompt_id).row
 
     def __post_init__(self) -> None:
         if self.shots not in (0, 1):
@@ -143,6 +150,8 @@ class PromptSettings:
         for name, limit in (("limit", self.limit), ("eval_limit", self.eval_limit)):
             if limit is not None and limit < 1:
                 raise DatasetError(f"{name} is {limit!r}; allowed: a whole number from 1, or None for all rows")
+        if self.permutations != "all" and (not isinstance(self.permutations, int) or self.permutations < 1):
+            raise DatasetError(f"permutations is {self.permutations!r}; allowed: a whole number from 1, or 'all'")
         if self.prompt_format not in get_args(PromptFormat):
             raise DatasetError(f"prompt_format is {self.prompt_format!r}; allowed: 'plain', 'chat'")
         if self.system_prompt is not None and self.prompt_format != "chat":
@@ -190,9 +199,9 @@ class SplitReport:
     n_available: Mapping[str, int]
     """Rows left by the policy, without the demonstrations."""
     n_used: Mapping[str, int]
-    """Rows left by `limit`: the examples of the dataset."""
+    """Rows left by `limit`: the examples of the dataset, each once however often it is asked."""
     n_defused: Mapping[str, int]
-    """Used examples whose text held a special token of the tokenizer, which a space now breaks."""
+    """Used rows whose text held a special token of the tokenizer, which a space now breaks."""
     n_doubles: Mapping[str, int]
     """Released rows that ask what an earlier row of their split asks."""
     n_contradictory: Mapping[str, int]

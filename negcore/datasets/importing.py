@@ -15,11 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
-from negcore.datasets.base import LETTERS, SPLITS, in_one_line
+from negcore.datasets.base import SPLITS, in_one_line
 from negcore.datasets.files import Record
 from negcore.datasets.local import source_of
 from negcore.datasets.sheets import Sheet
 from negcore.errors import DatasetError
+from negcore.orders import LETTERS
 from negcore.texts import did_you_mean, row_text
 
 Answers = Literal["text", "letter", "0", "1"]

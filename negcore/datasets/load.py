@@ -30,6 +30,7 @@ from negcore.datasets.local import read_local
 from negcore.datasets.markup import Defuser, special_token_pattern
 from negcore.datasets.mceval8k import PREFIX, SPECS, read_mceval8k
 from negcore.datasets.mini import MINI_SPECS, read_mini
+from negcore.datasets.orders import check_orders, permuted_rows
 from negcore.datasets.render import (
     Renderer,
     common_label_prefix,
@@ -113,6 +114,8 @@ def load_dataset(
     wording = _wording(canonical, source, settings.wording)
     cut = cut_splits(source.rows, settings.split_policy, settings.seed, canonical)
     shots = _demonstrations(cut, settings, canonical)
+    for rows in cut.rows.values():
+        check_orders(canonical, wording, rows, settings.permutations)
     available = {**cut.rows, "train": without(cut.rows["train"], shots)}
     raw = {split: _sample(available[split], settings, canonical, split) for split in SPLITS}
     defuser = Defuser(special_token_pattern(tokenizer) if wording else None)
@@ -125,10 +128,11 @@ def load_dataset(
     raw, used = _kept(raw, odd), _kept(used, odd)
     prefix, labels = _label_prefix(plain, [example for example in examples if example.id not in odd], reader)
     renderer = replace(plain, label_prefix=prefix).with_demonstrations(map(defuser.row, shots))
+    orders = settings.permutations, settings.seed, canonical
     return Dataset(
         name=canonical,
         genre=source.genre,
-        splits={split: tuple(map(renderer.example, rows)) for split, rows in used.items()},
+        splits={split: tuple(map(renderer.example, permuted_rows(rows, *orders))) for split, rows in used.items()},
         split_report=_report(source, settings, cut, available, raw, used),
         settings=settings,
         label_rule=describe_label_prefix(prefix, labels),

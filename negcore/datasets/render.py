@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from negcore.datasets.base import LETTERS, Example, Tokenizer, Wording
+from negcore.datasets.base import Example, Tokenizer, Wording
 from negcore.datasets.chat import Chat, Turn
 from negcore.datasets.rows import Row
 from negcore.errors import LabelError, PromptError
 from negcore.model.prompt_ids import PromptReader
+from negcore.orders import LETTERS
 from negcore.texts import row_text
 
 

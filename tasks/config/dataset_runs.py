@@ -10,7 +10,7 @@ from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
 from negcore.datasets.load import is_own_file
 from negcore.datasets.mceval8k import SPECS
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
-from tasks.config.run_file import PositiveFloat, RunFile, Several
+from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,11 @@ class _PromptedRun(RunFile):
         description="Rows that a model cannot read (prompt too long, labels of another number or of several tokens): "
         "refuse the dataset, or skip them; they are counted.",
     )
+    permutations: CountOrAll = Field(
+        1,
+        description="Orders of its options that each row is asked in, drawn by the seed, the given one first; all for "
+        "every order of up to 4 options. See docs/analyses.md.",
+    )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
     tree_neurons: int = Field(
@@ -102,7 +107,7 @@ class _PromptedRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        for name in ("storage", "unreadable", "prompt_format", "system_prompt"):
+        for name in ("storage", "unreadable", "prompt_format", "system_prompt", "permutations"):
             if science[name] == type(self).model_fields[name].default:
                 del science[name]  # runs have the names from before there was a choice
         return science
@@ -291,6 +296,7 @@ class SkillRun(_ProbedRun):
             eval_limit=self.eval_limit,
             split_policy=self.split_policy,
             unreadable=self.unreadable,
+            permutations=self.permutations,
         )
 
 

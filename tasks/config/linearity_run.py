@@ -1,10 +1,10 @@
 """The run file of linearity studies."""
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from tasks.config.run_file import PositiveFloat, RunFile, Several
+from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 
 EstimatorName = Literal[
     "neurgrad",
@@ -16,14 +16,6 @@ EstimatorName = Literal[
 ]
 PatchingName = Literal["attribution_patching", "atp_star", "relp", "mean_ablation", "resample_ablation"]
 """Estimators that take activations from other prompts; they are measured where they are asked for."""
-
-
-def _count_or_all(value: Any) -> Any:
-    """Return the number of neurons, or "all"; a union's own message would name the types of its members."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if value != "all" and (not isinstance(number, int) or number < 1):
-        raise ValueError("give a whole number from 1, or 'all'")
-    return number
 
 
 class LinearityRun(RunFile):
@@ -43,7 +35,7 @@ class LinearityRun(RunFile):
         "on disk or hf://datasets/ORG/NAME/FILE; each may have a counterfactual.",
     )
     prompts: int = Field(30, ge=1, description="Prompts, a sample of whole facts: a fact comes in all its wordings.")
-    neurons: Annotated[int | Literal["all"], BeforeValidator(_count_or_all)] = Field(
+    neurons: CountOrAll = Field(
         600,
         description="Neurons that are swept in every prompt, as many in each layer, drawn once at random; or all.",
     )

@@ -49,6 +49,18 @@ Several = Annotated[tuple[T, ...], BeforeValidator(_as_list), Field(min_length=1
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+def _count_or_all(value: Any) -> Any:
+    """Return a number, or "all"; a union's own message would name the types of its members."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value != "all" and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        raise ValueError("give a whole number from 1, or 'all'")
+    return number
+
+
+CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
+"""A whole number from 1, or "all"."""
+
+
 def _location(value: Any) -> Path | None:
     if value is None:
         return None
