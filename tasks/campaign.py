@@ -184,7 +184,7 @@ def linearity_rows(model: str, findings: Findings) -> Compared:
     ranges = {row.layer: row for row in findings.ranges if row.range == findings.main_range}
     whole = [row for row in findings.agreement if row.layer is None and row.range == findings.main_range]
     neurgrad = next((row for row in whole if row.estimator == "neurgrad"), None)
-    n_prompts, n_neurons, _ = findings.sweep.probs_PKS.shape
+    n_prompts, n_neurons, _ = findings.sweep.values_PKS.shape
     row = LinearityRow(
         model=model,
         dataset=findings.dataset,

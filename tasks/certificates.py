@@ -16,7 +16,6 @@ from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit
 from negcore.store.study import joined_sweep, read_study
 from tasks.config.dataset_runs import SkillRun
-from tasks.measure.examples import EncodedExample
 from tasks.measure.measurement import study_settings
 from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Sweeps
@@ -37,7 +36,7 @@ class CertificateRow(Certificate):
     n_rows: int
     """Test rows in which neurons were swept."""
     above: float
-    """Size of the measured NEGs that must not be missed, in probability per unit of activation."""
+    """Size of the measured NEGs that must not be missed, in target per unit of activation."""
     below: float
     """Size that the estimate of a missed neuron is below."""
 
@@ -67,7 +66,7 @@ def plan_sweeps(run: SkillRun, split: ShardSet) -> ShardSet:
         )
     n_chosen = run.certify * identity.n_layers
     neurons_K2 = draw_neurons(identity.n_layers, identity.n_neurons, n_chosen, seed=run.seed)
-    sweeps = Sweeps(neurons_K2, DEFAULT_SHIFTS, NODES, (float(DEFAULT_SHIFTS.max()),))
+    sweeps = Sweeps(neurons_K2, DEFAULT_SHIFTS, NODES, (float(DEFAULT_SHIFTS.max()),), run.target)
     settings = sweeps.settings | {"option": "gold"}
     chosen = [split.examples[row] for row in rows]
     name = f"{split.place.part}-{content_digest([settings, [one.id for one in chosen]])[:16]}"
@@ -75,17 +74,11 @@ def plan_sweeps(run: SkillRun, split: ShardSet) -> ShardSet:
         split,
         place=ShardPlace("sweeps", split.place.model, split.place.dataset, name),
         identity=replace(identity, study=study_settings(settings, identity.dtype)),
-        examples=tuple(map(_of_gold, chosen)),
+        examples=tuple(chosen),
         measurement=sweeps,
         shard_rows=1,
         title=f"{split.title} sweeps",
     )
-
-
-def _of_gold(example: EncodedExample) -> EncodedExample:
-    """Return an example whose one option is the gold one."""
-    gold = example.answer
-    return replace(example, labels=(example.labels[gold],), label_ids=example.label_ids[gold : gold + 1], answer=0)
 
 
 def certificate_rows(run: SkillRun, sweeps: ShardSet, test: NegSplit) -> list[CertificateRow]:

@@ -25,7 +25,7 @@ from negcore.analysis.linearity import (
 from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
-from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study
+from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study, value_names
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.references import ReferenceKind
 from tasks.measure.shard_set import ShardSet
@@ -157,12 +157,13 @@ def _interventions(run: LinearityRun, study: PlannedStudy) -> list[InterventionR
     shards = read_study(shard_set.place.path(run.directory))
     _check_finite(shard_set, shards)
     shape = (len(shards.ids), len(shards.axes["shifts"]), len(shards.axes["sizes"]))
-    probs_PDM = shards.columns["probs"].reshape(shape).astype(np.float64)
+    names = value_names(run.target)
+    values_PDM = shards.columns[names.shifted].reshape(shape).astype(np.float64)
     return interventions_table(
         shards.axes["shifts"],
         np.array(shards.axes["sizes"]),
         shards.columns["predicted"].reshape(shape),
-        probs_PDM - shards.columns["base_prob"][:, None, None],
+        values_PDM - shards.columns[names.base][:, None, None],
         n_bootstrap=run.bootstrap,
         seed=run.seed,
     )

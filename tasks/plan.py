@@ -15,6 +15,7 @@ from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
 from negcore.measure.random_weights import random_revision
+from negcore.measure.targets import DEFAULT_TARGET, Target, check_options
 from negcore.model.language_model import ModelCard, describe_model, refuse_experts
 from negcore.model.layer_shapes import shapes_json
 from negcore.model.tokenizer_file import tokenizer_warning
@@ -189,10 +190,11 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     }
     if run.permutations != 1:  # runs have the identities from before there was a choice
         prompt["permutations"] = run.permutations
-    identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage)
+    identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage, target=run.target)
     splits: list[ShardSet] = []
     for split, examples in encoded.items():
         _check(dataset.name, run.level.check_n_options, len(examples[0].labels))
+        _check(dataset.name, check_options, run.target, len(examples[0].labels))
         splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
     check_sample_rows(run, dataset.name, len(dataset.splits["train"]))
     if "tree" in run.probe:
@@ -322,6 +324,7 @@ def run_identity(
     fingerprint: str,
     *,
     storage: str = DEFAULT_STORAGE,
+    target: Target = DEFAULT_TARGET,
     study: Mapping[str, Any] | None = None,
 ) -> RunIdentity:
     """Return the identity of what a run measures of a model on some prompts.
@@ -332,7 +335,7 @@ def run_identity(
         Prompt settings, as JSON.
     fingerprint : str
         Of the dataset.
-    storage, study
+    storage, target, study
         As in `RunIdentity`.
     """
     return RunIdentity(
@@ -346,6 +349,7 @@ def run_identity(
         prompt=prompt,
         dataset_fingerprint=fingerprint,
         storage=storage,
+        target=target,
         study=None if study is None else study_settings(study, run.dtype),
         experts={"router": run.router, "layers": shapes_json(card.layer_shapes)} if card.has_experts else None,
         versions={package: version(package) for package in PACKAGES} | {"python": platform.python_version()},

@@ -1,5 +1,6 @@
 """The plan of a linearity study, checked before any model is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from negcore.analysis.linearity import nested_grid
 from negcore.arrays import Ints
 from negcore.datasets import Example, FactSet, load_facts
-from negcore.errors import NegError
+from negcore.errors import DatasetError, NegError
 from negcore.measure.estimators import WITH_REFERENCES
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
@@ -64,6 +65,8 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     card = describe_model(ref, run.model_names[ref])
     refuse_experts(card, "studies of linearity")
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
+    if run.target == "logit-difference":
+        facts = _with_options(facts)
     examples = encode_examples(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
@@ -71,14 +74,14 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     references = _references(run, card, facts, examples)
     measurements: list[tuple[str, str, Measurement]] = [
         *(
-            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges))
+            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges, run.target))
             for name, block_K2 in _blocks(neurons_K2, run.block_layers)
         ),
         *(
-            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name))))
+            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target))
             for name in dict.fromkeys(run.estimator)
         ),
-        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed)),
+        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed, run.target)),
     ]
     shard_sets = tuple(_shard_set(run, card, facts, examples, *one) for one in measurements)
     warning = tokenizer_warning(card, [example.prompt for example in examples])
@@ -105,13 +108,38 @@ def _shard_set(
 ) -> ShardSet:
     return ShardSet(
         place=ShardPlace(kind, card.name, facts.name, part),
-        identity=run_identity(run, card, {"seed": run.seed}, facts.fingerprint, study=measurement.settings),
+        identity=run_identity(
+            run, card, {"seed": run.seed}, facts.fingerprint, target=run.target, study=measurement.settings
+        ),
         examples=examples,
         measurement=measurement,
         shard_rows=run.shard_rows,
         nonfinite=run.nonfinite,
         title=f"{card.name} {facts.name} {kind} {part}",
     )
+
+
+def _with_options(facts: FactSet) -> FactSet:
+    """Give each fact options, as a target that compares them needs: its answer, and those of all other facts.
+
+    Raises
+    ------
+    DatasetError
+        If all facts have the same answer.
+    """
+    answers = sorted({example.labels[0] for example in facts.examples})
+    if len(answers) == 1:
+        raise DatasetError(
+            f"{facts.name}: target 'logit-difference' compares a fact's answer with those of the others, and all "
+            f"{len(facts.examples)} have the same; measure more prompts, or set target to probability or "
+            "log-probability"
+        )
+    return replace(facts, examples=tuple(_among(example, answers) for example in facts.examples))
+
+
+def _among(example: Example, answers: Sequence[str]) -> Example:
+    own = example.labels[0]
+    return replace(example, labels=(own, *(answer for answer in answers if answer != own)))
 
 
 def _neurons(run: LinearityRun, card: ModelCard) -> Ints:

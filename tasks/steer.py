@@ -265,7 +265,7 @@ def side_effect(
     probs_P2O = np.empty((len(rows), 2, len(rows[0].labels)))
     with in_float32(lm):
         for done, one in enumerate(shift_together(lm, encoded_prompts(rows), lambda _: [joint]), 1):
-            probs_P2O[one.prompt] = one.base_probs_O, one.probs_RO[0]
+            probs_P2O[one.prompt] = one.base_O, one.values_RO[0]
             on_row(done)
     gold_P = [row.answer for row in rows]
     effect = effect_of(gold_P, probs_P2O[:, 0], probs_P2O[:, 1], n_bootstrap=_BOOTSTRAP)

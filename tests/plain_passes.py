@@ -16,7 +16,7 @@ def target_of(lm, logits_V, row, target):
     """The target, written out."""
     ids = encode(lm.card, prompts_for(lm)[:1], OPTIONS).label_ids_PO[0].tolist()
     right = logits_V[ids[ANSWERS[row]]]
-    if target == "logit_difference":
+    if target == "logit-difference":
         return right - max(logits_V[label] for index, label in enumerate(ids) if index != ANSWERS[row])
     log_prob = right - logits_V.logsumexp(0)
     return log_prob.exp() if target == "probability" else log_prob

@@ -32,7 +32,7 @@ ESTIMATOR_TITLES = MappingProxyType(
 
 def summary(findings: Findings) -> str:
     """Return model, facts and how much was measured, in one line."""
-    n_prompts, n_neurons, n_shifts = findings.sweep.probs_PKS.shape
+    n_prompts, n_neurons, n_shifts = findings.sweep.values_PKS.shape
     left_out = f"{findings.n_multi_token} of {findings.n_facts} facts left out: their answer is not one token"
     names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
     by_nodes_PK = findings.sweep.by_nodes_PK

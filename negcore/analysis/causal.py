@@ -231,9 +231,9 @@ def shift_sets(
         ]
 
     with in_float32(lm):
-        for prompt, base_probs_O, probs_MO in shift_together(lm, encoded, rows_of):
-            result.base_probs_PO[prompt] = base_probs_O
-            result.probs_PMO[prompt] = probs_MO
+        for prompt, base_O, values_MO in shift_together(lm, encoded, rows_of):
+            result.base_probs_PO[prompt] = base_O
+            result.probs_PMO[prompt] = values_MO
     return result
 
 

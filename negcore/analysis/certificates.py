@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 
 
 class Sizes(NamedTuple):
-    """The sizes of NEGs that a certificate is about, in probability per unit of activation."""
+    """The sizes of NEGs that a certificate is about, in target per unit of activation."""
 
     above: float
     """A missed neuron is measured above this."""
@@ -59,7 +59,7 @@ def missed_neurons(measured_PK: ArrayLike, estimated_PK: ArrayLike, sizes: Sizes
 
     Parameters
     ----------
-    measured_PK, estimated_PK : float arrays of shape (P, K), probability per unit of activation
+    measured_PK, estimated_PK : float arrays of shape (P, K), target per unit of activation
         NEGs of the same neurons in the same prompts.
     sizes : Sizes
 

@@ -16,10 +16,12 @@ from negcore.arrays import Floats
 from negcore.measure.forward import probed_position
 from negcore.measure.hooks import tapped, zero_shifts
 from negcore.measure.neurgrad import neurgrad
+from negcore.measure.question import asked
 from negcore.measure.sweeps import DEFAULT_SHIFTS, SweepResult, draw_neurons, measured, shift_grid, sweep
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.virtual_tokens import Method
 from negcore.model.architectures import Dtype
-from negcore.model.encoding import EncodedPrompts, encode, encode_targets
+from negcore.model.encoding import EncodedPrompts, encode
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import HALF_TYPES
 
@@ -160,12 +162,13 @@ def _measured_in(
     lm: LanguageModel, prompts: Sequence[str], labels: Sequence[str], neurons: int
 ) -> Iterator[tuple[str, _Measured]]:
     lm.refuse_experts("comparisons of number types by sweeps")
-    encoded, chosen_K2 = encode_targets(lm.card, prompts, labels), draw_neurons(lm.n_layers, lm.layer_width, neurons)
-    sweeps: dict[str, Callable[[], SweepResult]] = {"sweep": lambda: sweep(lm, encoded, neurons=chosen_K2)}
+    question = asked(lm, prompts, labels, None, DEFAULT_TARGET)
+    chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
+    sweeps: dict[str, Callable[[], SweepResult]] = {"sweep": lambda: sweep(lm, question.prompts, neurons=chosen_K2)}
     if lm.dtype in HALF_TYPES:
-        sweeps["sweep, in the type itself"] = lambda: measured(lm, encoded, chosen_K2, DEFAULT_SHIFTS)
+        sweeps["sweep, in the type itself"] = lambda: measured(lm, question, chosen_K2, DEFAULT_SHIFTS)
     started = time.perf_counter()
-    negs_POLN = neurgrad(lm, encoded).negs_POLN.astype(np.float64)
+    negs_POLN = neurgrad(lm, question.prompts).negs_POLN.astype(np.float64)
     yield "NeurGrad", _Measured(negs_POLN, None, time.perf_counter() - started)
     for what, take in sweeps.items():
         started = time.perf_counter()

@@ -13,14 +13,14 @@ Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a l
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from negcore.arrays import Floats, Ints
-from negcore.errors import LabelError, NegError, PromptError, first_line
+from negcore.errors import NegError, PromptError, first_line
 from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
 from negcore.measure.memory import BatchLimit, is_out_of_memory
 from negcore.measure.neurgrad import away_from_zero
@@ -31,9 +31,10 @@ from negcore.measure.patching import (
     relevance_patching_scores,
     resample_ablation_scores,
 )
-from negcore.measure.question import Question, Target, row_gradients, score_gradients, score_replacement
+from negcore.measure.question import Question, checked_answers, row_gradients, score_gradients, score_replacement
 from negcore.measure.streams import Stream, streams
 from negcore.measure.sweeps import Neurons, choose_neurons
+from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.virtual_tokens import head_rows, label_log_probs
 from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_prompts
 from negcore.model.language_model import LanguageModel
@@ -52,8 +53,8 @@ def estimate(
     labels: Labels | None = None,
     *,
     estimator: str,
-    answers: Sequence[int] | None = None,
-    target: Target = "probability",
+    answers: Sequence[int] | Ints | None = None,
+    target: Target = DEFAULT_TARGET,
     neurons: Neurons | None = None,
     references: Sequence[str] | EncodedPrompts | None = None,
 ) -> Floats:
@@ -70,7 +71,7 @@ def estimate(
         A name in `ESTIMATORS`.
     answers : sequence of int, length P, optional
         Index of each prompt's right label; not needed where there is only one label.
-    target : {"probability", "log_probability", "logit_difference"}
+    target : {"probability", "log-probability", "logit-difference"}
         Explained value; the last is the right label's logit minus the largest of the other labels.
     neurons : "all", int, or sequence of (layer, neuron), optional
         As for `sweep`; a selection saves time in the estimators that measure each neuron by itself.
@@ -86,7 +87,7 @@ def estimate(
     Raises
     ------
     PromptError, LabelError
-        As for `neurgrad`; LabelError too if the answers do not fit, or "logit_difference" is asked of one label;
+        As for `neurgrad`; LabelError too if the answers do not fit, or "logit-difference" is asked of one label;
         PromptError if references do not fit.
     NegError
         If the estimator or target is unknown, a neuron does not exist, or references are missing or not wanted;
@@ -95,14 +96,13 @@ def estimate(
     if estimator not in ESTIMATORS:
         raise NegError(f"estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
     lm.refuse_experts("estimators other than `negcore.neurgrad`")
-    if target not in get_args(Target):
-        raise NegError(f"target {target!r} is not known; choose one of {', '.join(get_args(Target))}")
+    target = checked_target(target)
     if (references is not None) != (estimator in WITH_REFERENCES):
         wants = "needs references, prompts that it takes activations from" if references is None else "takes none"
         raise NegError(f"references: estimator {estimator!r} {wants}; {', '.join(WITH_REFERENCES)} take them")
     neurons_K2 = choose_neurons(lm, "all" if neurons is None else neurons)
     encoded = encode(lm.card, prompts, labels)
-    answers_P = _checked_answers(answers, encoded.label_ids_PO, target)
+    answers_P = checked_answers(answers, encoded.label_ids_PO, target)
     reference_ids = () if references is None else _reference_ids(lm, references, estimator, len(encoded.ids))
     question = Question(encoded, answers_P, target, reference_ids)
     scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
@@ -163,7 +163,7 @@ def log_probability_increase_scores(lm: LanguageModel, question: Question, neuro
     anew for each neuron, and so is the final normalisation. The authors' code freezes the final one instead, at the
     scale that it has behind the last layer.
 
-    With the target `log_probability` this is the method of the source; other targets take the same difference.
+    With the target `log-probability` this is the method of the source; other targets take the same difference.
 
     Source: Yu and Ananiadou, arXiv 2312.12141. Cost: a forward pass with a row for each layer, and one row of the head
     for each neuron.
@@ -321,17 +321,3 @@ def _increases(
         return targets_R[1:] - targets_R[0]
 
     return torch.cat(limit.compute(len(neurons_K), head_rows(lm), part_increases))
-
-
-def _checked_answers(answers: Sequence[int] | None, label_ids_PO: Ints, target: Target) -> Ints:
-    n_prompts, n_options = label_ids_PO.shape
-    if target == "logit_difference" and n_options == 1:
-        raise LabelError("target 'logit_difference' needs another label to differ from; give at least two labels")
-    if answers is None and n_options > 1:
-        raise LabelError(f"{n_options} labels were given without answers; say which label is right for each prompt")
-    answers_P = np.zeros(n_prompts, np.int64) if answers is None else np.asarray(answers)
-    if answers_P.shape != (n_prompts,) or not np.issubdtype(answers_P.dtype, np.integer):
-        raise LabelError(f"answers of shape {answers_P.shape} do not fit {n_prompts} prompts; give one index for each")
-    for index in np.flatnonzero((answers_P < 0) | (answers_P >= n_options)):
-        raise LabelError(f"answer {answers_P[index]} of prompt {index} is no label; give 0 to {n_options - 1}")
-    return answers_P.astype(np.int64)

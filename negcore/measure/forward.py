@@ -371,8 +371,13 @@ def common_prefix_length(ids: Sequence[Sequence[int] | NDArray[Any]]) -> int:
 
 def label_probabilities(logits_BV: Tensor, label_ids_BO: Tensor) -> Tensor:
     """Return the probability of each label, softmax over the whole vocabulary: shape (B, O), at least float32."""
+    return label_log_probabilities(logits_BV, label_ids_BO).exp()
+
+
+def label_log_probabilities(logits_BV: Tensor, label_ids_BO: Tensor) -> Tensor:
+    """Return the logarithms of `label_probabilities`."""
     logits = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    return (logits.gather(1, label_ids_BO) - logits.logsumexp(1, keepdim=True)).exp()
+    return logits.gather(1, label_ids_BO) - logits.logsumexp(1, keepdim=True)
 
 
 def _by_length(

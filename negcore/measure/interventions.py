@@ -20,13 +20,15 @@ from negcore.measure.forward import (
     TOKEN_BUDGET,
     ProbedBatch,
     copies,
-    label_probabilities,
+    label_log_probabilities,
     probed_batches,
 )
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero, neurgrad
+from negcore.measure.question import asked
 from negcore.measure.sweeps import checked_shifts, choose_neurons
-from negcore.model.encoding import EncodedPrompts, encode_targets
+from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target, target_values
+from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
@@ -42,25 +44,39 @@ _ROW_BYTES = 2**28
 
 @dataclass(frozen=True)
 class InterventionResult:
-    """True and predicted changes of a label's probability, each set of neurons shifted together."""
+    """True and predicted changes of a label's target, each set of neurons shifted together."""
 
     sizes_M: Ints
     """Neurons of each set."""
     shifts_D: Floats
-    """Size of each shift in units of activation; positive asks every neuron for a higher probability."""
-    base_probs_P: Floats
-    """Probability of the label without a shift."""
-    probs_PDM: Floats
-    """Probability of the label with the set shifted: `base_probs_P` plus the change within one pass."""
+    """Size of each shift in units of activation; positive asks every neuron for a higher target."""
+    base_P: Floats
+    """Target of the label without a shift: its probability, or another."""
+    values_PDM: Floats
+    """Target of the label with the set shifted: `base_P` plus the change within one pass."""
     predicted_PDM: Floats
     """Sum over the set of NEG times shift: the change if neurons did not influence each other."""
     label_ids_P: Ints
     """Token id that each label became."""
+    target: Target = DEFAULT_TARGET
+    """The number that the values are."""
+
+    @property
+    def base_probs_P(self) -> Floats:
+        """Probability of the label without a shift; `NegError` if the target is another."""
+        check_probabilities(self.target)
+        return self.base_P
+
+    @property
+    def probs_PDM(self) -> Floats:
+        """Probability of the label with the set shifted; `NegError` if the target is another."""
+        check_probabilities(self.target)
+        return self.values_PDM
 
     @property
     def changes_PDM(self) -> Floats:
-        """True change of the probability."""
-        return self.probs_PDM.astype(np.float64) - self.base_probs_P.astype(np.float64)[:, None, None]
+        """True change of the target."""
+        return self.values_PDM.astype(np.float64) - self.base_P.astype(np.float64)[:, None, None]
 
 
 def random_sets(lm: LanguageModel, sizes: Sequence[int] = SET_SIZES, *, seed: int = 0) -> list[Ints]:
@@ -82,8 +98,10 @@ def random_sets(lm: LanguageModel, sizes: Sequence[int] = SET_SIZES, *, seed: in
 def intervene(
     lm: LanguageModel,
     prompts: Sequence[str] | EncodedPrompts,
-    labels: str | Sequence[str] | None = None,
+    labels: str | Labels | None = None,
     *,
+    answers: Sequence[int] | Ints | None = None,
+    target: Target = DEFAULT_TARGET,
     sets: Sequence[NeuronSet],
     shifts: ArrayLike,
     negs_PLN: ArrayLike | None = None,
@@ -91,23 +109,20 @@ def intervene(
     """Shift sets of neurons together, each neuron in the direction of its NEG.
 
     A neuron with gradient g and activation a moves to a + d * s(a), where d = shift * sign(g): a positive shift asks
-    every neuron for a higher probability, a negative one for a lower. The prediction is the sum of g * d. Activations
+    every neuron for a higher target, a negative one for a lower. The prediction is the sum of g * d. Activations
     and directions are those of the unshifted pass; the effect of shifts in earlier layers on later neurons is part of
     the true change.
 
     Parameters
     ----------
-    lm : LanguageModel
-    prompts : sequence of str, length P, or EncodedPrompts
-        Encoded prompts bring their labels, one each.
-    labels : str, or sequence of str, length P
-        The target of all prompts or of each; encoded exactly as given.
+    lm, prompts, labels, answers, target
+        As for `sweep`.
     sets : M sequences of (layer, neuron)
         For instance from `random_sets`.
     shifts : float array of shape (D,)
         Sizes other than zero in units of activation.
     negs_PLN : float array of shape (P, L, N), optional
-        NEG in probability per unit of activation; by default NeurGrad's estimate.
+        NEG in target per unit of activation; by default NeurGrad's estimate.
 
     Raises
     ------
@@ -126,19 +141,23 @@ def intervene(
     places = [(neurons_K2[:, 0], neurons_K2[:, 1]) for neurons_K2 in chosen]
     if not places:
         raise NegError("no sets were given; at least one is needed")
-    encoded = encode_targets(lm.card, prompts, labels)
-    negs_PLN = neurgrad(lm, encoded).negs_POLN[:, 0] if negs_PLN is None else np.asarray(negs_PLN)
-    n_prompts, expected = len(encoded.ids), (len(encoded.ids), lm.n_layers, lm.layer_width)
+    question = asked(lm, prompts, labels, answers, checked_target(target))
+    n_prompts, expected = len(question.ids), (len(question.ids), lm.n_layers, lm.layer_width)
+    if negs_PLN is None:
+        negs_POLN = neurgrad(lm, question.prompts, target=question.target).negs_POLN
+        negs_PLN = negs_POLN[np.arange(n_prompts), question.answers_P]
+    negs_PLN = np.asarray(negs_PLN)
     if negs_PLN.shape != expected:
         raise NegError(f"NEGs of shape {negs_PLN.shape} do not fit; these prompts and {lm.card.name} need {expected}")
     sums_PM = np.stack([np.abs(negs_PLN[:, *place]).sum(1, dtype=np.float64) for place in places], axis=1)
     result = InterventionResult(
         sizes_M=np.array([len(neurons_K2) for neurons_K2 in chosen]),
         shifts_D=shifts_D,
-        base_probs_P=np.empty(n_prompts, lm.result_type),
-        probs_PDM=np.empty((n_prompts, len(shifts_D), len(places)), lm.result_type),
+        base_P=np.empty(n_prompts, lm.result_type),
+        values_PDM=np.empty((n_prompts, len(shifts_D), len(places)), lm.result_type),
         predicted_PDM=shifts_D[:, None] * sums_PM[:, None],
-        label_ids_P=encoded.label_ids_PO[:, 0],
+        label_ids_P=question.answer_ids_P,
+        target=question.target,
     )
 
     def rows_of(prompt: int) -> list[JointShift]:
@@ -150,9 +169,10 @@ def intervene(
         ]
 
     with in_float32(lm):
-        for prompt, base_probs_1, probs_R1 in shift_together(lm, encoded, rows_of):
-            result.base_probs_P[prompt] = base_probs_1[0]
-            result.probs_PDM[prompt] = probs_R1.reshape(len(shifts_D), len(places))
+        for prompt, base_O, values_RO in shift_together(lm, question.prompts, rows_of, question.target):
+            answer = question.answers_P[prompt]
+            result.base_P[prompt] = base_O[answer]
+            result.values_PDM[prompt] = values_RO[:, answer].reshape(len(shifts_D), len(places))
     return result
 
 
@@ -172,19 +192,22 @@ class JointShift(NamedTuple):
 
 
 class ShiftedTogether(NamedTuple):
-    """Probabilities of one prompt's labels; float32, or float64 from a float64 model."""
+    """The target of one prompt's labels, by default their probability; float32, or float64 from a float64 model."""
 
     prompt: int
     """Index of the prompt."""
-    base_probs_O: Floats
+    base_O: Floats
     """Without a shift."""
-    probs_RO: Floats
-    """With each row's neurons shifted: `base_probs_O` plus the change within one pass, so that a shift without effect
+    values_RO: Floats
+    """With each row's neurons shifted: `base_O` plus the change within one pass, so that a shift without effect
     changes nothing, exactly."""
 
 
 def shift_together(
-    lm: LanguageModel, prompts: EncodedPrompts, rows_of: Callable[[int], Sequence[JointShift]]
+    lm: LanguageModel,
+    prompts: EncodedPrompts,
+    rows_of: Callable[[int], Sequence[JointShift]],
+    target: Target = DEFAULT_TARGET,
 ) -> Iterator[ShiftedTogether]:
     """Shift sets of neurons at the probed token, one prompt at a time; its rows share what comes before that token.
 
@@ -208,11 +231,23 @@ def shift_together(
     for batch in probed_batches(lm, prompts.ids, batch_size=1):
         (index,) = batch.rows
         label_ids_1O = torch.from_numpy(prompts.label_ids_PO[index : index + 1]).to(lm.device)
-        yield _shift_prompt(batch, prompts.ids[index], rows_of(index), label_ids_1O, limit)
+        yield _shift_prompt(batch, prompts.ids[index], rows_of(index), _Read(label_ids_1O, target), limit)
+
+
+class _Read(NamedTuple):
+    """The numbers that are read from logits: the target of one prompt's labels."""
+
+    label_ids_1O: Tensor
+    target: Target
+
+    def values(self, logits_RV: Tensor) -> Tensor:
+        """Return the target of every label: shape (R, O)."""
+        label_ids_RO = self.label_ids_1O.expand(len(logits_RV), -1)
+        return target_values(self.target, label_log_probabilities(logits_RV, label_ids_RO))
 
 
 def _shift_prompt(
-    batch: ProbedBatch, tokens: Sequence[int], rows: Sequence[JointShift], label_ids_1O: Tensor, limit: BatchLimit
+    batch: ProbedBatch, tokens: Sequence[int], rows: Sequence[JointShift], read: _Read, limit: BatchLimit
 ) -> ShiftedTogether:
     lm = batch.lm
     with torch.no_grad():
@@ -222,11 +257,11 @@ def _shift_prompt(
         parts = limit.compute(
             len(rows),
             rows_of_a_pass(lm, len(tokens)),
-            lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, label_ids_1O),
+            lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, read),
         )
-    base_probs_1O = label_probabilities(logits_1V, label_ids_1O).cpu()
-    probs_RO = (base_probs_1O.double() + torch.cat(parts)).to(base_probs_1O.dtype)
-    return ShiftedTogether(batch.rows[0], base_probs_1O[0].numpy(), probs_RO.numpy())
+    base_1O = read.values(logits_1V).cpu()
+    values_RO = (base_1O.double() + torch.cat(parts)).to(base_1O.dtype)
+    return ShiftedTogether(batch.rows[0], base_1O[0].numpy(), values_RO.numpy())
 
 
 def rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
@@ -240,9 +275,9 @@ def _shifted(
     tokens: Sequence[int],
     rows: Sequence[JointShift],
     directions_LN: Tensor,
-    label_ids_1O: Tensor,
+    read: _Read,
 ) -> Tensor:
-    """Return p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
+    """Return the changes p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
     n_rows = 1 + len(rows)
     steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, n_rows, prompt.lm.active_width)
     for row, shift in enumerate(rows, start=1):
@@ -250,5 +285,5 @@ def _shifted(
         sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
         steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
     logits_RV = copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
-    probs_RO = label_probabilities(logits_RV, label_ids_1O.expand(n_rows, -1)).double()
-    return (probs_RO[1:] - probs_RO[:1]).cpu()
+    values_RO = read.values(logits_RV).double()
+    return (values_RO[1:] - values_RO[:1]).cpu()

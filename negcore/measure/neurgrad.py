@@ -20,13 +20,14 @@ from negcore.measure.forward import (
     CausalBatch,
     PassingBatch,
     ProbedBatch,
-    label_probabilities,
+    label_log_probabilities,
     measure_batches,
     on_device,
     stacked_layers,
 )
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
+from negcore.measure.targets import DEFAULT_TARGET, Target, check_options, checked_target, own_values, target_values
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
@@ -52,7 +53,7 @@ class NeurGradBatch:
     """NEG estimates of some prompts; float32, or float64 from a float64 model."""
 
     negs_POLN: Floats
-    """Probability per unit of activation, in the direction away from zero."""
+    """Target per unit of activation, in the direction away from zero."""
     activations_PLN: Floats
     """Activation of every neuron at the probed token."""
     probs_PO: Floats
@@ -67,6 +68,8 @@ class NeurGradBatch:
     """
     router_weights_PLK: Floats | None = None
     """The router's weight of each of them; 0 where there is none."""
+    target: Target = DEFAULT_TARGET
+    """The number of each label that NEGs are slopes of."""
 
     def nonfinite(self) -> list[Nonfinite]:
         """Count each prompt's NaN and infinite values as float32, which shards hold; list affected prompts."""
@@ -87,12 +90,13 @@ def neurgrad(
     prompts: Sequence[str] | EncodedPrompts,
     labels: Labels | None = None,
     *,
+    target: Target = DEFAULT_TARGET,
     batch_size: int | None = None,
 ) -> NeurGradBatch:
     """Estimate the NEG of every feed-forward neuron for every label.
 
     NeurGrad = dp/da * s(a), with s(a) = +1 where the activation a is positive and -1 elsewhere: the slope, at no
-    shift, of the label's probability p against a shift that moves the neuron away from zero.
+    shift, of the label's probability p (or another target) against a shift that moves the neuron away from zero.
 
     Parameters
     ----------
@@ -102,6 +106,8 @@ def neurgrad(
         their labels.
     labels : sequence of str, or one such sequence for each prompt
         Encoded exactly as given: a leading space is part of a label.
+    target : {"probability", "log-probability", "logit-difference"}
+        The number of each label whose slope is estimated; the last is its logit minus the largest of the other labels.
     batch_size : int, optional
         Prompts whose last tokens, or which as a whole, run side by side; by default chosen by length. It changes
         memory, speed and the last digits of the result. Where memory runs out, the batch and all after it are halved.
@@ -116,7 +122,10 @@ def neurgrad(
     PromptError
         If a prompt is empty or too long, or a masked model's prompt does not hold exactly one mask.
     LabelError
-        If a label is not exactly one token, or two labels of a prompt are the same token.
+        If a label is not exactly one token, two labels of a prompt are the same token, or "logit-difference" is asked
+        of one label.
+    NegError
+        If the target is unknown.
     ModelError
         If the model's gradients failed its check at load.
     RuntimeError
@@ -127,12 +136,12 @@ def neurgrad(
     Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053: NeurGrad.
 
     Differs from the paper: a neuron whose activation is exactly zero moves in the negative direction here and in the
-    sweep alike; the released sweep never moves it.
+    sweep alike; the released sweep never moves it. Its target is the probability.
     """
-    encoded = encode(lm.card, prompts, labels)
+    target, encoded = checked_target(target), encode(lm.card, prompts, labels)
     dtype = torch.float64 if lm.model.dtype == torch.float64 else torch.float32
-    measured = measure_negs(lm, encoded, _everything, dtype=dtype, batch_size=batch_size)
-    return NeurGradBatch(**measured, label_ids_PO=encoded.label_ids_PO)
+    measured = measure_negs(lm, encoded, _everything, dtype=dtype, target=target, batch_size=batch_size)
+    return NeurGradBatch(**measured, label_ids_PO=encoded.label_ids_PO, target=target)
 
 
 class Negs(NamedTuple):
@@ -186,6 +195,7 @@ def measure_negs(
     keep: Callable[[Negs, Sequence[int]], Kept],
     *,
     dtype: torch.dtype,
+    target: Target = DEFAULT_TARGET,
     batch_size: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Measure NEGs as `neurgrad` does and keep something of them.
@@ -205,13 +215,15 @@ def measure_negs(
 
     Raises
     ------
-    ModelError, RuntimeError
+    LabelError, ModelError, RuntimeError
         As for `neurgrad`.
     """
+    check_options(target, encoded.label_ids_PO.shape[1])
     results = Results(lm.device, len(encoded.ids))
 
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
-        _fill(results, rows, batch, encoded.label_ids_PO[rows], keep, dtype)
+        gradients = label_gradients(batch, on_device(lm, encoded.label_ids_PO[rows]), target)
+        results.take(keep(_negs(lm, gradients, dtype), rows), rows)
 
     measure_batches(
         lm,
@@ -231,7 +243,7 @@ def away_from_zero(activations: Tensor) -> Tensor:
 
 
 class LabelGradients(NamedTuple):
-    """Gradients of each row's label probabilities by its neurons."""
+    """Gradients of the target of each row's labels by its neurons."""
 
     grads_LOBN: tuple[Tensor, ...]
     """One tensor of shape (O, B, N) for each layer."""
@@ -241,8 +253,8 @@ class LabelGradients(NamedTuple):
     """Experts of the rows, by layer of experts."""
 
 
-def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
-    """Differentiate the probability of every label by every neuron at the probed token, in one backward pass.
+def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor, target: Target = DEFAULT_TARGET) -> LabelGradients:
+    """Differentiate the target of every label by every neuron at the probed token, in one backward pass.
 
     Raises
     ------
@@ -251,31 +263,32 @@ def label_gradients(batch: ProbedBatch, label_ids_BO: Tensor) -> LabelGradients:
     """
     batch.lm.require("neurgrad")
     if isinstance(batch, PassingBatch):
-        return _passing_gradients(batch, label_ids_BO)
+        return _passing_gradients(batch, label_ids_BO, target)
     if isinstance(batch, CausalBatch) and not computes_by_row(batch.lm.device):
-        return _options_in_rows(batch, label_ids_BO)
+        return _options_in_rows(batch, label_ids_BO, target)
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows)
     with torch.enable_grad():
         logits_BV, activations_BLN, routings = batch.predict(shifts)
-        probs_BO = label_probabilities(logits_BV, label_ids_BO)
+        log_probs_BO = label_log_probabilities(logits_BV, label_ids_BO)
+        values_BO = target_values(target, log_probs_BO)
         # Rows do not see each other, so one unit vector for each option gives every row's gradient at once.
-        unit_OBO = torch.eye(n_options, dtype=probs_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
-        grads = _gradients(batch.lm, probs_BO, list(shifts.values()), unit_OBO)
-    return LabelGradients(grads, activations_BLN, probs_BO.detach(), routings)
+        unit_OBO = torch.eye(n_options, dtype=values_BO.dtype, device=batch.lm.device)[:, None].expand(-1, n_rows, -1)
+        grads = _gradients(batch.lm, values_BO, list(shifts.values()), unit_OBO)
+    return LabelGradients(grads, activations_BLN, log_probs_BO.detach().exp(), routings)
 
 
-def _passing_gradients(batch: PassingBatch, label_ids_BO: Tensor) -> LabelGradients:
+def _passing_gradients(batch: PassingBatch, label_ids_BO: Tensor, target: Target) -> LabelGradients:
     """Differentiate with a row for each option, block by block."""
     lm, (n_rows, n_options) = batch.lm, label_ids_BO.shape
     shifts = zero_shifts(lm, n_rows * n_options)
     leaves = list(shifts.values())
     with torch.enable_grad(), batch.repeated(n_options).with_graph(shifts) as (logits_RV, readings):
-        probs_R1 = label_probabilities(logits_RV, label_ids_BO.reshape(-1, 1))
-        grads_RN = torch.autograd.grad(probs_R1.sum(), leaves)
+        log_probs_RO = label_log_probabilities(logits_RV, label_ids_BO.repeat_interleave(n_options, 0))
+        grads_RN = torch.autograd.grad(own_values(target_values(target, log_probs_RO)).sum(), leaves)
     grads = tuple(grad_RN.view(n_rows, n_options, -1).transpose(0, 1) for grad_RN in grads_RN)
     activations_BLN = stacked_layers(lm, [readings[layer][::n_options] for layer in range(lm.n_layers)], dim=1)
-    return LabelGradients(grads, activations_BLN, probs_R1.detach().view(n_rows, n_options), {})
+    return LabelGradients(grads, activations_BLN, _own_probs(log_probs_RO, n_rows), {})
 
 
 def computes_by_row(device: torch.device) -> bool:
@@ -286,17 +299,21 @@ def computes_by_row(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def _options_in_rows(batch: CausalBatch, label_ids_BO: Tensor) -> LabelGradients:
+def _options_in_rows(batch: CausalBatch, label_ids_BO: Tensor, target: Target) -> LabelGradients:
     """Differentiate with a row for each option: a plain backward pass, whose steps a GPU's host starts faster."""
     n_rows, n_options = label_ids_BO.shape
     shifts = zero_shifts(batch.lm, n_rows * n_options)
     with torch.enable_grad():
         logits_RV, activations_RLN, routings = batch.repeated(n_options).predict(shifts)
-        probs_R1 = label_probabilities(logits_RV, label_ids_BO.reshape(-1, 1))
-        grads_RN = torch.autograd.grad(probs_R1.sum(), list(shifts.values()))
+        log_probs_RO = label_log_probabilities(logits_RV, label_ids_BO.repeat_interleave(n_options, 0))
+        grads_RN = torch.autograd.grad(own_values(target_values(target, log_probs_RO)).sum(), list(shifts.values()))
     grads = tuple(grad_RN.view(n_rows, n_options, -1).transpose(0, 1) for grad_RN in grads_RN)
     own = {layer: routing.rows(slice(None, None, n_options)) for layer, routing in routings.items()}
-    return LabelGradients(grads, activations_RLN[::n_options], probs_R1.detach().view(n_rows, n_options), own)
+    return LabelGradients(grads, activations_RLN[::n_options], _own_probs(log_probs_RO, n_rows), own)
+
+
+def _own_probs(log_probs_RO: Tensor, n_rows: int) -> Tensor:
+    return own_values(log_probs_RO.detach().exp()).view(n_rows, -1)
 
 
 class Results:
@@ -356,23 +373,12 @@ def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _fill(
-    results: Results,
-    rows: Sequence[int],
-    batch: ProbedBatch,
-    label_ids_BO: Ints,
-    keep: Callable[[Negs, Sequence[int]], Kept],
-    dtype: torch.dtype,
-) -> None:
-    lm, (grads, activations_BLN, probs_BO, routings) = (
-        batch.lm,
-        label_gradients(batch, on_device(batch.lm, label_ids_BO)),
-    )
-    activations_LBN = activations_BLN.transpose(0, 1)
-    negs_LOBN = stacked_layers(lm, grads, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
-    experts = Experts.of_routings(lm, len(rows), routings, dtype) if lm.has_experts else None
-    negs = Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), probs_BO.to(dtype), experts)
-    results.take(keep(negs, rows), rows)
+def _negs(lm: LanguageModel, gradients: LabelGradients, dtype: torch.dtype) -> Negs:
+    activations_LBN = gradients.activations_BLN.transpose(0, 1)
+    negs_LOBN = stacked_layers(lm, gradients.grads_LOBN, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
+    n_rows = len(gradients.probs_BO)
+    experts = Experts.of_routings(lm, n_rows, gradients.routings, dtype) if lm.has_experts else None
+    return Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), gradients.probs_BO.to(dtype), experts)
 
 
 def _everything(negs: Negs, rows: Sequence[int]) -> Kept:
@@ -386,9 +392,9 @@ def contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _gradients(lm: LanguageModel, probs_BO: Tensor, inputs: list[Tensor], unit_OBO: Tensor) -> tuple[Tensor, ...]:
+def _gradients(lm: LanguageModel, values_BO: Tensor, inputs: list[Tensor], unit_OBO: Tensor) -> tuple[Tensor, ...]:
     """Differentiate in one backward pass, or in one for each option where a model's code may not be batched."""
     if lm.batched_backward:
-        return torch.autograd.grad(probs_BO, inputs, unit_OBO, is_grads_batched=True)
-    by_option = [torch.autograd.grad(probs_BO, inputs, unit_BO, retain_graph=True) for unit_BO in unit_OBO]
+        return torch.autograd.grad(values_BO, inputs, unit_OBO, is_grads_batched=True)
+    by_option = [torch.autograd.grad(values_BO, inputs, unit_BO, retain_graph=True) for unit_BO in unit_OBO]
     return tuple(torch.stack(grads) for grads in zip(*by_option, strict=True))

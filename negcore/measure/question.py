@@ -5,22 +5,21 @@ Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints
+from negcore.errors import LabelError
 from negcore.measure.forward import ProbedBatch, measure_batches
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
+from negcore.measure.targets import Target, check_options, target_values
 from negcore.measure.virtual_tokens import Shifts, label_log_probs, shifted_prompts
-from negcore.model.encoding import EncodedPrompts
+from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_targets
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
-
-Target = Literal["probability", "log_probability", "logit_difference"]
 
 # Most bytes of the logits of a batch with gradients.
 _BATCH_LOGIT_BYTES = 2**28
@@ -43,6 +42,11 @@ class Question:
     def ids(self) -> list[list[int]]:
         return self.prompts.ids
 
+    @property
+    def answer_ids_P(self) -> Ints:
+        """Token id of each prompt's right label."""
+        return self.prompts.label_ids_PO[np.arange(len(self.ids)), self.answers_P]
+
     def labels(self, rows: Sequence[int], lm: LanguageModel) -> Tensor:
         """Return the token ids of some prompts' labels: shape (B, O)."""
         return torch.from_numpy(self.prompts.label_ids_PO[rows]).to(lm.device)
@@ -50,14 +54,58 @@ class Question:
     def values(self, log_probs_BO: Tensor, rows: Sequence[int]) -> Tensor:
         """Return the target of some prompts from the log-probabilities of their labels: shape (B,)."""
         right_B1 = torch.from_numpy(self.answers_P[rows]).to(log_probs_BO.device)[:, None]
-        right_B = log_probs_BO.gather(1, right_B1)[:, 0]
-        if self.target == "probability":
-            return right_B.exp()
-        if self.target == "log_probability":
-            return right_B
-        # Log-probabilities of one prompt differ from its logits by a constant, which cancels in the difference.
-        others_BO = log_probs_BO.scatter(1, right_B1, -torch.inf)
-        return right_B - others_BO.amax(1)
+        return target_values(self.target, log_probs_BO).gather(1, right_B1)[:, 0]
+
+
+def asked(
+    lm: LanguageModel,
+    prompts: Sequence[str] | EncodedPrompts,
+    labels: str | Labels | None,
+    answers: Sequence[int] | Ints | None,
+    target: Target,
+) -> Question:
+    """Return the question of a target, checked.
+
+    Parameters
+    ----------
+    labels : str, or as for `neurgrad`
+        Without answers there is one label for each prompt: a string for all prompts, or one for each.
+    answers : sequence of int, length P, optional
+        Index of each prompt's right label.
+
+    Raises
+    ------
+    PromptError, LabelError
+        As for `neurgrad`; LabelError too if the answers do not fit.
+    """
+    if answers is None:
+        check_options(target, 1, "give every prompt's labels, and by answers which of them is right")
+        encoded = encode_targets(lm.card, prompts, labels)  # type: ignore[arg-type]  # refuses what is no such label
+        return Question(encoded, np.zeros(len(encoded.ids), np.int64), target)
+    if isinstance(labels, str):
+        raise LabelError(f"labels {labels!r:.80}: beside answers, give a list of labels, or one for each prompt")
+    encoded = encode(lm.card, prompts, labels)
+    return Question(encoded, checked_answers(answers, encoded.label_ids_PO, target), target)
+
+
+def checked_answers(answers: Sequence[int] | Ints | None, label_ids_PO: Ints, target: Target) -> Ints:
+    """Return the index of each prompt's right label, shape (P,); without answers there has to be one label.
+
+    Raises
+    ------
+    LabelError
+        If they do not fit the labels, or the target compares labels and there is one.
+    """
+    n_prompts, n_options = label_ids_PO.shape
+    check_options(target, n_options)
+    if answers is None and n_options > 1:
+        raise LabelError(f"{n_options} labels were given without answers; say which label is right for each prompt")
+    answers_P = np.zeros(n_prompts, np.int64) if answers is None else np.asarray(answers)
+    if answers_P.shape != (n_prompts,) or not np.issubdtype(answers_P.dtype, np.integer):
+        raise LabelError(f"answers of shape {answers_P.shape} do not fit {n_prompts} prompts; give one index for each")
+    for index in np.flatnonzero((answers_P < 0) | (answers_P >= n_options)):
+        raise LabelError(f"answer {answers_P[index]} of prompt {index} is no label; give 0 to {n_options - 1}")
+    return answers_P.astype(np.int64)
 
 
 def row_gradients(

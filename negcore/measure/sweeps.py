@@ -15,8 +15,10 @@ from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.quadrature import NodeGrid, node_grid, range_masks, within_range
+from negcore.measure.question import Question, asked
+from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
-from negcore.model.encoding import EncodedPrompts, encode_targets
+from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 
@@ -68,7 +70,7 @@ def fit_lines(shifts_S: ArrayLike, changes: ArrayLike) -> LineFit:
     ----------
     shifts_S : float array of shape (S,)
     changes : float array of shape (..., S)
-        Change p(d) - p(0) under each shift.
+        Change p(d) - p(0) of the target under each shift.
 
     References
     ----------
@@ -91,19 +93,19 @@ def _pearson(d: Floats, dp: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Probabilities of each prompt's label under every shift; float32, or float64 from a float64 model."""
+    """The target of each prompt's label under every shift; float32, or float64 from a float64 model."""
 
     neurons_K2: Ints
     """Layer and neuron."""
     shifts_S: Floats
     """Size of each shift in units of activation; positive is away from zero."""
-    base_probs_P: Floats
-    """Probability of the label without a shift."""
+    base_P: Floats
+    """Target of the label without a shift: its probability, softmax over the whole vocabulary, or another."""
     activations_PK: Floats
     """Activations without a shift."""
-    probs_PKS: Floats
-    """Probability of the label, softmax over the whole vocabulary: `base_probs_P` plus the change by the shift. The
-    change is taken within one pass, so that a shift without effect has a change of exactly zero."""
+    values_PKS: Floats
+    """Target of the label: `base_P` plus the change by the shift. The change is taken within one pass, so that a shift
+    without effect has a change of exactly zero."""
     label_ids_P: Ints
     """Token id that each label became."""
     by_nodes_PK: NDArray[np.bool_] | None = None
@@ -113,11 +115,25 @@ class SweepResult:
     active_PK: NDArray[np.bool_] | None = None
     """False where a prompt does not have a neuron of a mixture of experts, as it is not routed to its expert: slopes
     and r are masked there, and there are neither shifts nor changes. None for models without experts."""
+    target: Target = DEFAULT_TARGET
+    """The number that the values are."""
+
+    @property
+    def base_probs_P(self) -> Floats:
+        """Probability of the label without a shift; `NegError` if the target is another."""
+        check_probabilities(self.target)
+        return self.base_P
+
+    @property
+    def probs_PKS(self) -> Floats:
+        """Probability of the label under each shift; `NegError` if the target is another."""
+        check_probabilities(self.target)
+        return self.values_PKS
 
     @cached_property
     def changes_PKS(self) -> Floats:
-        """p(d) - p(0)."""
-        return self.probs_PKS.astype(np.float64) - self.base_probs_P.astype(np.float64)[:, None, None]
+        """p(d) - p(0) of the target."""
+        return self.values_PKS.astype(np.float64) - self.base_P.astype(np.float64)[:, None, None]
 
     @cached_property
     def fit(self) -> LineFit:
@@ -126,7 +142,7 @@ class SweepResult:
 
     @property
     def negs_PK(self) -> Floats:
-        """Measured NEG: probability per unit of activation; masked where a prompt does not have the neuron."""
+        """Measured NEG: target per unit of activation; masked where a prompt does not have the neuron."""
         return self._masked(self.fit.slopes)
 
     @property
@@ -159,14 +175,16 @@ class SweepResult:
             raise NegError(
                 f"range {max_shift} is none that this sweep's nodes were chosen for ({known}); sweep with it"
             )
-        return replace(self, shifts_S=self.shifts_S[kept_S], probs_PKS=self.probs_PKS[..., kept_S])
+        return replace(self, shifts_S=self.shifts_S[kept_S], values_PKS=self.values_PKS[..., kept_S])
 
 
 def sweep(
     lm: LanguageModel,
     prompts: Sequence[str] | EncodedPrompts,
-    labels: str | Sequence[str] | None = None,
+    labels: str | Labels | None = None,
     *,
+    answers: Sequence[int] | Ints | None = None,
+    target: Target = DEFAULT_TARGET,
     neurons: Neurons = 8,
     shifts: ArrayLike | None = None,
     nodes: int | None = None,
@@ -175,7 +193,7 @@ def sweep(
     seed: int = 0,
     max_rows: int | None = None,
 ) -> SweepResult:
-    """Measure a label's probability under shifts of single neurons.
+    """Measure a label's probability, or another target, under shifts of single neurons.
 
     A shift of size d moves a neuron's activation a to a + d * s(a), with s(a) = +1 where a > 0 and -1 elsewhere.
 
@@ -183,9 +201,13 @@ def sweep(
     ----------
     lm : LanguageModel
     prompts : sequence of str, length P, or EncodedPrompts
-        Encoded prompts bring their labels, one each.
+        Encoded prompts bring their labels; without answers, one each.
     labels : str, or sequence of str, length P
-        The target of all prompts or of each; encoded exactly as given.
+        The label of all prompts or of each; encoded exactly as given. With answers, labels as for `neurgrad`.
+    answers : sequence of int, length P, optional
+        Index of the label of each prompt that is measured; the target "logit-difference" needs the others too.
+    target : {"probability", "log-probability", "logit-difference"}
+        As for `neurgrad`.
     neurons : "all", int, or sequence of (layer, neuron)
         All neurons, that many of each layer at random (the same for all prompts), or the listed ones.
     shifts : float array of shape (S,), optional
@@ -237,14 +259,16 @@ def sweep(
     neurons_K2 = choose_neurons(lm, neurons, seed=seed)
     if max_rows is not None and max_rows < 1:
         raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
-    encoded = encode_targets(lm.card, prompts, labels)
+    question = asked(lm, prompts, labels, answers, checked_target(target))
     with in_float32(lm):
-        return measured(lm, encoded, neurons_K2, shifts_S, nodes=nodes, ranges=ranges, method=method, max_rows=max_rows)
+        return measured(
+            lm, question, neurons_K2, shifts_S, nodes=nodes, ranges=ranges, method=method, max_rows=max_rows
+        )
 
 
 def measured(
     lm: LanguageModel,
-    encoded: EncodedPrompts,
+    question: Question,
     neurons_K2: Ints,
     shifts_S: Floats,
     *,
@@ -255,20 +279,21 @@ def measured(
 ) -> SweepResult:
     """Measure a checked sweep in the model's own number type, which is too coarse if it is a half type."""
     grid = None if nodes is None else node_grid(shifts_S, nodes, ranges)
-    n_prompts, n_chosen = len(encoded.ids), len(neurons_K2)
+    n_prompts, n_chosen = len(question.ids), len(neurons_K2)
     result = SweepResult(
         neurons_K2=neurons_K2,
         shifts_S=shifts_S,
-        base_probs_P=np.empty(n_prompts, lm.result_type),
+        base_P=np.empty(n_prompts, lm.result_type),
         activations_PK=np.empty((n_prompts, n_chosen), lm.result_type),
-        probs_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
-        label_ids_P=encoded.label_ids_PO[:, 0],
+        values_PKS=np.empty((n_prompts, n_chosen, len(shifts_S)), lm.result_type),
+        label_ids_P=question.answer_ids_P,
         by_nodes_PK=None if grid is None else np.zeros((n_prompts, n_chosen), np.bool_),
         ranges=() if grid is None else tuple(ranges),
         active_PK=np.ones((n_prompts, n_chosen), np.bool_) if lm.has_experts else None,
+        target=question.target,
     )
-    for index, prompt in shifted_prompts(lm, encoded, method=method, max_rows=max_rows):
-        _fill(result, index, prompt, grid)
+    for index, prompt in shifted_prompts(lm, question.prompts, method=method, max_rows=max_rows):
+        _fill(result, question, index, prompt, grid)
     return result
 
 
@@ -342,24 +367,25 @@ def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     return neurons.astype(np.int64)
 
 
-def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt, grid: NodeGrid | None) -> None:
+def _fill(result: SweepResult, question: Question, index: int, prompt: ShiftedPrompt, grid: NodeGrid | None) -> None:
+    result.base_P[index] = question.values(prompt.log_probs_O[None], [index]).item()
     layers_K, neurons_K = result.neurons_K2.T
     neurons_K = prompt.places_of(layers_K, neurons_K)
     if result.active_PK is not None:
         result.active_PK[index] = neurons_K >= 0
-        result.probs_PKS[index] = prompt.log_probs_O[0].exp().item()
+        result.values_PKS[index] = result.base_P[index]
     activations_K = prompt.activations_LN[layers_K, neurons_K]
     signs_K = away_from_zero(activations_K).double().cpu().numpy()
     result.activations_PK[index] = np.where(neurons_K >= 0, activations_K.double().cpu().numpy(), 0)
-    result.base_probs_P[index] = prompt.log_probs_O[0].exp().item()
 
     def changes_at(part: Ints, shifts_S: Floats) -> Floats:
         """Measure some of the neurons at each of some shifts."""
         sizes_KS = signs_K[part, None] * shifts_S
         layers_R, neurons_R = (values[part].repeat(len(shifts_S)) for values in (layers_K, neurons_K))
-        return (
-            prompt.measure(Shifts(layers_R, neurons_R, sizes_KS.ravel())).prob_changes_RO[:, 0].reshape(sizes_KS.shape)
-        )
+        measured = prompt.measure(Shifts(layers_R, neurons_R, sizes_KS.ravel()))
+        rows_R = [index] * len(layers_R)
+        shifted_R, unshifted_R = (question.values(log_probs_RO.double(), rows_R) for log_probs_RO in measured)
+        return (shifted_R - unshifted_R).numpy().reshape(sizes_KS.shape)
 
     order = np.argsort(layers_K, kind="stable")
     order = order[neurons_K[order] >= 0]
@@ -373,7 +399,7 @@ def _fill(result: SweepResult, index: int, prompt: ShiftedPrompt, grid: NodeGrid
             if unsettled_K.any():
                 changes_KS[unsettled_K] = changes_at(part[unsettled_K], result.shifts_S)
             result.by_nodes_PK[index, part] = ~unsettled_K
-        result.probs_PKS[index, part] = result.base_probs_P[index].astype(np.float64) + changes_KS
+        result.values_PKS[index, part] = result.base_P[index].astype(np.float64) + changes_KS
 
 
 def _unsettled(grid: NodeGrid, changes_KM: Floats) -> NDArray[np.bool_]:

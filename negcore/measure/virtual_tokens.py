@@ -67,12 +67,6 @@ class Measured(NamedTuple):
     unshifted_RO: Tensor
     """Without a shift, in the same pass as the row."""
 
-    @property
-    def prob_changes_RO(self) -> Floats:
-        """p(d) - p(0)."""
-        changes: Floats = (self.shifted_RO.double().exp() - self.unshifted_RO.double().exp()).numpy()
-        return changes
-
 
 def label_log_probs(logits_RV: Tensor, label_ids_RO: Tensor) -> Tensor:
     """Return the log-probability of each label, softmax over the whole vocabulary: shape (R, O), at least float32."""

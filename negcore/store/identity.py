@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import xxhash
 
+from negcore.measure.targets import DEFAULT_TARGET
+
 NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
 
@@ -17,7 +19,7 @@ DEFAULT_STORAGE: StorageName = "values"
 """The level of runs from before there was a choice: their identities and run files do not name it."""
 
 
-_LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None, "experts": None}
+_LATER_FIELDS = {"storage": DEFAULT_STORAGE, "neurons": None, "study": None, "experts": None, "target": DEFAULT_TARGET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class RunIdentity:
     experts: Mapping[str, Any] | None = None
     """The router's part in a mixture of experts (``router``), and the counts of each layer's neurons
     (``layers``: dense ones, experts, experts of a token, neurons of an expert)."""
+    target: str = DEFAULT_TARGET
+    """The number of each option whose slope NEGs are, see `negcore.measure.targets`."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Package versions. Informational: not part of the digest and not compared."""
 
@@ -82,7 +86,7 @@ class RunIdentity:
 
 def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     """Name every setting in which two identities differ, in one line: ``site: 'up' here, 'act' there``."""
-    default = {"storage": DEFAULT_STORAGE}
+    default = {"storage": DEFAULT_STORAGE, "target": DEFAULT_TARGET}
     mine, theirs = default | _flat(here), default | _flat(there)
     differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     return "; ".join(f"{key}: {_shown(mine, key)} here, {_shown(theirs, key)} there" for key in differing)

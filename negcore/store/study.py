@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
+from negcore.measure.targets import DEFAULT_TARGET, checked_target
 from negcore.store.files import draft, parse_json, read_all
 from negcore.store.publish import Receipt
 from negcore.store.reader import ShardReader
@@ -27,19 +28,33 @@ Floats32 = NDArray[np.float32]
 Columns = Mapping[str, NDArray[Any]]
 
 
+class ValueNames(NamedTuple):
+    """Names of the columns that hold a target without shifts and with them."""
+
+    base: str
+    shifted: str
+
+
+def value_names(target: str) -> ValueNames:
+    """Return the columns of a target's values: only probabilities are called so."""
+    return ValueNames("base_prob", "probs") if target == DEFAULT_TARGET else ValueNames("base_value", "values")
+
+
 def sweep_columns(result: SweepResult) -> Columns:
     """Return the stored columns of a sweep."""
+    names = value_names(result.target)
     return {
         "label_id": result.label_ids_P.astype(np.int32),
-        "base_prob": result.base_probs_P,
+        names.base: result.base_P,
         "activations": result.activations_PK,
-        "probs": result.probs_PKS,
+        names.shifted: result.values_PKS,
     } | ({} if result.by_nodes_PK is None else {"by_nodes": result.by_nodes_PK.astype(np.uint8)})
 
 
 def intervention_columns(result: InterventionResult) -> Columns:
     """Return the stored columns of interventions."""
-    return {"base_prob": result.base_probs_P, "predicted": result.predicted_PDM, "probs": result.probs_PDM}
+    names = value_names(result.target)
+    return {names.base: result.base_P, "predicted": result.predicted_PDM, names.shifted: result.values_PDM}
 
 
 def study_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
@@ -114,14 +129,16 @@ def read_studies(folders: Sequence[Path]) -> list[StudyShards]:
 def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
     """Put the blocks of layers of a sweep together, which hold the same rows."""
     axes, shifts_S = blocks[0].axes, np.array(blocks[0].axes["shifts"])
+    target = checked_target(axes.get("target", DEFAULT_TARGET))
+    names = value_names(target)
     n_prompts = len(blocks[0].ids)
     return SweepResult(
         neurons_K2=np.concatenate([np.array(block.axes["neurons"], np.int64) for block in blocks]),
         shifts_S=shifts_S,
-        base_probs_P=blocks[0].columns["base_prob"],
+        base_P=blocks[0].columns[names.base],
         activations_PK=np.concatenate([block.columns["activations"] for block in blocks], axis=1),
-        probs_PKS=np.concatenate(
-            [block.columns["probs"].reshape(n_prompts, -1, len(shifts_S)) for block in blocks], axis=1
+        values_PKS=np.concatenate(
+            [block.columns[names.shifted].reshape(n_prompts, -1, len(shifts_S)) for block in blocks], axis=1
         ),
         label_ids_P=blocks[0].columns["label_id"].astype(np.int64),
         by_nodes_PK=(
@@ -130,6 +147,7 @@ def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
             else None
         ),
         ranges=tuple(axes.get("ranges", ())),
+        target=target,
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
 from negcore.datasets.load import is_own_file
 from negcore.datasets.mceval8k import SPECS
+from negcore.measure.targets import DEFAULT_TARGET, Target
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
@@ -144,6 +145,11 @@ class _ProbedRun(_PromptedRun):
     probe: Several[ProbeName] = Field(
         ("polar", "magn"), description=f"Probe beside LM-Prob: {', '.join(get_args(ProbeName))}. Repeatable."
     )
+    target: Target = Field(
+        DEFAULT_TARGET,
+        description="The number of an option whose slope NEG is: probability; log-probability; or logit-difference, "
+        "its logit less the largest of the prompt's other options.",
+    )
     confusion: bool = Field(False, description="Also count which option was answered for which.")
 
     train_samples: int = Field(
@@ -191,6 +197,13 @@ class _ProbedRun(_PromptedRun):
         "missed_above",
         "missed_below",
     }
+
+    @property
+    def science(self) -> dict[str, Any]:
+        science = super().science
+        if self.target == DEFAULT_TARGET:
+            del science["target"]
+        return science
 
     @model_validator(mode="after")
     def _check_storage(self) -> Self:

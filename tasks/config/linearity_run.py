@@ -4,6 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
+from negcore.measure.targets import DEFAULT_TARGET, Target
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 
 EstimatorName = Literal[
@@ -53,6 +54,11 @@ class LinearityRun(RunFile):
         description="Measure so many Gauss nodes of each range (5 cost 4 shifts), and every shift only of neurons that "
         "need it; see docs/analyses.md. By default every shift of every neuron.",
     )
+    target: Target = Field(
+        DEFAULT_TARGET,
+        description="The number of an option whose slope NEG is: probability; log-probability; or logit-difference, "
+        "its logit less the largest of the answers of the run's other facts.",
+    )
     estimator: Several[Literal[EstimatorName, PatchingName]] = Field(
         get_args(EstimatorName),
         description="Estimator to compare with the sweep. By default those that need no other prompt. Repeatable.",
@@ -73,8 +79,9 @@ class LinearityRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        if science["nodes"] is None:
-            del science["nodes"]  # runs have the names from before there was a choice
+        for name in ("nodes", "target"):
+            if science[name] == type(self).model_fields[name].default:
+                del science[name]  # runs have the names from before there was a choice
         return science
 
     @property

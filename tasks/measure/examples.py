@@ -66,6 +66,11 @@ def encoded_prompts(examples: Sequence[EncodedExample]) -> EncodedPrompts:
     return EncodedPrompts([example.token_ids.tolist() for example in examples], label_ids_PO)
 
 
+def answers_of(examples: Sequence[EncodedExample]) -> NDArray[np.int64]:
+    """Return the index of every example's right option: shape (P,)."""
+    return np.array([example.answer for example in examples], np.int64)
+
+
 def without_labels(ids: Sequence[list[int]]) -> EncodedPrompts:
     """Return token ids of prompts that are only read, as measurements take them."""
     return EncodedPrompts(list(ids), np.empty((len(ids), 0), np.int64))

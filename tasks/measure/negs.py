@@ -12,13 +12,14 @@ from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.kept import keeping
 from negcore.measure.neurgrad import measure_negs
+from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.votes import VOTES
 from negcore.model.language_model import LanguageModel
 from negcore.model.layer_shapes import LayerShapes, shapes_of
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, StorageName
 from negcore.store.levels import EXPERT_AXES, STORAGE_LEVELS, Routed, StorageLevel
 from negcore.store.schema import StoredExample
-from tasks.measure.examples import EncodedExample, encoded_prompts
+from tasks.measure.examples import EncodedExample, answers_of, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 
 _MOST_LAYERS = 8
@@ -45,13 +46,15 @@ class NegMeasurement(Measurement):
     """Tokens that all prompts of the shards begin with: a worker runs them once. None to look at each shard."""
     shapes: LayerShapes | None = None
     """Counts of each layer's neurons, of a mixture of experts."""
+    target: Target = DEFAULT_TARGET
+    """The number of each option whose slope is measured."""
 
     @classmethod
     def of(cls, identity: RunIdentity, **options: Any) -> Self:
         """Return the measurement of a run's model; options as the fields behind the first two."""
         shapes = shapes_of(identity.experts)
         width = identity.n_neurons if shapes is None else max(shape.n_active for shape in shapes)
-        return cls(identity.n_layers, width, shapes=shapes, **options)
+        return cls(identity.n_layers, width, shapes=shapes, target=checked_target(identity.target), **options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,9 +83,8 @@ class NegMeasurement(Measurement):
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         prompts = replace(encoded_prompts(examples), n_shared=self.n_shared)
-        gold_P = np.array([example.answer for example in examples], np.int64)
-        keep = keeping(lm, self.storage, gold_P, self.neurons)
-        measured = measure_negs(lm, prompts, keep, dtype=torch.float32, batch_size=self.batch_size)
+        keep = keeping(lm, self.storage, answers_of(examples), self.neurons)
+        measured = measure_negs(lm, prompts, keep, dtype=torch.float32, target=self.target, batch_size=self.batch_size)
         return {**measured, "label_ids_PO": prompts.label_ids_PO}
 
     def rows(self, columns: Columns, kept: Sequence[int]) -> Columns:

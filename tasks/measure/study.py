@@ -9,12 +9,12 @@ import numpy as np
 from negcore.arrays import Floats, Ints
 from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
-from negcore.measure.question import Target
 from negcore.measure.sweeps import LARGEST_TAIL, sweep
+from negcore.measure.targets import DEFAULT_TARGET, Target
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
-from negcore.store.study import intervention_columns, sweep_columns
-from tasks.measure.examples import EncodedExample, encoded_prompts, without_labels
+from negcore.store.study import intervention_columns, sweep_columns, value_names
+from tasks.measure.examples import EncodedExample, answers_of, encoded_prompts, without_labels
 from tasks.measure.measurement import Columns, ColumnType, Measurement
 from tasks.measure.references import References
 
@@ -24,7 +24,7 @@ _FORMULAS = {"integrated_gradients": "midpoints", "log_probability_increase": "w
 
 @dataclass(frozen=True, eq=False)
 class Sweeps(Measurement):
-    """Probabilities with each neuron shifted by itself."""
+    """The target of each prompt's answer, with each neuron shifted by itself."""
 
     notes_seconds: ClassVar[bool] = True
 
@@ -34,6 +34,7 @@ class Sweeps(Measurement):
     """Gauss nodes of each ring between ranges, in place of every shift."""
     ranges: tuple[float, ...] = ()
     """Ranges whose lines are asked for."""
+    target: Target = DEFAULT_TARGET
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -42,25 +43,32 @@ class Sweeps(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return {"neurons": self.neurons_K2.tolist(), "shifts": self.shifts_S.tolist()} | self._by_nodes
+        return {
+            "neurons": self.neurons_K2.tolist(),
+            "shifts": self.shifts_S.tolist(),
+            **self._by_nodes,
+            **_of_target(self.target),
+        }
 
     @property
     def _by_nodes(self) -> dict[str, Any]:
         return {"nodes": self.nodes, "ranges": sorted(self.ranges)} if self.nodes else {}
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
-        n_neurons, n_shifts = len(self.neurons_K2), len(self.shifts_S)
+        n_neurons, n_shifts, names = len(self.neurons_K2), len(self.shifts_S), value_names(self.target)
         return {
             "label_id": ColumnType(np.int32),
-            "base_prob": ColumnType(np.float32),
+            names.base: ColumnType(np.float32),
             "activations": ColumnType(np.float32, (n_neurons,)),
-            "probs": ColumnType(np.float32, (n_neurons, n_shifts)),
+            names.shifted: ColumnType(np.float32, (n_neurons, n_shifts)),
         } | ({"by_nodes": ColumnType(np.uint8, (n_neurons,))} if self.nodes else {})
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         result = sweep(
             lm,
             encoded_prompts(examples),
+            answers=answers_of(examples),
+            target=self.target,
             neurons=self.neurons_K2,
             shifts=self.shifts_S,
             nodes=self.nodes,
@@ -79,13 +87,16 @@ class Estimates(Measurement):
     neurons_K2: Ints
     references: References | None = None
     """Prompts from which activations are taken, for estimators that do that."""
+    run_target: Target = DEFAULT_TARGET
+    """Target of the run."""
 
     @property
     def settings(self) -> dict[str, Any]:
         further: dict[str, Any] = {"formula": _FORMULAS[self.estimator]} if self.estimator in _FORMULAS else {}
         if self.references is not None:
             further["references"] = {"kind": self.references.kind, "prompts": content_digest(dict(self.references.ids))}
-        return {"estimator": self.estimator, "target": self.target, "neurons": _digest(self.neurons_K2)} | further
+        target = self.target.replace("-", "_")  # as its first shards spell it
+        return {"estimator": self.estimator, "target": target, "neurons": _digest(self.neurons_K2)} | further
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -93,8 +104,9 @@ class Estimates(Measurement):
 
     @property
     def target(self) -> Target:
-        """The probability, as in the sweep; log-probability increase keeps what its source defines."""
-        return "log_probability" if self.estimator == "log_probability_increase" else "probability"
+        """The target of the sweep; beside probabilities, log-probability increase keeps what its source defines."""
+        is_named = self.estimator == "log_probability_increase" and self.run_target == "probability"
+        return "log-probability" if is_named else self.run_target
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         return {"scores": ColumnType(np.float32, (len(self.neurons_K2),))}
@@ -104,6 +116,7 @@ class Estimates(Measurement):
             lm,
             encoded_prompts(examples),
             estimator=self.estimator,
+            answers=answers_of(examples),
             target=self.target,
             neurons=self.neurons_K2,
             references=None if self.references is None else without_labels(self.references.of(examples)),
@@ -121,6 +134,7 @@ class Interventions(Measurement):
     draws: int
     shifts: tuple[float, ...]
     seed: int
+    target: Target = DEFAULT_TARGET
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -128,15 +142,28 @@ class Interventions(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return {"shifts": self.shifts, "sizes": list(self.sizes) * self.draws}
+        return {"shifts": self.shifts, "sizes": list(self.sizes) * self.draws, **_of_target(self.target)}
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         of_sets = ColumnType(np.float32, (len(self.shifts), len(self.sizes) * self.draws))
-        return {"base_prob": ColumnType(np.float32), "predicted": of_sets, "probs": of_sets}
+        names = value_names(self.target)
+        return {names.base: ColumnType(np.float32), "predicted": of_sets, names.shifted: of_sets}
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         sets = [neurons for draw in range(self.draws) for neurons in random_sets(lm, self.sizes, seed=self.seed + draw)]
-        return intervention_columns(intervene(lm, encoded_prompts(examples), sets=sets, shifts=self.shifts))
+        result = intervene(
+            lm,
+            encoded_prompts(examples),
+            answers=answers_of(examples),
+            target=self.target,
+            sets=sets,
+            shifts=self.shifts,
+        )
+        return intervention_columns(result)
+
+
+def _of_target(target: Target) -> dict[str, str]:
+    return {} if target == DEFAULT_TARGET else {"target": target}
 
 
 def _digest(neurons_K2: Ints) -> str:

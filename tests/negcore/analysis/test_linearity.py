@@ -24,9 +24,9 @@ def a_sweep(changes_PKS, shifts, neurons):
     return SweepResult(
         neurons_K2=np.array(neurons),
         shifts_S=np.array(shifts, np.float64),
-        base_probs_P=np.full(len(changes), 0.5),
+        base_P=np.full(len(changes), 0.5),
         activations_PK=np.ones(changes.shape[:2]),
-        probs_PKS=0.5 + changes,
+        values_PKS=0.5 + changes,
         label_ids_P=np.zeros(len(changes), np.int64),
     )
 

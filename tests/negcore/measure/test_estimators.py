@@ -14,7 +14,7 @@ from negcore.measure.question import Question
 from negcore.measure.streams import streams
 from negcore.model.encoding import EncodedPrompts, encode_prompts
 
-TARGETS = ["probability", "log_probability", "logit_difference"]
+TARGETS = ["probability", "log-probability", "logit-difference"]
 FAMILIES = ["llama", "gpt2", "bert"]
 SOME = [(0, 2), (0, 11), (1, 23), (2, 0), (2, 7)]
 
@@ -43,8 +43,8 @@ def test_targets_are_checked_with_a_pencil():
     log_probs_BO = torch.tensor([[0.5, 0.25, 0.125], [0.1, 0.2, 0.4]], dtype=torch.float64).log()
     expected = {
         "probability": [0.25, 0.4],
-        "log_probability": [math.log(0.25), math.log(0.4)],
-        "logit_difference": [math.log(0.25 / 0.5), math.log(0.4 / 0.2)],
+        "log-probability": [math.log(0.25), math.log(0.4)],
+        "logit-difference": [math.log(0.25 / 0.5), math.log(0.4 / 0.2)],
     }
     for target, values in expected.items():
         question = Question(EncodedPrompts([[0], [0]], np.zeros((2, 3), np.int64)), np.array([1, 2]), target)
@@ -73,7 +73,7 @@ def test_the_neurgrad_estimator_is_neurgrad(family):
     assert_close(estimate(lm, prompts_for(lm), [" B"], estimator="neurgrad"), batch.negs_POLN[:, 0])
 
 
-@pytest.mark.parametrize("target", ["probability", "logit_difference"])
+@pytest.mark.parametrize("target", ["probability", "logit-difference"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_integrated_gradients_are_a_loop_along_the_scaled_activation(family, target):
     lm = tiny_model(family)
@@ -94,12 +94,12 @@ def test_the_integrated_gradients_of_a_layer_add_up_to_its_contribution(family, 
     monkeypatch.setattr("negcore.measure.estimators.PATH_STEPS", n_steps)
     lm = tiny_model(family)
     prompt = prompts_for(lm)[0]
-    scores_LN = scores_of(lm, "integrated_gradients", "log_probability")[0]
+    scores_LN = scores_of(lm, "integrated_gradients", "log-probability")[0]
     for layer in range(lm.n_layers):
         with torch.no_grad():
-            whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log_probability")
+            whole = target_of(lm, whole_pass(lm, prompt)[0], 0, "log-probability")
             silent = whole_pass(lm, prompt, lambda at, values_N, layer=layer: values_N * (at != layer))[0]
-        contributed = float(whole - target_of(lm, silent, 0, "log_probability"))
+        contributed = float(whole - target_of(lm, silent, 0, "log-probability"))
         assert scores_LN[layer].sum() == pytest.approx(contributed, rel=error)
 
 
@@ -184,7 +184,7 @@ def whole_pass_values(lm, prompt):
 
 @pytest.mark.parametrize("family", JOINED)
 def test_log_probability_increase_adds_one_neurons_vector_to_what_its_layers_output_joins(family):
-    lm, target = tiny_model(family), "log_probability"
+    lm, target = tiny_model(family), "log-probability"
     scores = scores_of(lm, "log_probability_increase", target)
     assert np.abs(scores[0]).max() > 1e-4
     seen = whole_pass_values(lm, prompts_for(lm)[0])
@@ -254,8 +254,8 @@ def test_variants_of_a_family_have_their_own_streams(family, change):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_chosen_neurons_are_scored_as_among_all(name):
     lm = tiny_model("gpt2")
-    everything = scores_of(lm, name, "log_probability")
-    chosen = scores_of(lm, name, "log_probability", neurons=[(2, 5), (0, 1), (2, 4)])
+    everything = scores_of(lm, name, "log-probability")
+    chosen = scores_of(lm, name, "log-probability", neurons=[(2, 5), (0, 1), (2, 4)])
     assert everything.shape == (2, 3, 24) and chosen.shape == (2, 3)
     assert_close(chosen, everything[:, [2, 0, 2], [5, 1, 4]])
 
@@ -281,7 +281,7 @@ def test_every_estimator_says_its_formula_its_source_and_its_cost():
     [
         ({"estimator": "magic"}, NegError, "estimator 'magic' is not known; choose one of neurgrad, gradient,"),
         ({"target": "luck"}, NegError, "target 'luck' is not known"),
-        ({"labels": [" A"], "target": "logit_difference"}, LabelError, "needs another label to differ from"),
+        ({"labels": [" A"], "target": "logit-difference"}, LabelError, "needs another label to differ from"),
         ({"answers": None}, LabelError, "3 labels were given without answers"),
         ({"answers": [0]}, LabelError, r"answers of shape \(1,\) do not fit 2 prompts"),
         ({"answers": [0, 3]}, LabelError, "answer 3 of prompt 1 is no label; give 0 to 2"),

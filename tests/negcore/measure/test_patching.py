@@ -14,10 +14,10 @@ from negcore.measure.relevance import propagation_rules
 from negcore.model.encoding import encode_prompts
 
 SOME = [(0, 2), (0, 11), (1, 23), (2, 0), (2, 7)]
-TARGETS = ["probability", "logit_difference"]
+TARGETS = ["probability", "logit-difference"]
 
 
-def scores_of(lm, name, target="log_probability", references=slice(2, 4), **settings):
+def scores_of(lm, name, target="log-probability", references=slice(2, 4), **settings):
     settings |= {"answers": ANSWERS, "references": prompts_for(lm)[references]}
     return estimate(lm, prompts_for(lm)[:2], OPTIONS, estimator=name, target=target, **settings)
 
@@ -67,7 +67,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_atp_star_lets_nothing_flow_back_through_one_layer_after_the_other(family):
-    lm, target = tiny_model(family), "log_probability"
+    lm, target = tiny_model(family), "log-probability"
     blocks = list(lm.model.get_submodule(lm.arch.layers))
     for block in blocks:
         if hasattr(block, "layer_scalar"):  # of Gemma 4, one in a random model
@@ -144,7 +144,7 @@ def with_rules(lm):
 @pytest.mark.parametrize("site", ["paper", "act"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "opt", "bert"])
 def test_relp_is_attribution_patching_in_a_model_whose_steps_follow_its_rules(family, site):
-    lm, target = tiny_model(family, site=site), "logit_difference"
+    lm, target = tiny_model(family, site=site), "logit-difference"
     scores, plain = scores_of(lm, "relp", target), scores_of(lm, "attribution_patching", target)
     with_rules(lm)
     for row in range(2):

@@ -99,7 +99,7 @@ def test_the_first_token_is_the_one_that_interventions_predict() -> None:
     encoded = encode(lm.card, PROMPTS[:1], LABELS)
     encoded = replace(encoded, label_ids_PO=np.array([answer.after.ids]))
     (shifted,) = shift_together(lm, encoded, lambda prompt: [joint_shift(lm, SHIFTS)])
-    np.testing.assert_allclose(shifted.probs_RO[0], answer.after.probs, rtol=1e-9)
+    np.testing.assert_allclose(shifted.values_RO[0], answer.after.probs, rtol=1e-9)
 
 
 def test_a_prompt_is_answered_alike_alone_and_among_others() -> None:

@@ -226,9 +226,9 @@ def test_an_old_sweep_is_put_together_again():
     blocks = [[sweep_of(part, index) for index in range(2)] for part in parts]
     assert found.shifts_S.tolist() == blocks[0][0].shifts_S.tolist()
     assert found.neurons_K2.tolist() == [pair for block in blocks for pair in block[0].neurons_K2.tolist()]
-    for name in ("base_probs_P", "label_ids_P"):
+    for name in ("base_P", "label_ids_P"):
         assert getattr(found, name).tolist() == joined(blocks[0], name).tolist()
-    for name in ("activations_PK", "probs_PKS"):
+    for name in ("activations_PK", "values_PKS"):
         expected = np.concatenate([joined(block, name) for block in blocks], axis=1)
         assert getattr(found, name).tolist() == expected.tolist()
 

@@ -28,9 +28,9 @@ def a_block(layers, first, count):
     return SweepResult(
         neurons_K2=np.array([(layer, 0) for layer in layers]),
         shifts_S=np.array(SHIFTS),
-        base_probs_P=np.arange(first, first + count) / 10,
+        base_P=np.arange(first, first + count) / 10,
         activations_PK=(p + k / 10)[..., 0],
-        probs_PKS=p + k / 10 + s / 100,
+        values_PKS=p + k / 10 + s / 100,
         label_ids_P=np.arange(first, first + count),
     )
 
