@@ -11,6 +11,7 @@ from negcore.analysis.certificates import Certificate, Sizes, certificates, miss
 from negcore.arrays import Floats, Ints
 from negcore.errors import RunError, ShardError
 from negcore.measure.sweeps import DEFAULT_SHIFTS, draw_neurons
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.store.identity import content_digest
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit
@@ -39,6 +40,8 @@ class CertificateRow(Certificate):
     """Size of the measured NEGs that must not be missed, in target per unit of activation."""
     below: float
     """Size that the estimate of a missed neuron is below."""
+    target: str = DEFAULT_TARGET
+    """The number of the gold option whose slope NEGs are."""
 
 
 def plan_sweeps(run: SkillRun, split: ShardSet) -> ShardSet:
@@ -113,6 +116,7 @@ def certificate_rows(run: SkillRun, sweeps: ShardSet, test: NegSplit) -> list[Ce
         "shots": run.shots,
         "dataset": sweeps.place.dataset,
         "n_rows": len(ids),
+        "target": swept.target,
     }
     return [CertificateRow(**asdict(one), **place, **sizes._asdict()) for one in found]
 

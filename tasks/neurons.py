@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from negcore.analysis.neurons import N_TOP, described, top_neurons
 from negcore.datasets import Dataset
 from negcore.errors import RunError
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.rankings import Rankings
 from negcore.store.files import n_bytes
@@ -58,6 +59,8 @@ class NeuronRow:
     """Name of the neuron; empty in tables of earlier versions, where it is ``layer.neuron``."""
     active: float | None = None
     """Share of the training rows that have the neuron, in a mixture of experts; else None."""
+    target: str = DEFAULT_TARGET
+    """The number of an option whose slope NEGs are."""
 
 
 def neuron_rows(
@@ -93,6 +96,7 @@ def neuron_rows(
         return []
     ahead = count_ahead(pool, run.directory, ranked, tops, step, seed=run.seed, n_blocks=ranking_workers(run))
     place: dict[str, Any] = {"model": planned.model, "shots": run.shots, "dataset": planned.dataset.name, "group": ""}
+    place["target"] = ranked.target
     labels = common_labels(planned.dataset)
     return [
         NeuronRow(**place, probe=probe, **asdict(one), labels=labels)
@@ -192,6 +196,7 @@ def _ranked_anew(
             probe=probe,
             **asdict(one),
             labels=labels.get(stored.place[1:3]),
+            target=split.target,
         )
         for one in top_neurons(split, *vote, top=top, seed=seed)
     ]

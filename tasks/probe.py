@@ -10,6 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from negcore.arrays import Ints
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
@@ -64,6 +65,8 @@ class AccuracyRow:
     """Accuracy of logistic regression on the options' probabilities."""
     label_mass: float | None = None
     """Probability of all options together, mean over the test prompts."""
+    target: str = DEFAULT_TARGET
+    """The number of an option whose slope the run's NEGs are."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,7 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
     common = {
         **place,
         "genre": planned.dataset.genre,
+        "target": test.target,
         "n_train": splits.train.n_rows,
         "overlapping": planned.dataset.split_report.is_overlapping,
     }

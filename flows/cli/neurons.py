@@ -166,12 +166,12 @@ def _tell_neuron(directory: Path, first: "StoredSplit", name: str) -> tuple[int,
     ShardError
         If there is no such neuron.
     """
-    from flows.show.neuron_tables import places_line
+    from flows.show.neuron_tables import of_unit, places_line
     from tasks.neurons import listed_neurons
 
     negs = first.open()
     layer, number = negs.number_of(name)
-    where = f"site {negs.identity.site}, {negs.n_layers} layers x {negs.n_neurons} neurons"
+    where = f"site {negs.identity.site}, {negs.n_layers} layers x {negs.n_neurons} neurons{of_unit(negs.target)}"
     console.print(
         Text(f"neuron {negs.name_of(layer, number)} of {shown_model(negs.identity.model)} ({where})"), soft_wrap=True
     )
@@ -262,6 +262,13 @@ def _show_sweep(lm: "LanguageModel", about: _Looked, layer: int, number: int) ->
     if not known:
         raise RunError(f"{about.split.title}: no curve, as neither values of NEGs nor texts tell on which prompts")
     labels = [example.labels[one.option] for one, example in known]
-    result = sweep(lm, [example.prompt for _, example in known], labels, neurons=[(layer, number)])
+    result = sweep(
+        lm,
+        [example.prompt for _, example in known],
+        [example.labels for _, example in known],
+        answers=[one.option for one, _ in known],
+        target=about.negs.target,
+        neurons=[(layer, number)],
+    )
     stored = [one.neg for one, _ in known]
     console.print(sweep_table(about.split.title, [example.id for _, example in known], labels, stored, result))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from flows.show.text import duration
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.store.files import MOST_RECORD_BYTES, parse_json, read_bytes, small_files
 from tasks.config.run_file import RUN_FILE
 from tasks.rundir.manifest import Shards
@@ -66,6 +67,7 @@ def _facts(
     data = [f"{one['dataset']}, fingerprint {one['dataset_fingerprint']}" for one in identities]
     yield "data", data or _several(run.get("dataset"))
     yield "site", [one["site"] for one in identities] or _several(run.get("site"))
+    yield "target", [one["target"] for one in identities] or _several(run.get("target"))
     yield "number type", [one["dtype"] for one in identities] or _several(run.get("dtype"))
     yield "seed", _several(run.get("seed"))
     n_lost = sum(one.n_set_aside for one in shards.values())
@@ -119,6 +121,7 @@ def _identity(folder: Path) -> dict[str, Any] | None:
         try:
             identity = parse_json(receipt.content)["identity"]
             known = {name: str(identity[name]) for name in ("model", "model_revision", "site", "dtype")}
+            known["target"] = str(identity.get("target", DEFAULT_TARGET))
             fingerprint = str(identity["dataset_fingerprint"])
         except (ValueError, KeyError, TypeError):  # a damaged one, or of an earlier version
             continue

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
+from negcore.measure.targets import DEFAULT_TARGET
 from tasks.controls import Control, ControlRow
 from tasks.floors import FLOORS, SMALL_MASS, Floored, best_floor
 from tasks.probe import AccuracyRow, Confusion
@@ -94,7 +95,7 @@ def accuracy_tables(
             probes = names[start : start + _PROBES_A_TABLE]
             yield Table(
                 key=f"accuracy-{model}-{SHOTS[shots]}-{start}",
-                title=f"Accuracy on test: {asked(model, shots)}",
+                title=f"Accuracy on test: {asked(model, shots, own[0].target)}",
                 columns=[*texts("dataset"), *_accuracy_columns(probes)],
                 blocks=(
                     list(_genre_blocks(own, means, probes, n_datasets, beside))
@@ -223,7 +224,8 @@ def _question(model: str, shots: int, dataset: str, *, several: bool) -> Cell:
 def _run_row(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[str]) -> list[Cell]:
     first = next(iter(by_probe.values()))
     cells: list[Cell] = [_score_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
-    return [_marked(name, first.overlapping), *_beside(first), *cells]
+    of_target = Words(named_target(first.target, "\n"), "dim")
+    return [(*_marked(name, first.overlapping), of_target), *_beside(first), *cells]
 
 
 def rows_table(accounts: Sequence[SplitAccount]) -> Table:
@@ -332,9 +334,14 @@ def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:
     return name, Words("\noverlapping" if overlapping else "", "red")
 
 
-def asked(model: str, shots: int) -> str:
-    """Return a model and the number of demonstrations it is shown, for people."""
-    return f"{shown_model(model)}, {SHOTS[shots]}"
+def asked(model: str, shots: int, target: str = DEFAULT_TARGET) -> str:
+    """Return a model and the number of demonstrations it is shown, for people, and what NEGs are of if not usual."""
+    return f"{shown_model(model)}, {SHOTS[shots]}{named_target(target, ', ')}"
+
+
+def named_target(target: str, before: str) -> str:
+    """Return the target that NEGs are of, behind some text; nothing if it is the probability."""
+    return "" if target == DEFAULT_TARGET else f"{before}NEG of {target}"
 
 
 def probe_title(probe: str) -> str:

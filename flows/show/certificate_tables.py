@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from flows.show.accuracy_tables import SHOTS, asked, short
 from flows.show.table import Cell, Number, Table, Words, by, numbers, texts
 from flows.show.text import bare, count
+from negcore.measure.targets import neg_unit
 from tasks.certificates import CertificateRow
 
 _CAPTION = (
     "Large: swept neurons measured above {above}. Missed: those estimated below {below} where they are. Among the "
     'neurons that were not swept, no more than "at most" are missed with {confidence} confidence, each line by '
     "itself: a layer by the hypergeometric distribution (exact), the model by Clopper-Pearson over the layers. NEGs in "
-    "probability per unit of activation, for the gold option, in any of {rows}."
+    "{unit}, for the gold option, in any of {rows}."
 )
 
 
@@ -26,14 +27,19 @@ def certificate_tables(certificates: Sequence[CertificateRow]) -> Iterator[Table
 
 def _table(rows: Sequence[CertificateRow]) -> Table:
     first, model = rows[0], rows[-1]
-    where, sizes = f"{asked(first.model, first.shots)}", {"above": size(first.above), "below": size(first.below)}
+    where, sizes = (
+        f"{asked(first.model, first.shots, first.target)}",
+        {"above": size(first.above), "below": size(first.below)},
+    )
     confidence = f"{100 * first.confidence:g} %"
     return Table(
         key=f"certificates-{first.model}-{SHOTS[first.shots]}-{first.dataset}",
         title=f"{short(first.dataset)}: large NEGs that the estimates can miss; {where}",
         columns=[*texts("layer"), *numbers("swept", "large", "missed", "others", "at most", "of others")],
         blocks=[[_cells(row) for row in rows if row.layer is not None], [_cells(model)]],
-        caption=_CAPTION.format(**sizes, confidence=confidence, rows=count(first.n_rows, "test row")),
+        caption=_CAPTION.format(
+            **sizes, confidence=confidence, rows=count(first.n_rows, "test row"), unit=neg_unit(first.target)
+        ),
         says=(
             f"With {confidence} confidence at most {percent(model.share)} of the other neurons have a measured |NEG| "
             f"above {sizes['above']} while estimated below {sizes['below']}."

@@ -10,6 +10,7 @@ import yaml
 
 from flows.show.table import Cell, Number, Table, numbers, texts
 from negcore.errors import RunError
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.texts import printable
 from tasks.publish import Publication, PublishedData
 
@@ -209,7 +210,7 @@ def _models(publication: Publication) -> Table:
     columns = [
         *texts("model", "revision", "site", "number type"),
         *numbers("layers", "neurons a layer"),
-        *texts("storage"),
+        *texts("storage", "target"),
     ]
     rows = [
         (
@@ -220,13 +221,15 @@ def _models(publication: Publication) -> Table:
             str(one.identity.get("n_layers", "")),
             str(one.identity.get("n_neurons", "")),
             str(one.identity.get("storage", "values")),
+            str(one.identity.get("target", DEFAULT_TARGET)),
         )
         for one in publication.data
     ]
     caption = (
         "Site: the vector with a coordinate for every neuron: up, the up projection's output; act, the input of the "
         "down projection; gate, the gate's output. Neurons and layers are numbered from 0. A revision that begins "
-        "with xxh3: is a digest of local files."
+        "with xxh3: is a digest of local files. Target: the number of an option whose slope NEGs are, in place of the "
+        "probability where it names another."
     )
     return Table("models", "Models", columns, [list(map(list, dict.fromkeys(rows)))], caption)
 

@@ -29,6 +29,11 @@ from negcore.analysis.linearity import AgreementRow
 from tasks.linearity import Findings
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY, "#b08d2f", "#c1447e")
+_CHANGE = {
+    "probability": "change of p",
+    "log-probability": "change of log p (nats)",
+    "logit-difference": "change of the logit difference",
+}
 _MOST_POINTS = 500
 """Points of a panel: more are a blot, and make the page heavy."""
 _LEAST_CHANGE = 1e-6
@@ -51,9 +56,9 @@ def shift_curves(findings: Findings) -> Figure:
     return Figure(
         model=findings.model,
         name="shift-curves",
-        title=f"{findings.dataset}: change of the answer's probability against shift",
-        says="How the probability of the answer changes when one neuron is shifted, for some neurons; the line is the "
-        f"NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a gradient says "
+        title=f"{findings.dataset}: change of the answer's {findings.sweep.target} against shift",
+        says=f"How the {findings.sweep.target} of the answer changes when one neuron is shifted, for some neurons; the "
+        f"line is the NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a gradient says "
         "all.",
         parts=[Part([_shift_curve(findings, example) for example in _examples(findings)])],
         is_private=True,
@@ -75,8 +80,8 @@ def linear_share(findings: Findings) -> Figure:
         model=findings.model,
         name="linear-share",
         title=f"{findings.dataset}: linear neurons (|r| ≥ 0.95)",
-        says="Share of neurons whose change of probability is a straight line, within smaller and larger shifts: each "
-        "layer, and the model (thick). Where the share is high, one gradient describes a neuron.",
+        says=f"Share of neurons whose change of {findings.sweep.target} is a straight line, within smaller and larger "
+        "shifts: each layer, and the model (thick). Where the share is high, one gradient describes a neuron.",
         parts=[Part([panel(rows, *layers, x=x, y=y, tooltip=about)])],
     )
 
@@ -141,7 +146,9 @@ def _sizes(findings: Findings) -> Chart:
         for row in findings.sizes
         if row.layer is not None
     ]
-    y = field("q50:Q", title="|NEG| (probability per activation)", scale={"type": "log"}, axis={"format": "~e"})
+    y = field(
+        "q50:Q", title=f"|NEG| ({findings.sweep.target} per activation)", scale={"type": "log"}, axis={"format": "~e"}
+    )
     about = [field("layer:Q"), *measured("q05", "q25", "q50", "q75", "q95", form=".3~e")]
     return panel(
         rows,
@@ -239,7 +246,7 @@ def _shift_curve(findings: Findings, example: _Example) -> Chart:
     end = float(np.abs(sweep.shifts_S).max())
     scale = common_scale(changes_S.tolist(), least=_LEAST_CHANGE)
     x = field("shift:Q", title="shift (activation)")
-    y = field("change:Q", title="change of p", scale=scale, axis={"format": "~e"})
+    y = field("change:Q", title=_CHANGE[sweep.target], scale=scale, axis={"format": "~e"})
     range_ = [{"low": -findings.main_range, "high": findings.main_range}]
     line = [{"shift": shift, "change": slope * shift} for shift in (-end, end)]
     r = correlation(float(sweep.pearson_PK[place]))

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from statistics import median
 from types import MappingProxyType
 
+from flows.show.accuracy_tables import named_target
 from flows.show.model_names import shown_model
 from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, texts
 from flows.show.text import correlation, printable
 from negcore.analysis.linearity import AgreementRow
 from negcore.measure.benchmark import Timing, TypeRow
+from negcore.measure.targets import TARGET_UNITS, neg_unit
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(
@@ -37,6 +39,7 @@ def summary(findings: Findings) -> str:
     names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
     by_nodes_PK = findings.sweep.by_nodes_PK
     nodes = "" if by_nodes_PK is None else f", {by_nodes_PK.mean():.1%} of the curves by nodes"
+    names += named_target(findings.sweep.target, ", ")
     return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts{nodes} ({left_out})"
 
 
@@ -96,7 +99,7 @@ def _agreement(findings: Findings) -> Table:
         title=f"Estimators against NEG measured within ±{findings.main_range:g}",
         columns=[*texts("estimator"), *numbers("r", "rank r", "same\nsign", "MAE", "top\n1 %", "s a\nprompt")],
         blocks=[rows],
-        caption="Below r: 95 % bootstrap interval over prompts. MAE: probability per unit of activation.",
+        caption=f"Below r: 95 % bootstrap interval over prompts. MAE: {neg_unit(findings.sweep.target)}.",
     )
 
 
@@ -124,7 +127,7 @@ def _effects(findings: Findings) -> Table:
         title="Estimators of patching against patching measured neuron by neuron",
         columns=[*texts("estimator"), *numbers("r", "rank r", "same\nsign", "MAE", "top\n1 %", "s a\nprompt")],
         blocks=[rows],
-        caption=f"Each prompt takes activations from {source}. MAE: probability.",
+        caption=f"Each prompt takes activations from {source}. MAE: {TARGET_UNITS[findings.sweep.target]}.",
     )
 
 

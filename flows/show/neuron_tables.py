@@ -12,6 +12,7 @@ from negcore.analysis.logit_lens import LensTokens
 from negcore.analysis.neurons import N_BOOTSTRAP, N_TOP, Moved, NeuronRows
 from negcore.datasets import Example
 from negcore.measure.sweeps import SweepResult
+from negcore.measure.targets import DEFAULT_TARGET, neg_unit
 from negcore.texts import private, quoted
 from tasks.neurons import NeuronRow
 from tasks.probe import AccuracyRow
@@ -29,6 +30,11 @@ SIGNS = {1: "+", 0: "0", -1: "-"}
 def neg_size(value: float) -> str:
     """Return a NEG with its sign and two digits."""
     return f"{value:+.1e}"
+
+
+def of_unit(target: str) -> str:
+    """Return the unit of NEGs, behind a comma, where they are not of probabilities."""
+    return "" if target == DEFAULT_TARGET else f", in {neg_unit(target)}"
 
 
 def name_of(layer: int, neuron: int) -> str:
@@ -57,7 +63,7 @@ def neuron_tables(rows: Sequence[NeuronRow], titles: Mapping[str, str] | None = 
         groups.setdefault((row.model, row.shots, row.dataset, row.probe), []).append(row)
     for (model, shots, dataset, probe), best in groups.items():
         name = (titles or {}).get(dataset, short(dataset))
-        yield best_table(best, f"{name}: best neurons by {probe_title(probe)}; {asked(model, shots)}")
+        yield best_table(best, f"{name}: best neurons by {probe_title(probe)}; {asked(model, shots, best[0].target)}")
 
 
 def best_table(best: Sequence[NeuronRow], title: str) -> Table:
@@ -101,10 +107,14 @@ def _best_caption(best: Sequence[NeuronRow]) -> str:
     what = (
         "score: positive favours the right option, negative disfavours it; random: mean size of the scores in its layer"
     )
-    means = "mean NEG over training rows, by option" if best[0].mean_negs else "NEGs: this storage level keeps none"
+    means = (
+        f"mean NEG over training rows, by option{of_unit(best[0].target)}"
+        if best[0].mean_negs
+        else "NEGs: this storage level keeps none"
+    )
     if _have_experts(best):
         what += "; neurons are layer.expert.unit, and a row has those of the experts that it was routed to"
-        means = "mean NEG over the training rows with it, by option"
+        means = f"mean NEG over the training rows with it, by option{of_unit(best[0].target)}"
     if best[0].agreement is None:
         return f"{what}; places: this storage level keeps no rows to sample; {means}."
     n_sure = sum(row.agreement is not None and row.agreement >= _SURE for row in best)
@@ -289,7 +299,7 @@ def _token_cells(written: tuple[str, float] | None) -> list[Cell]:
 def sweep_table(
     title: str, ids: Sequence[str], labels: Sequence[str], stored: Sequence[float], sweep: SweepResult
 ) -> Table:
-    """Return the measured change of the moved option's probability under shifts of a neuron, row by row."""
+    """Return the measured change of the moved option's target under shifts of a neuron, row by row."""
     at = [int(np.abs(sweep.shifts_S - shift).argmin()) for shift in _SHOWN_SHIFTS]
     rows: list[list[Cell]] = [
         [
@@ -310,8 +320,8 @@ def sweep_table(
             *numbers("stored\nNEG", "measured\nNEG", "r", *(f"{sweep.shifts_S[one]:+g}" for one in at)),
         ],
         blocks=[rows],
-        caption=f"Change of the option's probability with the neuron shifted by so many units of activation, away from "
-        f"zero; measured NEG: slope over {count(len(sweep.shifts_S), 'shift')}.",
+        caption=f"Change of the option's {sweep.target} with the neuron shifted by so many units of activation, away "
+        f"from zero; measured NEG: slope over {count(len(sweep.shifts_S), 'shift')}.",
     )
 
 

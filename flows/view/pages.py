@@ -21,6 +21,7 @@ from flows.view.runs import texts as texts_of
 from negcore.analysis.neurons import read_neuron
 from negcore.datasets import Example
 from negcore.errors import NegError, RunError
+from negcore.measure.targets import neg_unit
 from negcore.store.files import n_bytes, read_bytes
 from negcore.store.reader import NegSplit
 from tasks.neurons import listed_neurons
@@ -289,7 +290,7 @@ def _strongest_part(name: str, negs: NegSplit, at: int) -> Part:
         for layer, neuron in np.stack(np.unravel_index(largest, negs_LN.shape), axis=1).tolist()
     ]
     columns = [*texts("neuron"), *numbers("NEG", "activation")]
-    caption = "NEG for the right option: probability per unit of activation, away from zero."
+    caption = f"NEG for the right option: {neg_unit(negs.target)}, away from zero."
     table = Table("strongest", "Neurons that move the right option most", columns, [rows], caption)
     return Part(table=table, links=_to_neuron(name, negs.place.model, 0))
 

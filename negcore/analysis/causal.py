@@ -188,7 +188,7 @@ def shift_sets(
         Labels of the options, encoded exactly as given.
     gold_P : int array of shape (P,)
         Index of each prompt's gold option.
-    gold_negs_PK : float array of shape (P, K), probability per unit of activation
+    gold_negs_PK : float array of shape (P, K), target per unit of activation
         NEGs for the gold option of the neurons in `chosen_neurons(sets)`, in that order. Only signs matter.
     sets : sequence of SkillSet
     shifts : sequence of float

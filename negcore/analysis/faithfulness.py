@@ -119,7 +119,7 @@ def strata(sizes_M: Floats, norms_M: Floats, layer_width: int) -> Ints:
 
     Parameters
     ----------
-    sizes_M : float array of shape (M,), probability per unit of activation
+    sizes_M : float array of shape (M,), target per unit of activation
         Mean |NEG|.
     norms_M : float array of shape (M,)
     layer_width : int

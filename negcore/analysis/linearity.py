@@ -22,7 +22,7 @@ TOP_SHARE = 0.01
 MEASURED_EFFECTS = MappingProxyType(dict.fromkeys(("attribution_patching", "atp_star", "relp"), "resample_ablation"))
 """Estimators of an effect that is measured too, and its name."""
 PER_ACTIVATION = frozenset({"neurgrad", "gradient"})
-"""Estimators in probability per unit of activation, the unit of NEG: only they can be wrong in size."""
+"""Estimators in target per unit of activation, the unit of NEG: only they can be wrong in size."""
 
 
 def nested_grid(ranges: Sequence[float], points: int) -> Floats:
@@ -41,7 +41,7 @@ class RangeRow:
     n: int
     """Prompts times neurons."""
     n_constant: int
-    """Number of these where the label's probability never changes. They have no r and count as not linear."""
+    """Number of these where the label's target never changes. They have no r and count as not linear."""
     linear_share: float
     """Share of all n where |Pearson r| >= 0.95 between shift and change."""
     positive_share: float
@@ -72,7 +72,7 @@ def _range_row(part: SweepResult, largest: float, layer: int | None, chosen_K: N
 
 @dataclass(frozen=True)
 class SizeRow:
-    """Distribution of |NEG|, probability per unit of activation, over prompts and neurons."""
+    """Distribution of |NEG|, target per unit of activation, over prompts and neurons."""
 
     layer: int | None
     n: int
@@ -196,7 +196,7 @@ class AgreementRow:
     signs_low: float
     signs_high: float
     mae: float | None
-    """Mean absolute error, probability per unit of activation; None if the estimator has another unit."""
+    """Mean absolute error, target per unit of activation; None if the estimator has another unit."""
     mae_low: float | None
     mae_high: float | None
     top: float
@@ -258,7 +258,7 @@ class EffectRow:
     spearman: float
     signs: float
     mae: float
-    """Mean absolute error, probability."""
+    """Mean absolute error, in target."""
     top: float
 
 
@@ -316,7 +316,7 @@ class InterventionRow:
     n: int
     """Prompts times sets."""
     pearson: float
-    """r between predicted and true change of the probability."""
+    """r between predicted and true change of the target."""
     pearson_low: float
     pearson_high: float
     signs: float

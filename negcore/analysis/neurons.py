@@ -64,7 +64,7 @@ class TopNeuron:
     random_score: float
     """Mean absolute score of the neurons in its layer: what a random one of them has."""
     mean_negs: list[float] | None
-    """Mean NEG over all rows that have the neuron by option, in probability per unit of activation; NaN without any."""
+    """Mean NEG over all rows that have the neuron by option, in target per unit of activation; NaN without any."""
     name: str = ""
     """``layer.neuron``, or ``layer.expert.unit`` of a mixture of experts."""
     active: float | None = None
@@ -191,7 +191,7 @@ def stored_means(split: NegSplit, selection: Selection) -> list[list[float] | No
 
 
 class NeuronMeans(NamedTuple):
-    """Mean NEGs of K neurons, in probability per unit of activation."""
+    """Mean NEGs of K neurons, in target per unit of activation."""
 
     by_option_KO: Floats
     """Over all rows that have the neuron; NaN where there are none."""
@@ -227,7 +227,7 @@ class NeuronRows:
 
     activations_P: FloatArray
     negs_PO: FloatArray | None
-    """In probability per unit of activation; None where values are not stored."""
+    """In target per unit of activation; None where values are not stored."""
     signs_PO: Signs
     """Signs of the NEGs."""
     gold_P: Ints

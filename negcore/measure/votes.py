@@ -32,7 +32,7 @@ def polar_scores(negs_POM: Numbers, gold_P: ArrayLike) -> Ints:
 
     Parameters
     ----------
-    negs_POM : array, shape (P, O, M), probability per unit of activation
+    negs_POM : array, shape (P, O, M), target per unit of activation
         NEGs of a block of prompts and a block of neurons.
     gold_P : array of int, shape (P,)
         Index of each prompt's gold option.
@@ -111,7 +111,7 @@ def vote_sums(negs_POLN: Numbers, activations_PLN: Numbers, gold_P: ArrayLike) -
 
     Parameters
     ----------
-    negs_POLN : array, shape (P, O, L, N), probability per unit of activation
+    negs_POLN : array, shape (P, O, L, N), target per unit of activation
     activations_PLN : array, shape (P, L, N)
     gold_P : array of int, shape (P,)
         Index of each prompt's gold option.
@@ -173,7 +173,7 @@ def argmax_features(negs_POM: Numbers) -> NDArray[np.uint8]:
 
     Parameters
     ----------
-    negs_POM : array, shape (P, O, M), probability per unit of activation
+    negs_POM : array, shape (P, O, M), target per unit of activation
         NEGs of a block of prompts and a block of neurons; O in 2..256.
 
     Returns

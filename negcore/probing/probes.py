@@ -88,7 +88,7 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Parameters
         ----------
-        X : array, shape (P, O, M) or (P, O*M), probability per unit of activation
+        X : array, shape (P, O, M) or (P, O*M), target per unit of activation
             NEGs. A table must be option-major (the columns of option 0, then those of option 1, ...) and hold
             as many options as ``y`` has distinct labels; if some option is never gold, give three axes.
         y : array, shape (P,)
@@ -130,7 +130,7 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Parameters
         ----------
-        negs_POK : array, shape (P, O, K), probability per unit of activation
+        negs_POK : array, shape (P, O, K), target per unit of activation
             NEGs of the neurons ``kept_``, in that order.
 
         Raises
@@ -147,7 +147,7 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
         Parameters
         ----------
-        negs_POK : array, shape (P, O, K), probability per unit of activation
+        negs_POK : array, shape (P, O, K), target per unit of activation
             NEGs of the neurons ``kept_``, in that order.
         gold_P : array of int, shape (P,)
             Index of each prompt's gold option.

@@ -19,6 +19,7 @@ from safetensors.numpy import load, save
 
 from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
+from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Vote, neuron_pairs
 from negcore.probing.arrow_probes import MAGIC, read_arrow
 from negcore.probing.fitted import FittedProbe, FittedVote
@@ -62,9 +63,10 @@ class Origin:
         )
 
     def comparable(self) -> dict[str, Any]:
-        """Return everything that must be equal where the probe is used: model, site, number type, router and labels."""
+        """Return everything that must be equal where the probe is used: model, site, number type, target and labels."""
         return {name: self.identity[name] for name in _SAME} | {
             "experts": self.identity.get("experts"),
+            "target": self.identity.get("target", DEFAULT_TARGET),
             "n_options": self.n_options,
             "label_ids": self.label_ids,
         }
@@ -90,14 +92,14 @@ class SavedProbe:
         Raises
         ------
         ProbeError
-            If the split is of another model, site, number type or label set.
+            If the split is of another model, site, number type, target or label set.
         """
         here, there = Origin.of(split).comparable(), self.origin.comparable()
         for key, value in here.items():
             if value != there[key]:
                 raise ProbeError(
                     f"{str(self.path)!r} was fitted with {key} {there[key]!r} and cannot answer NEGs with {key} "
-                    f"{value!r}: use a probe of the same model, site and labels"
+                    f"{value!r}: use a probe of the same model, site, target and labels"
                 )
         return self.probe.predict(split)
 

@@ -29,7 +29,7 @@ def encode(negs_PON: Numbers) -> Codes:
 
     Parameters
     ----------
-    negs_PON : array, shape (P, O, N), probability per unit of activation
+    negs_PON : array, shape (P, O, N), target per unit of activation
         O in 2..5. Negative zero equals zero.
 
     Returns

@@ -147,7 +147,7 @@ class StorageLevel(ABC):
         examples : sequence of P examples
         label_ids_PO : int array (P, O)
             Token id of every option's label.
-        negs_POLN : float array (P, O, L, N), probability per unit of activation
+        negs_POLN : float array (P, O, L, N), target per unit of activation
         activations_PLN : float array (P, L, N)
         probs_PO : float array (P, O)
         neurons : sequence of K int, optional
@@ -227,7 +227,7 @@ class StorageLevel(ABC):
         ).schema
 
     def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
-        """Return NEGs: float32 (P, O, N) of a layer or (P, O, K), probability per unit of activation.
+        """Return NEGs: float32 (P, O, N) of a layer or (P, O, K), target per unit of activation.
 
         Zeros stand for neurons that a prompt does not have: see `active`.
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.errors import ShardError
+from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.votes import Vote
 from negcore.model.layer_shapes import LayerShape, LayerShapes, shapes_of
 from negcore.store.codes import SignedRanks
@@ -78,7 +79,7 @@ class _AsFrame(ABC):
 
         Its columns are ``model``, ``dataset``, ``split``, ``id``, ``group``, ``gold`` (index of the gold option), and
         ``prob_0``, ... for each of the O options (probability). With K neurons there are (O + 1) * K columns more:
-        ``neg_LAYER.NEURON_OPTION`` (probability per unit of activation) and ``act_LAYER.NEURON``. Where a prompt has
+        ``neg_LAYER.NEURON_OPTION`` (target per unit of activation) and ``act_LAYER.NEURON``. Where a prompt has
         fewer options than others, its numbers for the rest are missing. Of a mixture of experts, neurons are called
         ``LAYER.EXPERT.UNIT``, and the numbers of those that a prompt does not have are missing.
 
@@ -255,6 +256,8 @@ class NegSplit(ShardReader, _AsFrame):
         experts that it was routed to: `active` tells which, and arrays are masked where it has none.
     set_aside : list of SetAside
         Rows of the split that were planned and could not be computed, in order, with the reason.
+    target : str
+        The number of each option whose slope its NEGs are: "probability", "log-probability" or "logit-difference".
     """
 
     replaced_gold_P: npt.NDArray[np.int16] | None = None
@@ -268,6 +271,7 @@ class NegSplit(ShardReader, _AsFrame):
         self.level: StorageLevel = STORAGE_LEVELS[self.identity.storage]
         self.n_layers, self.n_neurons = self.identity.n_layers, self.identity.n_neurons
         self.layer_shapes = shapes_of(self.identity.experts)
+        self.target: Target = checked_target(self.identity.target)
         rows = self.read(["id", "group", "text_hash", "gold", "label_ids", "probs"])
         self.ids: list[str] = rows["id"]
         self.groups: list[str] = rows["group"]
@@ -313,7 +317,7 @@ class NegSplit(ShardReader, _AsFrame):
         return other
 
     def layer(self, layer: int) -> FloatArray:
-        """Return the NEGs of one layer: float32 (P, O, N), probability per unit of activation.
+        """Return the NEGs of one layer: float32 (P, O, N), target per unit of activation.
 
         Of a mixture of experts it is a masked array: entries of neurons that a prompt does not have are masked.
         With one shard of storage "values" this is a read-only view of the mapped file, else a new array.
@@ -441,6 +445,7 @@ class NegSplit(ShardReader, _AsFrame):
     def __repr__(self) -> str:
         size = f"{self.n_rows} rows x {self.n_options} options x {self.n_layers} layers x {self.n_neurons} neurons"
         name = f"{_listed([self.place])}, site={self.identity.site!r}"
+        name += f", target={self.target!r}" * (self.target != DEFAULT_TARGET)
         return f"NegSplit({name}: {size} in {len(self._mapped)} shards)"
 
     def locate(self, selection: Selection) -> NeuronPlaces:

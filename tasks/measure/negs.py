@@ -62,7 +62,11 @@ class NegMeasurement(Measurement):
 
     @property
     def axes(self) -> dict[str, Any]:
-        return {**self._level.axes, **(EXPERT_AXES if self.shapes else {})}
+        axes = {**self._level.axes, **(EXPERT_AXES if self.shapes else {})}
+        if self.target == DEFAULT_TARGET:
+            return axes
+        unit = f"{self.target} per activation"
+        return {name: text.replace("probability per activation", unit) for name, text in axes.items()}
 
     def about(self, n_options: int) -> dict[str, Any]:
         return {"axes": self.axes, "n_options": n_options}
