@@ -58,8 +58,8 @@ def shift_curves(findings: Findings) -> Figure:
         name="shift-curves",
         title=f"{findings.dataset}: change of the answer's {findings.sweep.target} against shift",
         says=f"How the {findings.sweep.target} of the answer changes when one neuron is shifted, for some neurons; the "
-        f"line is the NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a gradient says "
-        "all.",
+        f"line is the NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a "
+        "gradient says all.",
         parts=[Part([_shift_curve(findings, example) for example in _examples(findings)])],
         is_private=True,
     )

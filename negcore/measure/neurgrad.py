@@ -222,8 +222,7 @@ def measure_negs(
     results = Results(lm.device, len(encoded.ids))
 
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
-        gradients = label_gradients(batch, on_device(lm, encoded.label_ids_PO[rows]), target)
-        results.take(keep(_negs(lm, gradients, dtype), rows), rows)
+        _fill(results, rows, batch, encoded.label_ids_PO[rows], keep, dtype, target)
 
     measure_batches(
         lm,
@@ -373,12 +372,24 @@ def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
             start = stop
 
 
-def _negs(lm: LanguageModel, gradients: LabelGradients, dtype: torch.dtype) -> Negs:
-    activations_LBN = gradients.activations_BLN.transpose(0, 1)
-    negs_LOBN = stacked_layers(lm, gradients.grads_LOBN, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
-    n_rows = len(gradients.probs_BO)
-    experts = Experts.of_routings(lm, n_rows, gradients.routings, dtype) if lm.has_experts else None
-    return Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), gradients.probs_BO.to(dtype), experts)
+def _fill(
+    results: Results,
+    rows: Sequence[int],
+    batch: ProbedBatch,
+    label_ids_BO: Ints,
+    keep: Callable[[Negs, Sequence[int]], Kept],
+    dtype: torch.dtype,
+    target: Target,
+) -> None:
+    lm, (grads, activations_BLN, probs_BO, routings) = (
+        batch.lm,
+        label_gradients(batch, on_device(batch.lm, label_ids_BO), target),
+    )
+    activations_LBN = activations_BLN.transpose(0, 1)
+    negs_LOBN = stacked_layers(lm, grads, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
+    experts = Experts.of_routings(lm, len(rows), routings, dtype) if lm.has_experts else None
+    negs = Negs(negs_LOBN.to(dtype), activations_LBN.to(dtype), probs_BO.to(dtype), experts)
+    results.take(keep(negs, rows), rows)
 
 
 def _everything(negs: Negs, rows: Sequence[int]) -> Kept:
