@@ -26,6 +26,12 @@ def whole_pass(lm, prompt, change=lambda layer, values_N: values_N):
     """One full forward pass, the probed token's site changed layer by layer: its logits and its activations."""
     tokens = encode_prompts(lm.card, [prompt])[0]
     position = tokens.index(lm.tokenizer.mask_token_id) if lm.arch.masked else len(tokens) - 1
+    logits_TV, activations_LN = hooked_pass(lm, tokens, position, change)
+    return logits_TV[position], activations_LN
+
+
+def hooked_pass(lm, tokens, position, change):
+    """One full forward pass, one token's site changed layer by layer: logits of all tokens, that one's activations."""
     seen, handles = {}, []
 
     def replaced(layer, values):
@@ -42,10 +48,10 @@ def whole_pass(lm, prompt, change=lambda layer, values_N: values_N):
         else:
             hook = lambda _, args, output, layer=layer: replaced(layer, output)  # noqa: E731
             handles.append(module.register_forward_hook(hook))
-    logits_V = lm.model(input_ids=torch.tensor([tokens])).logits[0, position]
+    logits_TV = lm.model(input_ids=torch.tensor([tokens])).logits[0]
     for handle in handles:
         handle.remove()
-    return logits_V, torch.stack([seen[layer] for layer in range(lm.n_layers)])
+    return logits_TV, torch.stack([seen[layer] for layer in range(lm.n_layers)])
 
 
 def gradient_at(lm, prompt, row, target, layer, values_N=None):

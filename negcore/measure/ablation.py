@@ -72,6 +72,7 @@ def silence_sets(
             "so give (sets, neurons) of true and false"
         )
     encoded = encode(lm.card, prompts, labels)
+    encoded.refuse_unusual("curves of silent neurons")
     n_prompts, n_options = encoded.label_ids_PO.shape
     result = AblationResult(
         np.empty((n_prompts, n_options), lm.result_type),

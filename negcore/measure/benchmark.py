@@ -191,7 +191,7 @@ def plain_gradients(
     Tensor of shape (O, L, N)
     """
     encoded = encode(lm.card, [prompt] if isinstance(prompt, str) else prompt, labels)
-    assert len(encoded.ids) == 1, "one prompt at a time"
+    assert len(encoded.ids) == 1 and encoded.is_usual, "one prompt at a time, of the usual kind"
     position = probed_position(lm, encoded.ids[0])
     ids_1T = torch.tensor(encoded.ids, device=lm.device)
     positions_1 = torch.tensor([position], device=lm.device)

@@ -102,6 +102,7 @@ def estimate(
         raise NegError(f"references: estimator {estimator!r} {wants}; {', '.join(WITH_REFERENCES)} take them")
     neurons_K2 = choose_neurons(lm, "all" if neurons is None else neurons)
     encoded = encode(lm.card, prompts, labels)
+    encoded.refuse_unusual("estimators other than `negcore.neurgrad`")
     answers_P = checked_answers(answers, encoded.label_ids_PO, target)
     reference_ids = () if references is None else _reference_ids(lm, references, estimator, len(encoded.ids))
     question = Question(encoded, answers_P, target, reference_ids)

@@ -172,11 +172,34 @@ class CausalBatch(ProbedBatch):
         cache = PartsCache(self._tokens, joined=self.lm.joined)
         return self._run(module, self._last_B1, self._lengths_B[:, None], used_BK, cache)
 
+    def run_on(self, module: nn.Module, ids_BT: Tensor, counts_B: Tensor, **options: Any) -> Any:
+        """Run several tokens of each row, from its last one on: so many as counted, and padding behind them.
+
+        Options go to the model.
+        """
+        n_slots = self._tokens.n_shared + self._tokens.n_slots
+        steps_T = torch.arange(ids_BT.shape[1], device=self.lm.device)
+        is_before_BK = torch.arange(n_slots, device=self.lm.device) < self._lengths_B[:, None]
+        used_BK = torch.cat([is_before_BK, steps_T < counts_B[:, None]], dim=1)
+        # Padding has positions that the model knows.
+        furthest = (self._lengths_B + counts_B - 1).max()
+        positions_BT = torch.minimum(self._lengths_B[:, None] + steps_T, furthest)
+        cache = PartsCache(self._tokens, joined=self.lm.joined)
+        return self._run(module, ids_BT, positions_BT, used_BK, cache, **options)
+
     def _logits(self) -> Tensor:
         logits: Tensor = self.run_last(self.lm.model).logits[:, -1]
         return logits
 
-    def _run(self, module: nn.Module, ids_BT: Tensor, positions_BT: Tensor, used_BK: Tensor, cache: PartsCache) -> Any:
+    def _run(
+        self,
+        module: nn.Module,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        used_BK: Tensor,
+        cache: PartsCache,
+        **options: Any,
+    ) -> Any:
         """Run tokens in the newest slots; each sees used slots as the model lets it, and itself, padding or not."""
         n_keys, n_queries = used_BK.shape[1], ids_BT.shape[1]
         slots_K = torch.arange(n_keys, device=self.lm.device)
@@ -190,6 +213,7 @@ class CausalBatch(ProbedBatch):
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
+                **options,
             )
 
 
@@ -288,11 +312,7 @@ def probed_batches(
         for rows in _by_length(lm, ids, 0, batch_size, max_rows):
             yield WholeBatch(lm, rows, [ids[row] for row in rows])
         return
-    prefix = ids[0][:n_shared]
-    make = partial(run_prefix, lm, prefix)
-    # A model of a half type may compute in float32 for a while, see `in_float32`: its embeddings tell.
-    dtype = lm.model.get_input_embeddings().weight.dtype
-    shared = make() if lm.prefixes is None else lm.prefixes.get(dtype, prefix, make)
+    shared = shared_tokens(lm, ids[0], n_shared)
     for rows in _by_length(lm, ids, n_shared, batch_size, max_rows):
         yield causal_batch(lm, rows, [ids[row] for row in rows], shared)
 
@@ -397,6 +417,15 @@ def _by_length(
             groups.append([])
         groups[-1].append(row)
     return groups
+
+
+def shared_tokens(lm: LanguageModel, tokens: Sequence[int], n_shared: int) -> list[KeysValues]:
+    """Return keys and values of the first tokens of a prompt, made now or earlier; none where these are too few."""
+    prefix = tokens[: n_shared if n_shared >= _LEAST_SHARED else 0]
+    make = partial(run_prefix, lm, prefix)
+    # A model of a half type may compute in float32 for a while, see `in_float32`: its embeddings tell.
+    dtype = lm.model.get_input_embeddings().weight.dtype
+    return make() if lm.prefixes is None else lm.prefixes.get(dtype, prefix, make)
 
 
 def run_prefix(lm: LanguageModel, tokens: Sequence[int]) -> list[KeysValues]:

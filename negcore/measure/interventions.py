@@ -28,6 +28,7 @@ from negcore.measure.neurgrad import away_from_zero, neurgrad
 from negcore.measure.question import asked
 from negcore.measure.sweeps import checked_shifts, choose_neurons
 from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target, target_values
+from negcore.measure.virtual_tokens import HookedAnswers
 from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
@@ -228,6 +229,10 @@ def shift_together(
         In no particular order of the prompts.
     """
     limit = BatchLimit("rows of shifted sets")
+    if not prompts.is_usual:
+        for index in range(len(prompts.ids)):
+            yield _shift_answers(HookedAnswers(lm, prompts, index, None, limit), index, rows_of(index), target, limit)
+        return
     for batch in probed_batches(lm, prompts.ids, batch_size=1):
         (index,) = batch.rows
         label_ids_1O = torch.from_numpy(prompts.label_ids_PO[index : index + 1]).to(lm.device)
@@ -264,6 +269,24 @@ def _shift_prompt(
     return ShiftedTogether(batch.rows[0], base_1O[0].numpy(), values_RO.numpy())
 
 
+def _shift_answers(
+    prompt: HookedAnswers, index: int, rows: Sequence[JointShift], target: Target, limit: BatchLimit
+) -> ShiftedTogether:
+    directions_LN = away_from_zero(prompt.activations_LN)
+
+    def shifted(chosen: Sequence[int]) -> Tensor:
+        steps_LRN = _steps([rows[row] for row in chosen], directions_LN)
+        log_probs_RO = prompt.shifted(dict(enumerate(steps_LRN)), 1 + len(chosen))
+        values_RO = target_values(target, log_probs_RO.double())
+        return (values_RO[1:] - values_RO[:1]).cpu()
+
+    with torch.no_grad():
+        parts = limit.compute(len(rows), min(prompt.max_rows, rows_of_a_pass(prompt.lm, 1)), shifted)
+    base_1O = target_values(target, prompt.log_probs_O[None]).cpu()
+    values_RO = (base_1O.double() + torch.cat(parts)).to(base_1O.dtype)
+    return ShiftedTogether(index, base_1O[0].numpy(), values_RO.numpy())
+
+
 def rows_of_a_pass(lm: LanguageModel, n_tokens: int) -> int:
     """Return how many shifted rows should fit in memory, with keys and values, beside the unshifted one."""
     row_bytes = np.dtype(lm.result_type).itemsize * (lm.n_layers * lm.active_width + lm.card.vocab_size)
@@ -278,12 +301,18 @@ def _shifted(
     read: _Read,
 ) -> Tensor:
     """Return the changes p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
-    n_rows = 1 + len(rows)
-    steps_LRN = directions_LN.new_zeros(prompt.lm.n_layers, n_rows, prompt.lm.active_width)
-    for row, shift in enumerate(rows, start=1):
-        layers_K, neurons_K = (torch.from_numpy(places).to(prompt.lm.device) for places in shift[:2])
-        sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
-        steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
+    n_rows, steps_LRN = 1 + len(rows), _steps(rows, directions_LN)
     logits_RV = copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
     values_RO = read.values(logits_RV).double()
     return (values_RO[1:] - values_RO[:1]).cpu()
+
+
+def _steps(rows: Sequence[JointShift], directions_LN: Tensor) -> Tensor:
+    """Return shifts as they are added to each layer, below a row without any: shape (L, 1 + R, N)."""
+    n_layers, width = directions_LN.shape
+    steps_LRN = directions_LN.new_zeros(n_layers, 1 + len(rows), width)
+    for row, shift in enumerate(rows, start=1):
+        layers_K, neurons_K = (torch.from_numpy(places).to(directions_LN.device) for places in shift[:2])
+        sizes_K = torch.from_numpy(shift.sizes_K).to(directions_LN)
+        steps_LRN[layers_K, row, neurons_K] = sizes_K * directions_LN[layers_K, neurons_K]
+    return steps_LRN

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from negcore.arrays import Floats
+from negcore.measure.answers import AnswerBatch, measure_answers
 from negcore.measure.forward import ProbedBatch, label_probabilities, measure_batches
 from negcore.measure.memory import BatchLimit
 from negcore.model.encoding import EncodedPrompts, Labels, encode
@@ -51,6 +52,14 @@ def label_probs(
             logits_BV = batch.predict().logits_BV
             probs_PO[rows] = label_probabilities(logits_BV, label_ids_PO[rows].to(lm.device)).cpu().numpy()
 
+    def measure_answer(batch: AnswerBatch, rows: list[int]) -> None:
+        with torch.no_grad():
+            log_probs_R = batch.predict().log_probs_R
+            probs_PO[rows] = log_probs_R.exp().view(len(rows), -1).cpu().numpy()
+
+    if not encoded.is_usual:
+        measure_answers(lm, encoded, measure_answer, BatchLimit("prompts"), batch_size=batch_size)
+        return probs_PO
     max_rows = max(1, _LOGIT_BYTES // (4 * lm.card.vocab_size))
     measure_batches(lm, encoded.ids, measure, BatchLimit("prompts"), batch_size=batch_size, max_rows=max_rows)
     return probs_PO

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from negcore.arrays import Floats, Ints, count_nonfinite
+from negcore.measure.answers import AnswerBatch, measure_answers
 from negcore.measure.forward import (
     CausalBatch,
     PassingBatch,
@@ -59,7 +60,7 @@ class NeurGradBatch:
     probs_PO: Floats
     """Probability of every label, softmax over the whole vocabulary."""
     label_ids_PO: Ints
-    """Token id that each label became."""
+    """Token id that each label became; the first, where labels are several tokens."""
     experts_PLK: Ints | None = None
     """Numbers of the experts that each prompt was routed to, rising; -1 where a layer has none. Dense models: None.
 
@@ -103,7 +104,8 @@ def neurgrad(
     lm : LanguageModel
     prompts : sequence of str, length P, or EncodedPrompts
         Each ends where its label is to follow; masked models' prompts hold one mask. Encoded prompts bring
-        their labels.
+        their labels and, where `encode` was told so, another probed token than the last, and labels of several tokens,
+        whose probability is that of all of them one after the other.
     labels : sequence of str, or one such sequence for each prompt
         Encoded exactly as given: a leading space is part of a label.
     target : {"probability", "log-probability", "logit-difference"}
@@ -222,8 +224,15 @@ def measure_negs(
     results = Results(lm.device, len(encoded.ids))
 
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
-        _fill(results, rows, batch, encoded.label_ids_PO[rows], keep, dtype, target)
+        labels_BO = on_device(lm, encoded.label_ids_PO[rows])
+        _fill(results, rows, lm, lambda: label_gradients(batch, labels_BO, target), keep, dtype)
 
+    def measure_answer(batch: AnswerBatch, rows: list[int]) -> None:
+        _fill(results, rows, lm, lambda: answer_gradients(batch, target), keep, dtype)
+
+    if not encoded.is_usual:
+        measure_answers(lm, encoded, measure_answer, BatchLimit("prompts"), batch_size=batch_size)
+        return results.arrays()
     measure_batches(
         lm,
         encoded.ids,
@@ -315,6 +324,37 @@ def _own_probs(log_probs_RO: Tensor, n_rows: int) -> Tensor:
     return own_values(log_probs_RO.detach().exp()).view(n_rows, -1)
 
 
+def answer_gradients(batch: AnswerBatch, target: Target = DEFAULT_TARGET) -> LabelGradients:
+    """Differentiate the target of every option by every neuron at the probed token, with a row for each option.
+
+    A row's neurons move the log-probability of its own option; the target's slopes by all of these do the rest.
+
+    Raises
+    ------
+    ModelError
+        If the model's gradients failed its check at load.
+    """
+    lm, n_options = batch.lm, batch.n_options
+    lm.require("neurgrad")
+    shifts = zero_shifts(lm, batch.n_rows)
+    with torch.enable_grad():
+        log_probs_R, activations_RLN = batch.predict(shifts)
+        # Rows do not see each other, so the gradient of their sum is each row's own.
+        grads_RN = torch.autograd.grad(log_probs_R.sum(), list(shifts.values()))
+        log_probs_BO = log_probs_R.detach().view(-1, n_options).requires_grad_()
+        values_BO = target_values(target, log_probs_BO)
+        slopes = [torch.autograd.grad(one, log_probs_BO, retain_graph=True)[0] for one in values_BO.sum(0)]
+    grads = tuple(
+        _of_target(torch.stack(slopes), grad_RN.view(-1, n_options, grad_RN.shape[-1])) for grad_RN in grads_RN
+    )
+    return LabelGradients(grads, activations_RLN[::n_options], log_probs_BO.detach().exp(), {})
+
+
+def _of_target(slopes_OBO: Tensor, grads_BON: Tensor) -> Tensor:
+    """Return the gradients of each option's target, from its slopes by all options' log-probabilities: (O, B, N)."""
+    return (slopes_OBO[..., None, :].to(grads_BON) @ grads_BON)[..., 0, :]
+
+
 class Results:
     """Arrays on the host that are filled batch by batch, while a GPU computes the next one."""
 
@@ -375,16 +415,12 @@ def _stretches(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _fill(
     results: Results,
     rows: Sequence[int],
-    batch: ProbedBatch,
-    label_ids_BO: Ints,
+    lm: LanguageModel,
+    take_gradients: Callable[[], LabelGradients],
     keep: Callable[[Negs, Sequence[int]], Kept],
     dtype: torch.dtype,
-    target: Target,
 ) -> None:
-    lm, (grads, activations_BLN, probs_BO, routings) = (
-        batch.lm,
-        label_gradients(batch, on_device(batch.lm, label_ids_BO), target),
-    )
+    grads, activations_BLN, probs_BO, routings = take_gradients()
     activations_LBN = activations_BLN.transpose(0, 1)
     negs_LOBN = stacked_layers(lm, grads, dim=0).mul_(away_from_zero(activations_LBN)[:, None])
     experts = Experts.of_routings(lm, len(rows), routings, dtype) if lm.has_experts else None

@@ -10,7 +10,7 @@ Shapes: R shifted rows, O options (labels), L layers, N neurons a layer, T token
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from negcore.arrays import Floats, Ints
 from negcore.errors import ModelError
 from negcore.measure.active import active_places, held_routings
+from negcore.measure.answers import AnswerPrediction, AnswerRow, WholeAnswers, answer_rows, refuse_unfit
 from negcore.measure.forward import CausalBatch, probed_batches, probed_position, stacked_layers
 from negcore.measure.hooks import Readings, hook_site, tapped
 from negcore.measure.memory import BatchLimit
@@ -176,14 +177,7 @@ class HookedPrompt(ShiftedPrompt):
         return active_places(self.lm, self._unshifted.probed, layers_K, neurons_K)
 
     def _measure(self, shifts: Shifts) -> Measured:
-        n_rows = 1 + len(shifts.layers_R)
-        steps_LRN = {}
-        for layer in np.unique(shifts.layers_R).tolist():
-            chosen = np.flatnonzero(shifts.layers_R == layer)
-            steps_RN = np.zeros((n_rows, self.lm.layer_shapes[layer].n_active), self.lm.result_type)
-            steps_RN[1 + chosen, shifts.neurons_R[chosen]] = shifts.sizes_R[chosen]
-            steps_LRN[layer] = torch.from_numpy(steps_RN).to(self.lm.device)
-        return self._compared(self._run(n_rows, steps_LRN)[0])
+        return self._compared(self._run(1 + len(shifts.layers_R), _steps(self.lm, shifts))[0])
 
     def _run(self, n_rows: int, steps_LRN: dict[int, Tensor]) -> tuple[Tensor, Readings]:
         """Run the prompt in several rows: logits (R, V) at the probed token, and activations by layer."""
@@ -192,6 +186,46 @@ class HookedPrompt(ShiftedPrompt):
         with tapped(self.lm, positions_R, steps_LRN, routings=routings) as activations:
             output = self.lm.model(input_ids=self._tokens_T.expand(n_rows, -1))
         return output.logits[:, self._position], activations
+
+
+class HookedAnswers(ShiftedPrompt):
+    """Plain path for a probed token before the prompt's end, and answers of several tokens: rows run whole."""
+
+    def __init__(
+        self, lm: LanguageModel, prompts: EncodedPrompts, index: int, max_rows: int | None, limit: BatchLimit
+    ) -> None:
+        refuse_unfit(lm)
+        self._rows_O = answer_rows(prompts, index)
+        longest, n_predicted = max(len(r.tokens) for r in self._rows_O), max(len(r.answer) for r in self._rows_O)
+        most = min(_HOOKED_TOKENS // longest, head_rows(lm) // n_predicted)
+        super().__init__(lm, prompts.label_ids_PO[index], max_rows or max(1, most - 1), limit)
+        with torch.no_grad():
+            predicted = [self._run(row, 1) for row in self._rows_O]
+        self.log_probs_O = torch.cat([one.log_probs_R for one in predicted])
+        self.activations_LN = predicted[0].activations_RLN[0]
+
+    def shifted(self, steps_LRN: Mapping[int, Tensor], n_rows: int) -> Tensor:
+        """Return the log-probabilities of the options in rows with any neurons shifted: shape (R, O)."""
+        return torch.stack([self._run(row, n_rows, steps_LRN).log_probs_R for row in self._rows_O], dim=1)
+
+    def _measure(self, shifts: Shifts) -> Measured:
+        n_rows = 1 + len(shifts.layers_R)
+        log_probs_RO = self.shifted(_steps(self.lm, shifts), n_rows).cpu()
+        return Measured(log_probs_RO[1:], log_probs_RO[:1].expand(n_rows - 1, -1))
+
+    def _run(self, row: AnswerRow, n_rows: int, steps_LRN: Mapping[int, Tensor] | None = None) -> AnswerPrediction:
+        return WholeAnswers(self.lm, [[row]] * n_rows).predict(steps_LRN)
+
+
+def _steps(lm: LanguageModel, shifts: Shifts) -> dict[int, Tensor]:
+    """Return shifts as they are added to each layer, (R, N), below a row without any."""
+    steps_LRN = {}
+    for layer in np.unique(shifts.layers_R).tolist():
+        chosen = np.flatnonzero(shifts.layers_R == layer)
+        steps_RN = np.zeros((1 + len(shifts.layers_R), lm.layer_shapes[layer].n_active), lm.result_type)
+        steps_RN[1 + chosen, shifts.neurons_R[chosen]] = shifts.sizes_R[chosen]
+        steps_LRN[layer] = torch.from_numpy(steps_RN).to(lm.device)
+    return steps_LRN
 
 
 def shifted_prompts(
@@ -207,7 +241,8 @@ def shifted_prompts(
     ----------
     prompts : EncodedPrompts
     method : {"auto", "virtual", "hooks"}
-        `auto` uses virtual tokens where the family's row says that they are right and the check at load agrees.
+        `auto` uses virtual tokens where the family's row says that they are right and the check at load agrees, and
+        the answer is one token behind the probed one.
     max_rows : int, optional
         Most shifted rows of one forward pass, beside its unshifted one; halved where memory runs out.
 
@@ -232,6 +267,15 @@ def shifted_prompts(
             f"method 'virtual' is not right for {lm.card.name}, a {family} on the way {lm.way!r}; choose auto or hooks"
         )
     limit = BatchLimit("shifted rows")
+    if not prompts.is_usual:
+        if method == "virtual":
+            raise ModelError(
+                "method 'virtual' is for one token behind the probed one, a prompt's last; for probe_at and answers of "
+                "several tokens choose auto or hooks"
+            )
+        for index in range(len(prompts.ids)):
+            yield index, HookedAnswers(lm, prompts, index, max_rows, limit)
+        return
     if method == "hooks" or lm.way != "virtual":
         for index, (tokens, label_ids_O) in enumerate(zip(prompts.ids, prompts.label_ids_PO, strict=True)):
             yield index, HookedPrompt(lm, tokens, label_ids_O, max_rows, limit)

@@ -89,11 +89,13 @@ def attention(
         wide = torch.promote_types(query.dtype, torch.float32)
         return _last(query.to(wide) * scale, newest, past, attention_mask, softcap, s_aux).to(query.dtype), None
     is_plain = softcap is None and s_aux is None
-    if past is not None and past.shared is not None and is_plain and _may_merge(query, value, attention_mask):
-        return _merged(query, newest, past.shared, scale), None
+    # Between own tokens and several newest ones there may be slots of padding, which the mask alone knows.
+    shared = past.shared if past is not None and past.own is None else None
+    if shared is not None and is_plain and _may_merge(query, value, attention_mask):
+        return _merged(query, newest, shared, scale), None
     if past is not None:
         key, value = past.joined(newest)
-        if past.shared is None and looks_back(attention_mask):
+        if past.own is None and shared is None and looks_back(attention_mask):
             attention_mask, is_causal = None, True
     if is_plain and not torch.is_grad_enabled():
         # Without a graph, the fused kernel serves: it is exact and needs no (Q, K) matrix.

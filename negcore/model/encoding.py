@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.errors import LabelError, PromptError
+from negcore.errors import LabelError, NegError, PromptError
 from negcore.model.language_model import ModelCard
-from negcore.model.prompt_ids import PromptReader
+from negcore.model.prompt_ids import PromptReader, end_of_piece
 from negcore.texts import row_text
 
 Labels = Sequence[str] | Sequence[Sequence[str]]
+AnswerKind = Literal["token", "sequence"]
+"""`token`: every label is one token; `sequence`: one or several, read one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,44 @@ class EncodedPrompts:
     """Token id of every label."""
     n_shared: int | None = None
     """Tokens that all prompts begin with, as they are run; None for as many as these prompts do."""
+    probed_P: NDArray[np.int64] | None = None
+    """Place of the token of each prompt whose neurons are read and shifted; None for the last one, or the mask."""
+    label_tokens_PO: list[list[list[int]]] | None = None
+    """Token ids of every label where labels may be several tokens: `label_ids_PO` then has the first of each."""
+
+    @property
+    def is_usual(self) -> bool:
+        """True if neurons are read where the label follows (or at the mask), and every label is one token."""
+        return self.probed_P is None and self.label_tokens_PO is None
+
+    def refuse_unusual(self, what: str) -> None:
+        """Refuse prompts with an answer of several tokens, or a probed token before their end.
+
+        Parameters
+        ----------
+        what : str
+            The name of what cannot measure them, in the plural.
+
+        Raises
+        ------
+        NegError
+        """
+        if not self.is_usual:
+            asked = "answers of several tokens" if self.label_tokens_PO is not None else "a token named by probe_at"
+            raise NegError(
+                f"{what} know no {asked}: NEGs, sweeps, interventions and causal checks do; leave out "
+                f"{'answers: sequence' if self.label_tokens_PO is not None else 'probe_at'} for {what}"
+            )
 
 
-def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Labels | None = None) -> EncodedPrompts:
+def encode(
+    card: ModelCard,
+    prompts: Sequence[str] | EncodedPrompts,
+    labels: Labels | None = None,
+    *,
+    probe_at: Sequence[str | int | None] | None = None,
+    answers: AnswerKind = "token",
+) -> EncodedPrompts:
     """Return prompts and labels as checked token ids; encoded ones are returned as they are.
 
     A label's id is what the tokenizer makes of it in its place, see `negcore.model.prompt_ids`.
@@ -35,31 +73,109 @@ def encode(card: ModelCard, prompts: Sequence[str] | EncodedPrompts, labels: Lab
     ----------
     labels : sequence of str, or sequence of such sequences
         One list for all prompts, or one list of the same length for each. A leading space is part of a label.
+    probe_at : sequence of str, int or None, length P, optional
+        A piece of each prompt that stands in it once: neurons are read and shifted at the token that holds its last
+        character. Or the number of characters up to there. None for the prompt's last token.
+    answers : {"token", "sequence"}
+        With "sequence", labels may be several tokens. The probability of a label is then that of its tokens one after
+        the other.
 
     Raises
     ------
     PromptError
-        As for `encode_prompts`.
+        As for `encode_prompts`; or if a piece stands in its prompt nowhere or twice, or no token holds its end.
     LabelError
-        If a label is not exactly one known token in its place, two labels of a prompt share a token, the lists do not
-        fit, or labels are given beside encoded prompts.
+        If a label is not exactly one known token in its place (or, with "sequence", some known tokens), two labels of
+        a prompt share their tokens, the lists do not fit, or labels are given beside encoded prompts.
     """
     if isinstance(prompts, EncodedPrompts):
-        if labels is None:
+        if labels is None and probe_at is None and answers == "token":
             return prompts
         raise LabelError(
             f"labels {row_text(labels)} were given beside encoded prompts, which hold theirs; leave them out"
+            if labels is not None
+            else "probe_at or answers were given beside encoded prompts, which hold theirs; leave them out"
         )
+    if answers not in get_args(AnswerKind):
+        raise LabelError(f"answers {answers!r} is not known; choose one of {', '.join(get_args(AnswerKind))}")
     reader = PromptReader(card.tokenizer, masked=card.arch.masked)
     bodies = reader.read(prompts)
     ids = _checked_prompts(card, reader, prompts, bodies)
     per_prompt = _per_prompt(labels or [], len(prompts))
+    probed_P = _probed(card, reader, prompts, bodies, ids, probe_at)
+    if answers == "sequence":
+        return _with_sequences(card, reader, prompts, bodies, ids, per_prompt, probed_P)
     found = reader.label_ids(prompts, bodies, per_prompt)
     checked = [
         _checked_labels(card, index, row, known)
         for index, (row, known) in enumerate(zip(per_prompt, found, strict=True))
     ]
-    return EncodedPrompts(ids, np.array(checked, dtype=np.int64))
+    return EncodedPrompts(ids, np.array(checked, dtype=np.int64), probed_P=probed_P)
+
+
+def _with_sequences(
+    card: ModelCard,
+    reader: PromptReader,
+    prompts: Sequence[str],
+    bodies: list[list[int]],
+    ids: list[list[int]],
+    per_prompt: list[tuple[str, ...]],
+    probed_P: NDArray[np.int64] | None,
+) -> EncodedPrompts:
+    """Return prompts with labels of one or several tokens each."""
+    if card.arch.masked:
+        raise LabelError(
+            f"answers 'sequence' needs a causal model and {card.name} is masked: one mask holds one token; choose "
+            "answers 'token'"
+        )
+    found = reader.label_tokens(prompts, bodies, per_prompt)
+    tokens_PO = [
+        _checked_sequences(card, index, row, known, len(tokens))
+        for index, (row, known, tokens) in enumerate(zip(per_prompt, found, ids, strict=True))
+    ]
+    first_PO = np.array([[tokens[0] for tokens in row] for row in tokens_PO], dtype=np.int64)
+    return EncodedPrompts(ids, first_PO, probed_P=probed_P, label_tokens_PO=tokens_PO)
+
+
+def _probed(
+    card: ModelCard,
+    reader: PromptReader,
+    prompts: Sequence[str],
+    bodies: list[list[int]],
+    ids: list[list[int]],
+    probe_at: Sequence[str | int | None] | None,
+) -> NDArray[np.int64] | None:
+    """Return the place of each prompt's probed token among its ids; None if none is named."""
+    if probe_at is None or all(one is None for one in probe_at):
+        return None
+    if card.arch.masked:
+        raise PromptError(
+            f"probe_at needs a causal model and {card.name} is masked, whose neurons are read at its mask; leave "
+            "probe_at out"
+        )
+    if isinstance(probe_at, str) or len(probe_at) != len(prompts):
+        raise PromptError(f"probe_at {row_text(probe_at)}: give a list with a piece of each prompt, or None")
+    probed_P = np.array([len(tokens) - 1 for tokens in ids], np.int64)
+    named = [(index, _end(index, prompts[index], one)) for index, one in enumerate(probe_at) if one is not None]
+    at, ends = [index for index, _ in named], [end for _, end in named]
+    places = reader.probed_tokens([prompts[index] for index in at], [bodies[index] for index in at], ends)
+    for index, found in zip(at, places, strict=True):
+        if isinstance(found, PromptError):
+            raise PromptError(f"prompt {index}: {found}")
+        # Special tokens stand in front of a causal model's prompt, and none behind it.
+        probed_P[index] = len(ids[index]) - len(bodies[index]) + found.place
+    return probed_P
+
+
+def _end(index: int, prompt: str, probe_at: str | int) -> int:
+    if isinstance(probe_at, int):
+        if not 1 <= probe_at <= len(prompt):
+            raise PromptError(f"prompt {index}: probe_at {probe_at} is none of its {len(prompt)} characters")
+        return probe_at
+    try:
+        return end_of_piece(prompt, probe_at)
+    except PromptError as error:
+        raise PromptError(f"prompt {index}: {error}") from None
 
 
 def encode_targets(
@@ -129,6 +245,30 @@ def _checked_labels(card: ModelCard, index: int, labels: tuple[str, ...], found:
             )
         known[label_id] = label
     return list(known)
+
+
+def _checked_sequences(
+    card: ModelCard, index: int, labels: tuple[str, ...], found: list[list[int] | LabelError], n_tokens: int
+) -> list[list[int]]:
+    """Return the token ids of one prompt's labels: none may be an error, strange to the model, too long or a double."""
+    known: dict[tuple[int, ...], str] = {}
+    for label, tokens in zip(labels, found, strict=True):
+        if isinstance(tokens, LabelError):
+            raise LabelError(f"prompt {index}: {tokens}")
+        if max(tokens) >= card.vocab_size:
+            raise LabelError(f"prompt {index}: label {row_text(label)}: {_strange(card, max(tokens))}")
+        if n_tokens + len(tokens) - 1 > card.context_tokens:
+            raise LabelError(
+                f"prompt {index}: its {n_tokens} tokens and the {len(tokens)} of label {row_text(label)} are more than "
+                f"{card.name} reads, {card.context_tokens}; shorten them or use fewer demonstrations"
+            )
+        if tuple(tokens) in known:
+            raise LabelError(
+                f"prompt {index}: labels {row_text(known[tuple(tokens)])} and {row_text(label)} are the same tokens "
+                f"(ids {row_text(tokens)}) of this model"
+            )
+        known[tuple(tokens)] = label
+    return [list(tokens) for tokens in known]
 
 
 def _strange(card: ModelCard, token: int) -> str:

@@ -9,7 +9,10 @@ A label is what the tokenizer makes of it in its place. For a causal model
     ids(prompt + label) == ids(prompt) + [id of the label]
 
 and for a masked model, whose label takes the place of the mask, the prompt is what stands in front of the mask. Tokens
-of a label that is read alone are others with many tokenizers, and depend on the prompt's end.
+of a label that is read alone are others with many tokenizers, and depend on the prompt's end. Where labels may be
+several tokens, the rule is the same: the tokens of the prompt stay, and what comes behind them is the label.
+
+The probed token is the prompt's last one, or the one that holds the last character of a piece of the prompt.
 """
 
 from __future__ import annotations
@@ -38,10 +41,44 @@ class _Place(NamedTuple):
     before: str
     ids_before: list[int]
 
-    def id_of_label(self, ids: Sequence[int]) -> int | None:
-        """Return the only id that a label adds to those in front of it, or None if it does more."""
+    def ids_of_label(self, ids: Sequence[int], most: int | None) -> list[int] | None:
+        """Return the ids that a label adds to those in front of it, or None if it does more, or adds too many."""
         start = len(self.ids_before)
-        return ids[start] if len(ids) == start + 1 and list(ids[:start]) == self.ids_before else None
+        added = list(ids[start:])
+        is_right = bool(added) and (most is None or len(added) <= most) and list(ids[:start]) == self.ids_before
+        return added if is_right else None
+
+
+class ProbedToken(NamedTuple):
+    """The token that holds the last character of a piece of a text."""
+
+    place: int
+    """Its place among the text's own tokens, special ones in front not counted."""
+    start: int
+    stop: int
+    """Characters of the text that it holds: from `start` up to `stop`."""
+
+
+def end_of_piece(text: str, piece: str) -> int:
+    """Return where a piece of a text ends: the number of characters up to there; spaces at its end do not count.
+
+    Raises
+    ------
+    PromptError
+        If the piece is empty, or stands in the text nowhere or at several places.
+    """
+    wanted = piece.rstrip()
+    if not wanted:
+        raise PromptError(f"probe_at is {row_text(piece)}; give a piece of the prompt")
+    first = text.find(wanted)
+    if first < 0:
+        raise PromptError(f"probe_at {row_text(piece)} stands nowhere in the prompt; give a piece of it as it is")
+    if text.find(wanted, first + 1) >= 0:
+        raise PromptError(
+            f"probe_at {row_text(piece)} stands at several places of the prompt; give a longer piece that ends where "
+            "neurons are to be read"
+        )
+    return first + len(wanted)
 
 
 @dataclass(frozen=True)
@@ -99,22 +136,71 @@ class PromptReader:
             Result of `read`.
         labels : sequence of P sequences of str
         """
+        return [
+            [one if isinstance(one, LabelError) else one[0] for one in of_text]
+            for of_text in self._labels(texts, ids, labels, most=1)
+        ]
+
+    def label_tokens(
+        self, texts: Sequence[str], ids: Sequence[list[int]], labels: Sequence[Sequence[str]]
+    ) -> list[list[list[int] | LabelError]]:
+        """Return the ids, one or several, of every label in its place, or why it has none; arguments as of `label_ids`.
+
+        The end of a long prompt stands for it here as well: see `_tails`.
+        """
+        return self._labels(texts, ids, labels, most=None)
+
+    def probed_tokens(
+        self, texts: Sequence[str], ids: Sequence[list[int]], ends: Sequence[int]
+    ) -> list[ProbedToken | PromptError]:
+        """Return the token that holds the last character of each text up to some end, or why there is none.
+
+        Parameters
+        ----------
+        texts : sequence of str, length P
+        ids : sequence of lists of int, length P
+            Result of `read`.
+        ends : sequence of int, length P
+            Characters up to the end of the piece, at least one.
+
+        Raises
+        ------
+        PromptError
+            If the tokenizer cannot tell which characters a token holds.
+        """
+        if not texts:
+            return []
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise PromptError(
+                "probe_at: this model's tokenizer does not tell which characters a token holds; leave probe_at out, "
+                "or use a model with a tokenizer.json"
+            )
+        read = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            _holding(offsets, end) if list(again) == of_text else PromptError("probe_at: no token can be told")
+            for of_text, end, again, offsets in zip(ids, ends, read["input_ids"], read["offset_mapping"], strict=True)
+        ]
+
+    def _labels(
+        self, texts: Sequence[str], ids: Sequence[list[int]], labels: Sequence[Sequence[str]], most: int | None
+    ) -> list[list[list[int] | LabelError]]:
+        """Return the ids of every label in its place, at most so many each, or why it has none."""
         wholes = [self._place(text, of_text) for text, of_text in zip(texts, ids, strict=True)]
-        found: list[list[int | None]] = [[None] * len(of_text) for of_text in labels]
+        found: list[list[list[int] | None]] = [[None] * len(of_text) for of_text in labels]
         for places in (self._tails(texts, ids), wholes):
             open_PO = [
                 (p, o)
                 for p, place in enumerate(places)
-                for o, label_id in enumerate(found[p])
-                if label_id is None and place is not None
+                for o, known in enumerate(found[p])
+                if known is None and place is not None
             ]
             read = self._read_in_place([(places[p], labels[p][o]) for p, o in open_PO])
             for (p, o), in_place in zip(open_PO, read, strict=True):
                 place = places[p]
                 assert place is not None
-                found[p][o] = place.id_of_label(in_place)
+                found[p][o] = place.ids_of_label(in_place, most)
         return [
-            [self._checked(place, label, label_id) for label, label_id in zip(of_text, known, strict=True)]
+            [self._checked(place, label, of_label) for label, of_label in zip(of_text, known, strict=True)]
             for place, of_text, known in zip(wholes, labels, found, strict=True)
         ]
 
@@ -165,7 +251,7 @@ class PromptReader:
         """Return the end of each prompt where what follows it is read as behind the whole prompt, else None.
 
         The end begins at a space within the prompt, and its ids are the last ids of the prompt, so there is a token
-        boundary in front of it. If a label adds one id to those of the end, it adds the same to those of the prompt:
+        boundary in front of it. If a label adds ids to those of the end, it adds the same to those of the prompt:
 
         - A tokenizer of these kinds cuts a text into words and reads each by itself. Its patterns look one character
           ahead at most and never back, so a label changes no cut in front of an end of some length.
@@ -208,17 +294,21 @@ class PromptReader:
     def _read_in_place(self, labels: Sequence[tuple[_Place | None, str]]) -> list[list[int]]:
         return self.read([f"{place.before}{label}" for place, label in labels if place is not None])
 
-    def _checked(self, place: _Place, label: str, label_id: int | None) -> int | LabelError:
-        if label_id is not None and label_id != self._unknown_id:
-            return label_id
-        if label_id is not None:
-            return LabelError(f"label {row_text(label)} is unknown to this model's tokenizer (id {label_id})")
+    def _checked(self, place: _Place, label: str, found: list[int] | None) -> list[int] | LabelError:
+        if found is not None and self._unknown_id not in found:
+            return found
+        if found is not None:
+            part = "part of " * (len(found) > 1)
+            unknown = f"is unknown to this model's tokenizer (id {self._unknown_id})"
+            return LabelError(f"{part}label {row_text(label)} {unknown}")
         (ids,) = self._read_in_place([(place, label)])
         start = len(place.ids_before)
         if ids[:start] == place.ids_before:
             return LabelError(
                 f"label {row_text(label)} is {len(ids) - start} tokens of this model (ids {row_text(ids[start:])}); "
                 "a label must be exactly one, and a leading space is part of it"
+                + " (answers: sequence allows several)"
+                * (not self.masked and len(ids) > start)
             )
         alone, joined = self._differing(place.ids_before, ids)
         return LabelError(
@@ -235,6 +325,15 @@ class PromptReader:
     def _in_words(self, ids: list[int]) -> str:
         spelled = getattr(self.tokenizer, "convert_ids_to_tokens", None)
         return private(f"{spelled(ids)} (ids {ids})" if spelled else f"ids {ids}")
+
+
+def _holding(offsets: Sequence[tuple[int, int]], end: int) -> ProbedToken | PromptError:
+    """Return the last token that holds the character in front of an end: several hold one of many bytes."""
+    for index in range(len(offsets) - 1, -1, -1):
+        start, stop = offsets[index]
+        if start < end <= stop:
+            return ProbedToken(index, start, stop)
+    return PromptError("probe_at: no token of this model's tokenizer holds its last character; end it elsewhere")
 
 
 def _missing_at_end(ids: list[int], back: list[int]) -> Iterator[int]:

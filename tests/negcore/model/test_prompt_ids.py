@@ -7,7 +7,7 @@ from tokenizers_of import REAL, TINY, real_tokenizer, tiny, with_template, word_
 from negcore import as_language_model
 from negcore.errors import LabelError, PromptError
 from negcore.model.encoding import encode, encode_prompts
-from negcore.model.prompt_ids import PromptReader
+from negcore.model.prompt_ids import PromptReader, end_of_piece
 
 ENDINGS = ["Answer:", "Answer: ", "Answer:\n", "答え：", "答え", "is", "3", "(", "<|turn|>", "Answer: \n\n"]
 OPTIONS = ["A", " A", "B", " B", "1", " 1", "  A", "A\n", "yes", " yes", "Paris", " Paris", "答", ":", "."]
@@ -174,3 +174,82 @@ def test_batches_and_repeats_of_prompts_change_no_id():
         alone = encode(lm.card, [prompt], LABELS)
         assert alone.ids == together.ids[index : index + 1]
         assert (alone.label_ids_PO == together.label_ids_PO[index]).all()
+
+
+SEVERAL = [*OPTIONS, " New York", "New York", " the Battle of Hastings in 1066", " naïve 東京", "\n\nA B", "🦙 don't"]
+
+
+def test_the_tokens_of_a_label_are_what_the_tokenizer_adds_to_the_whole_prompt(tokenizer):
+    reader, prompts = PromptReader(tokenizer), texts()[::7]
+    ids = reader.read(prompts)
+    found = reader.label_tokens(prompts, ids, [SEVERAL] * len(prompts))
+    n_several = 0
+    for prompt, before, of_prompt in zip(prompts, ids, found, strict=True):
+        for label, tokens in zip(SEVERAL, of_prompt, strict=True):
+            whole = tokenizer(prompt + label, add_special_tokens=False)["input_ids"]
+            added = whole[len(before) :]
+            is_right = whole[: len(before)] == before and added and tokenizer.unk_token_id not in added
+            assert tokens == added if is_right else isinstance(tokens, LabelError), (prompt, label)
+            n_several += bool(is_right) and len(added) > 1
+    assert n_several > 5
+
+
+def test_a_piece_of_a_prompt_is_probed_at_the_token_that_holds_its_last_character(tokenizer):
+    reader, text = PromptReader(tokenizer), " ".join(WORDS) + " Answer:"
+    ends = [place + 1 for place, character in enumerate(text) if character.isalpha()]
+    (tokens,) = reader.read([text])
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    places = reader.probed_tokens([text] * len(ends), [tokens] * len(ends), ends)
+    for end, found in zip(ends, places, strict=True):
+        assert (found.start, found.stop) == tuple(offsets[found.place]) and found.start < end <= found.stop
+        assert all(start >= end for start, stop in offsets[found.place + 1 :] if start < stop)
+        known = tokenizer.decode(tokens[found.place]).casefold()
+        assert (
+            not text[end - 1].isascii()
+            or text[end - 1].casefold() in known
+            or tokens[found.place] == reader._unknown_id
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "piece", "end"),
+    [("The Eiffel Tower is in", "Eiffel Tower", 16), ("aXa", "Xa", 3), ("one two ", "two  ", 7), ("a b a", "b a", 5)],
+)
+def test_a_piece_ends_behind_its_last_character_that_is_no_space(text, piece, end):
+    assert end_of_piece(text, piece) == end
+
+
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [("Paris", "nowhere"), ("the", "several places .* longer"), ("oo", "several places"), ("  ", "give a piece")],
+)
+def test_a_piece_that_says_no_single_place_is_refused(piece, said):
+    with pytest.raises(PromptError, match=said):
+        end_of_piece("the cat ooo the dog", piece)
+
+
+def test_labels_of_several_tokens_need_to_be_asked_for_and_have_tokens_of_their_own():
+    lm = tiny_model("llama")
+    with pytest.raises(LabelError, match="is 2 tokens .*answers: sequence allows several"):
+        encode(lm.card, ["Answer:"], [" A B"])
+    encoded = encode(lm.card, ["Answer:"], [" A B", " A"], answers="sequence")
+    ((longer, shorter),) = encoded.label_tokens_PO
+    assert len(longer) == 2 and longer[:1] == shorter and (encoded.label_ids_PO == shorter).all()
+    with pytest.raises(LabelError, match="are the same tokens"):
+        encode(lm.card, ["Answer:"], [" A B", " A B"], answers="sequence")
+    with pytest.raises(LabelError, match="more than tiny-llama reads, 128"):
+        encode(lm.card, ["Answer:"], [" A" * 128, " B"], answers="sequence")
+    with pytest.raises(LabelError, match="choose one of token, sequence"):
+        encode(lm.card, ["Answer:"], [" A"], answers="text")
+
+
+def test_a_probed_token_counts_special_tokens_in_front_of_the_prompt():
+    lm = model_with(with_template(tiny("Metaspace first"), "<s> $A"))
+    encoded = encode(lm.card, ["Which cat? Answer:"], [" A"], probe_at=["ich cat"])
+    (probed,) = encoded.probed_P
+    assert probed >= 1 and lm.tokenizer.decode(encoded.ids[0][: probed + 1]).replace(" ", "").endswith("cat")
+    by_characters = encode(lm.card, ["Which cat? Answer:"], [" A"], probe_at=[len("Which cat")])
+    assert by_characters.probed_P.tolist() == [probed]
+    assert encode(lm.card, ["Which cat? Answer:"], [" A"], probe_at=[None]).probed_P is None
+    with pytest.raises(PromptError, match="prompt 0: probe_at 0 is none of its 18 characters"):
+        encode(lm.card, ["Which cat? Answer:"], [" A"], probe_at=[0])
