@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 
 # Models in the tests are tiny: more threads than one a process only get into each other's way.
 test: $(VENV)/.developing
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Kills, damages and starves real runs (see tests/fault_suite.py); disks can only be made by root.
 faults: $(VENV)/.developing
