@@ -13,6 +13,7 @@ from flows.flow_run import noted, run_session, run_work
 from flows.prefect_flows import prefect_flow
 from flows.show.accuracy_figures import accuracy_figures
 from flows.show.accuracy_tables import accuracy_tables, asked, confusion_tables, rows_table, short
+from flows.show.beyond_tables import beyond_tables
 from flows.show.certificate_tables import certificate_tables
 from flows.show.comparison_tables import comparison_tables
 from flows.show.control_tables import control_tables
@@ -23,6 +24,7 @@ from flows.show.resample_tables import resample_tables
 from flows.show.sentences import accuracy_sentences
 from negcore.errors import typed_line
 from negcore.store.publish import receipts
+from tasks.beyond_lm import BEYOND_FILE, BeyondRow
 from tasks.certificates import CertificateRow
 from tasks.comparisons import ComparisonRow, comparisons
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
@@ -61,6 +63,8 @@ class Results(RunResults):
     """Averages of `scores`, if there are several datasets."""
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
+    beyond: list[BeyondRow] = field(default_factory=list)
+    """Probes beside the model's own answers."""
     comparisons: list[ComparisonRow] = field(default_factory=list)
     """Comparisons of the probes by their `predictions`."""
     resamples: list[ResampleRow] = field(default_factory=list)
@@ -84,7 +88,7 @@ class Results(RunResults):
         controls = control_tables(self.controls, self.scores)
         certificates = certificate_tables(self.certificates)
         resamples, neurons = resample_tables(self.resamples, self.scores), top_table(self.neurons, self.scores)
-        beside = (*controls, *comparisons, *resamples, *certificates, *neurons, *confusion)
+        beside = (*beyond_tables(self.beyond), *controls, *comparisons, *resamples, *certificates, *neurons, *confusion)
         return [
             Section(
                 "",
@@ -250,6 +254,7 @@ def _collect(results: Results, pending: Sequence[_PendingProbe], run: SkillRun) 
         results.scores += probed.scores
         results.confusion += probed.confusion
         results.predictions += probed.predictions
+        results.beyond += probed.beyond
         results.resamples += probed.resamples
         results.controls += probed.controls
         results.certificates += probed.certificates
@@ -276,6 +281,7 @@ def _publish(results: Results) -> None:
     write_table(results.directory / "accuracy.arrow", AccuracyRow, [asdict(row) for row in results.scores])
     write_table(results.directory / "averages.arrow", Average, [asdict(row) for row in results.averages])
     write_predictions(results.directory, results.predictions)
+    write_table(results.directory / BEYOND_FILE, BeyondRow, [asdict(row) for row in results.beyond])
     write_table(results.directory / "comparisons.arrow", ComparisonRow, [asdict(row) for row in results.comparisons])
     write_table(results.directory / NEURONS_FILE, NeuronRow, [asdict(row) for row in results.neurons])
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])

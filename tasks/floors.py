@@ -86,6 +86,13 @@ class FloorAnswers:
         else:
             self._predicted["options_only"] = OptionsFloor(random_state=seed).fit(asked, gold_P).predict(answered)
 
+    @property
+    def calibrated_P(self) -> Ints:
+        """Answers of calibrated LM-Prob to the test prompts: shape (P,)."""
+        predicted_P = self._predicted["calibrated"]
+        assert predicted_P is not None
+        return predicted_P
+
     def beside(self, rows: Ints) -> dict[str, Any]:
         """Return the floors and the label mass on some of the test prompts, by the names of their fields."""
         gold_P = self._test.gold_P[rows]

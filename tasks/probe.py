@@ -18,6 +18,7 @@ from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit
+from tasks.beyond_lm import BeyondRow, beyond_lm
 from tasks.certificates import CertificateRow, certificate_rows
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
@@ -89,6 +90,7 @@ class Probed:
     scores: list[AccuracyRow] = field(default_factory=list)
     confusion: list[Confusion] = field(default_factory=list)
     predictions: list[Predictions] = field(default_factory=list)
+    beyond: list[BeyondRow] = field(default_factory=list)
     resamples: list[ResampleRow] = field(default_factory=list)
     controls: list[ControlRow] = field(default_factory=list)
     certificates: list[CertificateRow] = field(default_factory=list)
@@ -276,6 +278,7 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
     beside = {group: {**common, "group": group, **floors.beside(chosen)} for group, chosen in rows.items()}
     predictions = Predictions.of(test, run.shots, {one.probe: one.predicted_P for one in answers})
     probed = Probed(predictions=[predictions], warnings=[floors.warning] if floors.warning else [])
+    probed.beyond.extend(beyond_lm(predictions, floors.calibrated_P, test.target))
     for one in answers:
         for group, chosen in rows.items():
             result = accuracy(test.gold_P[chosen], one.predicted_P[chosen])

@@ -1,6 +1,6 @@
 """Commands that look into finished runs."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,11 @@ from flows.show.console import console, tell
 from negcore.errors import RunError
 from negcore.store.files import location
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tasks.beyond_lm import BeyondRow
+
 
 def compare(
     runs: Annotated[
@@ -17,18 +22,23 @@ def compare(
         typer.Argument(help="Run directories: of pipeline, probe, mceval8k, skills.", autocompletion=complete_run),
     ],
     form: Format = None,
+    table: Annotated[
+        Literal["accuracy", "beyond_lm"], typer.Option(help="With --format: the table whose rows are written.")
+    ] = "accuracy",
     out: Out = None,
 ) -> None:
     """Show the accuracies of several runs side by side: other split policies, wordings, sites, seeds.
 
     Example: `neg compare runs/clean runs/released`
 
-    Every dataset that two of the runs have is shown, with a line for each run. With --format, the rows of
-    accuracy.arrow behind that are written, with the name of the run in front.
+    Every dataset that two of the runs have is shown, with a line for each run, and then what each run's probes add to
+    the model's own answer. With --format, the rows of accuracy.arrow behind that are written, with the name of the run
+    in front; with --table beyond_lm, those of beyond_lm.arrow.
     """
     import pyarrow as pa
 
     from flows.show.accuracy_tables import compared_rows, comparison_table
+    from flows.show.beyond_tables import beyond_compared, beyond_comparison
     from flows.show.model_names import told_apart
     from tasks.probe import AccuracyRow
     from tasks.rundir.manifest import check_results
@@ -38,17 +48,37 @@ def compare(
         raise RunError("name at least two run directories: there is nothing to compare one with")
     places = [location(run) for run in runs]
     names = [place.name for place in places]
-    for warning in filter(None, (check_results(place, [place / "accuracy.arrow"]) for place in places)):
+    for warning in filter(None, (check_results(place, _compared_files(place)) for place in places)):
         tell("warning", warning)
     scores = {
         place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
         for place in places
     }
+    found = {name: _beyond(place) for name, place in zip(scores, places, strict=True)}
     with told_apart(row.model for rows in scores.values() for row in rows):
-        table = comparison_table(scores)
-    if not table.blocks:
+        tables = [comparison_table(scores), beyond_comparison(found)]
+    if not tables[0].blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(runs)}, asked of the same model")
     if name := format_of(form, out):
-        deliver(pa.Table.from_pylist(compared_rows(scores)), name, out)
+        rows = compared_rows(scores) if table == "accuracy" else beyond_compared(found)
+        if not rows:
+            raise RunError(f"the runs {', '.join(runs)} hold no table beyond_lm: `neg probe RUN` makes it")
+        deliver(pa.Table.from_pylist(rows), name, out)
     else:
-        console.print(table)
+        console.print(*(one for one in tables if one.blocks))
+
+
+def _compared_files(run: "Path") -> "list[Path]":
+    from negcore.store.files import n_bytes
+    from tasks.beyond_lm import BEYOND_FILE
+
+    beyond = run / BEYOND_FILE
+    return [run / "accuracy.arrow", *([] if n_bytes(beyond) is None else [beyond])]
+
+
+def _beyond(run: "Path") -> "list[BeyondRow]":
+    """Return what a run's probes add; nothing of a run from before there was such a table, or of skills."""
+    from tasks.beyond_lm import BeyondRow
+    from tasks.rundir.tables import read_table
+
+    return [row for path in _compared_files(run)[1:] for row in read_table(path, BeyondRow)]

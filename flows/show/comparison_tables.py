@@ -83,8 +83,13 @@ def _pair(row: ComparisonRow) -> str:
 
 def _p(row: ComparisonRow) -> str:
     """Return the corrected p, or a bound on a very small one."""
-    p = row.p_corrected
-    return "p < .0001" if p < 1e-4 else f"p = {bare(f'{p:.1g}' if p < 0.01 else f'{p:.2f}')}"
+    said = p_value(row.p_corrected)
+    return f"p {said}" if said.startswith("<") else f"p = {said}"
+
+
+def p_value(p: float) -> str:
+    """Return a p with one or two digits, or a bound on a very small one."""
+    return "< .0001" if p < 1e-4 else bare(f"{p:.1g}" if p < 0.01 else f"{p:.2f}")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ KNOWN_FILES = MappingProxyType(
         REPORT_FILE: "every table and figure",
         "accuracy.arrow": "accuracy of every probe on test",
         "averages.arrow": "mean accuracy over datasets",
+        "beyond_lm.arrow": "what probes add to the model's own answer",
         "campaign": "comparison of the models",
         "certificates.arrow": "how many large NEGs the estimates can miss",
         "checks": "check of every model where it was loaded",

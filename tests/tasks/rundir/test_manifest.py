@@ -74,7 +74,8 @@ def test_a_finished_run_names_versions_plan_shards_and_results(made):
     assert [(one.n_shards, one.n_rows) for one in manifest.shards.values()] == [(3, 20)] * 3
     assert all(one.versions["torch"] == {manifest.versions["torch"]: 3} for one in manifest.shards.values())
     names = {place.split("/")[0] for place in manifest.files}
-    tables = {f"{name}.arrow" for name in ("accuracy", "averages", "comparisons", "neurons", "predictions", "splits")}
+    known = ("accuracy", "averages", "beyond_lm", "comparisons", "neurons", "predictions", "splits")
+    tables = {f"{name}.arrow" for name in known}
     assert names == {"run.yaml", "plan.json", "report.html", "probes", "checks", "figures"} | tables
     assert faults(made) == []
     newest = max(made.rglob("*"), key=lambda path: path.stat().st_mtime_ns if path.is_file() else 0)

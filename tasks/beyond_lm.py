@@ -1,0 +1,77 @@
+"""Gains of probes over the model's own answer, as it is and calibrated, on the test rows that all of them answered."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from negcore.arrays import Ints
+from negcore.measure.targets import DEFAULT_TARGET
+from negcore.probing.evaluation import accuracy
+from negcore.probing.paired import paired
+from tasks.predictions import Predictions
+
+BEYOND_FILE = "beyond_lm.arrow"
+
+
+@dataclass(frozen=True)
+class BeyondRow:
+    """A probe on one dataset's test rows, beside LM-Prob and calibrated LM-Prob."""
+
+    model: str
+    shots: int
+    dataset: str
+    probe: str
+    n_test: int
+    accuracy: float
+    lm: float
+    """Accuracy of LM-Prob."""
+    only_probe: float
+    """Share of the test rows that the probe answered right and LM-Prob wrong."""
+    only_lm: float
+    """Share of the test rows that LM-Prob answered right and the probe wrong."""
+    p: float
+    """Two-sided p of the exact McNemar test of the two, not corrected for the number of tests."""
+    calibrated: float
+    """Accuracy of LM-Prob calibrated on the training rows: see `negcore.probing.floors.CalibratedLMProbe`."""
+    only_probe_not_calibrated: float
+    """Share of the test rows that the probe answered right and calibrated LM-Prob wrong."""
+    only_calibrated: float
+    """Share of the test rows that calibrated LM-Prob answered right and the probe wrong."""
+    p_calibrated: float
+    """The p of these two."""
+    target: str = DEFAULT_TARGET
+    """The number of an option whose slope the probe's NEGs are."""
+
+
+def beyond_lm(predictions: Predictions, calibrated_P: Ints, target: str) -> Iterator[BeyondRow]:
+    """Compare every probe of a dataset with the model's own answers.
+
+    Parameters
+    ----------
+    predictions : Predictions
+        With those of LM-Prob.
+    calibrated_P : int array (P,)
+        Answers of calibrated LM-Prob to the same rows.
+    """
+    gold_P, lm_P = predictions.gold_P, predictions.predicted_P["lm"]
+    for probe, predicted_P in predictions.predicted_P.items():
+        if probe == "lm":
+            continue
+        right_P = predicted_P == gold_P
+        of_lm, of_calibrated = (paired(right_P, other_P == gold_P) for other_P in (lm_P, calibrated_P))
+        yield BeyondRow(
+            model=predictions.model,
+            shots=predictions.shots,
+            dataset=predictions.dataset,
+            probe=probe,
+            n_test=of_lm.n,
+            accuracy=accuracy(gold_P, predicted_P).value,
+            lm=accuracy(gold_P, lm_P).value,
+            only_probe=of_lm.n_first / of_lm.n,
+            only_lm=of_lm.n_second / of_lm.n,
+            p=of_lm.p,
+            calibrated=accuracy(gold_P, calibrated_P).value,
+            only_probe_not_calibrated=of_calibrated.n_first / of_lm.n,
+            only_calibrated=of_calibrated.n_second / of_lm.n,
+            p_calibrated=of_calibrated.p,
+            target=target,
+        )
