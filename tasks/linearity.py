@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negcore.analysis.linearity import (
+    PER_ACTIVATION,
     AgreementRow,
     EffectRow,
     Facts,
@@ -25,6 +26,7 @@ from negcore.analysis.linearity import (
 from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
+from negcore.measure.targets import ShiftUnit
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study, value_names
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.references import ReferenceKind
@@ -69,6 +71,9 @@ class Findings:
     references: ReferenceKind | None
     """Prompts that each prompt is patched from, in `effects`."""
     interventions: list[InterventionRow]
+    shift_unit: ShiftUnit
+    n_without_spread: int
+    """Neurons that were drawn and left out, as their activation is the same in all prompts: with the unit "sd"."""
     costs: list[CostRow]
 
 
@@ -88,8 +93,9 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         _check_finite(one, of_set)
     blocks = [of_set for one, of_set in shards.items() if one.place.kind == "sweeps"]
     estimates = {one.place.part: of_set for one, of_set in shards.items() if one.place.kind == "estimates"}
-    scores_PK = {name: of_set.columns["scores"] for name, of_set in estimates.items()}
-    sweep = joined_sweep(blocks)
+    whole = joined_sweep(blocks)
+    sweep = whole.with_spread()
+    scores_PK = {name: _in_unit(name, of_set.columns["scores"], whole) for name, of_set in estimates.items()}
     main_negs_PK = sweep.within(run.main_range).negs_PK
     ids = blocks[0].ids
     return Findings(
@@ -109,11 +115,21 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         effects=effects_table(scores_PK, n_bootstrap=run.bootstrap, seed=run.seed),
         references=None if study.partners is None else study.partners.kind,
         interventions=_interventions(run, study),
+        shift_unit=run.shift_unit,
+        n_without_spread=len(whole.neurons_K2) - len(sweep.neurons_K2),
         costs=[
             CostRow(MEASURED, sum(block.seconds_per_prompt for block in blocks)),
             *(CostRow(name, of_set.seconds_per_prompt) for name, of_set in estimates.items()),
         ],
     )
+
+
+def _in_unit(estimator: str, scores_PK: NDArray[np.float32], sweep: SweepResult) -> NDArray[np.float32]:
+    """Return the scores of the neurons that have a spread; of those in target per activation, per unit of shifts."""
+    if sweep.spreads_K is None:
+        return scores_PK
+    units_K = sweep.spreads_K if estimator in PER_ACTIVATION else np.ones_like(sweep.spreads_K)
+    return (scores_PK * units_K)[:, sweep.spreads_K > 0].astype(np.float32)
 
 
 def _check_finite(shard_set: ShardSet, shards: StudyShards) -> None:

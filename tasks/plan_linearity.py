@@ -72,16 +72,17 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
     grid_S = nested_grid(run.ranges, run.points)
     references = _references(run, card, facts, examples)
+    spread_over = _spread_over(run, examples)
     measurements: list[tuple[str, str, Measurement]] = [
         *(
-            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges, run.target))
+            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges, run.target, spread_over))
             for name, block_K2 in _blocks(neurons_K2, run.block_layers)
         ),
         *(
             ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target))
             for name in dict.fromkeys(run.estimator)
         ),
-        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed, run.target)),
+        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed, run.target, spread_over)),
     ]
     shard_sets = tuple(_shard_set(run, card, facts, examples, *one) for one in measurements)
     warning = tokenizer_warning(card, [example.prompt for example in examples])
@@ -117,6 +118,24 @@ def _shard_set(
         nonfinite=run.nonfinite,
         title=f"{card.name} {facts.name} {kind} {part}",
     )
+
+
+def _spread_over(run: LinearityRun, examples: tuple[EncodedExample, ...]) -> References | None:
+    """Return the prompts whose activations' spread is the unit of shifts, if it is one.
+
+    Raises
+    ------
+    NegError
+        If there is one prompt.
+    """
+    if run.shift_unit == "activation":
+        return None
+    if len(examples) == 1:
+        raise NegError(
+            "shift unit 'sd' needs the spread of activations over prompts, and there is one prompt: measure more, or "
+            "set shift_unit to activation"
+        )
+    return all_prompts(examples)
 
 
 def _with_options(facts: FactSet) -> FactSet:

@@ -23,7 +23,7 @@ from flows.show.drawing import (
     panel,
     powers,
 )
-from flows.show.linearity_tables import ESTIMATOR_TITLES, whole_model
+from flows.show.linearity_tables import ESTIMATOR_TITLES, main_range, unit_name, whole_model
 from flows.show.text import correlation
 from negcore.analysis.linearity import AgreementRow
 from tasks.linearity import Findings
@@ -58,7 +58,7 @@ def shift_curves(findings: Findings) -> Figure:
         name="shift-curves",
         title=f"{findings.dataset}: change of the answer's {findings.sweep.target} against shift",
         says=f"How the {findings.sweep.target} of the answer changes when one neuron is shifted, for some neurons; the "
-        f"line is the NEG measured within ±{findings.main_range:g} (shaded). A straight row of points means that a "
+        f"line is the NEG measured within {main_range(findings)} (shaded). A straight row of points means that a "
         "gradient says all.",
         parts=[Part([_shift_curve(findings, example) for example in _examples(findings)])],
         is_private=True,
@@ -68,7 +68,7 @@ def shift_curves(findings: Findings) -> Figure:
 def linear_share(findings: Findings) -> Figure:
     """Draw the share of linear neurons against range, for the model and each layer."""
     rows = [{"layer": row.layer, "range": row.range, "share": row.linear_share, "n": row.n} for row in findings.ranges]
-    x = field("range:Q", title="range of shifts ± (activation)", scale={"type": "log"})
+    x = field("range:Q", title=f"range of shifts ± ({findings.shift_unit})", scale={"type": "log"})
     y = field("share:Q", title="share of linear neurons", scale={"domain": [0, 1]})
     about = [field("layer:N"), field("range:Q"), *measured("share", "n")]
     of_layers = [row for row in rows if row["layer"] is not None]
@@ -94,7 +94,7 @@ def estimators(findings: Findings) -> Figure:
     return Figure(
         model=findings.model,
         name="estimators",
-        title=f"{findings.dataset}: NEG measured within ±{findings.main_range:g} against estimates",
+        title=f"{findings.dataset}: NEG measured within {main_range(findings)} against estimates",
         says="Measured NEG against what cheaper methods estimate: the nearer the points are to a rising line, the "
         f"better the estimate. Scales are linear near zero and logarithmic beyond.{sampled}",
         parts=[Part([_scatter(findings, row, negs_PK, chosen) for row in whole_model(findings, findings.main_range)])],
@@ -124,15 +124,15 @@ def layer_profile(findings: Findings) -> Figure:
         parts=[
             Part([_shares(findings)], "share of linear neurons"),
             Part([_sizes(findings)], "size of NEG"),
-            Part([_agreements(findings)], f"correlation with NEG (±{findings.main_range:g})"),
+            Part([_agreements(findings)], f"correlation with NEG ({main_range(findings)})"),
         ],
     )
 
 
 def _shares(findings: Findings) -> Chart:
-    names = list(dict.fromkeys(f"±{row.range:g}" for row in findings.ranges))
+    names = list(dict.fromkeys(f"±{row.range:g}{unit_name(findings)}" for row in findings.ranges))
     rows = [
-        {"line": f"±{row.range:g}", "layer": row.layer, "value": row.linear_share}
+        {"line": f"±{row.range:g}{unit_name(findings)}", "layer": row.layer, "value": row.linear_share}
         for row in findings.ranges
         if row.layer is not None
     ]
@@ -147,7 +147,10 @@ def _sizes(findings: Findings) -> Chart:
         if row.layer is not None
     ]
     y = field(
-        "q50:Q", title=f"|NEG| ({findings.sweep.target} per activation)", scale={"type": "log"}, axis={"format": "~e"}
+        "q50:Q",
+        title=f"|NEG| ({findings.sweep.target} per {findings.shift_unit})",
+        scale={"type": "log"},
+        axis={"format": "~e"},
     )
     about = [field("layer:Q"), *measured("q05", "q25", "q50", "q75", "q95", form=".3~e")]
     return panel(
@@ -172,10 +175,10 @@ def _agreements(findings: Findings) -> Chart:
 
 def interventions(findings: Findings) -> Figure:
     """Draw the correlation of predicted and true change against the number of neurons shifted together."""
-    names = list(dict.fromkeys(f"shift {row.shift:g}" for row in findings.interventions))
+    names = list(dict.fromkeys(f"shift {row.shift:g}{unit_name(findings)}" for row in findings.interventions))
     rows = [
         {
-            "line": f"shift {row.shift:g}",
+            "line": f"shift {row.shift:g}{unit_name(findings)}",
             "neurons": row.set_size,
             "value": row.pearson,
             "low": row.pearson_low,
@@ -245,7 +248,7 @@ def _shift_curve(findings: Findings, example: _Example) -> Chart:
     points = [{"shift": float(d), "change": c} for d, c in zip(sweep.shifts_S, changes_S.tolist(), strict=True)]
     end = float(np.abs(sweep.shifts_S).max())
     scale = common_scale(changes_S.tolist(), least=_LEAST_CHANGE)
-    x = field("shift:Q", title="shift (activation)")
+    x = field("shift:Q", title=f"shift ({findings.shift_unit})")
     y = field("change:Q", title=_CHANGE[sweep.target], scale=scale, axis={"format": "~e"})
     range_ = [{"low": -findings.main_range, "high": findings.main_range}]
     line = [{"shift": shift, "change": slope * shift} for shift in (-end, end)]

@@ -8,10 +8,10 @@ from types import MappingProxyType
 from flows.show.accuracy_tables import named_target
 from flows.show.model_names import shown_model
 from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, texts
-from flows.show.text import correlation, printable
+from flows.show.text import correlation, count, printable
 from negcore.analysis.linearity import AgreementRow
 from negcore.measure.benchmark import Timing, TypeRow
-from negcore.measure.targets import TARGET_UNITS, neg_unit
+from negcore.measure.targets import DEFAULT_SHIFT_UNIT, TARGET_UNITS, neg_unit
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(
@@ -39,8 +39,24 @@ def summary(findings: Findings) -> str:
     names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
     by_nodes_PK = findings.sweep.by_nodes_PK
     nodes = "" if by_nodes_PK is None else f", {by_nodes_PK.mean():.1%} of the curves by nodes"
+    if findings.n_without_spread:
+        left_out += f"; {count(findings.n_without_spread, 'neuron')} left out: the same activation in all prompts"
     names += named_target(findings.sweep.target, ", ")
     return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts{nodes} ({left_out})"
+
+
+def unit_name(findings: Findings) -> str:
+    """Return the unit of shifts behind a number; nothing if it is one of activation."""
+    return "" if findings.shift_unit == DEFAULT_SHIFT_UNIT else f" {findings.shift_unit}"
+
+
+def main_range(findings: Findings) -> str:
+    """Return the main range of shifts, with its unit."""
+    return f"±{findings.main_range:g}{unit_name(findings)}"
+
+
+def _neg_unit(findings: Findings) -> str:
+    return neg_unit(findings.sweep.target, findings.shift_unit)
 
 
 def linearity_tables(findings: Findings) -> list[Table]:
@@ -96,10 +112,10 @@ def _agreement(findings: Findings) -> Table:
     rows.append([ESTIMATOR_TITLES[MEASURED], *[""] * 5, _seconds(findings, MEASURED)])
     return Table(
         key=f"agreement-{findings.model}",
-        title=f"Estimators against NEG measured within ±{findings.main_range:g}",
+        title=f"Estimators against NEG measured within {main_range(findings)}",
         columns=[*texts("estimator"), *numbers("r", "rank r", "same\nsign", "MAE", "top\n1 %", "s a\nprompt")],
         blocks=[rows],
-        caption=f"Below r: 95 % bootstrap interval over prompts. MAE: {neg_unit(findings.sweep.target)}.",
+        caption=f"Below r: 95 % bootstrap interval over prompts. MAE: {_neg_unit(findings)}.",
     )
 
 
@@ -138,7 +154,9 @@ def _ranges(findings: Findings) -> Table:
         if row.layer is None:
             shares = row.linear_share, row.positive_share, row.n_constant / row.n
             agreed = [one.pearson for one in whole_model(findings, row.range) if one.estimator == "neurgrad"]
-            rows.append([f"±{row.range:g}", *(Number(value, correlation) for value in (*shares, *agreed))])
+            rows.append(
+                [f"±{row.range:g}{unit_name(findings)}", *(Number(value, correlation) for value in (*shares, *agreed))]
+            )
     titles = ["range", "linear", "NEG > 0", "no change", *(["r of NeurGrad"] if has_neurgrad else [])]
     return Table(
         key=f"ranges-{findings.model}",
@@ -156,7 +174,7 @@ def _stability(findings: Findings) -> Table:
         rows.append([row.pairs, Number(row.n_pairs), *(Number(value, correlation) for value in alike)])
     return Table(
         key=f"stability-{findings.model}",
-        title=f"How alike the NEGs of two prompts are, within ±{findings.main_range:g}",
+        title=f"How alike the NEGs of two prompts are, within {main_range(findings)}",
         columns=[*texts("pairs of prompts"), *numbers("pairs", "same sign", "r", "rank r of size")],
         blocks=[rows],
     )
@@ -168,7 +186,7 @@ def _interventions(findings: Findings) -> Table:
     return Table(
         key=f"interventions-{findings.model}",
         title="Neurons shifted together: r between predicted and true change",
-        columns=numbers("neurons", *(f"shift {shift:g}" for shift in shifts)),
+        columns=numbers("neurons", *(f"shift {shift:g}{unit_name(findings)}" for shift in shifts)),
         blocks=[[[Number(size), *(found[size, shift] for shift in shifts)] for size in sizes]],
     )
 

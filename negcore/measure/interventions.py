@@ -26,6 +26,7 @@ from negcore.measure.forward import (
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero, neurgrad
 from negcore.measure.question import asked
+from negcore.measure.spread import checked_spreads
 from negcore.measure.sweeps import checked_shifts, choose_neurons
 from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target, target_values
 from negcore.measure.virtual_tokens import HookedAnswers
@@ -50,7 +51,7 @@ class InterventionResult:
     sizes_M: Ints
     """Neurons of each set."""
     shifts_D: Floats
-    """Size of each shift in units of activation; positive asks every neuron for a higher target."""
+    """Size of each shift in units of activation, or of spreads; positive asks every neuron for a higher target."""
     base_P: Floats
     """Target of the label without a shift: its probability, or another."""
     values_PDM: Floats
@@ -105,6 +106,7 @@ def intervene(
     target: Target = DEFAULT_TARGET,
     sets: Sequence[NeuronSet],
     shifts: ArrayLike,
+    spreads: Sequence[ArrayLike] | None = None,
     negs_PLN: ArrayLike | None = None,
 ) -> InterventionResult:
     """Shift sets of neurons together, each neuron in the direction of its NEG.
@@ -122,6 +124,9 @@ def intervene(
         For instance from `random_sets`.
     shifts : float array of shape (D,)
         Sizes other than zero in units of activation.
+    spreads : M float arrays, optional
+        Units of activation in a shift of 1, for each neuron of each set; by default 1. Neurons with a spread of zero do
+        not move.
     negs_PLN : float array of shape (P, L, N), optional
         NEG in target per unit of activation; by default NeurGrad's estimate.
 
@@ -150,7 +155,9 @@ def intervene(
     negs_PLN = np.asarray(negs_PLN)
     if negs_PLN.shape != expected:
         raise NegError(f"NEGs of shape {negs_PLN.shape} do not fit; these prompts and {lm.card.name} need {expected}")
-    sums_PM = np.stack([np.abs(negs_PLN[:, *place]).sum(1, dtype=np.float64) for place in places], axis=1)
+    units = _units(spreads, chosen)
+    by_set = (np.abs(negs_PLN[:, *place]) * unit_K for place, unit_K in zip(places, units, strict=True))
+    sums_PM = np.stack([of_set_PK.sum(1, dtype=np.float64) for of_set_PK in by_set], axis=1)
     result = InterventionResult(
         sizes_M=np.array([len(neurons_K2) for neurons_K2 in chosen]),
         shifts_D=shifts_D,
@@ -162,11 +169,11 @@ def intervene(
     )
 
     def rows_of(prompt: int) -> list[JointShift]:
-        signs = [np.sign(negs_PLN[prompt, *place]) for place in places]
+        sizes = [np.sign(negs_PLN[prompt, *place]) * unit_K for place, unit_K in zip(places, units, strict=True)]
         return [
-            JointShift(*place, shift * signs_K)
+            JointShift(*place, shift * sizes_K)
             for shift in shifts_D.tolist()
-            for place, signs_K in zip(places, signs, strict=True)
+            for place, sizes_K in zip(places, sizes, strict=True)
         ]
 
     with in_float32(lm):
@@ -175,6 +182,21 @@ def intervene(
             result.base_P[prompt] = base_O[answer]
             result.values_PDM[prompt] = values_RO[:, answer].reshape(len(shifts_D), len(places))
     return result
+
+
+def _units(spreads: Sequence[ArrayLike] | None, chosen: Sequence[Ints]) -> Sequence[Floats | int]:
+    """Return the units of activation in a shift of 1, for the neurons of each set.
+
+    Raises
+    ------
+    NegError
+        If there are not as many as sets, or they do not fit.
+    """
+    if spreads is None:
+        return [1] * len(chosen)
+    if len(spreads) != len(chosen):
+        raise NegError(f"spreads of {len(spreads)} sets were given for {len(chosen)}; give one array for each set")
+    return [checked_spreads(own, len(neurons_K2)) for own, neurons_K2 in zip(spreads, chosen, strict=True)]
 
 
 class JointShift(NamedTuple):

@@ -16,6 +16,7 @@ from negcore.errors import NegError
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.quadrature import NodeGrid, node_grid, range_masks, within_range
 from negcore.measure.question import Question, asked
+from negcore.measure.spread import checked_spreads
 from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels
@@ -98,7 +99,7 @@ class SweepResult:
     neurons_K2: Ints
     """Layer and neuron."""
     shifts_S: Floats
-    """Size of each shift in units of activation; positive is away from zero."""
+    """Size of each shift in units of activation, or of `spreads_K`; positive is away from zero."""
     base_P: Floats
     """Target of the label without a shift: its probability, softmax over the whole vocabulary, or another."""
     activations_PK: Floats
@@ -117,6 +118,8 @@ class SweepResult:
     and r are masked there, and there are neither shifts nor changes. None for models without experts."""
     target: Target = DEFAULT_TARGET
     """The number that the values are."""
+    spreads_K: Floats | None = None
+    """Units of activation in a shift of 1, for each neuron; None if they are one. Neurons without any are masked."""
 
     @property
     def base_probs_P(self) -> Floats:
@@ -142,7 +145,7 @@ class SweepResult:
 
     @property
     def negs_PK(self) -> Floats:
-        """Measured NEG: target per unit of activation; masked where a prompt does not have the neuron."""
+        """Measured NEG: target per unit of shifts; masked where a prompt does not have the neuron, or it no spread."""
         return self._masked(self.fit.slopes)
 
     @property
@@ -157,6 +160,27 @@ class SweepResult:
 
     def _masked(self, values_PK: Floats) -> Floats:
         return values_PK if self.active_PK is None else np.ma.masked_array(values_PK, ~self.active_PK)
+
+    def with_spread(self) -> "SweepResult":
+        """Return the neurons that have a spread: all, if shifts are in units of activation.
+
+        Raises
+        ------
+        NegError
+            If none has.
+        """
+        if self.spreads_K is None:
+            return self
+        kept_K = self.spreads_K > 0
+        if not kept_K.any():
+            raise NegError("no swept neuron has another activation in another prompt, so none could be shifted")
+        names = ("activations_PK", "values_PKS", "by_nodes_PK", "active_PK")
+        chosen: dict[str, Any] = {
+            name: None if (own := getattr(self, name)) is None else own[:, kept_K] for name in names
+        }
+        if chosen["active_PK"] is not None and chosen["active_PK"].all():
+            chosen["active_PK"] = None
+        return replace(self, neurons_K2=self.neurons_K2[kept_K], spreads_K=self.spreads_K[kept_K], **chosen)
 
     def within(self, max_shift: float) -> "SweepResult":
         """Return the part of the sweep with shifts up to a size, whose lines are those of that range.
@@ -187,6 +211,7 @@ def sweep(
     target: Target = DEFAULT_TARGET,
     neurons: Neurons = 8,
     shifts: ArrayLike | None = None,
+    spreads: ArrayLike | None = None,
     nodes: int | None = None,
     ranges: Sequence[float] = (),
     method: Method = "auto",
@@ -212,6 +237,9 @@ def sweep(
         All neurons, that many of each layer at random (the same for all prompts), or the listed ones.
     shifts : float array of shape (S,), optional
         Sizes other than zero in units of activation; by default `DEFAULT_SHIFTS`.
+    spreads : float array of shape (K,), optional
+        Units of activation in a shift of 1, for each neuron: see `negcore.measure.spread.activation_spreads`. By
+        default 1. A neuron with a spread of zero is not shifted, and masked in the result.
     nodes : int, optional
         Measure that many Gauss nodes of the grid in place of its shifts, at least 4; zero, one of an odd number on a
         symmetric grid, costs nothing. Slopes are then those of the grid for curves that are polynomials up to degree
@@ -259,10 +287,11 @@ def sweep(
     neurons_K2 = choose_neurons(lm, neurons, seed=seed)
     if max_rows is not None and max_rows < 1:
         raise NegError(f"max_rows {max_rows} leaves no row; give at least 1, or leave it out")
+    spreads_K = None if spreads is None else checked_spreads(spreads, len(neurons_K2))
     question = asked(lm, prompts, labels, answers, checked_target(target))
     with in_float32(lm):
         return measured(
-            lm, question, neurons_K2, shifts_S, nodes=nodes, ranges=ranges, method=method, max_rows=max_rows
+            lm, question, neurons_K2, shifts_S, spreads_K, nodes=nodes, ranges=ranges, method=method, max_rows=max_rows
         )
 
 
@@ -271,6 +300,7 @@ def measured(
     question: Question,
     neurons_K2: Ints,
     shifts_S: Floats,
+    spreads_K: Floats | None = None,
     *,
     nodes: int | None = None,
     ranges: Sequence[float] = (),
@@ -289,8 +319,9 @@ def measured(
         label_ids_P=question.answer_ids_P,
         by_nodes_PK=None if grid is None else np.zeros((n_prompts, n_chosen), np.bool_),
         ranges=() if grid is None else tuple(ranges),
-        active_PK=np.ones((n_prompts, n_chosen), np.bool_) if lm.has_experts else None,
+        active_PK=None if spreads_K is None and not lm.has_experts else np.ones((n_prompts, n_chosen), np.bool_),
         target=question.target,
+        spreads_K=spreads_K,
     )
     for index, prompt in shifted_prompts(lm, question.prompts, method=method, max_rows=max_rows):
         _fill(result, question, index, prompt, grid)
@@ -372,7 +403,7 @@ def _fill(result: SweepResult, question: Question, index: int, prompt: ShiftedPr
     layers_K, neurons_K = result.neurons_K2.T
     neurons_K = prompt.places_of(layers_K, neurons_K)
     if result.active_PK is not None:
-        result.active_PK[index] = neurons_K >= 0
+        result.active_PK[index] = (neurons_K >= 0) & (True if result.spreads_K is None else result.spreads_K > 0)
         result.values_PKS[index] = result.base_P[index]
     activations_K = prompt.activations_LN[layers_K, neurons_K]
     signs_K = away_from_zero(activations_K).double().cpu().numpy()
@@ -381,6 +412,8 @@ def _fill(result: SweepResult, question: Question, index: int, prompt: ShiftedPr
     def changes_at(part: Ints, shifts_S: Floats) -> Floats:
         """Measure some of the neurons at each of some shifts."""
         sizes_KS = signs_K[part, None] * shifts_S
+        if result.spreads_K is not None:
+            sizes_KS *= result.spreads_K[part, None]
         layers_R, neurons_R = (values[part].repeat(len(shifts_S)) for values in (layers_K, neurons_K))
         measured = prompt.measure(Shifts(layers_R, neurons_R, sizes_KS.ravel()))
         rows_R = [index] * len(layers_R)
@@ -388,7 +421,8 @@ def _fill(result: SweepResult, question: Question, index: int, prompt: ShiftedPr
         return (shifted_R - unshifted_R).numpy().reshape(sizes_KS.shape)
 
     order = np.argsort(layers_K, kind="stable")
-    order = order[neurons_K[order] >= 0]
+    if result.active_PK is not None:
+        order = order[result.active_PK[index, order]]
     for start in range(0, len(order), step := max(1, _PLANNED_ROWS // len(result.shifts_S))):
         part = order[start : start + step]
         if grid is None or result.by_nodes_PK is None:

@@ -27,9 +27,19 @@ TARGET_UNITS: Mapping[Target, str] = MappingProxyType(
 """Unit of each target, for captions and titles."""
 
 
-def neg_unit(target: str) -> str:
+ShiftUnit = Literal["activation", "sd"]
+"""Unit of shifts: one of activation, or each neuron's own standard deviation over the run's prompts."""
+
+DEFAULT_SHIFT_UNIT: ShiftUnit = "activation"
+
+_PER: Mapping[ShiftUnit, str] = MappingProxyType(
+    {"activation": "unit of activation", "sd": "standard deviation of the activation"}
+)
+
+
+def neg_unit(target: str, shift_unit: ShiftUnit = DEFAULT_SHIFT_UNIT) -> str:
     """Return the unit of NEGs of a target, for captions: ``probability per unit of activation``."""
-    return f"{TARGET_UNITS[checked_target(target)]} per unit of activation"
+    return f"{TARGET_UNITS[checked_target(target)]} per {_PER[shift_unit]}"
 
 
 def checked_target(name: str) -> Target:

@@ -43,12 +43,16 @@ def value_names(target: str) -> ValueNames:
 def sweep_columns(result: SweepResult) -> Columns:
     """Return the stored columns of a sweep."""
     names = value_names(result.target)
-    return {
-        "label_id": result.label_ids_P.astype(np.int32),
-        names.base: result.base_P,
-        "activations": result.activations_PK,
-        names.shifted: result.values_PKS,
-    } | ({} if result.by_nodes_PK is None else {"by_nodes": result.by_nodes_PK.astype(np.uint8)})
+    return (
+        {
+            "label_id": result.label_ids_P.astype(np.int32),
+            names.base: result.base_P,
+            "activations": result.activations_PK,
+            names.shifted: result.values_PKS,
+        }
+        | ({} if result.spreads_K is None else {"spreads": np.tile(result.spreads_K, (len(result.base_P), 1))})
+        | ({} if result.by_nodes_PK is None else {"by_nodes": result.by_nodes_PK.astype(np.uint8)})
+    )
 
 
 def intervention_columns(result: InterventionResult) -> Columns:
@@ -132,6 +136,9 @@ def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
     target = checked_target(axes.get("target", DEFAULT_TARGET))
     names = value_names(target)
     n_prompts = len(blocks[0].ids)
+    spreads_K = None
+    if "spreads" in blocks[0].columns:  # the same in every row
+        spreads_K = np.concatenate([block.columns["spreads"][0].astype(np.float64) for block in blocks])
     return SweepResult(
         neurons_K2=np.concatenate([np.array(block.axes["neurons"], np.int64) for block in blocks]),
         shifts_S=shifts_S,
@@ -148,6 +155,8 @@ def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
         ),
         ranges=tuple(axes.get("ranges", ())),
         target=target,
+        spreads_K=spreads_K,
+        active_PK=None if spreads_K is None else np.tile(spreads_K > 0, (n_prompts, 1)),
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from negcore.measure.targets import DEFAULT_TARGET, Target
+from negcore.measure.targets import DEFAULT_SHIFT_UNIT, DEFAULT_TARGET, ShiftUnit, Target
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 
 EstimatorName = Literal[
@@ -43,7 +43,12 @@ class LinearityRun(RunFile):
     ranges: Several[PositiveFloat] = Field(
         (0.5, 1.0, 2.0, 5.0, 10.0),
         alias="range",
-        description="Range of shifts, from minus to plus so many units of activation. Repeatable.",
+        description="Range of shifts, from minus to plus so many units (see shift_unit). Repeatable.",
+    )
+    shift_unit: ShiftUnit = Field(
+        DEFAULT_SHIFT_UNIT,
+        description="Unit of shifts: activation; or sd, the standard deviation of each neuron's own activation over "
+        "the run's prompts.",
     )
     points: int = Field(
         5, ge=2, description="Shifts on each side of zero in a range, evenly spaced; a range has the smaller ones' too."
@@ -64,7 +69,7 @@ class LinearityRun(RunFile):
         description="Estimator to compare with the sweep. By default those that need no other prompt. Repeatable.",
     )
     set_shift: Several[PositiveFloat] = Field(
-        (0.5, 1.0, 2.0), description="Shift of neurons that are shifted together, in units of activation. Repeatable."
+        (0.5, 1.0, 2.0), description="Shift of neurons that are shifted together, in units of shift_unit. Repeatable."
     )
     largest_set: int = Field(
         4096, ge=1, description="Most neurons shifted together: sets hold 1, 2, 4... up to it or all of the model."
@@ -79,7 +84,7 @@ class LinearityRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        for name in ("nodes", "target"):
+        for name in ("nodes", "target", "shift_unit"):
             if science[name] == type(self).model_fields[name].default:
                 del science[name]  # runs have the names from before there was a choice
         return science

@@ -6,9 +6,11 @@ from typing import Literal
 
 import numpy as np
 
+from negcore.arrays import Floats, Ints
 from negcore.errors import DatasetError, NegError
+from negcore.measure.spread import activation_spreads
 from negcore.model.encoding import encode_prompts
-from negcore.model.language_model import ModelCard
+from negcore.model.language_model import LanguageModel, ModelCard
 from tasks.measure.examples import EncodedExample
 
 ReferenceKind = Literal["counterfactual", "drawn", "all"]
@@ -26,6 +28,10 @@ class References:
     def of(self, examples: Sequence[EncodedExample]) -> list[list[int]]:
         """Return the references that these examples need."""
         return list(self.ids.values()) if self.kind == "all" else [self.ids[example.id] for example in examples]
+
+    def spreads(self, lm: LanguageModel, neurons_K2: Ints) -> Floats:
+        """Return the standard deviation of neurons' activations over these prompts: shape (K,)."""
+        return activation_spreads(lm, list(self.ids.values()), neurons_K2)
 
 
 def all_prompts(examples: Sequence[EncodedExample]) -> References:

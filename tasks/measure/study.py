@@ -35,11 +35,14 @@ class Sweeps(Measurement):
     ranges: tuple[float, ...] = ()
     """Ranges whose lines are asked for."""
     target: Target = DEFAULT_TARGET
+    spread_over: References | None = None
+    """Prompts whose activations' spread is the unit of shifts; None if that is one unit of activation."""
 
     @property
     def settings(self) -> dict[str, Any]:
         rule = {"largest_tail": LARGEST_TAIL} if self.nodes else {}
-        return {"neurons": _digest(self.neurons_K2), "shifts": self.shifts_S.tolist()} | self._by_nodes | rule
+        settings = {"neurons": _digest(self.neurons_K2), "shifts": self.shifts_S.tolist()} | self._by_nodes | rule
+        return settings | _spread_settings(self.spread_over)
 
     @property
     def axes(self) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class Sweeps(Measurement):
             "shifts": self.shifts_S.tolist(),
             **self._by_nodes,
             **_of_target(self.target),
+            **_of_unit(self.spread_over),
         }
 
     @property
@@ -56,12 +60,14 @@ class Sweeps(Measurement):
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         n_neurons, n_shifts, names = len(self.neurons_K2), len(self.shifts_S), value_names(self.target)
-        return {
+        types = {
             "label_id": ColumnType(np.int32),
             names.base: ColumnType(np.float32),
             "activations": ColumnType(np.float32, (n_neurons,)),
             names.shifted: ColumnType(np.float32, (n_neurons, n_shifts)),
-        } | ({"by_nodes": ColumnType(np.uint8, (n_neurons,))} if self.nodes else {})
+        }
+        types |= {"by_nodes": ColumnType(np.uint8, (n_neurons,))} if self.nodes else {}
+        return types | ({"spreads": ColumnType(np.float32, (n_neurons,))} if self.spread_over else {})
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         result = sweep(
@@ -71,6 +77,7 @@ class Sweeps(Measurement):
             target=self.target,
             neurons=self.neurons_K2,
             shifts=self.shifts_S,
+            spreads=None if self.spread_over is None else self.spread_over.spreads(lm, self.neurons_K2),
             nodes=self.nodes,
             ranges=self.ranges,
         )
@@ -135,14 +142,18 @@ class Interventions(Measurement):
     shifts: tuple[float, ...]
     seed: int
     target: Target = DEFAULT_TARGET
+    spread_over: References | None = None
+    """As of `Sweeps`."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"sizes": self.sizes, "draws": self.draws, "shifts": self.shifts, "seed": self.seed}
+        settings = {"sizes": self.sizes, "draws": self.draws, "shifts": self.shifts, "seed": self.seed}
+        return settings | _spread_settings(self.spread_over)
 
     @property
     def axes(self) -> dict[str, Any]:
-        return {"shifts": self.shifts, "sizes": list(self.sizes) * self.draws, **_of_target(self.target)}
+        axes = {"shifts": self.shifts, "sizes": list(self.sizes) * self.draws}
+        return axes | _of_target(self.target) | _of_unit(self.spread_over)
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         of_sets = ColumnType(np.float32, (len(self.shifts), len(self.sizes) * self.draws))
@@ -157,9 +168,25 @@ class Interventions(Measurement):
             answers=answers_of(examples),
             target=self.target,
             sets=sets,
+            spreads=None if self.spread_over is None else _spreads_of_sets(lm, self.spread_over, sets),
             shifts=self.shifts,
         )
         return intervention_columns(result)
+
+
+def _spreads_of_sets(lm: LanguageModel, over: References, sets: Sequence[Ints]) -> list[Floats]:
+    """Return the spreads of each set's neurons, which are read once for all sets."""
+    neurons_K2, places_K = np.unique(np.concatenate(sets), axis=0, return_inverse=True)
+    spreads_K = over.spreads(lm, neurons_K2)[places_K.ravel()]
+    return np.split(spreads_K, np.cumsum([len(one) for one in sets])[:-1])
+
+
+def _spread_settings(over: References | None) -> dict[str, Any]:
+    return {} if over is None else {"spread": {"kind": "sd", "prompts": content_digest(dict(over.ids))}}
+
+
+def _of_unit(over: References | None) -> dict[str, str]:
+    return {} if over is None else {"shift_unit": "sd"}
 
 
 def _of_target(target: Target) -> dict[str, str]:

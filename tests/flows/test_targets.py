@@ -18,6 +18,7 @@ from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
+from negcore.measure.spread import activation_spreads
 from negcore.measure.sweeps import sweep
 from negcore.probing.saved_probes import load_probe
 from negcore.store.integrity import metadata_of
@@ -207,3 +208,60 @@ def test_facts_with_one_answer_have_nothing_to_differ_from(made, facts):
 def test_an_unknown_target_is_refused_with_those_that_are_known(made, facts):
     with pytest.raises(NegError, match="target.*probability.*log-probability.*logit-difference"):
         linearity(made, facts, "log-odds")
+
+
+def test_a_study_in_units_of_spread_shifts_every_neuron_by_its_own(made, facts, monkeypatch):
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
+    shards = []
+    for shard_rows in (1, 4):
+        out = made[1] / f"spread-{shard_rows}"
+        run = linearity(made, facts, "probability", shift_unit="sd", shard_rows=shard_rows, out=out)
+        results = run_linearity(run, PlainSteps())
+        assert results.problems == []
+        shards.append(results.findings[0].sweep.values_PKS)
+    np.testing.assert_allclose(*shards, rtol=1e-5)
+    (findings,), (study,) = results.findings, plan_linearity(run)
+    lm, sweep_ = load_model(run.model[0]), findings.sweep
+    prompts, labels = ([getattr(e, name) for e in study.facts.examples] for name in ("prompt", "labels"))
+    ids = [e.token_ids.tolist() for e in study.shard_sets[0].examples]
+    spreads_K = activation_spreads(lm, ids, sweep_.neurons_K2)
+    np.testing.assert_allclose(sweep_.spreads_K, spreads_K, rtol=1e-5)
+    labels = [one[0] for one in labels]
+    expected = sweep(lm, prompts, labels, neurons=sweep_.neurons_K2, shifts=sweep_.shifts_S, spreads=spreads_K)
+    np.testing.assert_allclose(sweep_.changes_PKS, expected.changes_PKS, atol=1e-4 * np.abs(expected.changes_PKS).max())
+    per_activation = estimate(lm, prompts, [[one] for one in labels], estimator="neurgrad", neurons=sweep_.neurons_K2)
+    np.testing.assert_allclose(findings.scores_PK["neurgrad"], per_activation * spreads_K, rtol=1e-3, atol=1e-9)
+    agreement, ranges = linearity_tables(findings)[:2]
+    assert agreement.title.endswith("within ±1 sd") and "per standard deviation of the activation" in agreement.caption
+    assert ranges.blocks[0][0][0] == "±1 sd"
+
+
+def test_a_neuron_with_the_same_activation_everywhere_is_left_out_in_words(made, facts, monkeypatch):
+    monkeypatch.setattr("flows.show.report.save_figures", lambda figures, folder: [])
+
+    def with_one_still(lm, ids, neurons_K2):
+        spreads_K = activation_spreads(lm, ids, neurons_K2)
+        return np.where((neurons_K2 == (0, neurons_K2[0, 1])).all(axis=1), 0.0, spreads_K)
+
+    monkeypatch.setattr("tasks.measure.references.activation_spreads", with_one_still)
+    run = linearity(made, facts, "probability", shift_unit="sd", block_layers=3, out=made[1] / "still")
+    (findings,) = run_linearity(run, PlainSteps()).findings
+    assert findings.n_without_spread == 1 and len(findings.sweep.neurons_K2) == 5
+    assert all(scores.shape[1] == 5 for scores in findings.scores_PK.values())
+    assert "1 neuron left out: the same activation in all prompts" in summary(findings)
+
+
+def test_one_prompt_has_no_spread(made, facts):
+    with pytest.raises(NegError, match="there is one prompt: measure more, or set shift_unit to activation"):
+        plan_linearity(linearity(made, facts, "probability", shift_unit="sd", prompts=1))
+
+
+def test_units_of_shifts_are_other_measurements(made, facts):
+    plain, own = (
+        plan_linearity(linearity(made, facts, "probability", shift_unit=unit))[0] for unit in ("activation", "sd")
+    )
+    digests = [{one.place.kind: one.identity.digest for one in study.shard_sets} for study in (plain, own)]
+    assert digests[0]["sweeps"] != digests[1]["sweeps"]
+    assert digests[0]["interventions"] != digests[1]["interventions"]
+    assert digests[0]["estimates"] == digests[1]["estimates"]
+    assert "shift_unit" not in linearity(made, facts, "probability").science
