@@ -9,6 +9,7 @@ import numpy as np
 
 from negcore.datasets import SPLITS, Dataset, Example, PromptSettings, SplitReport, load_dataset
 from negcore.measure.label_probs import label_probs
+from negcore.model.encoding import encode
 from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.probing.evaluation import Accuracy, accuracy, majority_floor, random_floor
 from negcore.probing.floors import OptionsFloor
@@ -112,7 +113,7 @@ def audit_dataset(
         high=options_only.interval.high,
         model=card.name,
         n_asked=len(asked),
-        label_mass=_label_mass(lm, asked) if lm and asked else None,
+        label_mass=_label_mass(lm, asked, settings) if lm and asked else None,
         notes="; ".join(_notes(clean.split_report)),
     )
 
@@ -127,8 +128,9 @@ def _gold(examples: Sequence[Example]) -> list[int]:
     return [example.answer for example in examples]
 
 
-def _label_mass(lm: LanguageModel, asked: Sequence[Example]) -> float:
-    probs_PO = label_probs(lm, [example.prompt for example in asked], [example.labels for example in asked])
+def _label_mass(lm: LanguageModel, asked: Sequence[Example], settings: PromptSettings) -> float:
+    prompts, labels = [example.prompt for example in asked], [example.labels for example in asked]
+    probs_PO = label_probs(lm, encode(lm.card, prompts, labels, answers=settings.answers))
     return float(probs_PO.sum(axis=1, dtype=np.float64).mean())
 
 

@@ -13,7 +13,7 @@ from negcore.arrays import Ints
 from negcore.datasets import Dataset, Example
 from negcore.probing.evaluation import accuracy, majority_floor, random_floor
 from negcore.probing.floors import CalibratedLMProbe, OptionsFloor
-from negcore.store.identity import text_hash
+from negcore.store.identity import prompt_hash
 from negcore.store.reader import NegSplit
 
 FLOORS = ("random", "majority", "options_only", "calibrated")
@@ -110,7 +110,7 @@ class FloorAnswers:
 def _examples(known: Mapping[str, Example], split: NegSplit) -> list[Example] | None:
     """Return the prompts of a split's rows; None if one of them is not known, or reads otherwise."""
     rows = zip(split.ids, split.text_hashes, strict=True)
-    found = [known[row] for row, stored in rows if row in known and text_hash(known[row].prompt) == stored]
+    found = [known[row] for row, stored in rows if row in known and prompt_hash(known[row]) == stored]
     return found if len(found) == split.n_rows else None
 
 

@@ -190,6 +190,7 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     }
     if run.permutations != 1:  # runs have the identities from before there was a choice
         prompt["permutations"] = run.permutations
+    prompt |= _check_unusual(run, card, encoded)
     identity = run_identity(run, card, prompt, dataset.fingerprint, storage=run.storage, target=run.target)
     splits: list[ShardSet] = []
     for split, examples in encoded.items():
@@ -210,6 +211,27 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
     )
 
 
+def _check_unusual(run: SkillRun, card: ModelCard, encoded: Mapping[str, Sequence[EncodedExample]]) -> dict[str, str]:
+    """Return what is unusual in how prompts are read, which identities name; refuse what cannot be read so.
+
+    Raises
+    ------
+    ModelError
+        If the model has experts, or its weights are to pass through its device.
+    """
+    probes = any(example.probed is not None for examples in encoded.values() for example in examples)
+    unusual: dict[str, str] = {"answers": run.answers} if run.answers != "token" else {}
+    unusual |= {"probed": "probe_at"} if probes else {}
+    if unusual:
+        refuse_experts(card, "probe_at and answers of several tokens", "ask for labels of one token at a prompt's end")
+        if isinstance(run.placement, str) and run.placement != "auto":
+            raise ModelError(
+                f"model {card.name!r}: weights that wait on {run.placement} pass for one token at a prompt's end; "
+                "for probe_at and answers of several tokens leave device_map out, or spread the model with gpus"
+            )
+    return unusual
+
+
 def check_sample_rows(run: SkillRun, dataset: str, n_rows: int) -> None:
     """Refuse samples that would hold all training rows of a dataset, as their accuracies would not differ.
 
@@ -227,8 +249,36 @@ def check_sample_rows(run: SkillRun, dataset: str, n_rows: int) -> None:
 def prompt_warnings(card: ModelCard, dataset: Dataset) -> tuple[str, ...]:
     """Return what must be read with care of a dataset's prompts, a line each."""
     examples = [example for examples in dataset.splits.values() for example in examples]
-    found = (tokenizer_warning(card, [example.prompt for example in examples]), _referring(dataset, examples))
+    found = (
+        tokenizer_warning(card, [example.prompt for example in examples]),
+        _referring(dataset, examples),
+        _beginning_alike(dataset, examples),
+        _mixed_places(examples),
+    )
     return tuple(f"{dataset.name}: {warning}" for warning in found if warning)
+
+
+def _beginning_alike(dataset: Dataset, examples: Sequence[Example]) -> str:
+    """Return a warning of answers of several tokens that others go on from: these are never more likely."""
+    if dataset.settings.answers == "token":
+        return ""
+    rows = [one.id for one in examples if any(_goes_on(a, b) for a in one.labels for b in one.labels)]
+    if not rows:
+        return ""
+    where = f"in {len(rows)} of {len(examples)} prompts, such as {row_text(rows[0])}"
+    return f"{where}, a label begins with the words of another: it is never more probable than that one"
+
+
+def _goes_on(shorter: str, longer: str) -> bool:
+    return longer.startswith(shorter) and not longer[len(shorter) :][:1].isalnum() and longer != shorter
+
+
+def _mixed_places(examples: Sequence[Example]) -> str:
+    """Return a warning of prompts that are read at their ends beside prompts that name another token."""
+    n_named = sum(one.probe_end is not None for one in examples)
+    if n_named in (0, len(examples)):
+        return ""
+    return f"{n_named} of {len(examples)} prompts are read at a token that probe_at names, the others at their ends"
 
 
 def _referring(dataset: Dataset, examples: Sequence[Example]) -> str:
@@ -260,12 +310,13 @@ def read_dataset(
     ShardPlace("negs", card.name, dataset.name, "train").check()
     if settings.unreadable == "skip":
         dataset = _readable(card, dataset)
-    return dataset, {split: _encoded_rows(card, dataset.name, split, rows) for split, rows in dataset.splits.items()}
+    return dataset, {split: _encoded_rows(card, dataset, split) for split in dataset.splits}
 
 
 def _readable(card: ModelCard, dataset: Dataset) -> Dataset:
     """Return the dataset without the rows that the model cannot read, and with their number in its report."""
-    odd = {split: unreadable(card, examples) for split, examples in dataset.splits.items()}
+    answers = dataset.settings.answers
+    odd = {split: unreadable(card, examples, answers) for split, examples in dataset.splits.items()}
     if not any(odd.values()):
         return dataset
     row_of = dataset.settings.row_of
@@ -386,6 +437,7 @@ def _asked(settings: PromptSettings) -> str:
     parts += ["chat"] * (settings.prompt_format == "chat")
     parts += [f"demonstrations {settings.demonstrations}"] if settings.demonstrations else []
     parts += [wording] if wording != "default" else []
+    parts += ["answers of several tokens"] * (settings.answers != "token")
     parts += [f"{settings.permutations} orders"] if settings.permutations != 1 else []
     return "".join(f" {part}" for part in parts)
 
@@ -407,9 +459,10 @@ def _check(dataset: str, check: Callable[..., None], *args: Any) -> None:
         raise DatasetError(f"{dataset}: {error}") from None
 
 
-def _encoded_rows(card: ModelCard, dataset: str, split: str, examples: Sequence[Example]) -> tuple[EncodedExample, ...]:
-    if not examples:
+def _encoded_rows(card: ModelCard, dataset: Dataset, split: str) -> tuple[EncodedExample, ...]:
+    if not dataset.splits[split]:
         raise DatasetError(
-            f"{dataset}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
+            f"{dataset.name}: split {split!r} has no rows; use a larger limit, split policy 'clean' or another dataset"
         )
-    return encode_examples(card, f"{dataset}, split {split!r}", examples, f"; {REMEDY}")
+    where, answers = f"{dataset.name}, split {split!r}", dataset.settings.answers
+    return encode_examples(card, where, dataset.splits[split], f"; {REMEDY}", answers=answers)

@@ -7,7 +7,7 @@ from pathlib import Path
 from negcore.datasets import Example, dataset_name, load_dataset
 from negcore.errors import RunError
 from negcore.model.language_model import ModelCard, describe_model
-from negcore.store.identity import text_hash
+from negcore.store.identity import prompt_hash
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillRun
@@ -132,5 +132,5 @@ def examples_of(split: StoredSplit, card: ModelCard, negs: NegSplit) -> dict[str
             loaded = load_dataset(name, card.tokenizer, settings=settings, root=run.mceval8k, masked=card.arch.masked)
             hashes = dict(zip(negs.ids, negs.text_hashes, strict=True))
             rows = loaded.splits[split.place.part]
-            return {row.id: row for row in rows if hashes.get(row.id) == text_hash(row.prompt)}
+            return {row.id: row for row in rows if hashes.get(row.id) == prompt_hash(row)}
     raise RunError(f"{str(split.root)!r}: its run file names no dataset {dataset!r}")

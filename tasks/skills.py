@@ -58,6 +58,7 @@ from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillsRun
 from tasks.floors import FloorAnswers
 from tasks.measure.causal import plan_causal, read_causal
+from tasks.measure.examples import refuse_unusual
 from tasks.measure.faithfulness import mean_sizes, plan_curves, read_curves
 from tasks.measure.shard_set import ShardSet
 from tasks.model_plans import ModelPlans, all_problems
@@ -175,6 +176,8 @@ def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
     for _, models in planned if run.curves else ():
         for model in models:
             refuse_experts(model.card, "curves of rankings", "leave --curves out")
+            for split in (split for dataset in model.datasets for split in dataset.splits):
+                refuse_unusual(split.examples, "curves of rankings")
     usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
     for (_, model), *_ in usable:
         if len({shape.n_neurons for shape in model.card.layer_shapes}) > 1:  # chance levels take layers for equal

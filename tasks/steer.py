@@ -25,7 +25,7 @@ from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.reading import recorded_run
 from tasks.config.recipes import RECIPES
 from tasks.config.run_file import RUN_FILE
-from tasks.measure.examples import encoded_prompts
+from tasks.measure.examples import encoded_prompts, refuse_unusual
 from tasks.measure.planned_negs import planned_negs
 from tasks.measure.shard_set import ShardSet
 from tasks.plan import SUMS, PlannedDataset, PlannedModel, plan
@@ -279,4 +279,5 @@ def n_side_rows(dataset: PlannedDataset, n_rows: int) -> int:
 
 def _test(dataset: PlannedDataset) -> ShardSet:
     (test,) = [split for split in dataset.splits if split.place.part == "test"]
+    refuse_unusual(test.examples, "steered answers")
     return test

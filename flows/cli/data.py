@@ -64,6 +64,9 @@ def datasets(
     wording: Annotated[str, typer.Option(help="Name of one of the dataset's wordings.")] = "default",
     prompt_format: Annotated[Literal["plain", "chat"], typer.Option(help="chat: by the model's template.")] = "plain",
     system_prompt: Annotated[str | None, typer.Option(help="System text in front of a chat.")] = None,
+    answers: Annotated[
+        Literal["token", "sequence"], typer.Option(help="sequence: labels may be several tokens.")
+    ] = "token",
     mceval8k: Annotated[Path | None, typer.Option(help="Folder with MCEval8K.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Audit the named datasets, or all: shared rows, floors, label mass.")
@@ -88,7 +91,11 @@ def datasets(
     from negcore.datasets import PromptSettings, list_datasets
 
     settings = PromptSettings(
-        shots=1 if shots == "1" else 0, wording=wording, prompt_format=prompt_format, system_prompt=system_prompt
+        shots=1 if shots == "1" else 0,
+        wording=wording,
+        prompt_format=prompt_format,
+        system_prompt=system_prompt,
+        answers=answers,
     )
     if audit:
         from flows.cli.audit import show_audit
@@ -106,6 +113,6 @@ def datasets(
     card = describe_model(model)
     for name in names:
         dataset, _ = read_dataset(card, name, settings, mceval8k)
-        describe_dataset(console, dataset)
+        describe_dataset(console, dataset, card.tokenizer)
         for warning in prompt_warnings(card, dataset):
             tell("warning", warning, "yellow")

@@ -50,6 +50,9 @@ def import_table(
     group: Annotated[str | None, typer.Option(help="Column whose values get accuracies of their own.")] = None,
     unit: Annotated[str | None, typer.Option(help="Column with what rows share that belong into one split.")] = None,
     id_: Annotated[str | None, typer.Option("--id", help="Column with a name for each row.")] = None,
+    probe_at: Annotated[
+        str | None, typer.Option(help="Column with a piece of the prompt, at whose last token neurons are read.")
+    ] = None,
     unreadable: Annotated[
         Literal["fail", "skip"], typer.Option(help="Rows without prompt, answer or options: refuse, or leave out.")
     ] = "fail",
@@ -61,9 +64,9 @@ def import_table(
 
     Examples: `neg import reviews.csv --prompt 'Review: {text}\nMood:'`, `neg import hf://datasets/ORG/NAME/FILE`
 
-    Columns with usual names (prompt, question, text; answer, label; options, choices, A, B, C; split, group, unit, id)
-    are taken without being named, if only one can be meant. Every line of the answer says where a field came from,
-    what is read otherwise than it is written, and which columns were not used. A FILE that exists is not replaced.
+    Columns with usual names (prompt, question, text; answer, label; options, choices, A, B, C; split, group, unit, id,
+    probe_at) are taken without being named, if only one can be meant. Every line of the answer says where a field came
+    from, what is read otherwise than it is written, and which columns were not used. A FILE that exists is kept.
     """
     quiet_libraries()
     from negcore.datasets.importing import Columns, import_sheet
@@ -81,6 +84,7 @@ def import_table(
         group=group,
         unit=unit,
         id=id_,
+        probe_at=probe_at,
     )
     sheet = read_sheet(file)
     _check_target(target)
@@ -127,7 +131,7 @@ def _show(target: Path, model: str) -> None:
         card = describe_model(model)
         dataset, encoded = read_dataset(card, str(target), settings)
         audit = audit_dataset(str(target), card, settings=settings)
-    describe_dataset(console, dataset)
+    describe_dataset(console, dataset, card.tokenizer)
     for table in (balance_table(dataset, encoded), *audit_tables([audit], settings)):
         console.print(table)
     for warning in prompt_warnings(card, dataset):

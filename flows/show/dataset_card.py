@@ -28,10 +28,11 @@ _SETTINGS = (
 _MEANINGS: Mapping[str, str] = MappingProxyType(
     {
         "id": "name of the row, as in its dataset",
-        "text_hash": "xxh3-128, in hex, of the prompt (UTF-8): whoever has the prompts can tell which is which",
+        "text_hash": "xxh3-128, in hex, of the prompt (UTF-8; with probe_at, a null character and the number of "
+        "characters up to its end follow): whoever has the prompts can tell which is which",
         "group": "group of the row in its dataset, such as a language; may be empty",
         "gold": "index of the right option",
-        "label_ids": "token id of each option's label",
+        "label_ids": "token id of each option's label, the first of an answer of several",
     }
 )
 _KINDS: Mapping[str, str] = MappingProxyType(

@@ -18,7 +18,8 @@ from rich.progress import Progress as Bars
 from flows.show.progress_columns import Pace, Parts
 from flows.show.table import Cell, Number, Table, numbers, texts
 from flows.show.text import count, printable
-from negcore.datasets import Dataset, DatasetInfo
+from negcore.datasets import Dataset, DatasetInfo, Example
+from negcore.model.prompt_ids import ProbedToken, PromptReader
 from tasks.pool.base import Stopped
 from tasks.steps import Progress
 
@@ -106,7 +107,7 @@ def dataset_table(infos: Sequence[DatasetInfo]) -> Table:
     return Table("datasets", "Datasets by name", columns, [rows])
 
 
-def describe_dataset(console: Console, dataset: Dataset) -> None:
+def describe_dataset(console: Console, dataset: Dataset, tokenizer: Any) -> None:
     """Show how a dataset's splits came about and what a prompt looks like."""
     report = dataset.split_report
     counts = (report.n_released, report.n_damaged, report.n_available, report.n_used)
@@ -123,6 +124,24 @@ def describe_dataset(console: Console, dataset: Dataset) -> None:
     if report.group_is_answer:
         console.print("no groups: each has one answer only, so accuracies by group would say nothing", markup=False)
     console.print(dataset.label_rule, markup=False)
-    example = dataset.splits["test"][0]
+    examples = [example for split in ("test", "train", "valid") for example in dataset.splits[split]]
+    example = next((one for one in examples if one.probe_end is not None), examples[0])
+    text = example.prompt
+    if example.probe_end is not None:
+        text = _marked(console, examples, example, tokenizer)
     console.rule(f"prompt {escape(example.id)}, gold {escape(repr(example.labels[example.answer]))}")
-    console.print(printable(example.prompt), markup=False, highlight=False)
+    console.print(printable(text), markup=False, highlight=False)
+
+
+def _marked(console: Console, examples: Sequence[Example], example: Example, tokenizer: Any) -> str:
+    """Say how many prompts name a probed token, and return one with that token between double brackets."""
+    named = [one for one in examples if one.probe_end is not None]
+    reader, texts = PromptReader(tokenizer), [one.prompt for one in named]
+    places = reader.probed_tokens(texts, reader.read(texts), [one.probe_end or 0 for one in named])
+    found = {one.id: place for one, place in zip(named, places, strict=True) if isinstance(place, ProbedToken)}
+    n_more = sum(found[one.id].stop > (one.probe_end or 0) for one in named if one.id in found)
+    line = f"neurons are read at the token that probe_at names in {len(named)} of {count(len(examples), 'row')}"
+    line += f" (in {n_more} it holds characters behind that piece too)" * bool(n_more)
+    console.print(f"{line}; below it stands between [[ ]]", markup=False, highlight=False)
+    (_, start, stop), text = found[example.id], example.prompt
+    return f"{text[:start]}[[{text[start:stop]}]]{text[stop:]}"

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, get_args
 import xxhash
 
 from negcore.errors import DatasetError
+from negcore.model.prompt_ids import AnswerKind
 from negcore.orders import Permutations, split_id
 from negcore.texts import private, row_text
 
@@ -51,6 +52,8 @@ class Example:
     """File and line of the row, for messages; empty for a released dataset, whose ids say it."""
     counterfactual: str = ""
     """The same prompt but for what it asks, for patching; empty if the dataset gives none."""
+    probe_end: int | None = None
+    """Characters of the prompt up to where neurons are read: the end of the row's `probe_at`; None for the prompt's."""
 
     @property
     def located(self) -> str:
@@ -135,6 +138,9 @@ class PromptSettings:
     """`skip` leaves out rows that the model cannot read, and counts them; `fail` refuses the dataset."""
     permutations: Permutations = 1
     """Orders of its options that each row is asked in, or "all" for up to 4 options: see `negcore.datasets.orders`."""
+    answers: AnswerKind = "token"
+    """`token`: every label is one token; `sequence`: labels may be several, whose probability is that of all of them,
+    one after the other."""
 
     def most_rows(self, split: str) -> int | None:
         """Return the most rows of a split; None means all."""
@@ -152,6 +158,8 @@ class PromptSettings:
                 raise DatasetError(f"{name} is {limit!r}; allowed: a whole number from 1, or None for all rows")
         if self.permutations != "all" and (not isinstance(self.permutations, int) or self.permutations < 1):
             raise DatasetError(f"permutations is {self.permutations!r}; allowed: a whole number from 1, or 'all'")
+        if self.answers not in get_args(AnswerKind):
+            raise DatasetError(f"answers is {self.answers!r}; allowed: 'token', 'sequence'")
         if self.prompt_format not in get_args(PromptFormat):
             raise DatasetError(f"prompt_format is {self.prompt_format!r}; allowed: 'plain', 'chat'")
         if self.system_prompt is not None and self.prompt_format != "chat":
@@ -283,14 +291,15 @@ def in_one_line(reasons: Mapping[str, str]) -> str:
 
 
 def fingerprint(splits: Mapping[str, Iterable[Example]]) -> str:
-    """Return the xxh3-128 (hex) over splits, ids, prompts, labels, answers and groups, in order.
+    """Return the xxh3-128 (hex) over splits, ids, prompts, labels, answers, groups and probed places, in order.
 
-    The options' texts are in the prompts.
+    The options' texts are in the prompts. Where no row names a place, the digest is what it always was.
     """
     digest = xxhash.xxh3_128()
     for split, examples in splits.items():
         for e in examples:
-            digest.update(json.dumps([split, e.id, e.prompt, e.labels, e.answer, e.group]).encode())
+            place = [] if e.probe_end is None else [e.probe_end]
+            digest.update(json.dumps([split, e.id, e.prompt, e.labels, e.answer, e.group, *place]).encode())
             digest.update(b"\n")
     return digest.hexdigest()
 

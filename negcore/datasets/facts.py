@@ -152,6 +152,11 @@ def _read(path: Path) -> Sequence[tuple[str, Record]]:
 
 
 def _row(record: Record, row_id: str, place: str) -> Row:
+    if record.get("probe_at") is not None:
+        raise DatasetError(
+            f"{place}: facts are asked at their prompt's last token, and probe_at names another; leave it out, or "
+            "make a dataset of them for neg pipeline"
+        )
     text = {name: text_field(record, name, place) for name in COLUMNS}
     prompts = {"prompt": text["prompt"].rstrip(" ")}
     if record.get(COUNTERFACTUAL) is not None:

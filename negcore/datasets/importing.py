@@ -36,6 +36,7 @@ _USUAL: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "group": ("group",),
         "unit": ("unit",),
         "id": ("id",),
+        "probe_at": ("probe_at",),
     }
 )
 """Names by which a column is taken without being named, if it is the only one with any of them."""
@@ -62,6 +63,7 @@ class Columns:
     group: str | None = None
     unit: str | None = None
     id: str | None = None
+    probe_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def import_sheet(
     return Imported(rows, (*sheet.notes, *told), has_letters)
 
 
-_MORE = ("id", "group", "unit", "split")
+_MORE = ("id", "group", "unit", "split", "probe_at")
 
 
 def _holds(question: _Question, taken: _Taken, name: str) -> bool:

@@ -50,8 +50,8 @@ from negcore.datasets.splits import (
     stratified_sample,
     without,
 )
-from negcore.errors import DatasetError, NegError, PromptError
-from negcore.model.prompt_ids import PromptReader
+from negcore.errors import DatasetError, LabelError, NegError, PromptError
+from negcore.model.prompt_ids import AnswerKind, PromptReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,8 @@ def load_dataset(
         make them.
     """
     mask = mask_of(tokenizer, masked=masked)
+    if masked and settings.answers != "token":
+        raise LabelError(f"answers {settings.answers!r} is for models that go on with a text; a mask holds one token")
     canonical, source = read_source(name, settings.seed, root)
     wording = _wording(canonical, source, settings.wording)
     cut = cut_splits(source.rows, settings.split_policy, settings.seed, canonical)
@@ -126,7 +128,8 @@ def load_dataset(
     odd = _unreadable(canonical, plain, examples, reader, settings)
     cut = replace(cut, dropped=(*cut.dropped, *_left_out(used, odd)))
     raw, used = _kept(raw, odd), _kept(used, odd)
-    prefix, labels = _label_prefix(plain, [example for example in examples if example.id not in odd], reader)
+    readable = [example for example in examples if example.id not in odd]
+    prefix, labels = _label_prefix(plain, readable, reader, settings.answers)
     renderer = replace(plain, label_prefix=prefix).with_demonstrations(map(defuser.row, shots))
     orders = settings.permutations, settings.seed, canonical
     return Dataset(
@@ -264,18 +267,19 @@ def _unreadable(
     if odd and settings.unreadable == "fail":
         raise DatasetError(f"{name}: {in_one_line(odd)}; {REMEDY}")
     if settings.unreadable == "skip":
-        odd |= _misread(plain, [example for example in examples if example.id not in odd], reader)
+        left = [example for example in examples if example.id not in odd]
+        odd |= _misread(plain, left, reader, settings.answers)
     if len(odd) == len(examples):
         raise DatasetError(f"{name}: no row can be read: {in_one_line(odd)}")
     return odd
 
 
-def _misread(plain: Renderer, examples: Sequence[Example], reader: PromptReader) -> dict[str, str]:
+def _misread(plain: Renderer, examples: Sequence[Example], reader: PromptReader, answers: AnswerKind) -> dict[str, str]:
     """Return the rows whose labels fit neither with a space before them nor without, and why."""
     wrong: dict[tuple[str, tuple[str, ...]], str] = {}
     for ending, example in {_ending(example): example for example in examples}.items():
         try:
-            _label_prefix(plain, [example], reader)
+            _label_prefix(plain, [example], reader, answers)
         except NegError as error:
             wrong[ending] = f"{error}"
     return {example.id: wrong[_ending(example)] for example in examples if _ending(example) in wrong}
@@ -291,7 +295,9 @@ def _kept(rows: Rows, odd: Mapping[str, str]) -> dict[str, list[Row]]:
     return {split: [row for row in of_split if row.id not in odd] for split, of_split in rows.items()}
 
 
-def _label_prefix(plain: Renderer, examples: Sequence[Example], reader: PromptReader) -> tuple[str, tuple[str, ...]]:
+def _label_prefix(
+    plain: Renderer, examples: Sequence[Example], reader: PromptReader, answers: AnswerKind
+) -> tuple[str, tuple[str, ...]]:
     """Return the prefix that fits every prompt, and one row's labels as an example.
 
     Prompts that end alike stand for each other: the encoding checks all of them.
@@ -299,10 +305,10 @@ def _label_prefix(plain: Renderer, examples: Sequence[Example], reader: PromptRe
     first = {_ending(example): example for example in reversed(examples)}
     asked = {example.named: (example.prompt, example.labels) for example in reversed(first.values())}
     try:
-        prefix = common_label_prefix(reader, asked, plain.chat.label_prefix if plain.chat else None)
+        prefix = common_label_prefix(reader, asked, plain.chat.label_prefix if plain.chat else None, answers)
     except NegError as error:
         for example in first.values() if len(asked) > 1 else ():
-            _label_prefix(plain, [example], reader)  # the row at fault is named
+            _label_prefix(plain, [example], reader, answers)  # the row at fault is named
         name = next(iter(asked)) if len(asked) == 1 else ""
         raise type(error)(f"{error}; {REMEDY}" if name in f"{error}" else f"{name}: {error}; {REMEDY}") from None
     return prefix, next(iter(asked.values()))[1]

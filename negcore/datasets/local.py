@@ -15,18 +15,20 @@ from negcore.datasets.base import SPLITS
 from negcore.datasets.files import Record, read_json_lines
 from negcore.datasets.rows import Row, Source, check_unicode, normalised
 from negcore.datasets.splits import ONE_IN, by_unit, split_rows
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, PromptError
+from negcore.model.prompt_ids import end_of_piece
 from negcore.texts import row_text
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("prompt", "labels", "answer", "id", "group", "unit", "split")
+FIELDS = ("prompt", "labels", "answer", "id", "group", "unit", "split", "probe_at")
 _LONGEST_LABEL = 1000
 NEEDED = "each line needs prompt (text), labels (a list of texts), answer (an index into labels or a label)"
 
 
 def read_local(path: Path, seed: int) -> Source:
-    """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group`, `unit` and `split`.
+    """Read a JSONL file with the fields `prompt`, `labels` and `answer`, optionally `id`, `group`, `unit`, `split` and
+    `probe_at`.
 
     Without `split`, the rows are cut 60/20/20 in an order that depends on `seed`, with answers in equal proportions;
     rows of one unit, or of one text, go into the same split.
@@ -113,7 +115,18 @@ def _row(record: Record, stem: str, number: int, place: str, *, is_index: bool) 
         whole=json.dumps(record, sort_keys=True),
         unit=normalised(_name(record, "unit", place)),
         place=place,
+        probe_at=_probe_at(record, prompt.rstrip(" "), place) if "probe_at" in record else "",
     )
+
+
+def _probe_at(record: Record, prompt: str, place: str) -> str:
+    """Return the piece of the prompt at whose last token neurons are read, which stands in it once."""
+    piece = text_field(record, "probe_at", place)
+    try:
+        end_of_piece(prompt, piece)
+    except PromptError as error:
+        raise DatasetError(f"{place}: {error}") from None
+    return piece
 
 
 def _name(record: Record, field: str, place: str) -> str:
@@ -139,7 +152,7 @@ def _labels(value: Any, place: str) -> tuple[str, ...]:
         raise DatasetError(f"{place}: labels is {row_text(value)}; allowed: a list of two or more texts")
     labels = tuple(text_field({"label": label}, "label", place).strip() for label in value)
     if (longest := max(map(len, labels))) > _LONGEST_LABEL:
-        raise DatasetError(f"{place}: a label of {longest} characters; a label is one token, which has fewer")
+        raise DatasetError(f"{place}: a label of {longest} characters; allowed: up to {_LONGEST_LABEL}")
     if len({unicodedata.normalize("NFC", label) for label in labels}) < len(labels):
         raise DatasetError(f"{place}: labels {row_text(value)} repeat; each option needs its own label")
     return labels

@@ -9,7 +9,7 @@ from negcore.datasets.base import Example, Tokenizer, Wording
 from negcore.datasets.chat import Chat, Turn
 from negcore.datasets.rows import Row
 from negcore.errors import LabelError, PromptError
-from negcore.model.prompt_ids import PromptReader
+from negcore.model.prompt_ids import AnswerKind, PromptReader, end_of_piece
 from negcore.orders import LETTERS
 from negcore.texts import row_text
 
@@ -53,7 +53,10 @@ def choose_label_prefix(tokenizer: Tokenizer, prompt: str, labels: Sequence[str]
 
 
 def common_label_prefix(
-    reader: PromptReader, asked: Mapping[str, tuple[str, tuple[str, ...]]], likely: str | None = None
+    reader: PromptReader,
+    asked: Mapping[str, tuple[str, tuple[str, ...]]],
+    likely: str | None = None,
+    answers: AnswerKind = "token",
 ) -> str:
     """Decide whether the labels of several prompts begin with a space.
 
@@ -64,6 +67,8 @@ def common_label_prefix(
         Prompt and labels by the prompt's name.
     likely : str, optional
         Prefix to try first. By default as for `choose_label_prefix`.
+    answers : {"token", "sequence"}
+        With "sequence", labels of several tokens fit too.
 
     Raises
     ------
@@ -74,7 +79,8 @@ def common_label_prefix(
     ids = reader.read(prompts)
     wrong: dict[str, dict[str, str]] = {}
     for prefix in label_prefixes(reader, prompts, ids, likely):
-        found = reader.label_ids(prompts, ids, [[prefix + label for label in of_prompt] for of_prompt in labels])
+        prefixed = [[prefix + label for label in of_prompt] for of_prompt in labels]
+        found = (reader.label_ids if answers == "token" else reader.label_tokens)(prompts, ids, prefixed)
         misfits = map(_misfit, labels, found)
         wrong[prefix] = {name: misfit for name, misfit in zip(asked, misfits, strict=True) if misfit}
         if not wrong[prefix]:
@@ -99,15 +105,16 @@ def label_prefixes(
     return ("", " ") if begins_new else (" ", "")
 
 
-def _misfit(labels: Sequence[str], found: Sequence[int | LabelError]) -> str:
+def _misfit(labels: Sequence[str], found: Sequence[int | list[int] | LabelError]) -> str:
     """Return why labels do not fit; empty if they do."""
-    seen: dict[int, str] = {}
-    for label, token in zip(labels, found, strict=True):
-        if isinstance(token, LabelError):
-            return f"{token}"
-        if token in seen:
-            return f"labels {row_text(seen[token])} and {row_text(label)} share token {token}; each needs its own"
-        seen[token] = label
+    seen: dict[str, str] = {}
+    for label, tokens in zip(labels, found, strict=True):
+        if isinstance(tokens, LabelError):
+            return f"{tokens}"
+        shared = f"tokens {tokens}" if isinstance(tokens, list) else f"token {tokens}"
+        if shared in seen:
+            return f"labels {row_text(seen[shared])} and {row_text(label)} share {shared}; each needs its own"
+        seen[shared] = label
     return ""
 
 
@@ -138,7 +145,8 @@ class Renderer:
         labels = tuple(self.label_prefix + label for label in self.labels(row))
         shown = row.options if self.wording else ()
         prompt = self._prompt(self._question(row))
-        return Example(row.id, prompt, labels, row.answer, row.group, shown, row.place)
+        probe_end = self._probe_end(row, prompt) if row.probe_at else None
+        return Example(row.id, prompt, labels, row.answer, row.group, shown, row.place, probe_end=probe_end)
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
         """Return a renderer that puts these rows, solved, into every prompt."""
@@ -148,6 +156,12 @@ class Renderer:
     def labels(self, row: Row) -> tuple[str, ...]:
         """Return the row's labels without prefix: one letter for each option, or the options themselves."""
         return tuple(LETTERS[: len(row.options)]) if self.wording else row.options
+
+    def _probe_end(self, row: Row, prompt: str) -> int:
+        """Return where the row's `probe_at` ends in its prompt: in its own question, behind solved ones."""
+        question = self._question(row)
+        end = end_of_piece(question, row.probe_at) - (len(question) - len(question.lstrip()))
+        return prompt.rindex(question.strip()) + end  # chat templates cut spaces around a message
 
     def _prompt(self, question: str) -> str:
         instruction = self.wording.instruction if self.wording else ""

@@ -33,6 +33,8 @@ class Row:
     """Normalised text of the sentence, premise or other unit that rows may share; empty if there is none."""
     place: str = ""
     """File and line, for messages; empty for a released dataset, whose ids say it."""
+    probe_at: str = ""
+    """Piece of the field `prompt` at whose last token neurons are read; empty for the prompt's end."""
 
     @property
     def gold(self) -> str:

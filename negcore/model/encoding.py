@@ -2,19 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from negcore.errors import LabelError, NegError, PromptError
 from negcore.model.language_model import ModelCard
-from negcore.model.prompt_ids import PromptReader, end_of_piece
+from negcore.model.prompt_ids import AnswerKind, PromptReader, end_of_piece
 from negcore.texts import row_text
 
 Labels = Sequence[str] | Sequence[Sequence[str]]
-AnswerKind = Literal["token", "sequence"]
-"""`token`: every label is one token; `sequence`: one or several, read one after the other."""
 
 
 @dataclass(frozen=True, slots=True)

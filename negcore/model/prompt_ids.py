@@ -21,10 +21,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from negcore.errors import LabelError, PromptError, typed_line
 from negcore.texts import private, row_text
+
+AnswerKind = Literal["token", "sequence"]
+"""`token`: every label is one token; `sequence`: one or several, read one after the other."""
 
 _TAIL_CHARACTERS = 48
 """Least length of a prompt's end that stands for the prompt."""

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import xxhash
 
@@ -108,6 +108,19 @@ def content_digest(value: Any) -> str:
 def choice_digest(neurons: Sequence[int]) -> str:
     """Return the digest of chosen neurons, which are given by their flat layer-major indices."""
     return content_digest(list(neurons))
+
+
+class AskedPrompt(Protocol):
+    """As much of an example as tells its prompt from others."""
+
+    @property
+    def prompt(self) -> str: ...
+
+
+def prompt_hash(example: AskedPrompt) -> str:
+    """Return the `text_hash` of a prompt; one whose neurons are read before its end has another, by the place."""
+    end = getattr(example, "probe_end", None)
+    return text_hash(example.prompt if end is None else f"{example.prompt}\0{end}")
 
 
 def text_hash(text: str) -> str:

@@ -25,7 +25,7 @@ from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 from negcore.errors import ShardError, one_line
 from negcore.store.buckets import describe, fetch
 from negcore.store.files import cache_directory, draft, is_remote, n_bytes, parse_json, read_bytes
-from negcore.store.identity import RunIdentity, choice_digest, content_digest, text_hash
+from negcore.store.identity import RunIdentity, choice_digest, content_digest, prompt_hash
 from negcore.store.levels import has_columns_of
 from negcore.store.locks import locked
 from negcore.store.publish import Receipt, ShardPlace, checksum, index_of, read_receipts, shard_of
@@ -246,7 +246,7 @@ class _Directory:
             return "missing, though its receipt is there"
         if stamp.n_bytes != receipt.n_bytes:
             return f"{stamp.n_bytes} bytes long, {receipt.n_bytes} in its receipt"
-        known_rows = None if rows is None else [(row.id, text_hash(row.prompt), row.group, row.answer) for row in rows]
+        known_rows = None if rows is None else [(row.id, prompt_hash(row), row.group, row.answer) for row in rows]
         passed = _memories(file, stamp, receipt, verify, known_rows)
         if passed <= _sound:
             return None

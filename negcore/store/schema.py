@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.model.layer_shapes import LayerShapes
-from negcore.store.identity import text_hash
+from negcore.store.identity import prompt_hash
 
 ALIGNMENT_BYTES = 64
 ROW_COLUMNS = ("id", "text_hash", "group")
@@ -45,7 +45,7 @@ def record_batch(examples: Sequence[StoredExample], columns: Mapping[str, pa.Arr
     """Return the rows of one shard, possibly none: which rows they are, then the columns given, in their order."""
     arrays = {
         "id": pa.array([example.id for example in examples], pa.string()),
-        "text_hash": pa.array([text_hash(example.prompt) for example in examples], pa.string()),
+        "text_hash": pa.array([prompt_hash(example) for example in examples], pa.string()),
         "group": pa.array([example.group for example in examples], pa.string()),
         **columns,
     }

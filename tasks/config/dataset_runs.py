@@ -10,6 +10,7 @@ from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
 from negcore.datasets.load import is_own_file
 from negcore.datasets.mceval8k import SPECS
 from negcore.measure.targets import DEFAULT_TARGET, Target
+from negcore.model.prompt_ids import AnswerKind
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
@@ -84,6 +85,11 @@ class _PromptedRun(RunFile):
         description="Orders of its options that each row is asked in, drawn by the seed, the given one first; all for "
         "every order of up to 4 options. See docs/analyses.md.",
     )
+    answers: AnswerKind = Field(
+        "token",
+        description="token: every label is one token; sequence: labels may be several, and NEG is of the probability "
+        "of all of them, one after the other. See docs/analyses.md.",
+    )
     mceval8k: Path | None = Field(None, description="Folder with MCEval8K. By default $NEG_MCEVAL8K, else the hub.")
     max_neurons: int = Field(2**14, ge=1, description="Largest number of neurons a probe may keep.")
     tree_neurons: int = Field(
@@ -108,7 +114,7 @@ class _PromptedRun(RunFile):
     @property
     def science(self) -> dict[str, Any]:
         science = super().science
-        for name in ("storage", "unreadable", "prompt_format", "system_prompt", "permutations"):
+        for name in ("storage", "unreadable", "prompt_format", "system_prompt", "permutations", "answers"):
             if science[name] == type(self).model_fields[name].default:
                 del science[name]  # runs have the names from before there was a choice
         return science
@@ -310,6 +316,7 @@ class SkillRun(_ProbedRun):
             split_policy=self.split_policy,
             unreadable=self.unreadable,
             permutations=self.permutations,
+            answers=self.answers,
         )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from negcore.errors import ShardError
-from negcore.store.identity import RunIdentity, difference, text_hash
+from negcore.store.identity import RunIdentity, difference, prompt_hash
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit, open_negs
 from negcore.texts import row_text
@@ -57,7 +57,7 @@ def _check_rows(root: Path, planned: ShardSet, split: NegSplit) -> None:
     stored = zip(split.ids, split.text_hashes, split.groups, split.gold_P.tolist(), strict=True)
     for id_, prompt, group, gold in stored:
         example = examples.get(id_)
-        if example is None or text_hash(example.prompt) != prompt:
+        if example is None or prompt_hash(example) != prompt:
             continue
         if (example.group, example.answer) != (group, gold):
             raise ShardError(
