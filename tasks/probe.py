@@ -1,7 +1,7 @@
 """Fit skill-neuron probes to a dataset's NEG shards, save them, and measure them on its test split."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +68,8 @@ class AccuracyRow:
     """Probability of all options together, mean over the test prompts."""
     target: str = DEFAULT_TARGET
     """The number of an option whose slope the run's NEGs are."""
+    reading: str = ""
+    """What is unusual in how prompts are read: the probed token, answers of several tokens."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,7 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
         **place,
         "genre": planned.dataset.genre,
         "target": test.target,
+        "reading": reading(test.identity.prompt),
         "n_train": splits.train.n_rows,
         "overlapping": planned.dataset.split_report.is_overlapping,
     }
@@ -286,6 +289,12 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
         if run.confusion:
             probed.confusion.extend(_confusion(place, one, test))
     return probed
+
+
+def reading(prompt: Mapping[str, Any]) -> str:
+    """Return what is unusual in how a run's prompts are read, by the prompt settings of its identity; else nothing."""
+    probed = "neurons at probe_at" * ("probed" in prompt)
+    return ", ".join(filter(None, [probed, "answers of several tokens" * (prompt.get("answers") == "sequence")]))
 
 
 def _groups(test: NegSplit) -> dict[str, Ints]:

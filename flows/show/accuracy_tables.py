@@ -149,7 +149,7 @@ def _score_row(scores: Sequence[AccuracyRow], probes: Sequence[str], beside: Con
     cells = [_score_cell(by_probe[probe], beside) for probe in probes]
     if first.group:
         return [f"  {first.group}", rows_cell(first, "", f"{first.n_test}"), floor_cell(first), *cells]
-    return [_marked(short(first.dataset), first.overlapping), *_beside(first), *cells]
+    return [(*_marked(short(first.dataset), first.overlapping), _reading(first)), *_beside(first), *cells]
 
 
 def _average_row(means: Sequence[Average], name: str, *heading: Words) -> list[Cell]:
@@ -225,7 +225,7 @@ def _run_row(name: str, by_probe: Mapping[str, AccuracyRow], probes: Sequence[st
     first = next(iter(by_probe.values()))
     cells: list[Cell] = [_score_cell(by_probe[probe]) if probe in by_probe else "" for probe in probes]
     of_target = Words(named_target(first.target, "\n"), "dim")
-    return [(*_marked(name, first.overlapping), of_target), *_beside(first), *cells]
+    return [(*_marked(name, first.overlapping), of_target, _reading(first)), *_beside(first), *cells]
 
 
 def rows_table(accounts: Sequence[SplitAccount]) -> Table:
@@ -327,6 +327,11 @@ def floor_mark(accuracy: Measured, floors: Floored) -> Words:
     """Return the mark of an accuracy whose interval reaches down to the best floor, or lies below it."""
     best = best_floor(floors)
     return Words("\n<= floor" if best and accuracy.low <= best.accuracy else "", "yellow")
+
+
+def _reading(row: AccuracyRow) -> Words:
+    """Return what is unusual in how the row's prompts are read."""
+    return Words(row.reading and "\n" + row.reading.replace(", ", "\n"), "dim")
 
 
 def _marked(name: str | Words, overlapping: bool) -> tuple[str | Words, Words]:

@@ -63,12 +63,15 @@ class Origin:
         )
 
     def comparable(self) -> dict[str, Any]:
-        """Return everything that must be equal where the probe is used: model, site, number type, target and labels."""
+        """Return everything that must be equal where the probe is used."""
+        prompt = self.identity.get("prompt") or {}
         return {name: self.identity[name] for name in _SAME} | {
             "experts": self.identity.get("experts"),
             "target": self.identity.get("target", DEFAULT_TARGET),
             "n_options": self.n_options,
             "label_ids": self.label_ids,
+            "probed": prompt.get("probed", "the prompt's end"),
+            "answers": prompt.get("answers", "token"),
         }
 
 
@@ -92,14 +95,14 @@ class SavedProbe:
         Raises
         ------
         ProbeError
-            If the split is of another model, site, number type, target or label set.
+            If the split is of another model, site, number type, target, label set or probed place.
         """
         here, there = Origin.of(split).comparable(), self.origin.comparable()
         for key, value in here.items():
             if value != there[key]:
                 raise ProbeError(
                     f"{str(self.path)!r} was fitted with {key} {there[key]!r} and cannot answer NEGs with {key} "
-                    f"{value!r}: use a probe of the same model, site, target and labels"
+                    f"{value!r}: use a probe of the same model, site, target, place and labels"
                 )
         return self.probe.predict(split)
 
