@@ -1,15 +1,17 @@
 """Data files as people bring them: nothing in them is altered, dropped or guessed without a word."""
 
+import copy
 import json
 import logging
 import os
+import re
 
 import pytest
 from support import tiny_tokenizer
 
 from negcore.datasets import PromptSettings, load_dataset, load_facts
 from negcore.datasets.local import read_local
-from negcore.errors import DatasetError
+from negcore.errors import DatasetError, LabelError
 
 GOOD = {"prompt": "Question: Answer:", "labels": ["A", "B"], "answer": 0}
 
@@ -200,3 +202,83 @@ def test_facts_in_a_damaged_table_are_refused_in_one_line(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1" + bytes(99) + b"PAR1")
     with pytest.raises(DatasetError, match="cannot be read"):
         load_facts(tmp_path / name, tiny_tokenizer())
+
+
+def asked(path, rows, tokenizer=None, **settings):
+    """The test examples of a file as one tokenizer reads them."""
+    path.write_text(lines(rows))
+    return load_dataset(str(path), tokenizer or tiny_tokenizer(), settings=PromptSettings(**settings)).splits["test"]
+
+
+SPLITS = [*["train"] * 4, "valid", "valid", "test", "test"]
+ROWS = [
+    {"prompt": f"Question {n}: which answer? Answer:", "labels": ["A", "B"], "answer": n % 2, "split": split}
+    for n, split in enumerate(SPLITS)
+]
+
+
+def test_a_row_names_a_piece_of_its_prompt_whose_end_is_the_probed_place(path):
+    rows = [one | {"probe_at": f"Question {n}"} for n, one in enumerate(ROWS)]
+    (first, _) = asked(path, rows)
+    assert row(path, probe_at="Question").probe_at == "Question" and row(path).probe_at == ""
+    assert {one.probe_end for one in asked(path, ROWS)} == {None} and first.probe_end == len("Question 6")
+
+
+def test_a_place_is_in_the_rows_own_question_and_not_in_a_solved_one(path):
+    rows = [one | {"probe_at": "which answer"} for one in ROWS]
+    for example in asked(path, rows, shots=1):
+        assert example.prompt.count("which answer") == 3
+        assert example.probe_end == example.prompt.rindex("which answer") + len("which answer")
+
+
+def test_a_place_is_in_the_message_that_a_chat_template_wraps(path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[which answer]{% endif %}"
+    )
+    rows = [one | {"probe_at": "which answer"} for one in ROWS]
+    (example, _) = asked(path, rows, tokenizer, prompt_format="chat")
+    assert example.prompt[: example.probe_end].endswith("6: which answer") and example.prompt.endswith("[which answer]")
+
+
+@pytest.mark.parametrize(
+    ("piece", "said"),
+    [
+        ("Rome", "'Rome' stands nowhere in the prompt"),
+        (":", "':' stands at several places of the prompt; give a longer piece"),
+        ("  ", "probe_at is '  '; allowed: text that is not empty"),
+        (3, "probe_at is 3; allowed: text"),
+    ],
+)
+def test_a_piece_that_is_no_single_place_is_refused_with_the_line(path, piece, said):
+    with pytest.raises(DatasetError, match=f"data.jsonl:1: .*{re.escape(said)}"):
+        row(path, probe_at=piece)
+
+
+def test_places_are_part_of_a_datasets_fingerprint_and_their_absence_changes_none(path):
+    def digest(rows):
+        path.write_text(lines(rows))
+        return load_dataset(str(path), tiny_tokenizer(), settings=PromptSettings()).fingerprint
+
+    assert digest(ROWS) == "ecf0f314544031dca4347493164aa4d8"
+    named = {digest([one | {"probe_at": piece} for one in ROWS]) for piece in ("Question", "which")}
+    assert len(named | {digest(ROWS)}) == 3
+
+
+def test_labels_of_several_tokens_are_refused_unless_they_are_asked_for(path):
+    rows = [one | {"labels": ["yes or no", "A"], "answer": n % 2} for n, one in enumerate(ROWS)]
+    with pytest.raises(LabelError, match="answers: sequence allows several"):
+        asked(path, rows)
+    (example, _) = asked(path, rows, answers="sequence")
+    assert example.labels == (" yes or no", " A")
+    with pytest.raises(LabelError, match="is for models that go on with a text"):
+        load_dataset(str(path), tiny_tokenizer(), settings=PromptSettings(answers="sequence"), masked=True)
+    with pytest.raises(DatasetError, match="answers is 'text'; allowed: 'token', 'sequence'"):
+        PromptSettings(answers="text")
+
+
+def test_facts_of_a_study_are_asked_at_their_prompts_end(path):
+    path.write_text(lines([{"uuid": "1", "prompt": "It was", "tpl": "t", "answer": "A", "probe_at": "It"}]))
+    with pytest.raises(DatasetError, match="data.jsonl:1: facts are asked at their prompt's last token"):
+        load_facts(path, tiny_tokenizer())
