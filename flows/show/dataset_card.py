@@ -20,8 +20,8 @@ _MIB = 2**20
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 """Names that the hub has for numbers of rows."""
 _SETTINGS = (
-    *("kind", "seed", "limit", "eval_limit", "shots", "wording", "prompt_format", "split_policy", "unreadable", "answers"),
-    *("site", "dtype", "storage", "nonfinite", "probe", "max_neurons", "tree_neurons", "cpus"),
+    *("kind", "seed", "limit", "eval_limit", "shots", "wording", "prompt_format", "split_policy", "unreadable"),
+    *("answers", "site", "dtype", "storage", "nonfinite", "probe", "max_neurons", "tree_neurons", "cpus"),
 )
 """Fields of a run file that decide results and name no place of a machine."""
 

@@ -123,7 +123,7 @@ def test_a_probe_answers_no_negs_of_another_place(made, finished):
     probe = load_probe(probe_path(finished[0].directory, split.place.model, split.place.dataset, "magn"))
     assert len(probe.predict(split)) == split.n_rows
     with pytest.raises(
-        ProbeError, match="fitted with probed 'probe_at' and cannot answer NEGs with probed 'the prompt"
+        ProbeError, match="fitted with probed 'probe_at' and cannot answer NEGs with probed .the prompt"
     ):
         probe.predict(open_negs(other.directory).select(split="test"))
 
