@@ -134,7 +134,7 @@ def mass_warnings(asked: Iterable[tuple[str, str, float | None]]) -> list[str]:
     return [
         f"{way}: less than half of the model's probability lies on the options "
         f"({', '.join(f'{dataset} {mass:.3f}' for dataset, mass in found.items())}; label mass, mean over test): its "
-        "answers there are what is left beside likelier words; try demonstrations (--shots 1), another --wording or "
+        "answers there are what is left beside likelier words; try more demonstrations (--shots), another --wording or "
         "--prompt-format chat"
         for way, found in small.items()
     ]
