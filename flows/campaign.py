@@ -15,6 +15,7 @@ from flows.show.accuracy_figures import model_forests
 from flows.show.campaign_tables import campaign_tables
 from flows.show.report import RunResults, Section
 from flows.show.sentences import campaign_sentences
+from flows.show.training_figure import training_figures
 from flows.skills import SkillResults
 from negcore.errors import NegError, typed_line
 from negcore.store.files import n_bytes
@@ -35,6 +36,7 @@ from tasks.config.kinds import RUN_KINDS, load
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.run_file import RUN_FILE, write_run_file
 from tasks.measure.missing import Extracted
+from tasks.neg_profiles import neg_profiles
 from tasks.pool.base import Stopped
 from tasks.steps import Steps
 
@@ -52,7 +54,7 @@ class CampaignResults(RunResults):
             Section(
                 title="",
                 tables=list(campaign_tables(found)),
-                figures=list(model_forests(found.accuracy, found.names)),
+                figures=[*model_forests(found.accuracy, found.names), *training_figures(found)],
                 sentences=list(campaign_sentences(found)),
                 folder="campaign/figures",
             )
@@ -96,7 +98,9 @@ def run_campaign(run: CampaignRun, steps: Steps) -> CampaignResults:
             compared.append(found)
             outcomes.append(outcome(step, found, problems))
             results.problems += [f"{step.folder}, {step.study}: {problem}" for problem in problems]
-    results.comparison = compare(outcomes, compared)
+    profiles = neg_profiles(run.steps)
+    results.warnings += profiles.warnings
+    results.comparison = compare(outcomes, compared, profiles.rows)
     with noted(results):
         write_comparison(run, results.comparison)
     return results

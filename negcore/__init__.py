@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from negcore.analysis.matching import match_neurons
     from negcore.analysis.neurons import TopNeuron, top_neurons
     from negcore.datasets import Dataset, PromptSettings, chat_prompts, list_datasets, load_dataset
     from negcore.errors import NegError
@@ -52,6 +53,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "load_probe",
+    "match_neurons",
     "neurgrad",
     "open_negs",
     "rank",
@@ -63,6 +65,7 @@ __all__ = [
 _HOMES = {
     name: f"negcore.{module}"
     for module, names in {
+        "analysis.matching": ("match_neurons",),
         "analysis.neurons": ("TopNeuron", "top_neurons"),
         "datasets": ("Dataset", "PromptSettings", "chat_prompts", "list_datasets", "load_dataset"),
         "errors": ("NegError",),

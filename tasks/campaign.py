@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from negcore.texts import public
 from tasks.config.campaign_run import CampaignRun, CampaignStep
 from tasks.linearity import Findings
+from tasks.neg_profiles import NegProfileRow
 from tasks.probe import AccuracyRow
 from tasks.results import Average, averages
 from tasks.rundir.tables import write_tables
@@ -123,6 +124,8 @@ class Comparison:
     gains: list[GainRow] = field(default_factory=list)
     linearity: list[LinearityRow] = field(default_factory=list)
     profiles: list[ProfileRow] = field(default_factory=list)
+    neg_profiles: list[NegProfileRow] = field(default_factory=list)
+    """Of models that are revisions of one."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -130,9 +133,11 @@ class Comparison:
         return {row.model: row.name for row in self.outcomes}
 
 
-def compare(outcomes: Iterable[OutcomeRow], compared: Iterable[Compared]) -> Comparison:
+def compare(
+    outcomes: Iterable[OutcomeRow], compared: Iterable[Compared], negs: Iterable[NegProfileRow] = ()
+) -> Comparison:
     """Put the rows of all studies together."""
-    comparison = Comparison(list(outcomes))
+    comparison = Comparison(list(outcomes), neg_profiles=list(negs))
     for one in compared:
         comparison.accuracy.extend(one.accuracy)
         comparison.linearity.extend(one.linearity)

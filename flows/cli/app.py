@@ -14,6 +14,7 @@ from flows.cli.data import datasets, models
 from flows.cli.doctor import doctor
 from flows.cli.importing import import_table
 from flows.cli.looking import compare
+from flows.cli.matching import match
 from flows.cli.neurons import neuron, neurons
 from flows.cli.options import Command
 from flows.cli.publish import publish
@@ -23,6 +24,7 @@ from flows.cli.steer import steer
 from flows.cli.storage import status, verify
 from flows.cli.tables import export, sql
 from flows.cli.terminal import stop_on_signals
+from flows.cli.utilisation import mui
 from flows.cli.view import view
 from flows.show.console import console, errors, show_all_through_consoles, tell
 from negcore import __version__
@@ -110,7 +112,7 @@ PANELS: dict[str, dict[str, Command]] = {
         **{name: run_command(name, kind) for name, kind in RUN_KINDS.items()},
         **_commands(plan, benchmark),
     },
-    "Looking into runs": _commands(compare, neurons, neuron, sql, export, steer, view),
+    "Looking into runs": _commands(compare, match, mui, neurons, neuron, sql, export, steer, view),
     "Storage": _commands(status, verify, publish),
     "Machines and servers": _commands(doctor),
     "Prefect": _commands(serve),

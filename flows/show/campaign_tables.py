@@ -1,6 +1,7 @@
 """Tables that compare the models of a campaign, at most 100 columns wide in a terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import isnan
 from statistics import fmean
 from types import MappingProxyType
 
@@ -16,8 +17,9 @@ from flows.show.accuracy_tables import (
     probe_title,
 )
 from flows.show.table import Block, Cell, Column, Number, Style, Table, Words, by, interval, numbers, texts
-from flows.show.text import change, correlation, share
-from tasks.campaign import N_DEPTHS, Comparison, GainRow, LinearityRow, ProfileRow
+from flows.show.text import change, correlation, count, share
+from tasks.campaign import N_DEPTHS, Comparison, GainRow, LinearityRow, ProfileRow, by_depth
+from tasks.neg_profiles import NegProfileRow
 from tasks.results import Average
 
 _MEASURES = MappingProxyType(
@@ -27,6 +29,15 @@ _MEASURES = MappingProxyType(
         "skill_share": "share of skill neurons",
     }
 )
+NEG_MEASURES = MappingProxyType(
+    {
+        "mean_size": "mean |NEG|, in parts of that of all layers",
+        "same_as_previous": "same sign as in the revision before",
+        "same_as_last": "same sign as in the last revision",
+        "rank_correlation": "rank correlation of neurons with the last revision",
+    }
+)
+"""Measures of NEGs over training, and their titles."""
 _WITHOUT_MODEL = ("random", "majority", "options_only")
 """Floors that are the same for every model that is asked the same rows."""
 _OUTCOME_STYLES: MappingProxyType[str, Style] = MappingProxyType(
@@ -45,6 +56,8 @@ def campaign_tables(comparison: Comparison) -> Iterator[Table]:
         yield _linearity(comparison)
     if comparison.profiles:
         yield _profiles(comparison)
+    if comparison.neg_profiles:
+        yield _neg_profiles(comparison)
 
 
 def _outcomes(comparison: Comparison) -> Table:
@@ -189,6 +202,43 @@ def _profiles(comparison: Comparison) -> Table:
         blocks=blocks,
         caption="Columns: tenths of a model's depth, by where they end; layers that lie in two count in both.",
     )
+
+
+def _neg_profiles(comparison: Comparison) -> Table:
+    ends = [f"{100 * depth // N_DEPTHS}%" for depth in range(1, N_DEPTHS + 1)]
+    blocks: list[Block] = []
+    for measure, heading in NEG_MEASURES.items():
+        by_model = by(comparison.neg_profiles, "model").items()
+        cells = ([comparison.names[model], *_neg_cells(rows, measure)] for model, rows in by_model)
+        blocks.append([[Words(heading, "bold")], *cells])
+    datasets = count(len({(row.stage, row.dataset) for row in comparison.neg_profiles}), "dataset")
+    return Table(
+        key="campaign-neg-profiles",
+        title="NEGs over training",
+        columns=[*texts("model"), *numbers("all", *ends)],
+        blocks=blocks,
+        caption=f"NEGs for the right option in the test rows that all revisions measured, mean over {datasets}. "
+        "Columns: tenths of a model's depth, by where they end. Signs: share of rows and neurons. Correlation: "
+        "Spearman's, over neurons, of the mean NEG.",
+    )
+
+
+def _neg_cells(rows: Sequence[NegProfileRow], measure: str) -> list[Cell]:
+    """Return the value of all layers, and of every tenth of depth; sizes of tenths in parts of the first."""
+    means = {layer: mean_of(own, measure) for layer, own in by(rows, "layer").items()}
+    whole = means.pop(None)
+    values = by_depth({layer: value for layer, value in means.items() if value is not None}, len(means))
+    if measure == "mean_size":
+        first = "-" if whole is None else Number(whole, "{:.1e}".format)
+        parts = [None if value is None or not whole else value / whole for value in values]
+        return [first, *("-" if part is None else Number(part, "{:.2f}".format) for part in parts)]
+    return ["-" if value is None else Number(value, correlation) for value in (whole, *values)]
+
+
+def mean_of(rows: Sequence[NegProfileRow], measure: str) -> float | None:
+    """Return the mean of a measure over datasets, without those that have no value; None if none has."""
+    known = [value for row in rows if (value := getattr(row, measure)) is not None and not isnan(value)]
+    return fmean(known) if known else None
 
 
 def _shown(profiles: Sequence[ProfileRow]) -> dict[tuple[str, str], list[ProfileRow]]:

@@ -17,6 +17,7 @@ _TYPES = {
     float: pa.float64(),
     float | None: pa.float64(),
     bool: pa.bool_(),
+    bool | None: pa.bool_(),
     list[float] | None: pa.list_(pa.float64()),
     list[str] | None: pa.list_(pa.string()),
 }

@@ -54,7 +54,7 @@ SKILLS = {
     "draws": 1,
     "tree_neurons": 8,
 }
-TABLES = ("outcomes", "accuracy", "gains", "linearity", "profiles")
+TABLES = ("outcomes", "accuracy", "gains", "linearity", "profiles", "neg_profiles")
 
 
 @pytest.fixture(scope="module")

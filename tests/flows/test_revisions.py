@@ -7,10 +7,12 @@ from hub import COMMIT, commit_id, serving
 from safetensors.torch import load_file, save_file
 from support import neg, save_tiny_model
 
+from negcore.analysis.training import revision_profiles
 from negcore.errors import RunError
 from negcore.store.reader import open_negs
 from tasks.neurons import best_neurons
 from tasks.rundir.checks import read_checks
+from tasks.rundir.query import query
 
 STEPS = ("step2", "step10", "main")
 NAMES = ["org/m@step2", "org/m@step10", "org/m"]
@@ -81,3 +83,20 @@ def test_a_neuron_and_an_answer_are_of_the_named_revision(ran):
     steered = ["--neurons", "0.1=2", "--rows", "1", "--max-tokens", "1", "--effect-rows", "2"]
     done = neg("steer", str(ran / "run"), "--model", "org/m@step10", *steered, **cached)
     assert (done.returncode, "org/m@step10" in done.stdout) == (0, True), done.stderr
+
+
+def test_a_campaign_tells_how_negs_change_over_its_revisions(ran):
+    negs = open_negs(ran / "run")
+    rows = table(ran / "made" / "campaign" / "neg_profiles.arrow")
+    profiles = revision_profiles([negs.select(name, "mini/fact", "test") for name in NAMES])
+    assert [row["model"] for row in rows] == [f"org/m@{STEPS[one.revision]}" for one in profiles]
+    for row, one in zip(rows, profiles, strict=True):
+        assert {name: row[name] for name in vars(one).keys() & row.keys() - {"revision"}} == {
+            name: value for name, value in vars(one).items() if name != "revision"
+        }
+    assert {row["revision"] for row in rows} == {commit_id("step2"), commit_id("step10"), COMMIT}
+    assert {(row["stage"], row["dataset"]) for row in rows} == {("mceval8k", "mini/fact (shots-0)")}
+    assert "NEGs over training" in (ran / "made" / "report.html").read_text()
+    assert (ran / "made" / "campaign" / "figures" / "models-negs-over-training.svg").is_file()
+    asked = query(ran / "made", "select count(*) as n from campaign.neg_profiles where layer is null")
+    assert asked.to_pylist() == [{"n": 3}]
