@@ -31,10 +31,10 @@ _MEASURES = MappingProxyType(
 )
 NEG_MEASURES = MappingProxyType(
     {
-        "mean_size": "mean |NEG|, in parts of that of all layers",
-        "same_as_previous": "same sign as in the revision before",
-        "same_as_last": "same sign as in the last revision",
-        "rank_correlation": "rank correlation of neurons with the last revision",
+        "mean_size": "mean |NEG|",
+        "same_as_previous": "sign as before",
+        "same_as_last": "sign as last",
+        "rank_correlation": "order as last",
     }
 )
 """Measures of NEGs over training, and their titles."""
@@ -218,8 +218,9 @@ def _neg_profiles(comparison: Comparison) -> Table:
         columns=[*texts("model"), *numbers("all", *ends)],
         blocks=blocks,
         caption=f"NEGs for the right option in the test rows that all revisions measured, mean over {datasets}. "
-        "Columns: tenths of a model's depth, by where they end. Signs: share of rows and neurons. Correlation: "
-        "Spearman's, over neurons, of the mean NEG.",
+        "Columns: all layers, and tenths of a model's depth by where they end; sizes there in parts of that of all. "
+        "Sign: share of rows and neurons with the sign of the revision before, or of the last. Order: Spearman's "
+        "correlation over neurons of their mean NEG with that of the last revision.",
     )
 
 

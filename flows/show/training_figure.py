@@ -7,8 +7,6 @@ from flows.show.drawing import Chart, Figure, Part, field, layer, measured, pane
 from flows.show.table import by
 from tasks.campaign import Comparison
 
-_TITLES = dict(NEG_MEASURES) | {"mean_size": "mean |NEG|"}
-
 
 def training_figures(comparison: Comparison) -> Iterator[Figure]:
     """Draw the NEGs of revisions by layer, if a campaign has any: the earlier a revision, the darker its line."""
@@ -40,7 +38,7 @@ def _panel(comparison: Comparison, measure: str) -> Chart:
         rows,
         layer("line", {"strokeWidth": 1.5}, detail=field("order:Q")),
         layer("circle", {"size": 22, "opacity": 1}),
-        title=_TITLES[measure],
+        title=NEG_MEASURES[measure],
         x=field("layer:Q", title="layer"),
         y=field("value:Q", title="", scale={"zero": measure == "mean_size"}),
         color=colour,

@@ -27,8 +27,8 @@ def row_order(first: NegSplit, second: NegSplit) -> Ints:
     NegError
         If the rows are not the same, or the numbers do not mean the same; the message names the first difference.
     """
-    for what, here, there in _meanings(first, second):
-        _refuse_unlike(what, here, there, first, second)
+    for what in ("number_format", "target"):
+        _refuse_unlike(what, getattr(first.identity, what), getattr(second.identity, what), first, second)
     _refuse_unlike("options a row", first.n_options, second.n_options, first, second)
     at = {id_: place for place, id_ in enumerate(second.ids)}
     for one, other, known in ((first, second, at.keys()), (second, first, set(first.ids))):
@@ -44,12 +44,6 @@ def row_order(first: NegSplit, second: NegSplit) -> Ints:
     if first.identity.tokenizer_hash == second.identity.tokenizer_hash:
         _check_rows("its options", first.label_ids_PO, second.label_ids_PO[order_P], first, second)
     return order_P
-
-
-def _meanings(first: NegSplit, second: NegSplit) -> list[tuple[str, Any, Any]]:
-    """Return what must be the same for NEGs of two models to mean the same, as far as their identities name it."""
-    here, there = first.identity.comparable(), second.identity.comparable()
-    return [(name, here.get(name), there.get(name)) for name in ("number_format", "target", "answers")]
 
 
 def _refuse_unlike(what: str, here: Any, there: Any, first: NegSplit, second: NegSplit) -> None:

@@ -162,4 +162,6 @@ def spearman(first_N: Floats, second_N: Floats) -> float:
     ranks = [rankdata(values) for values in (first_N, second_N)]
     if min(np.ptp(one) for one in ranks) == 0:
         return float("nan")
+    if np.array_equal(*ranks):
+        return 1.0  # without rounding
     return float(np.corrcoef(*ranks)[0, 1])

@@ -63,8 +63,9 @@ class CampaignRun(RunFile):
         linearity: {prompts: 10, neurons: 60}
 
     The runs are in DIR/MODEL/STUDY, the comparison in DIR/campaign: accuracy by genre, the best probe beside LM-Prob,
-    linearity, layer profiles. A model that cannot be loaded or measured is named there and at the end, all others go
-    on; the exit code is then 1. `neg campaign DIR` repeats the campaign and computes only what is missing.
+    linearity, layer profiles and, of revisions of one model, NEGs over training. A model that cannot be loaded or
+    measured is named there and at the end, all others go on; the exit code is then 1. `neg campaign DIR` repeats the
+    campaign and computes only what is missing.
     """
 
     model_config = ConfigDict(extra="allow")

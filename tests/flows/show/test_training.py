@@ -45,9 +45,9 @@ def test_the_figure_has_a_panel_a_measure_and_a_line_a_revision_in_order():
     (figure,) = training_figures(comparison(*ROWS))
     panels = figure.parts[0].panels
     assert [panel["title"] for panel in panels][1:] == [
-        "same sign as in the revision before",
-        "same sign as in the last revision",
-        "rank correlation of neurons with the last revision",
+        "sign as before",
+        "sign as last",
+        "order as last",
     ]
     assert panels[0]["data"]["values"] == [
         {"revision": "A", "order": 0, "layer": 0, "value": 1e-3},

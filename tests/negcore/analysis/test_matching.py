@@ -164,6 +164,7 @@ def test_rows_that_differ_are_refused_by_the_first_difference(tmp_path):
         "row 'train/0': its right option": written(tmp_path / "gold", values, (np.arange(ROWS) + 1) % OPTION_COUNT),
         "row 'train/0': its options": written(tmp_path / "labels", values, first_label=7),
         "number_format: 1 in .*, 0 in .* not comparable": written(tmp_path / "format", values, number_format=0),
+        "target: probability in .*, log-probability in": written(tmp_path / "t", values, target="log-probability"),
     }
     for says, second in cases.items():
         with pytest.raises(NegError, match=says):
