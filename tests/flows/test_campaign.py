@@ -517,7 +517,7 @@ def records(comparison):
 
 def test_artifacts_hold_names_and_numbers_only(results):
     shown = records(results.comparison)
-    assert set(shown) == set(TABLES)
+    assert set(shown) == set(TABLES) - {"neg_profiles"}
     assert json.loads(json.dumps(shown, allow_nan=False)) == shown
     assert "unheard-of" not in json.dumps(shown)
     assert {row["model"] for row in shown["outcomes"]} == {"tiny-llama", "tiny-neox", "torn", "unknown"}
