@@ -17,6 +17,7 @@ from flows.show.beyond_tables import beyond_tables
 from flows.show.certificate_tables import certificate_tables
 from flows.show.comparison_tables import comparison_tables
 from flows.show.control_tables import control_tables
+from flows.show.letter_bias_tables import letter_bias_tables
 from flows.show.neuron_figures import neuron_figures
 from flows.show.neuron_tables import top_table
 from flows.show.report import RunResults, Section
@@ -32,6 +33,7 @@ from tasks.config.kinds import count_shards
 from tasks.config.run_file import write_run_file
 from tasks.controls import ControlRow
 from tasks.floors import mass_warnings
+from tasks.letter_bias import LETTER_BIAS_FILE, LetterBiasRow
 from tasks.measure.missing import names_of
 from tasks.model_plans import ModelPlans, all_problems
 from tasks.neurons import NEURONS_FILE, NeuronRow
@@ -70,6 +72,8 @@ class Results(RunResults):
     resamples: list[ResampleRow] = field(default_factory=list)
     controls: list[ControlRow] = field(default_factory=list)
     """Accuracies of the probes under controls."""
+    letter_bias: list[LetterBiasRow] = field(default_factory=list)
+    """Accuracies by letter and by answer, if rows were asked in several orders of their options."""
     certificates: list[CertificateRow] = field(default_factory=list)
     """Bounds on large NEGs that the estimates miss."""
     neurons: list[NeuronRow] = field(default_factory=list)
@@ -83,12 +87,15 @@ class Results(RunResults):
     def sections(self) -> list[Section]:
         if not self.scores:
             return []
-        accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets, self.controls)
+        accuracy = accuracy_tables(
+            self.scores, self.averages, self.n_datasets, self.controls, is_permuted=bool(self.letter_bias)
+        )
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
         controls = control_tables(self.controls, self.scores)
         certificates = certificate_tables(self.certificates)
         resamples, neurons = resample_tables(self.resamples, self.scores), top_table(self.neurons, self.scores)
-        beside = (*beyond_tables(self.beyond), *controls, *comparisons, *resamples, *certificates, *neurons, *confusion)
+        beyond, bias = beyond_tables(self.beyond), letter_bias_tables(self.letter_bias)
+        beside = (*beyond, *bias, *controls, *comparisons, *resamples, *certificates, *neurons, *confusion)
         return [
             Section(
                 "",
@@ -257,6 +264,7 @@ def _collect(results: Results, pending: Sequence[_PendingProbe], run: SkillRun) 
         results.beyond += probed.beyond
         results.resamples += probed.resamples
         results.controls += probed.controls
+        results.letter_bias += probed.letter_bias
         results.certificates += probed.certificates
         results.neurons += probed.neurons
         results.warnings += probed.warnings
@@ -287,6 +295,9 @@ def _publish(results: Results) -> None:
     write_table(results.directory / "splits.arrow", SplitAccount, [asdict(row) for row in results.splits])
     if results.resamples:
         write_table(results.directory / "resamples.arrow", ResampleRow, [asdict(row) for row in results.resamples])
+    if results.letter_bias:
+        rows = [asdict(row) for row in results.letter_bias]
+        write_table(results.directory / LETTER_BIAS_FILE, LetterBiasRow, rows)
     if results.certificates:
         rows = [asdict(row) for row in results.certificates]
         write_table(results.directory / "certificates.arrow", CertificateRow, rows)

@@ -12,7 +12,10 @@ from tasks.predictions import Predictions
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """Two probes of a model on the test prompts of one dataset, or of all datasets: the exact McNemar test."""
+    """Two probes of a model on the test prompts of one dataset, or of all datasets: the exact McNemar test.
+
+    Prompts are rows, and answers decisions over all orders, where rows were asked in several orders of their options.
+    """
 
     model: str
     shots: int
@@ -40,6 +43,8 @@ class ComparisonRow:
 def comparisons(predictions: Sequence[Predictions]) -> list[ComparisonRow]:
     """Compare every two probes that answered the same prompts, by dataset, and over all datasets if there are several.
 
+    Where rows were asked in several orders of their options, they are compared on their one decision a row.
+
     Parameters
     ----------
     predictions : sequence of Predictions
@@ -66,8 +71,7 @@ def _of_model(predictions: Sequence[Predictions]) -> Iterator[ComparisonRow]:
 
 
 def _pairs(one: Predictions) -> Mapping[tuple[str, str], Paired]:
-    right_P = {probe: predicted_P == one.gold_P for probe, predicted_P in one.predicted_P.items()}
-    return {(a, b): paired(right_P[a], right_P[b]) for a, b in combinations(right_P, 2)}
+    return {(a, b): paired(one.right(a), one.right(b)) for a, b in combinations(one.predicted_P, 2)}
 
 
 def _row(asked: Predictions, dataset: str, pair: tuple[str, str], of_pair: Paired) -> ComparisonRow:

@@ -42,45 +42,27 @@ class ControlRow:
 def with_permuted_gold(split: NegSplit, seed: int, draw: int) -> NegSplit:
     """Return a split whose gold options are permuted over its rows: each is as frequent as before.
 
+    Where rows were asked in several orders of their options, it is their answers that are permuted, not letters.
     The order depends on the seed, the draw, and the names of dataset and split; not on workers or shards.
     """
     named = f"{split.place.dataset}/{split.place.part}".encode()
     random = np.random.default_rng([abs(seed), draw, *named])
-    return split.with_gold(random.permutation(split.gold_P))
+    gold_R = random.permutation(split.answers.gold_R(split.gold_P))
+    return split.with_gold(split.answers.letters_P(gold_R).astype(np.int16))
 
 
 def permuted_row(
     run: SkillRun, planned: PlannedDataset, probe: str, draw: int, n_neurons: int | None, right: Accuracy
 ) -> ControlRow:
     """Return the row of a probe that was fitted on permuted answers."""
-    place = (planned.model, run.shots, planned.dataset.name, probe)
-    return _row(place, "permuted answers", draw, run.seed, n_neurons, right)
-
-
-def random_weights_row(
-    place: tuple[str, int, str, str], seed: int, n_neurons: int | None, right: Accuracy
-) -> ControlRow:
-    """Return the row of a probe of a model with random weights, by its model, shots, dataset and name."""
-    return _row(place, "random weights", 0, seed, n_neurons, right)
-
-
-def _row(
-    place: tuple[str, int, str, str], control: Control, draw: int, seed: int, n_neurons: int | None, right: Accuracy
-) -> ControlRow:
-    model, shots, dataset, probe = place
-    low, high = right.interval
     return ControlRow(
-        model=model,
-        shots=shots,
-        dataset=dataset,
+        model=planned.model,
+        shots=run.shots,
+        dataset=planned.dataset.name,
         probe=probe,
-        control=control,
+        control="permuted answers",
         draw=draw,
-        seed=seed,
+        seed=run.seed,
         n_neurons=n_neurons,
-        accuracy=right.value,
-        low=low,
-        high=high,
-        n_correct=right.n_correct,
-        n_test=right.n,
+        **right.columns,
     )

@@ -84,7 +84,8 @@ class FloorAnswers:
                 "is left out; `neg extract` makes the rows of the run file"
             )
         else:
-            self._predicted["options_only"] = OptionsFloor(random_state=seed).fit(asked, gold_P).predict(answered)
+            floor = OptionsFloor(random_state=seed).fit(asked, gold_P, train.answers.row_P)
+            self._predicted["options_only"] = floor.predict(answered)
 
     @property
     def calibrated_P(self) -> Ints:

@@ -197,7 +197,7 @@ def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> P
         _check(dataset.name, run.level.check_n_options, len(examples[0].labels))
         _check(dataset.name, check_options, run.target, len(examples[0].labels))
         splits += [_shard_set(run, identity, dataset, part, examples, k) for part, k in _passes(run, identity, split)]
-    check_sample_rows(run, dataset.name, len(dataset.splits["train"]))
+    check_sample_rows(run, dataset.name, dataset.split_report.n_used["train"])
     if "tree" in run.probe:
         n_kept = min(run.tree_neurons, card.n_layers * card.layer_width)
         _check(dataset.name, check_forest_size, len(dataset.splits["train"]), n_kept)

@@ -1,7 +1,7 @@
 """Answers of every probe to every test prompt, row by row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from negcore.arrays import Ints
+from negcore.orders import split_id
+from negcore.probing.letter_bias import LetterBias
+from negcore.store.answers import AnswerView
 from negcore.store.reader import NegSplit
 from tasks.rundir.tables import write_arrow
 
@@ -33,6 +36,11 @@ _SCHEMA = pa.schema(
 options. Names are stored once and referred to by number: there is a row for every prompt and every probe."""
 
 
+_OF_ORDERS = pa.schema([("row", _NAME), ("order", _NAME), ("gold_answer", pa.int16()), ("answer", pa.int16())])
+"""More columns, where rows were asked in several orders of their options: the prompt's row and order, and the options
+of `gold` and `predicted` by their places in the given order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """Answers of all probes to the test prompts of one dataset."""
@@ -45,11 +53,25 @@ class Predictions:
     gold_P: NDArray[np.integer[Any]]
     predicted_P: Mapping[str, Ints]
     """Options answered, by probe."""
+    view: AnswerView | None = None
+    """Rows and orders of the prompts, where rows were asked in several orders of their options."""
+    right_R: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """Where there is a view, whether the one decision of each row that has all orders is right, by probe."""
 
     @classmethod
-    def of(cls, test: NegSplit, shots: int, predicted_P: Mapping[str, Ints]) -> "Predictions":
-        """Return the answers of probes to a test split, by probe."""
-        return cls(test.place.model, shots, test.place.dataset, test.ids, test.groups, test.gold_P, predicted_P)
+    def of(
+        cls, test: NegSplit, shots: int, predicted_P: Mapping[str, Ints], biases: Mapping[str, LetterBias]
+    ) -> "Predictions":
+        """Return the answers of probes to a test split, by probe, and their letter bias if there are several orders."""
+        view = test.answers if test.identity.is_permuted else None
+        right_R = {probe: bias.right_R for probe, bias in biases.items()}
+        names = test.place.model, shots, test.place.dataset
+        return cls(*names, test.ids, test.groups, test.gold_P, predicted_P, view, right_R)
+
+    def right(self, probe: str) -> NDArray[np.bool_]:
+        """Tell what a probe answered right: of each prompt, or of each row if these were asked in several orders."""
+        right = self.right_R[probe] if self.view is not None else self.predicted_P[probe] == self.gold_P
+        return np.asarray(right, bool)
 
     @property
     def table(self) -> pa.Table:
@@ -68,7 +90,21 @@ class Predictions:
             pa.array(predicted),
             pa.array(gold == predicted),
         ]
-        return pa.Table.from_arrays(columns, schema=_SCHEMA)
+        table = pa.Table.from_arrays(columns, schema=_SCHEMA)
+        for one, column in zip(_OF_ORDERS, self._of_orders(self.view), strict=True) if self.view else ():
+            table = table.append_column(one, column)
+        return table
+
+    def _of_orders(self, view: AnswerView) -> list[pa.Array]:
+        """Return the columns of `_OF_ORDERS`."""
+        named, n_probes = [split_id(id_) for id_ in self.ids], len(self.predicted_P)
+        answers = np.concatenate([view.answers_P(predicted_P) for predicted_P in self.predicted_P.values()])
+        return [
+            _tiled([one.row for one in named], n_probes),
+            _tiled([one.order for one in named], n_probes),
+            pa.array(np.tile(view.answers_P(self.gold_P), n_probes).astype(np.int16)),
+            pa.array(answers.astype(np.int16)),
+        ]
 
 
 def _names(names: Sequence[str], numbers: NDArray[np.int32]) -> pa.DictionaryArray:

@@ -9,11 +9,12 @@ from urllib.parse import quote
 
 import numpy as np
 
-from negcore.arrays import Ints
+from negcore.arrays import Floats, Ints
 from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
+from negcore.probing.letter_bias import letter_bias
 from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
@@ -22,8 +23,9 @@ from tasks.beyond_lm import BeyondRow, beyond_lm
 from tasks.certificates import CertificateRow, certificate_rows
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES, reads_training_values, votes_of
-from tasks.controls import ControlRow, permuted_row, random_weights_row, with_permuted_gold
+from tasks.controls import ControlRow, permuted_row, with_permuted_gold
 from tasks.floors import FloorAnswers
+from tasks.letter_bias import LetterBiasRow
 from tasks.measure.planned_negs import planned_negs
 from tasks.neurons import NeuronRow, neuron_rows, vote_probes
 from tasks.plan import SUMS, PlannedDataset
@@ -95,16 +97,16 @@ class Probed:
     beyond: list[BeyondRow] = field(default_factory=list)
     resamples: list[ResampleRow] = field(default_factory=list)
     controls: list[ControlRow] = field(default_factory=list)
+    letter_bias: list[LetterBiasRow] = field(default_factory=list)
     certificates: list[CertificateRow] = field(default_factory=list)
     neurons: list[NeuronRow] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of_random_weights(self, seed: int) -> list[ControlRow]:
         """Return the accuracies of a model with random weights as those of a control, without groups of rows."""
+        shared = [name for name in ControlRow.__dataclass_fields__ if name in AccuracyRow.__dataclass_fields__]
         return [
-            random_weights_row(
-                (one.model, one.shots, one.dataset, one.probe), seed, one.n_neurons, Accuracy(one.n_correct, one.n_test)
-            )
+            ControlRow(control="random weights", draw=0, seed=seed, **{name: getattr(one, name) for name in shared})
             for one in self.scores
             if not one.group
         ]
@@ -116,6 +118,8 @@ class Answers(NamedTuple):
     probe: str
     n_kept: int | None
     predicted_P: Ints
+    scores_PO: Floats | None = None
+    """Scores behind the answers; only where rows were asked in several orders of their options."""
 
 
 def probe_steps(run: SkillRun) -> int:
@@ -175,7 +179,8 @@ class Prober:
             step.report(done, n_steps)
             probe = fitter.fit(name)
             save_probe(probe_path(run.directory, planned.model, planned.dataset.name, name), name, probe, splits.train)
-            answers.append(Answers(name, probe.n_kept, probe.predict(splits.test)))
+            scores_PO = probe.scores(splits.test) if splits.test.identity.is_permuted else None
+            answers.append(Answers(name, probe.n_kept, probe.predict(splits.test), scores_PO))
         probed = _probed(run, planned, splits, answers)
         for sweeps in planned.sweeps:
             probed.certificates.extend(certificate_rows(run, sweeps, splits.test))
@@ -198,7 +203,7 @@ class Prober:
         for name in run.probe:
             step.check_stop()
             probe = fitter.fit(name)
-            right = accuracy(splits.test.gold_P, probe.predict(splits.test))
+            right = accuracy(splits.test.gold_P, probe.predict(splits.test), splits.test.answers.row_P)
             yield permuted_row(run, planned, name, draw, probe.n_kept, right)
 
     def _rank(self, run: SkillRun, train: NegSplit, step: Step) -> Rankings:
@@ -261,8 +266,8 @@ def probe_path(root: Path, model: str, dataset: str, probe: str) -> Path:
 
 
 def _lm_answers(splits: Splits) -> Answers:
-    probe = LMProbe().fit(splits.train.probs_PO)
-    return Answers("lm", None, probe.predict(splits.test.probs_PO))
+    probe, probs_PO = LMProbe().fit(splits.train.probs_PO), splits.test.probs_PO
+    return Answers("lm", None, probe.predict(probs_PO), probs_PO if splits.test.identity.is_permuted else None)
 
 
 def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Sequence[Answers]) -> Probed:
@@ -279,12 +284,20 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
     rows = {"": np.arange(test.n_rows)} | _groups(test)
     floors = FloorAnswers(planned.dataset, splits.train, test, seed=run.seed)
     beside = {group: {**common, "group": group, **floors.beside(chosen)} for group, chosen in rows.items()}
-    predictions = Predictions.of(test, run.shots, {one.probe: one.predicted_P for one in answers})
+    biases = {
+        one.probe: letter_bias(test.answers, test.gold_P, one.predicted_P, one.scores_PO)
+        for one in answers
+        if one.scores_PO is not None
+    }
+    predictions = Predictions.of(test, run.shots, {one.probe: one.predicted_P for one in answers}, biases)
     probed = Probed(predictions=[predictions], warnings=[floors.warning] if floors.warning else [])
     probed.beyond.extend(beyond_lm(predictions, floors.calibrated_P, test.target))
+    probed.letter_bias.extend(
+        LetterBiasRow.of(planned.model, run.shots, planned.dataset.name, probe, bias) for probe, bias in biases.items()
+    )
     for one in answers:
         for group, chosen in rows.items():
-            result = accuracy(test.gold_P[chosen], one.predicted_P[chosen])
+            result = accuracy(test.gold_P[chosen], one.predicted_P[chosen], test.answers.row_P[chosen])
             probed.scores.append(_accuracy_row(beside[group], one, result))
         if run.confusion:
             probed.confusion.extend(_confusion(place, one, test))
@@ -303,17 +316,7 @@ def _groups(test: NegSplit) -> dict[str, Ints]:
 
 
 def _accuracy_row(common: dict[str, Any], one: Answers, result: Accuracy) -> AccuracyRow:
-    low, high = result.interval
-    return AccuracyRow(
-        **common,
-        probe=one.probe,
-        n_neurons=one.n_kept,
-        accuracy=result.value,
-        low=low,
-        high=high,
-        n_correct=result.n_correct,
-        n_test=result.n,
-    )
+    return AccuracyRow(**common, probe=one.probe, n_neurons=one.n_kept, **result.columns)
 
 
 def _confusion(place: dict[str, Any], one: Answers, test: NegSplit) -> list[Confusion]:

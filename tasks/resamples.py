@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from negcore.analysis.linearity import bootstrap_weights
+from negcore.analysis.neurons import sample_rows
 from negcore.arrays import Ints
 from negcore.datasets.splits import stratified_sample
 from negcore.probing.evaluation import accuracy
@@ -37,7 +37,7 @@ class ResampleRow:
     seed: int | None
     """Seed of a sample without replacement; None for a bootstrap sample, with replacement."""
     n_train: int
-    """Rows in the sample, of the `n_train_all` that were measured."""
+    """Prompts in the sample, of the `n_train_all` that were measured."""
     n_train_all: int
     n_neurons: int
     accuracy: float
@@ -55,7 +55,7 @@ class _StoredRow:
 
 
 def sample_counts(run: SkillRun, dataset: str, train: NegSplit) -> Ints:
-    """Count how often each training row is in each sample: shape (B, P).
+    """Count how often each training row is in each sample: shape (B, P). All orders of a row are in it, or none.
 
     With `run.sample_rows`, a sample is what ``--limit`` draws of these rows under the run's seed and those after it, in
     proportion to answers and groups. Without, it is as large as the split and drawn from it with replacement.
@@ -66,14 +66,17 @@ def sample_counts(run: SkillRun, dataset: str, train: NegSplit) -> Ints:
         If a sample would hold all rows.
     """
     if run.sample_rows is None:
-        return bootstrap_weights(train.n_rows, run.train_samples, run.seed)[1:].astype(np.int64)
-    check_sample_rows(run, dataset, train.n_rows)
-    stored = [_StoredRow(*row) for row in zip(train.ids, train.gold_P.tolist(), train.groups, strict=True)]
+        return sample_rows(train, run.train_samples, run.seed).astype(np.int64)
+    view = train.answers
+    check_sample_rows(run, dataset, view.n_rows)
+    groups = dict(zip(view.row_P.tolist(), train.groups, strict=True))
+    answers = view.gold_R(train.gold_P).tolist()
+    stored = [_StoredRow(row, answers[at], groups[at]) for at, row in enumerate(view.rows)]
     drawn = [
         {row.id for row in stratified_sample(stored, run.sample_rows, seed, dataset, "train")}
         for seed in range(run.seed, run.seed + run.train_samples)
     ]
-    return np.array([[row.id in ids for row in stored] for ids in drawn], np.int64)
+    return np.array([[row.id in ids for row in stored] for ids in drawn], np.int64)[:, view.row_P]
 
 
 def resample_rows(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from negcore.datasets import SPLITS, SplitReport
-from negcore.probing.evaluation import Accuracy, macro_average
+from negcore.probing.evaluation import Estimate, Interval, macro_average
 from tasks.floors import mean_beside
 from tasks.plan import PlannedDataset
 from tasks.probe import AccuracyRow
@@ -44,7 +44,7 @@ def averages(scores: Sequence[AccuracyRow]) -> list[Average]:
 
 
 def _average(model: str, shots: int, genre: str, probe: str, scores: Sequence[AccuracyRow]) -> Average:
-    mean = macro_average([Accuracy(score.n_correct, score.n_test) for score in scores])
+    mean = macro_average([Estimate(score.accuracy, Interval(score.low, score.high)) for score in scores])
     return Average(
         model=model,
         shots=shots,

@@ -107,6 +107,14 @@ class Faithfulness:
 
 
 @dataclass(frozen=True)
+class CausalByAnswer:
+    """The causal check by answer: the probabilities of each answer are means over the orders of its row."""
+
+    causal_by_answer: list[CausalRow] = field(default_factory=list)
+    causal_differences_by_answer: list[CausalDifferenceRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class DatasetFindings:
     """Rows of all analyses of one dataset's skill neurons; `negcore.analysis` describes them."""
 
@@ -124,6 +132,8 @@ class DatasetFindings:
     causal_differences: list[CausalDifferenceRow] = field(default_factory=list)
     faithfulness: Faithfulness | None = None
     """None without `SkillsRun.curves`."""
+    by_answer: CausalByAnswer | None = None
+    """None if rows are asked in one order of their options."""
 
     @property
     def reference(self) -> ReferenceRow:
@@ -291,11 +301,18 @@ def analyse_dataset(
     valid, test = main["valid"], main["test"]
     votes = {probe: Vote(probe, "neg") for probe in run.probe}
     reference, measured = _reference(run, planned, main), _faithfulness(run, card, dataset, scores, curves or {})
-    found = DatasetFindings(dataset, [reference], [], [], [], [], [], [], [], scores.best, faithfulness=measured)
+    by_answer = None if run.permutations == 1 else CausalByAnswer()
+    found = DatasetFindings(
+        dataset, [reference], [], [], [], [], [], [], [], scores.best, faithfulness=measured, by_answer=by_answer
+    )
     for probe, part in checks.items():
         result = read_causal(run.conditions[0].run.directory, part)
         found.causal.extend(causal_rows(probe, result, n_bootstrap=_BOOTSTRAP, seed=run.seed))
         found.causal_differences.extend(causal_differences(probe, result))
+        if by_answer:
+            answers = result.by_answer()
+            by_answer.causal_by_answer.extend(causal_rows(probe, answers, n_bootstrap=_BOOTSTRAP, seed=run.seed))
+            by_answer.causal_differences_by_answer.extend(causal_differences(probe, answers))
     for probe, vote in votes.items():
         scores_M, most = scores.main[vote], run.max_neurons
         found.neuron_counts.extend(accuracy_by_neurons(vote, scores_M, test, max_neurons=most, seed=run.seed))
@@ -354,9 +371,9 @@ def _faithfulness(
     found = Faithfulness(mib={probe: _mib(card, by_probe[probe]) for probe in curves})
     n_all = card.n_layers * card.layer_width
     for probe, measured in curves.items():
-        conditions, gold_P, result = read_curves(run.conditions[0].run.directory, measured)
+        conditions, gold_P, result, answers = read_curves(run.conditions[0].run.directory, measured)
         points, areas, circuits = curve_rows(
-            probe, conditions, gold_P, result, n_all, n_bootstrap=_BOOTSTRAP, seed=abs(run.seed)
+            probe, conditions, gold_P, result, n_all, n_bootstrap=_BOOTSTRAP, seed=abs(run.seed), answers=answers
         )
         found.curves.extend(points)
         found.areas.extend(areas)
@@ -371,7 +388,7 @@ def _mib(card: ModelCard, scores_M: Ints) -> dict[str, object]:
 
 def _reference(run: SkillsRun, planned: PlannedDataset, main: Mapping[str, NegSplit]) -> ReferenceRow:
     train, test = main["train"], main["test"]
-    lm = accuracy(test.gold_P, LMProbe().fit(train.probs_PO).predict(test.probs_PO))
+    lm = accuracy(test.gold_P, LMProbe().fit(train.probs_PO).predict(test.probs_PO), test.answers.row_P)
     floors = FloorAnswers(planned.dataset, train, test, seed=run.seed)
     return ReferenceRow(
         genre=planned.dataset.genre,
@@ -462,6 +479,9 @@ def write_findings(run: SkillsRun, findings: Sequence[SkillFindings]) -> Path:
     datasets = [((found.model, one.dataset), one) for found in findings for one in found.datasets]
     write_tables(folder, DatasetFindings, datasets, names=("model", "dataset"))
     write_tables(folder, SkillFindings, [((found.model,), found) for found in findings], names=("model",))
+    by_answer = [(labels, one.by_answer) for labels, one in datasets if one.by_answer]
+    if by_answer:
+        write_tables(folder, CausalByAnswer, by_answer, names=("model", "dataset"))
     curves = [(labels, one.faithfulness) for labels, one in datasets if one.faithfulness]
     if curves:
         write_tables(folder, Faithfulness, curves, names=("model", "dataset"))

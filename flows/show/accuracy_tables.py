@@ -46,6 +46,7 @@ BESIDE_CAPTION = (
     "reaches down to the best floor. mass: probability of all options together."
 )
 _CAPTION = f"After an accuracy: neurons kept, chosen on valid. Below: 95 % interval (Wilson). {BESIDE_CAPTION}"
+_OF_ORDERS = " Every order of a row's options is a prompt; intervals are for other rows, not for other orders."
 _OF_AVERAGES = (
     " Averages count every dataset the same; their interval (MOVER of Wilson's) is for other rows of the same datasets."
 )
@@ -76,6 +77,8 @@ def accuracy_tables(
     averages: Sequence[Average],
     n_datasets: int,
     controls: Sequence[ControlRow] = (),
+    *,
+    is_permuted: bool = False,
 ) -> Iterator[Table]:
     """Return a table for every model and number of demonstrations, or several where there are many probes.
 
@@ -85,6 +88,8 @@ def accuracy_tables(
         Datasets that were asked for: averages over fewer say so.
     controls : sequence of ControlRow
         What stands below the accuracies.
+    is_permuted : bool
+        True if rows were asked in several orders of their options: the caption then says what an accuracy is of.
     """
     beside = controlled(controls)
     for model, shots in dict.fromkeys((score.model, score.shots) for score in scores):
@@ -102,7 +107,7 @@ def accuracy_tables(
                     if means
                     else [_rows_of(own, probes, beside)]
                 ),
-                caption=_CAPTION + _OF_CONTROLS * bool(beside) + _OF_AVERAGES * bool(means),
+                caption=_CAPTION + _OF_ORDERS * is_permuted + _OF_CONTROLS * bool(beside) + _OF_AVERAGES * bool(means),
                 says=_says([score for score in own if score.probe in probes and not score.group]),
             )
 

@@ -43,6 +43,7 @@ KNOWN_FILES = MappingProxyType(
         "confusion.arrow": "answers by gold option",
         "controls.arrow": "accuracies with permuted answers and with random weights",
         "figures": "figures as SVG, PNG and PDF",
+        "letter_bias.arrow": "accuracies by letter and by answer, over orders of the options",
         "linearity": "tables and figures",
         "manifest.json": "what belongs together, with checksums",
         "negs": "NEG shards",

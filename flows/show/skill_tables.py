@@ -4,7 +4,7 @@ The causal check comes first and every other title points back to it: a probe ca
 that do not make it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from types import MappingProxyType
 
@@ -24,6 +24,7 @@ from flows.show.accuracy_tables import (
 from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Number, Piece, Style, Table, Words, by, interval, numbers, texts
 from flows.show.text import bare, change, printable, share, times
+from negcore.analysis.effects import CausalRow
 from negcore.analysis.shared_neurons import CommonNeuronRow, OverlapRow
 from negcore.analysis.skills import TrainingRowsRow
 from tasks.skills import DatasetFindings, SkillFindings
@@ -88,7 +89,7 @@ def summary(findings: SkillFindings) -> str:
 def skill_tables(findings: SkillFindings) -> list[Table]:
     """Return the tables of one model, the causal check of every dataset first."""
     check_causal(findings)
-    tables = [_causal(findings, one) for one in findings.datasets]
+    tables = [table for one in findings.datasets for table in _causal_tables(findings, one)]
     tables += [_accuracies(findings), _by_neurons(findings), _by_rows(findings)]
     if len(findings.conditions) > 1:
         tables.append(_transfers(findings))
@@ -110,24 +111,40 @@ _CAUSAL = (
 )
 
 
-def _causal(findings: SkillFindings, one: DatasetFindings) -> Table:
-    first = one.causal[0]
+_BY_ANSWER = (
+    "The same by answer, whatever letter it stood at: probabilities are means over the orders of a row, and the model "
+    "answers with the answer whose mean is the largest."
+)
+
+
+def _causal_tables(findings: SkillFindings, one: DatasetFindings) -> Iterator[Table]:
+    """Return the causal check of a dataset, and by answer if rows were asked in several orders of their options."""
+    caption = _CAUSAL if one is findings.datasets[0] else ""
+    yield _causal(findings, one, one.causal, "", caption)
+    if one.by_answer:
+        yield _causal(findings, one, one.by_answer.causal_by_answer, ", by answer", _BY_ANSWER)
+
+
+def _causal(
+    findings: SkillFindings, one: DatasetFindings, causal: Sequence[CausalRow], how: str, caption: str
+) -> Table:
+    first = causal[0]
     where = f"{short(one.dataset)}: {first.n_prompts} test rows, accuracy {share(first.base_accuracy)} without a shift"
     sets = [f"{measure}\n{title}" for measure in ("accuracy", "probability") for title in NEURON_TITLES.values()]
     return Table(
-        key=f"causal-{findings.model}-{one.dataset}",
-        title=f"Causal check of the rankings\n{where}",
+        key=f"causal-{findings.model}-{one.dataset}" + "-by-answer" * bool(how),
+        title=f"Causal check of the rankings{how}\n{where}",
         columns=numbers("k", "by", "shift", *sets),
-        blocks=[_causal_block(one, probe) for probe in by(one.causal, "probe")],
-        caption=_CAUSAL if one is findings.datasets[0] else "",
+        blocks=[_causal_block(of_probe) for of_probe in by(causal, "probe").values()],
+        caption=caption,
     )
 
 
-def _causal_block(one: DatasetFindings, probe: str) -> Rows:
-    found = {(row.size, row.direction, row.shift, row.neurons): row for row in one.causal if row.probe == probe}
-    furthest = max(row.shift for row in one.causal)
-    rows: Rows = [[Words(PROBE_TITLES[probe], "italic")]]
-    for size, direction, shift in product(sorted(by(one.causal, "size")), DIRECTION_TITLES, (furthest, -furthest)):
+def _causal_block(causal: Sequence[CausalRow]) -> Rows:
+    found = {(row.size, row.direction, row.shift, row.neurons): row for row in causal}
+    furthest = max(row.shift for row in causal)
+    rows: Rows = [[Words(PROBE_TITLES[causal[0].probe], "italic")]]
+    for size, direction, shift in product(sorted(by(causal, "size")), DIRECTION_TITLES, (furthest, -furthest)):
         own = [found[size, direction, shift, neurons] for neurons in NEURON_TITLES]
         accuracy = [change_cell(row.accuracy_change, row.change_low, row.change_high) for row in own]
         prob = [change_cell(row.prob_change, row.prob_low, row.prob_high) for row in own]

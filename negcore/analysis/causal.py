@@ -25,6 +25,7 @@ from negcore.measure.votes import Numbers, Ranking, Signs, check_finite, check_g
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.store.answers import AnswerView
 from negcore.store.reader import NegSplit
 
 SetKind = Literal["top", "random", "bottom"]
@@ -89,6 +90,27 @@ class CausalResult:
     """Probabilities without a shift; softmax over the whole vocabulary."""
     probs_PMO: Numbers
     """Probabilities with the condition's neurons shifted."""
+    answers: AnswerView | None = None
+    """Rows and orders of the prompts, if rows were asked in several orders of their options; None if each is a row."""
+
+    def by_answer(self) -> "CausalResult":
+        """Return the probabilities of answers, a row each: the mean over its orders, whatever letter each stood at.
+
+        Raises
+        ------
+        NegError
+            If no orders are known.
+        """
+        view = self.answers
+        if view is None:
+            raise NegError("these prompts have no orders of their options: ask them with --permutations")
+        probs_PAM = view.by_answer(self.probs_PMO.transpose(0, 2, 1))
+        return CausalResult(
+            conditions=self.conditions,
+            gold_P=view.gold_R(self.gold_P),
+            base_probs_PO=view.means(view.by_answer(self.base_probs_PO)),
+            probs_PMO=view.means(probs_PAM).transpose(0, 2, 1),
+        )
 
 
 def skill_sets(

@@ -33,6 +33,7 @@ class CausalRow:
     shift: float
     """In units of activation; positive is towards the gold option, negative away from it."""
     n_prompts: int
+    """Rows, where these were asked in several orders of their options."""
     base_accuracy: float
     """Share of prompts whose most probable option is the gold one, without a shift."""
     accuracy: float
@@ -90,7 +91,8 @@ def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int
 
     The model answers with its most probable option (ties: the lowest, as for LM-Prob). Each prompt is compared with
     itself, and random draws are averaged within a prompt before anything else. The percentile bootstrap draws prompts,
-    so its intervals say how the change would vary with other prompts, not with other draws.
+    so its intervals say how the change would vary with other prompts, not with other draws. Where rows were asked in
+    several orders of their options, each row counts as one prompt, with the mean over its orders.
 
     Parameters
     ----------
@@ -106,9 +108,8 @@ def causal_rows(probe: str, result: CausalResult, *, n_bootstrap: int, seed: int
     """
     if not len(result.gold_P):
         raise NegError(f"no prompts were shifted for the ranking of {probe!r}; a mean needs at least one")
-    base = _answers(result.base_probs_PO[:, None], result.gold_P)
-    shifted = _answers(result.probs_PMO, result.gold_P)
-    weights_BP = bootstrap_weights(len(result.gold_P), n_bootstrap, seed)
+    base, shifted = _of_rows(result)
+    weights_BP = bootstrap_weights(len(base.right_PM), n_bootstrap, seed)
     rows = []
     kinds = [one._replace(draw=0) for one in result.conditions]
     for kind in dict.fromkeys(kinds):
@@ -142,10 +143,10 @@ def causal_differences(probe: str, result: CausalResult) -> list[CausalDifferenc
     NegError
         As `causal_rows`.
     """
-    n_prompts = len(result.gold_P)
-    if not n_prompts:
+    if not len(result.gold_P):
         raise NegError(f"no prompts were shifted for the ranking of {probe!r}; a mean needs at least one")
-    shifted = _answers(result.probs_PMO, result.gold_P)
+    _, shifted = _of_rows(result)
+    n_prompts = len(shifted.right_PM)
     rows = []
     for at, best in enumerate(result.conditions):
         if best.neurons != "top":
@@ -231,6 +232,16 @@ class _Answers(NamedTuple):
     right_PM: Floats
     prob_PM: Floats
     share_PM: Floats
+
+
+def _of_rows(result: CausalResult) -> tuple[_Answers, _Answers]:
+    """Return the answers without and with shifts, of rows if there are orders: then the mean over those of each."""
+    found = (_answers(probs, result.gold_P) for probs in (result.base_probs_PO[:, None], result.probs_PMO))
+    if (view := result.answers) is None:
+        base, shifted = found
+    else:
+        base, shifted = (_Answers(*map(view.means, one)) for one in found)
+    return base, shifted
 
 
 def _answers(probs_PMO: Numbers, gold_P: Ints) -> _Answers:

@@ -33,6 +33,7 @@ from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.ablation import AblationResult
 from negcore.measure.votes import Ranking, check_finite
+from negcore.store.answers import AnswerView
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of all neurons that curves are measured at: those of MIB."""
@@ -195,6 +196,7 @@ def curve_rows(
     *,
     n_bootstrap: int,
     seed: int,
+    answers: AnswerView | None = None,
 ) -> tuple[list[CurveRow], list[AreaRow], list[CircuitRow]]:
     """Summarise curves, their areas, and the circuits.
 
@@ -208,6 +210,9 @@ def curve_rows(
         Neurons of the model.
     n_bootstrap : int
         Samples behind the intervals. They draw prompts, and draws of random neurons.
+    answers : AnswerView, optional
+        Rows and orders of the prompts, if rows were asked in several orders of their options: each row then counts as
+        one prompt, with the mean over its orders.
 
     Raises
     ------
@@ -218,7 +223,10 @@ def curve_rows(
         raise NegError(f"no prompts were asked for the ranking of {probe!r}; a mean needs at least one")
     for name, values in result._asdict().items():
         check_finite(values, name, ("row", "column", "option")[: values.ndim])
-    curves = _Curves(conditions, n_all, seed, n_bootstrap, metrics(gold_P, result))
+    found = metrics(gold_P, result)
+    if answers is not None:
+        found = {name: Metrics(*map(answers.means, of_metric)) for name, of_metric in found.items()}
+    curves = _Curves(conditions, n_all, seed, n_bootstrap, found)
     keys = [(mode, metric) for mode in get_args(Mode) for metric in curves.base_P]
     points = [row for mode, metric in keys for row in curves.points(probe, mode, metric)]
     areas = [row for mode, metric in keys for row in curves.areas(probe, mode, metric)]

@@ -342,7 +342,7 @@ def neurons_ahead(
     """
     if split.level.has_vote_sums:
         return {}
-    weights_BP = bootstrap_weights(split.n_rows, n_bootstrap, seed)[1:].astype(np.float32)
+    weights_BP = sample_rows(split, n_bootstrap, seed).astype(np.float32)
     n_all = split.n_layers * split.n_neurons
     keys = {vote: _keys(_chosen_scores(split, vote, top_K, weights_BP), top_K, n_all) for vote, top_K in tops.items()}
     ahead = {vote: np.zeros(keys_BK.shape, np.int64) for vote, keys_BK in keys.items()}
@@ -352,6 +352,12 @@ def neurons_ahead(
                 flat_N = layer * split.n_neurons + np.arange(split.n_neurons)
                 ahead[vote] += _count_above(_keys(scores_BN, flat_N, n_all), keys[vote])
     return ahead
+
+
+def sample_rows(split: NegSplit, n_samples: int, seed: int) -> Floats:
+    """Draw bootstrap samples of a split's rows: how often each prompt is in each, all orders of a row alike: (B, P)."""
+    weights_BR = bootstrap_weights(split.answers.n_rows, n_samples, seed)[1:]
+    return weights_BR[:, split.answers.row_P]
 
 
 def scores_in_samples(split: NegSplit, layers: range, vote: Vote, counts_BP: Ints) -> Ints:

@@ -133,7 +133,7 @@ def _accuracy_by_k(voter: FittedVote, test: NegSplit) -> dict[int, Accuracy]:
     """Measure accuracy at every power of two, and at all neurons of the model if the voter keeps them all."""
     curve = voter.accuracy_by_k(test)
     if voter.n_kept == voter.n_all and voter.n_all not in curve:
-        curve[voter.n_all] = accuracy(test.gold_P, voter.predict(test))
+        curve[voter.n_all] = accuracy(test.gold_P, voter.predict(test), test.answers.row_P)
     return curve
 
 
@@ -162,7 +162,7 @@ def accuracy_by_rows(
     rows = []
     for n_train, scores_M in scores_by_size.items():
         voter = fit_vote(vote, scores_M, valid, max_neurons=max_neurons)
-        result = accuracy(test.gold_P, voter.predict(test))
+        result = accuracy(test.gold_P, voter.predict(test), test.answers.row_P)
         rows.append(TrainingRowsRow(vote.name, n_train, voter.n_kept, result.value, *result.interval))
     return rows
 
@@ -187,7 +187,7 @@ def transfer(probe: str, fitted: Mapping[str, FittedProbe], tests: Mapping[str, 
     """
     rows = []
     for (trained_on, one), (tested_on, test) in product(fitted.items(), tests.items()):
-        result = accuracy(test.gold_P, one.predict(test))
+        result = accuracy(test.gold_P, one.predict(test), test.answers.row_P)
         rows.append(TransferRow(probe, trained_on, tested_on, one.n_kept, result.value, *result.interval))
     return rows
 
@@ -222,7 +222,7 @@ def bands(vote: Vote, scores_M: Ints, test: NegSplit, *, width: int = 64) -> lis
         end = first + width
         band = Ranking(ranking.order_K[first:end], ranking.polarity_K[first:end])
         voter = FittedVote(vote, band, test.n_options, len(scores_M))
-        result = accuracy(test.gold_P, voter.predict(test))
+        result = accuracy(test.gold_P, voter.predict(test), test.answers.row_P)
         rows.append(BandRow(vote.name, first, end, result.value, *result.interval))
     return rows
 
@@ -259,6 +259,6 @@ def forest_grid(
         probe = TreeProbe(n_trees=trees[-1], max_depth=depth, random_state=seed).fit(train_PF, gold_P)
         predicted_PJ = Forest.of(probe.forest_).predict_by_trees(test_PF, trees)
         for n_trees, predicted_P in zip(trees, predicted_PJ.T, strict=True):
-            result = accuracy(test.gold_P, predicted_P)
+            result = accuracy(test.gold_P, predicted_P, test.answers.row_P)
             rows.append(ForestRow(n_trees, depth, len(order_K), result.value, *result.interval))
     return rows

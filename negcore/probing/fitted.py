@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from negcore.arrays import Ints
+from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.votes import Numbers, Ranking, Signs, Vote, argmax_features
 from negcore.probing.act_probe import ActProbe
@@ -62,6 +63,13 @@ class FittedProbe(ABC):
             If the split's prompts have other options, or a neuron's number is missing, NaN or infinite.
         """
 
+    def scores(self, split: NegSplit) -> Floats:
+        """Return a score of every option of every prompt, of which `predict` answers the largest: float64 (P, O).
+
+        Of equal ones it answers the lowest. By default the answer has 1 and the others 0. Errors as of `predict`.
+        """
+        return np.asarray(np.eye(split.n_options)[self.predict(split)])
+
 
 @dataclass(frozen=True, eq=False)
 class FittedVote(FittedProbe):
@@ -88,18 +96,29 @@ class FittedVote(FittedProbe):
             predicted_P[shard.rows] = probe.predict_kept(chosen_signed_ranks(shard, self.vote.signal, probe.kept_))
         return predicted_P
 
+    def scores(self, split: NegSplit) -> Floats:
+        """Return the votes for every option: float64 (P, O)."""
+        probe, votes_PO = self.estimator, np.empty((split.n_rows, self.n_options))
+        for shard in split.shards():
+            votes_PO[shard.rows] = probe.count_votes(chosen_signed_ranks(shard, self.vote.signal, probe.kept_))
+        return votes_PO
+
     def accuracy_by_k(self, split: NegSplit) -> dict[int, Accuracy]:
         """Measure the accuracy with the best 1, 2, 4, ... of the neurons."""
-        probe, total = self.estimator, dict[int, Accuracy]()
+        probe, ks = self.estimator, kept_counts(self.n_kept)
+        predicted_PJ = np.empty((split.n_rows, len(ks)), np.int64)
         for shard in split.shards():
-            effects_POK = chosen_signed_ranks(shard, self.vote.signal, probe.kept_)
-            for k, one in probe.accuracy_by_k(effects_POK, shard.numbers("gold")).items():
-                total[k] = total[k] + one if k in total else one
-        return total
+            predicted_PJ[shard.rows] = probe.predict_by_k(chosen_signed_ranks(shard, self.vote.signal, probe.kept_))
+        return _accuracy_by_k(split, ks, predicted_PJ)
 
     def cut(self, n_kept: int) -> FittedVote:
         """Return the probe with its best neurons alone."""
         return FittedVote(self.vote, self.ranking.top(n_kept), self.n_options, self.n_all)
+
+
+def _accuracy_by_k(split: NegSplit, ks: Sequence[int], predicted_PJ: Ints) -> dict[int, Accuracy]:
+    columns = zip(ks, predicted_PJ.T, strict=True)
+    return {k: accuracy(split.gold_P, predicted_P, split.answers.row_P) for k, predicted_P in columns}
 
 
 def fit_vote(vote: Vote, scores_M: Ints, valid: NegSplit, *, max_neurons: int) -> FittedVote:
@@ -141,8 +160,7 @@ class FittedAct(FittedProbe):
     def accuracy_by_k(self, split: NegSplit) -> dict[int, Accuracy]:
         """Measure the accuracy with the best 1, 2, 4, ... neurons of every binary question."""
         ks = kept_counts(self.n_kept)
-        predicted_PJ = self._by_k(split, ks)
-        return {k: accuracy(split.gold_P, predicted_PJ[:, j]) for j, k in enumerate(ks)}
+        return _accuracy_by_k(split, ks, self._by_k(split, ks))
 
     def _by_k(self, split: NegSplit, ks: Sequence[int]) -> Ints:
         predicted_PJ = np.empty((split.n_rows, len(ks)), np.int64)
@@ -172,6 +190,12 @@ class FittedForest(FittedProbe):
 
     def predict(self, split: NegSplit) -> Ints:
         return self.forest.predict_by_trees(forest_features(split, self.order_K), [len(self.forest.root_T)])[:, 0]
+
+    def scores(self, split: NegSplit) -> Floats:
+        """Return the mean probability by the trees; 0 for an option that is never gold in training: float64 (P, O)."""
+        return _of_options(
+            self.forest.probabilities(forest_features(split, self.order_K)), self.forest.classes_C, split.n_options
+        )
 
 
 def fit_forest(train: NegSplit, order_K: Ints, *, seed: int) -> FittedForest:
@@ -225,17 +249,33 @@ class FittedLogistic(FittedProbe):
         return self.order_K
 
     def predict(self, split: NegSplit) -> Ints:
-        predicted_P = np.empty(split.n_rows, np.int64)
-        for shard in split.shards():
-            effects_POK = chosen_effects(shard, self.vote.signal, self.order_K)
-            predicted_P[shard.rows] = self._predict((effects_POK - self.mean_OK) / self.scale_OK)
-        return predicted_P
-
-    def _predict(self, values_POK: Numbers) -> Ints:
-        logits_PC = np.einsum("pok,cok->pc", values_POK, self.coef_COK, optimize=True) + self.intercept_C
+        logits_PC = self._logits(split)
         if len(self.classes_C) == 2:
             return np.asarray(self.classes_C[(logits_PC[:, 0] > 0).astype(int)])
         return np.asarray(self.classes_C[logits_PC.argmax(axis=1)])
+
+    def scores(self, split: NegSplit) -> Floats:
+        """Return the probability of every option; 0 for one that is never gold in training: float64 (P, O)."""
+        logits_PC = self._logits(split)
+        if len(self.classes_C) == 2:
+            logits_PC = np.concatenate([np.zeros_like(logits_PC), logits_PC], axis=1)
+        return _of_options(softmax(logits_PC, axis=1), self.classes_C, split.n_options)
+
+    def _logits(self, split: NegSplit) -> Floats:
+        """Return the logit of each class, or of the second of two: (P, C) or (P, 1)."""
+        logits_PC = np.empty((split.n_rows, len(self.intercept_C)))
+        for shard in split.shards():
+            values_POK = (chosen_effects(shard, self.vote.signal, self.order_K) - self.mean_OK) / self.scale_OK
+            products_PC = np.einsum("pok,cok->pc", values_POK, self.coef_COK, optimize=True)
+            logits_PC[shard.rows] = products_PC + self.intercept_C
+        return logits_PC
+
+
+def _of_options(scores_PC: Floats, classes_C: Ints, n_options: int) -> Floats:
+    """Return scores of classes as scores of options, of which those that are no class have 0."""
+    scores_PO = np.zeros((len(scores_PC), n_options))
+    scores_PO[:, classes_C] = scores_PC
+    return scores_PO
 
 
 def fit_logistic(vote: Vote, order_K: Ints, train: NegSplit) -> FittedLogistic:

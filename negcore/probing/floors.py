@@ -68,7 +68,7 @@ class OptionsFloor(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(self, *, random_state: int = 0) -> None:
         self.random_state = random_state
 
-    def fit(self, X: Sequence[Example], y: ArrayLike) -> Self:
+    def fit(self, X: Sequence[Example], y: ArrayLike, row_P: Ints | None = None) -> Self:
         """Grow the forest.
 
         Parameters
@@ -77,6 +77,9 @@ class OptionsFloor(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             Training prompts; of each only the lengths, the options and the group are read.
         y : array of int, shape (P,)
             Index of each prompt's gold option.
+        row_P : array of int, shape (P,), optional
+            Number of the row, from 0, that each prompt asks, if rows are asked several times. By default every prompt
+            is a row.
 
         Raises
         ------
@@ -91,7 +94,7 @@ class OptionsFloor(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.text_numbers_ = {text: number for number, text in enumerate(sorted({*texts_PO.flat}))}
         self.group_numbers_ = {group: number for number, group in enumerate(sorted({one.group for one in X}))}
         self.shares_ = _gold_shares(texts_PO, gold_P)
-        shares_PO = _held_out_shares(texts_PO, gold_P, self.random_state)
+        shares_PO = _held_out_shares(texts_PO, gold_P, self.random_state, row_P)
         forest = RandomForestClassifier(_N_TREES, min_samples_leaf=_LEAF_ROWS, random_state=self.random_state)
         self.forest_ = forest.fit(self._features(X, texts_PO, shares_PO), gold_P)
         self.classes_ = self.forest_.classes_
@@ -218,12 +221,16 @@ def _gold_shares(texts_PO: NDArray[Any], gold_P: Ints) -> dict[str, float]:
     return {text: (n_gold[text] + 1) / (n + n_options) for text, n in n_shown.items()}
 
 
-def _held_out_shares(texts_PO: NDArray[Any], gold_P: Ints, seed: int) -> Floats:
+def _held_out_shares(texts_PO: NDArray[Any], gold_P: Ints, seed: int, row_P: Ints | None = None) -> Floats:
     """Return the shares of training rows' options, counted in the other folds: a row's own answer is not among them."""
+    row_P = np.arange(len(gold_P)) if row_P is None else row_P
+    n_rows = int(row_P.max(initial=-1)) + 1
     shares_PO = np.full(texts_PO.shape, 1 / texts_PO.shape[1])
-    if len(gold_P) < _FOLDS:
+    if n_rows < _FOLDS:
         return shares_PO
-    for others, own in KFold(_FOLDS, shuffle=True, random_state=seed).split(gold_P):
+    for _, own_R in KFold(_FOLDS, shuffle=True, random_state=seed).split(np.arange(n_rows)):
+        is_own_P = np.isin(row_P, own_R)
+        others, own = np.flatnonzero(~is_own_P), np.flatnonzero(is_own_P)
         shares_PO[own] = _lookup(_gold_shares(texts_PO[others], gold_P[others]), texts_PO[own], 1 / texts_PO.shape[1])
     return shares_PO
 

@@ -69,6 +69,13 @@ class Forest:
                 predicted_PJ[:, counts.index(n_trees)] = self.classes_C[(total_PC / n_trees).argmax(axis=1)]
         return predicted_PJ
 
+    def probabilities(self, features_PF: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Return the mean of the trees' probabilities, as scikit-learn's forest does: (P, C)."""
+        total_PC = np.zeros((len(features_PF), len(self.classes_C)))
+        for root in self.root_T:
+            total_PC += self.probs_VC[self._leaves(features_PF, root)]
+        return total_PC / len(self.root_T)
+
     def _leaves(self, features_PF: NDArray[np.uint8], root: int) -> NDArray[np.int32]:
         node_P = np.full(len(features_PF), root, np.int32)
         walking = np.arange(len(features_PF))

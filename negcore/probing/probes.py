@@ -162,10 +162,26 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         NegError
             As `predict_kept`; also if there are no prompts or a gold option is not an option.
         """
-        ks = kept_counts(len(self.kept_))
-        choices_PJ = self._choices(negs_POK, ks)
-        gold = check_gold(gold_P, len(self.classes_))
-        return {k: accuracy(gold, choices_PJ[:, j]) for j, k in enumerate(ks)}
+        choices_PJ, gold = self.predict_by_k(negs_POK), check_gold(gold_P, len(self.classes_))
+        return {k: accuracy(gold, choices_PJ[:, j]) for j, k in enumerate(kept_counts(len(self.kept_)))}
+
+    def predict_by_k(self, negs_POK: Numbers) -> Ints:
+        """Return the index of the option that the best 1, 2, 4, ... neurons choose: (P, numbers of neurons).
+
+        Parameters, Raises: as `predict_kept`.
+        """
+        return self._choices(negs_POK, kept_counts(len(self.kept_)))
+
+    def count_votes(self, negs_POK: Numbers) -> Ints:
+        """Return the votes for each option: (P, O). The most votes, of equal ones the lowest option, are `predict`'s.
+
+        Parameters, Raises: as `predict_kept`.
+        """
+        self._check_kept(negs_POK)
+        votes_PO = np.empty(negs_POK.shape[:2], np.int64)
+        for rows in row_blocks(negs_POK.shape):
+            votes_PO[rows] = self._votes(negs_POK[rows], self.polarity_).sum(axis=2, dtype=np.int64)
+        return votes_PO
 
     def _keep(self, scores_M: ArrayLike) -> Self:
         kept = Ranking.from_scores(scores_M).top(self.n_kept)
@@ -174,12 +190,7 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _choices(self, negs_POK: Numbers, ks: list[int]) -> Ints:
         """Return the index of the option that the best k neurons choose, for each of the rising ks: (P, len(ks))."""
-        wanted = (len(self.classes_), len(self.kept_))
-        if negs_POK.shape[1:] != wanted:
-            raise NegError(
-                f"NEGs have shape {negs_POK.shape}: give {wanted[0]} options x {wanted[1]} kept neurons a prompt"
-            )
-        check_negs(negs_POK, neurons_M=self.kept_)
+        self._check_kept(negs_POK)
         choices_PJ = np.empty((len(negs_POK), len(ks)), np.int64)
         for rows in row_blocks(negs_POK.shape):
             votes_POK = self._votes(negs_POK[rows, :, : ks[-1]], self.polarity_[: ks[-1]])
@@ -187,6 +198,14 @@ class _VoteProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             gained_POJ = np.add.reduceat(votes_POK, [0, *ks[:-1]], axis=2, dtype=np.int32)
             choices_PJ[rows] = gained_POJ.cumsum(axis=2).argmax(axis=1)
         return choices_PJ
+
+    def _check_kept(self, negs_POK: Numbers) -> None:
+        wanted = (len(self.classes_), len(self.kept_))
+        if negs_POK.shape[1:] != wanted:
+            raise NegError(
+                f"NEGs have shape {negs_POK.shape}: give {wanted[0]} options x {wanted[1]} kept neurons a prompt"
+            )
+        check_negs(negs_POK, neurons_M=self.kept_)
 
     def _unflatten(self, table: Numbers) -> Numbers:
         n_options = len(self.classes_)

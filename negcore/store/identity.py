@@ -75,6 +75,11 @@ class RunIdentity:
         return {key: value for key, value in asdict(self).items() if key not in left_out}
 
     @property
+    def is_permuted(self) -> bool:
+        """True if rows were asked in several orders of their options: ids of prompts then hold the order."""
+        return bool(self.prompt.get("permutations", 1) != 1)
+
+    @property
     def digest(self) -> str:
         """xxh3-128, in hex, of the canonical JSON of everything but `versions`."""
         return content_digest(self.comparable())

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from negcore.errors import ShardError
 from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.votes import Vote
 from negcore.model.layer_shapes import LayerShape, LayerShapes, shapes_of
+from negcore.store.answers import AnswerView
 from negcore.store.codes import SignedRanks
 from negcore.store.files import find, is_dir, location
 from negcore.store.frames import prompts_table, require
@@ -287,6 +289,11 @@ class NegSplit(ShardReader, _AsFrame):
         mass_P: npt.NDArray[np.float64] = self.probs_PO.sum(axis=1, dtype=np.float64)
         return mass_P
 
+    @cached_property
+    def answers(self) -> AnswerView:
+        """The prompts by row and answer, whatever order of its options each asks in."""
+        return AnswerView.of(self.ids, self.n_options, permuted=self.identity.is_permuted)
+
     def _splits(self) -> "Iterable[NegSplit]":
         return (self,)
 
@@ -364,6 +371,29 @@ class NegSplit(ShardReader, _AsFrame):
         for shard in self.shards():
             activations_PK[shard.rows] = self.level.activations(shard, places)
         return self._masked(activations_PK, places)
+
+    def neurons_by_answer(self, selection: Selection) -> npt.NDArray[np.float64]:
+        """Return the NEGs of K chosen neurons by row and answer: float64 (R, A, K), probability per unit of activation.
+
+        Of each order of a row it takes the NEG of the letter at which the answer stood, and of these the mean: the
+        gradient of the answer's mean probability. Rows are those of `answers`, and an answer is an option's place in
+        the given order. Of a run that asks in the given order alone these are the numbers of `neurons`. A mixture of
+        experts takes the mean over the orders in which the prompt has the neuron, and masks it where none has.
+
+        Parameters, Raises: as `neurons`.
+        """
+        places, view = self.locate(selection), self.answers
+        negs_RAK = np.zeros((view.n_rows, self.n_options, places.flat_K.size))
+        n_there_RK = np.zeros((view.n_rows, places.flat_K.size))
+        for shard in self.shards():
+            row_P, letter_PA1 = view.row_P[shard.rows], view.letter_PA[shard.rows][..., None]
+            negs_POK = self.level.negs(shard, places)
+            np.add.at(negs_RAK, row_P, np.take_along_axis(negs_POK, letter_PA1, axis=1))
+            np.add.at(n_there_RK, row_P, self.level.active(shard, places))
+        negs_RAK /= np.maximum(n_there_RK, 1)[:, None]
+        if self.layer_shapes is None:
+            return negs_RAK
+        return np.ma.masked_array(negs_RAK, np.broadcast_to((n_there_RK == 0)[:, None], negs_RAK.shape))
 
     def active(self, selection: Selection) -> npt.NDArray[np.bool_]:
         """Tell which of K chosen neurons each prompt has: bool (P, K). Without experts it has all."""

@@ -20,6 +20,7 @@ from negcore.arrays import Ints
 from negcore.datasets import Example
 from negcore.errors import ShardError
 from negcore.model.language_model import LanguageModel
+from negcore.store.answers import AnswerView
 from negcore.store.identity import RunIdentity, content_digest
 from negcore.store.publish import SetAside, ShardPlace
 from negcore.store.reader import NegSplit, open_negs
@@ -149,6 +150,7 @@ def read_causal(root: Path, checked: ShardSet) -> CausalResult:
         gold_P=shards.columns["gold"].astype(np.int64),
         base_probs_PO=base_probs_PO,
         probs_PMO=shards.columns["probs"].reshape(n_prompts, len(conditions), n_options),
+        answers=AnswerView.if_permuted(shards.ids, n_options, checked.identity),
     )
 
 

@@ -16,6 +16,7 @@ from negcore.analysis.faithfulness import Condition
 from negcore.arrays import Floats, Ints
 from negcore.measure.ablation import AblationResult, silence_sets
 from negcore.model.language_model import LanguageModel
+from negcore.store.answers import AnswerView
 from negcore.store.identity import content_digest
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit
@@ -115,14 +116,18 @@ def read_norms(root: Path, measured: ShardSet) -> NDArray[np.float32]:
     return norms_M
 
 
-def read_curves(root: Path, measured: ShardSet) -> tuple[list[Condition], Ints, AblationResult]:
-    """Return conditions, gold options (P,), and what was measured; errors as of `read_study`."""
+def read_curves(root: Path, measured: ShardSet) -> tuple[list[Condition], Ints, AblationResult, AnswerView | None]:
+    """Return conditions, gold options (P,), what was measured, and the orders of options if there are several.
+
+    Errors as of `read_study`.
+    """
     shards = read_study(measured.place.path(root))
     columns, conditions = shards.columns, [Condition(*one) for one in shards.axes["conditions"]]
     n_prompts, n_options = columns["base_log_probs"].shape
     log_probs_PRO = columns["log_probs"].reshape(n_prompts, len(conditions), n_options)
     result = AblationResult(columns["base_log_probs"], log_probs_PRO, columns["kl"].reshape(n_prompts, -1))
-    return conditions, columns["gold"].astype(np.int64), result
+    answers = AnswerView.if_permuted(shards.ids, n_options, measured.identity)
+    return conditions, columns["gold"].astype(np.int64), result, answers
 
 
 def mean_sizes(train: NegSplit) -> Floats:

@@ -18,6 +18,7 @@ _TYPES = {
     float | None: pa.float64(),
     bool: pa.bool_(),
     bool | None: pa.bool_(),
+    list[float]: pa.list_(pa.float64()),
     list[float] | None: pa.list_(pa.float64()),
     list[str] | None: pa.list_(pa.string()),
 }
