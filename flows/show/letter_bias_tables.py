@@ -30,7 +30,7 @@ def _table(found: Sequence[LetterBiasRow]) -> Table:
     return Table(
         key=f"letter-bias-{first.model}-{SHOTS[first.shots]}",
         title=f"Accuracy by letter and by answer: {asked(first.model, first.shots)}",
-        columns=[*texts("dataset", "probe"), *numbers(*titles)],
+        columns=[*texts("dataset, probe"), *numbers(*titles)],
         blocks=[_block(of_dataset) for of_dataset in by(found, "dataset").values()],
         caption=_CAPTION,
         says=_says(found),
@@ -41,9 +41,8 @@ def _block(found: Sequence[LetterBiasRow]) -> Block:
     first = found[0]
     name = f"{short(first.dataset)}\n{count(first.n_rows, 'row')} x {first.n_orders}"
     name += f"\n{first.n_incomplete} left out" * bool(first.n_incomplete)
-    return [
-        ["" if at else name, probe_title(one.probe).replace("\n", " "), *_cells(one)] for at, one in enumerate(found)
-    ]
+    probes: Block = [[f"  {probe_title(one.probe)}".replace("\n", " "), *_cells(one)] for one in found]
+    return [[name], *probes]
 
 
 def _cells(one: LetterBiasRow) -> list[Cell]:

@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from negcore.errors import NegError, ShardError
 from negcore.model.layer_shapes import LayerShapes
+from negcore.orders import split_id
+from negcore.store.identity import RunIdentity
 from negcore.store.levels import FloatArray, NeuronPlaces
 from negcore.store.publish import ShardPlace
 
@@ -21,6 +23,7 @@ class Prompts(Protocol):
     """A split of NEGs, as far as its rows become rows of a table."""
 
     place: ShardPlace
+    identity: RunIdentity
     ids: list[str]
     groups: list[str]
     gold_P: npt.NDArray[np.int16]
@@ -60,6 +63,7 @@ def _table(split: Prompts, layer: int | None, neurons: Any) -> pa.Table:
     columns = {
         **{name: [value] * split.n_rows for name, value in split.place.names.items()},
         "id": split.ids,
+        **(_orders(split.ids) if split.identity.is_permuted else {}),
         "group": split.groups,
         "gold": split.gold_P,
         **{f"prob_{option}": split.probs_PO[:, option] for option in range(split.n_options)},
@@ -70,6 +74,12 @@ def _table(split: Prompts, layer: int | None, neurons: Any) -> pa.Table:
     if neurons is not None:
         columns |= _neuron_columns(split, neurons)
     return pa.table(columns)
+
+
+def _orders(ids: list[str]) -> dict[str, list[str]]:
+    """Return the row and the order of the options of every prompt."""
+    named = [split_id(id_) for id_ in ids]
+    return {"row": [one.row for one in named], "order": [one.order for one in named]}
 
 
 def _neuron_columns(split: Prompts, neurons: Any) -> dict[str, pa.Array]:

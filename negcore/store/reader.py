@@ -80,7 +80,8 @@ class _AsFrame(ABC):
         """Return the prompts as a pandas data frame of P rows, with the NEGs and activations of some neurons.
 
         Its columns are ``model``, ``dataset``, ``split``, ``id``, ``group``, ``gold`` (index of the gold option), and
-        ``prob_0``, ... for each of the O options (probability). With K neurons there are (O + 1) * K columns more:
+        ``prob_0``, ... for each of the O options (probability). A run that asks in several orders of the options has
+        ``row`` and ``order`` too. With K neurons there are (O + 1) * K columns more:
         ``neg_LAYER.NEURON_OPTION`` (target per unit of activation) and ``act_LAYER.NEURON``. Where a prompt has
         fewer options than others, its numbers for the rest are missing. Of a mixture of experts, neurons are called
         ``LAYER.EXPERT.UNIT``, and the numbers of those that a prompt does not have are missing.
@@ -373,10 +374,10 @@ class NegSplit(ShardReader, _AsFrame):
         return self._masked(activations_PK, places)
 
     def neurons_by_answer(self, selection: Selection) -> npt.NDArray[np.float64]:
-        """Return the NEGs of K chosen neurons by row and answer: float64 (R, A, K), probability per unit of activation.
+        """Return the NEGs of K chosen neurons by row and answer: float64 (R, A, K), target per unit of activation.
 
         Of each order of a row it takes the NEG of the letter at which the answer stood, and of these the mean: the
-        gradient of the answer's mean probability. Rows are those of `answers`, and an answer is an option's place in
+        gradient of the answer's mean probability, or of the mean of another target of the run. Rows are those of `answers`, and an answer is an option's place in
         the given order. Of a run that asks in the given order alone these are the numbers of `neurons`. A mixture of
         experts takes the mean over the orders in which the prompt has the neuron, and masks it where none has.
 

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from negcore.errors import RunError
+from negcore.orders import split_id
 from negcore.store.publish import receipts
 from negcore.store.reader import NegSplit, Shard
 from tasks.rundir.layout import ShardFolder, shard_folders
@@ -49,6 +50,9 @@ _PROMPTS = pa.schema(
         ("gold", pa.int16()),
         ("probs", pa.list_(pa.float32())),
         ("label_mass", pa.float64()),
+        ("row", pa.string()),
+        (RENAMED["order"], pa.string()),
+        ("answers", pa.list_(pa.int16())),
     ]
 )
 _NEGS = pa.schema(
@@ -77,7 +81,8 @@ def query(root: Path, sql: str) -> pa.Table:
 
     Its views are every table of results (those in a folder as FOLDER.NAME), and of the shards of NEGs
 
-    - ``prompts``: a row for every prompt, with its probabilities of the options;
+    - ``prompts``: a row for every prompt, with its probabilities of the options, the row of the dataset that it asks,
+      the order of the options (empty if a run has one order alone) and the answer at each of them;
     - ``negs(layer)``: a row for every prompt, option and neuron of that layer.
 
     Both have the columns ``folder`` (below the run directory, empty if there are none), ``model``, ``dataset`` and
@@ -271,8 +276,10 @@ class _Split:
 
     def prompts(self) -> Iterator[pa.RecordBatch]:
         negs = self._negs
+        orders = [split_id(id_).order if negs.identity.is_permuted else "" for id_ in negs.ids]
+        rows = [negs.answers.rows[at] for at in negs.answers.row_P]
         columns = [negs.ids, negs.groups, negs.gold_P, negs.probs_PO.tolist(), negs.label_mass_P]
-        yield _batch(columns, _PROMPTS)
+        yield _batch([*columns, rows, orders, negs.answers.answer_PO.tolist()], _PROMPTS)
 
     def negs_of(self, layer: int) -> Callable[[], Iterator[pa.RecordBatch]]:
         def batches() -> Iterator[pa.RecordBatch]:

@@ -181,3 +181,22 @@ def test_logistic_regression_reads_no_more_neurons_than_there_is_room_for(splits
     monkeypatch.setattr(fitted, "LOGISTIC_VALUES", N_ROWS * N_OPTIONS * 4)
     probe = fit_logistic(MAGN, np.arange(15), splits["train"])
     assert probe.order_K.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("probe", ["polar", "magn", "random", "act", "tree", "logistic"])
+def test_a_probe_answers_with_the_option_of_the_largest_score(splits, probe):
+    train, valid, test = (splits[name] for name in ("train", "valid", "test"))
+    rankings, scores_M = ranked(train), ranked(train).votes_M[MAGN]
+    made = {
+        "polar": lambda: fit_vote(POLAR, rankings.votes_M[POLAR], valid, max_neurons=8),
+        "magn": lambda: fit_vote(MAGN, scores_M, valid, max_neurons=8),
+        "random": lambda: random_vote(fit_vote(MAGN, scores_M, valid, max_neurons=8), scores_M, seed=0),
+        "act": lambda: fit_act(rankings.act, train.gold_P, valid, max_neurons=8),
+        "tree": lambda: fit_forest(train, np.arange(6), seed=0),
+        "logistic": lambda: fit_logistic(MAGN, np.arange(6), train),
+    }[probe]()
+    scores_PO = made.scores(test)
+    assert scores_PO.shape == (N_ROWS, N_OPTIONS) and scores_PO.dtype == np.float64
+    assert scores_PO.argmax(axis=1).tolist() == made.predict(test).tolist()
+    if probe in ("tree", "logistic"):
+        np.testing.assert_allclose(scores_PO.sum(axis=1), 1, rtol=1e-6)
