@@ -377,9 +377,10 @@ class NegSplit(ShardReader, _AsFrame):
         """Return the NEGs of K chosen neurons by row and answer: float64 (R, A, K), target per unit of activation.
 
         Of each order of a row it takes the NEG of the letter at which the answer stood, and of these the mean: the
-        gradient of the answer's mean probability, or of the mean of another target of the run. Rows are those of `answers`, and an answer is an option's place in
-        the given order. Of a run that asks in the given order alone these are the numbers of `neurons`. A mixture of
-        experts takes the mean over the orders in which the prompt has the neuron, and masks it where none has.
+        gradient of the answer's mean probability, or of the mean of another target of the run. Rows are those of
+        `answers`, and an answer is an option's place in the given order. Of a run that asks in the given order alone
+        these are the numbers of `neurons`. A mixture of experts takes the mean over the orders in which the prompt has
+        the neuron, and masks it where none has.
 
         Parameters, Raises: as `neurons`.
         """
