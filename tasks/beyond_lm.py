@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from negcore.arrays import Ints
 from negcore.measure.targets import DEFAULT_TARGET
-from negcore.probing.evaluation import accuracy
 from negcore.probing.paired import paired
 from tasks.predictions import Predictions
 
@@ -45,6 +44,8 @@ class BeyondRow:
 def beyond_lm(predictions: Predictions, calibrated_P: Ints, target: str) -> Iterator[BeyondRow]:
     """Compare every probe of a dataset with the model's own answers.
 
+    Where rows were asked in several orders of their options, they are compared on their one decision a row.
+
     Parameters
     ----------
     predictions : Predictions
@@ -52,24 +53,26 @@ def beyond_lm(predictions: Predictions, calibrated_P: Ints, target: str) -> Iter
     calibrated_P : int array (P,)
         Answers of calibrated LM-Prob to the same rows.
     """
-    gold_P, lm_P = predictions.gold_P, predictions.predicted_P["lm"]
-    for probe, predicted_P in predictions.predicted_P.items():
+    right_lm = predictions.right("lm")
+    is_of_rows = predictions.view is not None
+    right_calibrated = predictions.right("calibrated") if is_of_rows else calibrated_P == predictions.gold_P
+    for probe in predictions.predicted_P:
         if probe == "lm":
             continue
-        right_P = predicted_P == gold_P
-        of_lm, of_calibrated = (paired(right_P, other_P == gold_P) for other_P in (lm_P, calibrated_P))
+        right = predictions.right(probe)
+        of_lm, of_calibrated = paired(right, right_lm), paired(right, right_calibrated)
         yield BeyondRow(
             model=predictions.model,
             shots=predictions.shots,
             dataset=predictions.dataset,
             probe=probe,
             n_test=of_lm.n,
-            accuracy=accuracy(gold_P, predicted_P).value,
-            lm=accuracy(gold_P, lm_P).value,
+            accuracy=float(right.mean()),
+            lm=float(right_lm.mean()),
             only_probe=of_lm.n_first / of_lm.n,
             only_lm=of_lm.n_second / of_lm.n,
             p=of_lm.p,
-            calibrated=accuracy(gold_P, calibrated_P).value,
+            calibrated=float(right_calibrated.mean()),
             only_probe_not_calibrated=of_calibrated.n_first / of_lm.n,
             only_calibrated=of_calibrated.n_second / of_lm.n,
             p_calibrated=of_calibrated.p,

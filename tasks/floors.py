@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from negcore.arrays import Ints
+from negcore.arrays import Floats, Ints
 from negcore.datasets import Dataset, Example
 from negcore.probing.evaluation import accuracy, majority_floor, random_floor
 from negcore.probing.floors import CalibratedLMProbe, OptionsFloor
@@ -71,9 +71,10 @@ class FloorAnswers:
     def __init__(self, dataset: Dataset, train: NegSplit, test: NegSplit, *, seed: int) -> None:
         self._train, self._test = train, test
         gold_P = train.gold_P.astype(np.int64)
+        self._calibrated = CalibratedLMProbe().fit(train.probs_PO, gold_P)
         self._predicted: dict[str, Ints | None] = {
             "options_only": None,
-            "calibrated": CalibratedLMProbe().fit(train.probs_PO, gold_P).predict(test.probs_PO),
+            "calibrated": self._calibrated.predict(test.probs_PO),
         }
         known = {example.id: example for examples in dataset.splits.values() for example in examples}
         asked, answered = _examples(known, train), _examples(known, test)
@@ -93,6 +94,13 @@ class FloorAnswers:
         predicted_P = self._predicted["calibrated"]
         assert predicted_P is not None
         return predicted_P
+
+    @property
+    def calibrated_PO(self) -> Floats:
+        """Probability that calibrated LM-Prob gives each option of the test prompts: (P, O)."""
+        probs_PO = np.zeros(self._test.probs_PO.shape)
+        probs_PO[:, self._calibrated.classes_] = self._calibrated.predict_proba(self._test.probs_PO)
+        return probs_PO
 
     def beside(self, rows: Ints) -> dict[str, Any]:
         """Return the floors and the label mass on some of the test prompts, by the names of their fields."""

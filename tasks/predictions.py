@@ -56,7 +56,8 @@ class Predictions:
     view: AnswerView | None = None
     """Rows and orders of the prompts, where rows were asked in several orders of their options."""
     right_R: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
-    """Where there is a view, whether the one decision of each row that has all orders is right, by probe."""
+    """Where there is a view, whether the one decision of each row that has all orders is right, by probe; also of
+    "calibrated", LM-Prob calibrated on the training rows."""
 
     @classmethod
     def of(

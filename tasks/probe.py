@@ -14,7 +14,7 @@ from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
-from negcore.probing.letter_bias import letter_bias
+from negcore.probing.letter_bias import LetterBias, letter_bias
 from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
@@ -284,11 +284,7 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
     rows = {"": np.arange(test.n_rows)} | _groups(test)
     floors = FloorAnswers(planned.dataset, splits.train, test, seed=run.seed)
     beside = {group: {**common, "group": group, **floors.beside(chosen)} for group, chosen in rows.items()}
-    biases = {
-        one.probe: letter_bias(test.answers, test.gold_P, one.predicted_P, one.scores_PO)
-        for one in answers
-        if one.scores_PO is not None
-    }
+    biases = _biases(answers, floors, test) if test.identity.is_permuted else {}
     predictions = Predictions.of(test, run.shots, {one.probe: one.predicted_P for one in answers}, biases)
     probed = Probed(predictions=[predictions], warnings=[floors.warning] if floors.warning else [])
     probed.beyond.extend(beyond_lm(predictions, floors.calibrated_P, test.target))
@@ -302,6 +298,17 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
         if run.confusion:
             probed.confusion.extend(_confusion(place, one, test))
     return probed
+
+
+def _biases(answers: Sequence[Answers], floors: FloorAnswers, test: NegSplit) -> dict[str, LetterBias]:
+    """Return the letter bias of every probe, and behind LM-Prob's that of its calibrated answers."""
+    lm, *others = answers
+    calibrated = Answers("calibrated", None, floors.calibrated_P, floors.calibrated_PO)
+    biases: dict[str, LetterBias] = {}
+    for one in (lm, calibrated, *others):
+        assert one.scores_PO is not None, one.probe
+        biases[one.probe] = letter_bias(test.answers, test.gold_P, one.predicted_P, one.scores_PO)
+    return biases
 
 
 def reading(prompt: Mapping[str, Any]) -> str:

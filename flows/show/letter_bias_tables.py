@@ -41,8 +41,11 @@ def _block(found: Sequence[LetterBiasRow]) -> Block:
     first = found[0]
     name = f"{short(first.dataset)}\n{count(first.n_rows, 'row')} x {first.n_orders}"
     name += f"\n{first.n_incomplete} left out" * bool(first.n_incomplete)
-    probes: Block = [[f"  {probe_title(one.probe)}".replace("\n", " "), *_cells(one)] for one in found]
-    return [[name], *probes]
+    return [[name], *([f"  {_title(one.probe)}", *_cells(one)] for one in found)]
+
+
+def _title(probe: str) -> str:
+    return "  calibrated" if probe == "calibrated" else probe_title(probe)
 
 
 def _cells(one: LetterBiasRow) -> list[Cell]:

@@ -183,6 +183,12 @@ class CalibratedLMProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         probs_PO = validate_data(self, X, dtype=np.float64, ensure_all_finite=False, reset=False)
         return np.asarray(self.model_.predict(_logarithms(probs_PO)))
 
+    def predict_proba(self, X: ArrayLike) -> Floats:
+        """Return the probability of each class for each row of X: (P, C); errors as of `fit`."""
+        check_is_fitted(self)
+        probs_PO = validate_data(self, X, dtype=np.float64, ensure_all_finite=False, reset=False)
+        return np.asarray(self.model_.predict_proba(_logarithms(probs_PO)))
+
 
 def _logarithms(probs_PO: Floats) -> Floats:
     check_finite(probs_PO, "probability", ("row", "option"))

@@ -94,8 +94,10 @@ def test_predictions_tell_row_order_and_answer(run, results):
 
 def test_the_table_of_letter_bias_holds_what_the_predictions_say(run, results):
     rows, found = predictions(run), read_table(run.directory / "letter_bias.arrow", LetterBiasRow)
-    assert found == results.letter_bias and [one.probe for one in found] == ["lm", *PROBES]
+    assert found == results.letter_bias and [one.probe for one in found] == ["lm", "calibrated", *PROBES]
     for one in found:
+        if one.probe == "calibrated":
+            continue
         own = [row for row in rows if row["probe"] == one.probe]
         by_row = {}
         for row in own:
@@ -125,7 +127,8 @@ def test_lm_prob_decides_by_the_mean_probability_of_each_answer(run, results):
 
 
 def test_accuracies_count_prompts_and_their_intervals_rows(run, results):
-    for score, bias in zip(results.scores, results.letter_bias, strict=True):
+    biases = [one for one in results.letter_bias if one.probe != "calibrated"]
+    for score, bias in zip(results.scores, biases, strict=True):
         assert score.n_test == N_TEST * N_ORDERS
         assert (score.accuracy, score.low, score.high) == (bias.by_letter, bias.by_letter_low, bias.by_letter_high)
     random = [row for row in results.controls if row.control == "random weights"]
@@ -137,6 +140,11 @@ def test_probes_are_compared_on_one_decision_a_row(run, results):
     for row in results.comparisons:
         expected = paired(own.right_R[row.first], own.right_R[row.second])
         assert (row.n_test, row.n_first, row.n_second) == (N_TEST, expected.n_first, expected.n_second)
+    by_answer = {one.probe: one.by_answer for one in results.letter_bias}
+    for beyond in results.beyond:
+        assert beyond.n_test == N_TEST
+        expected = [by_answer[probe] for probe in (beyond.probe, "lm", "calibrated")]
+        assert [beyond.accuracy, beyond.lm, beyond.calibrated] == expected
 
 
 def test_samples_and_permuted_answers_take_rows_whole(run, results):
