@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import LABELS, PROMPTS, by_turns, prompts_for, save_tiny_model
 
+from negcore.analysis.causal import SkillSet, shift_sets
 from negcore.analysis.logit_lens import logit_lens
 from negcore.errors import ModelError
 from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES, estimate
@@ -49,6 +50,10 @@ def measured(lm):
         found[name] = estimate(lm, prompts[:2], LABELS[:2], **some)
     shifts = intervene(lm, prompts[:2], " A", sets=[[(0, 1), (1, 3)], [(2, 5)]], shifts=[0.5, -0.5])
     found["interventions"] = shifts.probs_PDM
+    best = SkillSet("best", 2, 0, np.array([1, lm.layer_width + 3]), np.array([1, -1], np.int8))
+    of_first_PK = negs.negs_POLN[:, 0].reshape(len(prompts), -1)[:, best.neurons_K]
+    gold = {"gold_P": [0] * len(prompts), "gold_negs_PK": of_first_PK}
+    found["causal check"] = shift_sets(lm, prompts, LABELS, sets=[best], shifts=[2.0], **gold).probs_PMO
     found["rows"] = torch.stack([lm.down_rows(layer) for layer in range(lm.n_layers)]).float().cpu().numpy()
     return found
 
