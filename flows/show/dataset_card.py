@@ -306,8 +306,8 @@ def _settings(publication: Publication) -> str:
         key: values[key] for key in _SETTINGS if key in values and isinstance(values[key], (str, int, float, list))
     }
     models = dict.fromkeys((one.model, str(one.identity.get("model_revision", ""))) for one in publication.data)
-    named = {
-        "model": [f"{name}@{revision}" if ":" not in revision else name for name, revision in models],
+    named = {  # of several revisions of one model, the name holds what they were called by
+        "model": [f"{name.partition('@')[0]}@{revision}" if ":" not in revision else name for name, revision in models],
         "dataset": list(dict.fromkeys(one.dataset for one in publication.data)),
     }
     return yaml.safe_dump(named | shown, sort_keys=False, allow_unicode=True)

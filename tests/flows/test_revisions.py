@@ -7,10 +7,12 @@ from hub import COMMIT, commit_id, serving
 from safetensors.torch import load_file, save_file
 from support import neg, save_tiny_model
 
+from flows.show.dataset_card import dataset_card
 from negcore.analysis.training import revision_profiles
 from negcore.errors import RunError
 from negcore.store.reader import open_negs
 from tasks.neurons import best_neurons
+from tasks.publish import read_publication
 from tasks.rundir.checks import read_checks
 from tasks.rundir.query import query
 
@@ -100,3 +102,9 @@ def test_a_campaign_tells_how_negs_change_over_its_revisions(ran):
     assert (ran / "made" / "campaign" / "figures" / "models-negs-over-training.svg").is_file()
     asked = query(ran / "made", "select count(*) as n from campaign.neg_profiles where layer is null")
     assert asked.to_pylist() == [{"n": 3}]
+
+
+def test_the_card_of_what_is_published_names_every_commit(ran):
+    card = dataset_card(read_publication(ran / "run"), None)
+    named = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])["model"]
+    assert set(named) == {f"org/m@{commit}" for commit in (commit_id("step2"), commit_id("step10"), COMMIT)}
