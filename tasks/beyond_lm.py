@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from negcore.arrays import Ints
 from negcore.measure.targets import DEFAULT_TARGET
 from negcore.probing.paired import paired
+from negcore.store.files import n_bytes
 from tasks.predictions import Predictions
+from tasks.rundir.tables import read_table
 
 BEYOND_FILE = "beyond_lm.arrow"
 
@@ -78,3 +81,14 @@ def beyond_lm(predictions: Predictions, calibrated_P: Ints, target: str) -> Iter
             p_calibrated=of_calibrated.p,
             target=target,
         )
+
+
+def compared_files(run: Path) -> list[Path]:
+    """Return the tables of a run that runs are compared by; earlier versions, and runs of skills, have the first."""
+    beyond = run / BEYOND_FILE
+    return [run / "accuracy.arrow", *([] if n_bytes(beyond) is None else [beyond])]
+
+
+def read_beyond(run: Path) -> list[BeyondRow]:
+    """Return what a run's probes add, as its table says; nothing if it has none."""
+    return [row for path in compared_files(run)[1:] for row in read_table(path, BeyondRow)]

@@ -1,6 +1,6 @@
 """Commands that look into finished runs."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,11 +9,6 @@ from flows.cli.tables import Format, Out, deliver, format_of
 from flows.show.console import console, tell
 from negcore.errors import RunError
 from negcore.store.files import location
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tasks.beyond_lm import BeyondRow
 
 
 def compare(
@@ -40,6 +35,7 @@ def compare(
     from flows.show.accuracy_tables import compared_rows, comparison_table
     from flows.show.beyond_tables import beyond_compared, beyond_comparison
     from flows.show.model_names import told_apart
+    from tasks.beyond_lm import compared_files, read_beyond
     from tasks.probe import AccuracyRow
     from tasks.rundir.manifest import check_results
     from tasks.rundir.tables import read_table
@@ -48,13 +44,11 @@ def compare(
         raise RunError("name at least two run directories: there is nothing to compare one with")
     places = [location(run) for run in runs]
     names = [place.name for place in places]
-    for warning in filter(None, (check_results(place, _compared_files(place)) for place in places)):
+    named = {place.name if names.count(place.name) == 1 else str(place): place for place in places}
+    for warning in filter(None, (check_results(place, compared_files(place)) for place in named.values())):
         tell("warning", warning)
-    scores = {
-        place.name if names.count(place.name) == 1 else str(place): read_table(place / "accuracy.arrow", AccuracyRow)
-        for place in places
-    }
-    found = {name: _beyond(place) for name, place in zip(scores, places, strict=True)}
+    scores = {name: read_table(place / "accuracy.arrow", AccuracyRow) for name, place in named.items()}
+    found = {name: read_beyond(place) for name, place in named.items()}
     with told_apart(row.model for rows in scores.values() for row in rows):
         tables = [comparison_table(scores), beyond_comparison(found)]
     if not tables[0].blocks:
@@ -66,19 +60,3 @@ def compare(
         deliver(pa.Table.from_pylist(rows), name, out)
     else:
         console.print(*(one for one in tables if one.blocks))
-
-
-def _compared_files(run: "Path") -> "list[Path]":
-    from negcore.store.files import n_bytes
-    from tasks.beyond_lm import BEYOND_FILE
-
-    beyond = run / BEYOND_FILE
-    return [run / "accuracy.arrow", *([] if n_bytes(beyond) is None else [beyond])]
-
-
-def _beyond(run: "Path") -> "list[BeyondRow]":
-    """Return what a run's probes add; nothing of a run from before there was such a table, or of skills."""
-    from tasks.beyond_lm import BeyondRow
-    from tasks.rundir.tables import read_table
-
-    return [row for path in _compared_files(run)[1:] for row in read_table(path, BeyondRow)]

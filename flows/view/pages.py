@@ -10,6 +10,7 @@ import pyarrow.compute
 
 from flows.cli.neurons import check_name
 from flows.show.accuracy_tables import accuracy_tables, comparison_table
+from flows.show.beyond_tables import beyond_comparison
 from flows.show.model_names import distinct_names, shown_model, told_apart
 from flows.show.neuron_tables import moved_table, neg_size, neuron_table, neuron_tables, places_line
 from flows.show.report import REPORT_FILE
@@ -24,6 +25,7 @@ from negcore.errors import NegError, RunError
 from negcore.measure.targets import neg_unit
 from negcore.store.files import n_bytes, read_bytes
 from negcore.store.reader import NegSplit
+from tasks.beyond_lm import compared_files, read_beyond
 from tasks.neurons import listed_neurons
 from tasks.predictions import PREDICTIONS_FILE
 from tasks.probe import AccuracyRow
@@ -135,15 +137,16 @@ def compare_page(runs: Runs, names: Sequence[str]) -> Page:
     chosen = list(dict.fromkeys(names))
     if len(chosen) < 2:
         raise RunError("choose at least two runs: there is nothing to compare one with")
-    files = {name: runs.at(name) / "accuracy.arrow" for name in chosen}
-    warnings = [warning for file in files.values() if (warning := check_results(file.parent, [file]))]
-    scores = {name: read_table(file, AccuracyRow) for name, file in files.items()}
+    files = {name: compared_files(runs.at(name)) for name in chosen}
+    warnings = [warning for found in files.values() if (warning := check_results(found[0].parent, found))]
+    scores = {name: read_table(found[0], AccuracyRow) for name, found in files.items()}
     with told_apart(row.model for rows in scores.values() for row in rows):
-        table = comparison_table(scores)
-    if not table.blocks:
+        tables = [comparison_table(scores), beyond_comparison({name: read_beyond(runs.at(name)) for name in chosen})]
+    if not tables[0].blocks:
         raise RunError(f"no dataset is in two of the runs {', '.join(chosen)}, asked of the same model")
     lines: list[str | Link] = [*warnings, *(Link(name, address("run", run=name)) for name in chosen)]
-    return Page("Runs side by side", [Part(lines=lines), Part(table=table)], [INDEX])
+    parts = [Part(lines=lines), *(Part(table=table) for table in tables if table.blocks)]
+    return Page("Runs side by side", parts, [INDEX])
 
 
 def table_page(runs: Runs, name: str, table: str) -> Page:

@@ -71,6 +71,7 @@ def test_runs_of_several_targets_are_shown_side_by_side_with_their_targets(tmp_p
     assert ran.returncode == 0, ran.stderr
     assert "What probes add to the model's own answer, run by run" in ran.stdout
     assert ran.stdout.count("NEG of logit-difference") == 2 and "NEG of probability" not in ran.stdout
+    assert neg("compare", p, p, log_odds).returncode == 0  # a run that is named twice is one
     written = tmp_path / "both.csv"
     ran = neg("compare", p, log_odds, "--format", "csv", "--table", "beyond_lm", "--out", written)
     assert ran.returncode == 0, ran.stderr

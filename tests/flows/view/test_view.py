@@ -99,6 +99,7 @@ def test_a_neuron_shows_its_means_and_the_rows_it_moves_most(browser, root):
 def test_runs_are_compared(browser):
     page = text_of(browser.get("/compare", params={"run": [f"runs/{NAME}", "runs/copy"]}))
     assert "run by run" in page and NAME in page
+    assert "What probes add to the model's own answer, run by run" in page
 
 
 def test_a_run_whose_accuracies_are_gone_is_not_compared_and_the_page_says_so(root, tmp_path):
