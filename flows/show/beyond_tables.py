@@ -40,15 +40,11 @@ def beyond_comparison(runs: Mapping[str, Sequence[BeyondRow]]) -> Table:
     several = len({key[:2] for key in questions}) > 1
     for (model, shots, dataset), by_run in questions.items():
         if len(by_run) > 1:
-            rows = [
-                [_run_name(name, one), probe_title(one.probe), *_cells(one)]
-                for name, own in by_run.items()
-                for one in own
-            ]
-            question = short(dataset), Words(f"\n{asked(model, shots)}" if several else "", "dim")
-            blocks.append([[question if at == 0 else "", *row] for at, row in enumerate(rows)])
+            question = Words(short(dataset), "bold"), Words(f"\n{asked(model, shots)}" if several else "", "dim")
+            rows = (_block(_run_name(name, own[0]), own) for name, own in by_run.items())
+            blocks.append([[question], *(row for of_run in rows for row in of_run)])
     title = "What probes add to the model's own answer, run by run"
-    return Table("beyond-lm-runs", title, _columns("dataset", "run", "probe"), blocks, _CAPTION)
+    return Table("beyond-lm-runs", title, _columns("dataset\nrun", "probe"), blocks, _CAPTION)
 
 
 def beyond_compared(runs: Mapping[str, Sequence[BeyondRow]]) -> list[dict[str, Any]]:
@@ -68,7 +64,7 @@ def _questions(
 
 
 def _run_name(name: str, row: BeyondRow) -> Cell:
-    return name, Words(named_target(row.target, "\n"), "dim")
+    return f"  {name}", Words(named_target(row.target, "\n  "), "dim")
 
 
 def _columns(*names: str) -> list[Column]:
@@ -76,7 +72,7 @@ def _columns(*names: str) -> list[Column]:
     return [*texts(*names), *numbers(*beside_lm, "cal.", "only\nprobe", "only\ncal.", "p")]
 
 
-def _block(name: str, rows: Sequence[BeyondRow]) -> Block:
+def _block(name: Cell, rows: Sequence[BeyondRow]) -> Block:
     return [["" if at else name, probe_title(row.probe), *_cells(row)] for at, row in enumerate(rows)]
 
 
