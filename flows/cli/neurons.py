@@ -257,15 +257,22 @@ def _show_with_model(
 def _show_sweep(lm: "LanguageModel", about: _Looked, layer: int, number: int) -> None:
     from flows.show.neuron_tables import sweep_table
     from negcore.measure.sweeps import sweep
+    from negcore.model.encoding import encode
 
     known = [(one, about.examples[id_]) for one in about.moved if (id_ := about.negs.ids[one.row]) in about.examples]
     if not known:
         raise RunError(f"{about.split.title}: no curve, as neither values of NEGs nor texts tell on which prompts")
     labels = [example.labels[one.option] for one, example in known]
-    result = sweep(
-        lm,
+    encoded = encode(
+        lm.card,
         [example.prompt for _, example in known],
         [example.labels for _, example in known],
+        probe_at=[example.probe_end for _, example in known],
+        answers=about.negs.identity.prompt.get("answers", "token"),
+    )
+    result = sweep(
+        lm,
+        encoded,
         answers=[one.option for one, _ in known],
         target=about.negs.target,
         neurons=[(layer, number)],

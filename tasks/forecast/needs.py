@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from negcore.errors import RunError
+from negcore.measure.answers import AnswerRow, answer_rows
 from negcore.measure.forward import common_prefix_length, largest_batch, own_tokens
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import computes_by_row, neurgrad
 from negcore.model.architectures import Architecture, Dtype
+from negcore.model.encoding import EncodedPrompts
 from negcore.model.experts import stacked_experts
 from negcore.model.language_model import DTYPES, LanguageModel, ModelCard
 from negcore.model.layer_shapes import LayerShape
@@ -255,7 +257,7 @@ def measured_rate(run: SkillRun, model: PlannedModel) -> Rate:
         neurgrad(lm, prompts, batch_size=run.batch_size)
         seconds = time.perf_counter() - started
     parameters, n_shared = count_parameters(model.card), 0 if model.card.arch.whole else prompts.n_shared or 0
-    operations = _operations(model.card, parameters, prompts.ids, n_shared, split.n_options)
+    operations = _operations(model.card, parameters, prompts, range(len(prompts.ids)), n_shared)
     passing = _model_forecast([(run, model)]).passing_bytes
     if not passing:
         return Rate(operations / seconds)
@@ -380,17 +382,17 @@ class _Needs(NamedTuple):
 
 
 def _split_needs(run: SkillRun, card: ModelCard, parameters: ParameterCounts, split: ShardSet) -> _Needs:
-    ids = encoded_prompts(split.examples).ids
-    n_options, sizes, missing = len(split.examples[0].labels), shard_bytes(split), missing_shards(run, split)
+    encoded = encoded_prompts(split.examples)
+    ids, sizes, missing = encoded.ids, shard_bytes(split), missing_shards(run, split)
     n_shared = 0 if card.arch.whole else common_prefix_length(ids)
-    shards_ids = [ids[start : start + split.shard_rows] for start in range(0, len(ids), split.shard_rows)]
+    shards = [range(start, min(start + split.shard_rows, len(ids))) for start in range(0, len(ids), split.shard_rows)]
     rows = _batch_rows(run, card, max(map(len, ids)) - n_shared)
     return _Needs(
         n_tokens=sum(map(len, ids)),
         n_bytes=sum(sizes),
         n_bytes_left=sum(sizes[index] for index in missing),
-        operations=sum(_operations(card, parameters, shards_ids[index], n_shared, n_options) for index in missing),
-        n_batches=sum(-(-len(shards_ids[index]) // rows) for index in missing),
+        operations=sum(_operations(card, parameters, encoded, shards[index], n_shared) for index in missing),
+        n_batches=sum(-(-len(shards[index]) // rows) for index in missing),
         batch_bytes=_batch_of(run, card, split),
         assembly_bytes=_assembly_bytes(run, split),
     )
@@ -408,14 +410,26 @@ def _assembly_bytes(run: SkillRun, split: ShardSet) -> int:
 
 
 def _operations(
-    card: ModelCard, parameters: ParameterCounts, ids: Sequence[Sequence[int]], n_shared: int, n_options: int
+    card: ModelCard, parameters: ParameterCounts, encoded: EncodedPrompts, prompts: Sequence[int], n_shared: int
 ) -> float:
     """Count the operations of one shard; the tokens that all prompts begin with run once a worker, and are left out."""
-    n_rows, n_tokens, passes = len(ids), sum(map(len, ids)), 1 + n_options
+    if not encoded.is_usual:
+        return sum(_answer_operations(card, parameters, answer_rows(encoded, prompt), n_shared) for prompt in prompts)
+    n_rows, n_tokens = len(prompts), sum(len(encoded.ids[prompt]) for prompt in prompts)
+    passes = 1 + encoded.label_ids_PO.shape[1]
     if card.arch.whole:
         return 2.0 * passes * (parameters.n_in_layers * n_tokens + parameters.n_in_head * n_rows)
     n_before = n_tokens - n_rows * (n_shared + 1)
     return 2.0 * (parameters.n_in_layers * (n_before + n_rows * passes) + parameters.n_in_head * n_rows * passes)
+
+
+def _answer_operations(card: ModelCard, parameters: ParameterCounts, rows: Sequence[AnswerRow], n_shared: int) -> float:
+    """Count the operations of one prompt with its options: both ways through the tokens from the probed one on."""
+    n_before = 0 if card.arch.whole else rows[0].probed
+    n_with_graph = sum(len(row.tokens) - n_before for row in rows)
+    n_predicted = sum(len(row.answer) for row in rows)
+    before = max(n_before - n_shared, 0)
+    return 2.0 * (parameters.n_in_layers * (before + 2 * n_with_graph) + parameters.n_in_head * 2 * n_predicted)
 
 
 def _batch_rows(run: SkillRun, card: ModelCard, n_own_tokens: int) -> int:

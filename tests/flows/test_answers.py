@@ -168,3 +168,23 @@ def test_the_probed_token_is_marked_where_a_dataset_is_shown_and_imported(made):
     done = runner.invoke(app, ["import", str(table), "--out", str(target), "--model", model])
     assert done.exit_code == 0, done.output
     assert json.loads(target.read_text().splitlines()[0])["probe_at"] == NAMES[0]
+
+
+def test_a_neurons_curve_is_measured_where_its_negs_were_read(finished, monkeypatch):
+    run, calls = finished[0], []
+
+    def recorded(lm, prompts, *given, **options):
+        calls.append((prompts, sweep(lm, prompts, *given, **options)))
+        return calls[-1][1]
+
+    monkeypatch.setattr("negcore.measure.sweeps.sweep", recorded)
+    shown = CliRunner().invoke(app, ["neuron", str(run.directory), "0.3", "--sweep", "--rows", "2"])
+    assert shown.exit_code == 0, shown.output
+    ((prompts, swept),) = calls
+    examples = {tuple(one.token_ids.tolist()): one for one in plan(run)[0].datasets[0].splits[2].examples}
+    own = [examples[tuple(ids)] for ids in prompts.ids]
+    assert prompts.probed_P.tolist() == [one.probed for one in own]
+    assert [len(tokens) for tokens in prompts.label_tokens_PO[0]] == [len(one) for one in own[0].label_tokens]
+    split = open_negs(run.directory).select(split="test")
+    stored_PO = split.layer(0)[[split.ids.index(one.id) for one in own], :, 3]
+    assert np.isclose(swept.negs_PK, stored_PO, rtol=0.2).any(axis=1).all()

@@ -1,8 +1,10 @@
 """What a run will need is foreseen, and what will not fit is refused."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support import CONFIGS, CORE, SHARED, save_tiny_model, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
@@ -11,6 +13,7 @@ from flows.cli.app import app
 from flows.pipeline import run_extract
 from flows.show.forecast_tables import forecast_lines
 from negcore.errors import RunError
+from negcore.model.encoding import EncodedPrompts
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.linearity_run import LinearityRun
 from tasks.config.reading import read_run_file
@@ -118,10 +121,16 @@ def test_operations_of_two_prompts_that_fit_on_paper():
     # Tokens 1 2 run once a worker; token 4 once; then the last tokens: forward and a gradient for each of 2 options.
     causal = SimpleNamespace(arch=SimpleNamespace(whole=False))
     size = ParameterCounts(n_all=999, n_in_layers=10, n_in_head=100)
-    ids = [[1, 2, 3], [1, 2, 4, 5]]
-    assert forecasting._operations(causal, size, ids, 2, 2) == 2 * 10 * (1 + 2 * 3) + 2 * 100 * 2 * 3
+    prompts = EncodedPrompts([[1, 2, 3], [1, 2, 4, 5]], np.zeros((2, 2), np.int64))
+    assert forecasting._operations(causal, size, prompts, range(2), 2) == 2 * 10 * (1 + 2 * 3) + 2 * 100 * 2 * 3
     masked = SimpleNamespace(arch=SimpleNamespace(whole=True))
-    assert forecasting._operations(masked, size, ids, 0, 2) == 2 * 3 * (10 * 7 + 100 * 2)
+    assert forecasting._operations(masked, size, prompts, range(2), 0) == 2 * 3 * (10 * 7 + 100 * 2)
+    # Token 1 runs once a worker. Options of 1 and 2 tokens follow token 2 (and 4, 5), from which the graph leads on.
+    tokens_PO = [[[6], [7, 8]], [[6], [7, 8]]]
+    spans = replace(prompts, probed_P=np.array([1, 1]), label_tokens_PO=tokens_PO)
+    assert forecasting._operations(causal, size, spans, [0], 1) == 2 * (10 * 2 * (2 + 3) + 100 * 2 * 3)
+    assert forecasting._operations(causal, size, spans, [1], 0) == 2 * (10 * (1 + 2 * (3 + 4)) + 100 * 2 * 3)
+    assert forecasting._operations(masked, size, spans, [1], 0) == 2 * (10 * 2 * (4 + 5) + 100 * 2 * 3)
 
 
 def test_the_forest_is_counted_where_one_is_to_grow(run):
