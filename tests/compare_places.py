@@ -1,6 +1,7 @@
 """Compare estimated with measured NEGs at a subject's last token and at a prompt's last token, for whole answers.
 
-`PYTHONPATH=. python tests/compare_places.py` prints the table of docs/worth.md.
+`PYTHONPATH=. python tests/compare_places.py` prints the first table of docs/worth.md on them; with `--layers`, which
+sweeps nothing, the second.
 """
 
 import sys
@@ -25,15 +26,32 @@ MODELS = {"smollm2-135m": 2, "gemma3-270m": 3}
 NODES = 5
 
 
+def encoded_facts(lm, place):
+    """Encode the facts with neurons to be read at one place."""
+    prompts, labels = [prompt for _, prompt, _ in FACTS], [[label] for *_, label in FACTS]
+    named = [subject for subject, *_ in FACTS] if place == "subject" else None
+    return encode(lm.card, prompts, labels, probe_at=named, answers="sequence")
+
+
+def by_layers(ref, places):
+    """Yield rows with the mean |NEG| of all neurons, estimated, in fifths of the layers."""
+    lm = load_model(ref)
+    for place in places:
+        sizes_L = np.abs(neurgrad(lm, encoded_facts(lm, place)).negs_POLN.astype(np.float64)).mean(axis=(0, 1, 3))
+        yield [
+            f"{ref}, {place}",
+            *(f"{part.mean():.1e}" for part in np.array_split(sizes_L[:-1], 5)),
+            f"{sizes_L[-1]:.1e}",
+        ]
+
+
 def compare(ref, a_layer, places):
     """Yield the rows of a model's table."""
     lm = load_model(ref)
     neurons_K2 = draw_neurons(lm.n_layers, lm.layer_width, a_layer * lm.n_layers)
     layers_K, chosen_K = neurons_K2.T
-    prompts, labels = [prompt for _, prompt, _ in FACTS], [[label] for *_, label in FACTS]
     for place in places:
-        named = [subject for subject, *_ in FACTS] if place == "subject" else None
-        encoded = encode(lm.card, prompts, labels, probe_at=named, answers="sequence")
+        encoded = encoded_facts(lm, place)
         started = time.perf_counter()
         estimated = neurgrad(lm, encoded)
         seconds = time.perf_counter() - started
@@ -57,15 +75,20 @@ def compare(ref, a_layer, places):
         ]
 
 
-def main():
-    """Print the table."""
-    titles = ["model, place", "tokens", "p", "r (least)", "same sign", "linear", "no effect", "median"]
-    print(f"| {' | '.join([*titles, 's estimated', 's swept'])} |")
-    print(f"|{'---|' * (len(titles) + 2)}")
-    for ref in sys.argv[1:] or MODELS:
-        for row in compare(ref, MODELS[ref], ("subject", "last")):
-            print(f"| {' | '.join(row)} |", flush=True)
+def main(*asked):
+    """Print a table."""
+    refs = [ref for ref in asked if ref != "--layers"] or MODELS
+    if "--layers" in asked:
+        titles = ["model, place", *(f"{number}. fifth" for number in range(1, 6)), "last layer"]
+        rows = (row for ref in refs for row in by_layers(ref, ("subject", "last")))
+    else:
+        titles = ["model, place", "tokens", "p", "r (least)", "same sign", "linear", "no effect", "median"]
+        titles += ["s estimated", "s swept"]
+        rows = (row for ref in refs for row in compare(ref, MODELS[ref], ("subject", "last")))
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
