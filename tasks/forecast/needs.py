@@ -416,7 +416,7 @@ def _operations(
     if not encoded.is_usual:
         return sum(_answer_operations(card, parameters, answer_rows(encoded, prompt), n_shared) for prompt in prompts)
     n_rows, n_tokens = len(prompts), sum(len(encoded.ids[prompt]) for prompt in prompts)
-    passes = 1 + encoded.label_ids_PO.shape[1]
+    passes: int = 1 + encoded.label_ids_PO.shape[1]
     if card.arch.whole:
         return 2.0 * passes * (parameters.n_in_layers * n_tokens + parameters.n_in_head * n_rows)
     n_before = n_tokens - n_rows * (n_shared + 1)
