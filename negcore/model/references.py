@@ -118,6 +118,7 @@ def _revision_of(before: str | None, revision: str) -> str:
         raise ModelError("'@' names no revision: write a branch, tag or commit behind it")
     if before is None:
         raise ModelError(f"{revision!r} is one of the model before it, and there is none: write org/name{revision}")
-    if is_local(parse_reference(before).base):
+    base, adapter = parse_reference(before)
+    if is_local(base):
         raise ModelError(f"{revision!r} is one of the model before it, and {before!r} is none of the hub's")
-    return before.partition("@")[0] + revision
+    return with_adapter(base.partition("@")[0] + revision, adapter)

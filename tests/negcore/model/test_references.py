@@ -43,6 +43,12 @@ def test_a_revision_of_a_folder_is_refused_and_a_folder_with_such_a_name_is_one(
         whole_references([str(tmp_path), "@a"])
 
 
+def test_a_revision_alone_keeps_the_adapter_of_the_model_before_it(tmp_path):
+    adapter = tmp_path / "fr@nch"
+    adapter.mkdir()
+    assert whole_references([f"org/m@a+{adapter}", "@b"]) == (f"org/m@a+{adapter}", f"org/m@b+{adapter}")
+
+
 def test_names_have_the_revision_where_several_are_of_one_model():
     assert model_names(["org/m@a"]) == {"org/m@a": "org/m"}
     assert model_names(["org/m@b", "x/y@b", "org/m@a", "org/m"]) == {
