@@ -70,9 +70,9 @@ class FaultyWorker(ModelWorker):
         return columns
 
 
-def spoilt_gradients(gradients, spoilt, batch, label_ids_BO):
+def spoilt_gradients(gradients, spoilt, batch, *asked):
     """Make three of the NEGs and activations of some rows NaN or infinite."""
-    result = gradients(batch, label_ids_BO)
+    result = gradients(batch, *asked)
     for at, row in enumerate(batch.rows):
         if row in spoilt:
             result.grads_LOBN[1][0, at, :2] = np.nan
