@@ -27,6 +27,11 @@ class OrderedId(NamedTuple):
     row: str
     order: str
 
+    @property
+    def is_given(self) -> bool:
+        """True for the order in which the dataset gives the options."""
+        return self.order == LETTERS[: len(self.order)]
+
 
 def split_id(prompt_id: str) -> OrderedId:
     """Return the row and the order in the id of a prompt of a run that asks in several orders."""

@@ -235,13 +235,19 @@ def rank_dataset(pool: Pool, run: SkillsRun, planned: PlannedDataset, step: Step
     for condition in run.conditions:
         root = condition.run.directory
         train = open_negs(root).select(planned.model, planned.dataset.name, "train")
-        sizes = training_sizes(train.n_rows) if condition.folder == "main" else ()
+        sizes = _training_prompts(train) if condition.folder == "main" else ()
         ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=ranking_workers(run))
         by_condition[condition.folder] = ranked[train.n_rows].votes_M
         if sizes:
             by_size = {size: rankings.votes_M for size, rankings in ranked.items()}
             best = neuron_rows(condition.run, planned, train, train, ranked[train.n_rows], pool, step)
     return NeuronScores(by_size, by_condition, best)
+
+
+def _training_prompts(train: NegSplit) -> list[int]:
+    """Return the numbers of training prompts to try: those of the first 16, 32, 64, ... rows, in all their orders."""
+    row_P = train.answers.row_P
+    return [int(np.count_nonzero(row_P < n_rows)) for n_rows in training_sizes(train.answers.n_rows)]
 
 
 def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores: NeuronScores) -> dict[str, ShardSet]:

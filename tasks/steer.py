@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from negcore.measure.steering import Shift, joint_shift
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 from negcore.model.references import with_adapter
+from negcore.orders import split_id
 from negcore.probing.rankings import rank
 from negcore.probing.saved_probes import SavedProbe, check_polarities, load_probe
 from negcore.store.files import location, n_bytes
@@ -278,6 +279,9 @@ def n_side_rows(dataset: PlannedDataset, n_rows: int) -> int:
 
 
 def _test(dataset: PlannedDataset) -> ShardSet:
+    """Return the test split; of rows that were asked in several orders of their options, the given order alone."""
     (test,) = [split for split in dataset.splits if split.place.part == "test"]
     refuse_unusual(test.examples, "steered answers")
-    return test
+    if not test.identity.is_permuted:
+        return test
+    return replace(test, examples=tuple(one for one in test.examples if split_id(one.id).is_given))

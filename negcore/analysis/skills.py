@@ -54,6 +54,7 @@ class TrainingRowsRow:
 
     probe: str
     n_train: int
+    """Prompts: rows, and each order of a row where these were asked in several."""
     n_neurons: int
     """Chosen on validation, for this number of training rows."""
     accuracy: float

@@ -23,6 +23,7 @@ from tasks.plan import plan
 from tasks.resamples import sample_counts
 from tasks.rundir.query import query
 from tasks.rundir.tables import read_table
+from tasks.steer import _test
 from tasks.steps import PlainSteps
 
 PROBES = ["polar", "magn", "act", "tree", "magn-logistic"]
@@ -227,3 +228,15 @@ def test_causal_checks_are_told_by_letter_and_by_answer(skills):
     assert any("by answer" in title for title in titles)
     for name in ("causal_by_answer", "causal_differences_by_answer"):
         assert pa.ipc.open_file(run.directory / "skills" / f"{name}.arrow").read_all().num_rows
+
+
+def test_accuracy_by_training_rows_takes_rows_with_all_their_orders(skills):
+    _, results = skills
+    (one,) = results.findings[0].datasets
+    assert {row.n_train for row in one.training_rows} == {12 * 3}, "12 rows are fewer than 16: all of them"
+
+
+def test_steering_asks_each_row_once_in_its_given_order(run, results):
+    (of_model,) = plan(run)
+    examples = _test(of_model.datasets[0]).examples
+    assert len(examples) == N_TEST and {split_id(one.id).order for one in examples} == {"ABC"}
