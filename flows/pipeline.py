@@ -87,9 +87,7 @@ class Results(RunResults):
     def sections(self) -> list[Section]:
         if not self.scores:
             return []
-        accuracy = accuracy_tables(
-            self.scores, self.averages, self.n_datasets, self.controls, is_permuted=bool(self.letter_bias)
-        )
+        accuracy = accuracy_tables(self.scores, self.averages, self.n_datasets, self.controls)
         comparisons, confusion = comparison_tables(self.comparisons), confusion_tables(self.confusion)
         controls = control_tables(self.controls, self.scores)
         certificates = certificate_tables(self.certificates)

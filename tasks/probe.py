@@ -70,6 +70,8 @@ class AccuracyRow:
     """Probability of all options together, mean over the test prompts."""
     target: str = DEFAULT_TARGET
     """The number of an option whose slope the run's NEGs are."""
+    n_orders: int = 1
+    """Orders of its options that each row was asked in; `n_train` and `n_test` count every one."""
     reading: str = ""
     """What is unusual in how prompts are read: the probed token, answers of several tokens."""
 
@@ -280,6 +282,7 @@ def _probed(run: SkillRun, planned: PlannedDataset, splits: Splits, answers: Seq
         "reading": reading(test.identity.prompt),
         "n_train": splits.train.n_rows,
         "overlapping": planned.dataset.split_report.is_overlapping,
+        "n_orders": test.answers.most_orders,
     }
     rows = {"": np.arange(test.n_rows)} | _groups(test)
     floors = FloorAnswers(planned.dataset, splits.train, test, seed=run.seed)

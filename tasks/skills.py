@@ -93,6 +93,8 @@ class ReferenceRow:
     label_mass: float | None = None
     overlapping: bool = False
     """True if the splits share rows (policy `released`)."""
+    n_orders: int = 1
+    """Orders of its options that each row was asked in; `n_train`, `n_valid` and `n_test` count every one."""
 
 
 @dataclass(frozen=True)
@@ -406,6 +408,7 @@ def _reference(run: SkillsRun, planned: PlannedDataset, main: Mapping[str, NegSp
         high=lm.interval.high,
         **floors.beside(np.arange(test.n_rows)),
         overlapping=planned.dataset.split_report.is_overlapping,
+        n_orders=test.answers.most_orders,
     )
 
 

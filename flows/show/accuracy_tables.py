@@ -77,8 +77,6 @@ def accuracy_tables(
     averages: Sequence[Average],
     n_datasets: int,
     controls: Sequence[ControlRow] = (),
-    *,
-    is_permuted: bool = False,
 ) -> Iterator[Table]:
     """Return a table for every model and number of demonstrations, or several where there are many probes.
 
@@ -88,8 +86,6 @@ def accuracy_tables(
         Datasets that were asked for: averages over fewer say so.
     controls : sequence of ControlRow
         What stands below the accuracies.
-    is_permuted : bool
-        True if rows were asked in several orders of their options: the caption then says what an accuracy is of.
     """
     beside = controlled(controls)
     for model, shots in dict.fromkeys((score.model, score.shots) for score in scores):
@@ -107,9 +103,16 @@ def accuracy_tables(
                     if means
                     else [_rows_of(own, probes, beside)]
                 ),
-                caption=_CAPTION + _OF_ORDERS * is_permuted + _OF_CONTROLS * bool(beside) + _OF_AVERAGES * bool(means),
+                caption=_CAPTION
+                + _OF_ORDERS * (own[0].n_orders > 1)
+                + _OF_CONTROLS * bool(beside)
+                + _OF_AVERAGES * bool(means),
                 says=_says([score for score in own if score.probe in probes and not score.group]),
             )
+
+
+def _caption(scores: Sequence[AccuracyRow]) -> str:
+    return _CAPTION + _OF_ORDERS * any(score.n_orders > 1 for score in scores)
 
 
 def _says(scores: Sequence[AccuracyRow]) -> str:
@@ -197,7 +200,13 @@ def comparison_table(runs: Mapping[str, Sequence[AccuracyRow]]) -> Table:
             rows = [_run_row(name, by_probe, probes) for name, by_probe in by_run.items()]
             blocks.append([[_question(*question, several=several), *rows[0]], *(["", *row] for row in rows[1:])])
     columns = [*texts("dataset", "run"), *_accuracy_columns(probes)]
-    return Table("runs", "Accuracy on test, run by run", columns, blocks, _CAPTION)
+    return Table(
+        "runs",
+        "Accuracy on test, run by run",
+        columns,
+        blocks,
+        _caption([score for scores in runs.values() for score in scores]),
+    )
 
 
 def compared_rows(runs: Mapping[str, Sequence[AccuracyRow]]) -> list[dict[str, Any]]:

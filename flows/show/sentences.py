@@ -37,7 +37,7 @@ def accuracy_sentences(
             )
         own = [score for score in whole if (score.model, score.shots) == (model, shots)]
         for dataset, rows in by(own, "dataset").items():
-            where = f"on {short(dataset)} ({rows[0].n_test} test rows)"
+            where = f"on {short(dataset)} ({_tested(rows[0])})"
             yield _with(f"{asked_so}: {_said(where, rows)}", compared.get(dataset))
 
 
@@ -90,6 +90,11 @@ def _ranked(comparison: Comparison, best: Sequence[GainRow]) -> str:
 def _with(said: str, compared: Sequence[ComparisonRow] | None) -> str:
     """Return a finding with what the paired tests of the probes say."""
     return " ".join([said, *(comparison_tables.sentences(compared) if compared else ())])
+
+
+def _tested(row: AccuracyRow) -> str:
+    """Return what a dataset's accuracies are of."""
+    return f"{row.n_test} test rows" if row.n_orders == 1 else f"{row.n_test} test prompts, {row.n_orders} of each row"
 
 
 def _said(where: str, rows: Sequence[Row]) -> str:

@@ -81,7 +81,8 @@ def summary(findings: SkillFindings) -> str:
     names = ", ".join(short(one.dataset) for one in findings.datasets)
     known = [one.reference for one in findings.datasets]
     n_train, n_valid, n_test = (sum(getattr(row, name) for row in known) for name in ("n_train", "n_valid", "n_test"))
-    rows = f"{n_train} training, {n_valid} validation and {n_test} test rows"
+    what = "rows" if known[0].n_orders == 1 else f"prompts, {known[0].n_orders} orders of each row"
+    rows = f"{n_train} training, {n_valid} validation and {n_test} test {what}"
     line = f"{shown_model(findings.model)} on {names}: {rows}; asked: {'; '.join(findings.conditions)}"
     return printable(line).replace("\n", " ").replace("`", "'")
 

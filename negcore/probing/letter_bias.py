@@ -82,7 +82,7 @@ def letter_bias(view: AnswerView, gold_P: NDArray[np.integer], predicted_P: Ints
     NegError
         If no row has all its orders.
     """
-    n_orders = int(view.n_orders_R.max(initial=0))
+    n_orders = view.most_orders
     is_whole_R = view.n_orders_R == n_orders
     is_whole_R &= np.isin(np.arange(view.n_rows), view.row_P[view.is_given_P])
     n_incomplete = int(np.count_nonzero(~is_whole_R))

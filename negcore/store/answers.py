@@ -61,6 +61,11 @@ class AnswerView:
         return np.bincount(self.row_P, minlength=self.n_rows)
 
     @property
+    def most_orders(self) -> int:
+        """Orders of a row of which none was set aside."""
+        return int(self.n_orders_R.max(initial=0))
+
+    @property
     def is_given_P(self) -> NDArray[np.bool_]:
         """True where a prompt asks in the given order."""
         is_given_P: NDArray[np.bool_] = (self.answer_PO == np.arange(self.answer_PO.shape[1])).all(axis=1)
