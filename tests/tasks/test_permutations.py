@@ -63,8 +63,8 @@ def test_a_row_of_which_one_order_cannot_be_read_is_left_out_whole(run_of, monke
     settings = run_of(permutations=3, unreadable="skip").prompts("mini/fact")
     whole = load_dataset("mini/fact", card.tokenizer, settings=settings).splits["test"]
 
-    def with_one_more(card, examples):
-        return unreadable(card, examples) | {one.id: "it is odd" for one in examples if one.id == whole[1].id}
+    def with_one_more(card, examples, *answers):
+        return unreadable(card, examples, *answers) | {one.id: "it is odd" for one in examples if one.id == whole[1].id}
 
     monkeypatch.setattr("tasks.plan.unreadable", with_one_more)
     dataset, _ = read_dataset(card, "mini/fact", settings)
