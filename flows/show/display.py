@@ -142,6 +142,6 @@ def _marked(console: Console, examples: Sequence[Example], example: Example, tok
     n_more = sum(found[one.id].stop > (one.probe_end or 0) for one in named if one.id in found)
     line = f"neurons are read at the token that probe_at names in {len(named)} of {count(len(examples), 'row')}"
     line += f" (in {n_more} it holds characters behind that piece too)" * bool(n_more)
-    console.print(f"{line}; below it stands between [[ ]]", markup=False, highlight=False)
+    console.print(f"{line}; below it stands between [[ ]]", markup=False, highlight=False, soft_wrap=True)
     (_, start, stop), text = found[example.id], example.prompt
     return f"{text[:start]}[[{text[start:stop]}]]{text[stop:]}"

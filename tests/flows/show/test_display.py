@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -19,7 +20,8 @@ def shown(tmp_path, rows, **settings):
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(width=120, record=True, file=io.StringIO())
-    describe_dataset(console, load_dataset(str(file), tiny_tokenizer(), settings=PromptSettings(**settings)))
+    dataset = load_dataset(str(file), tiny_tokenizer(), settings=PromptSettings(**settings))
+    describe_dataset(console, dataset, tiny_tokenizer())
     return console.export_text().splitlines()
 
 
@@ -84,3 +86,12 @@ def test_a_step_that_was_stopped_is_not_called_failed(terminal, error, told):
         display.advance(Progress("m d train", 1, 2))
         display.finish("m d train", error)
     assert ("failed m d train" in terminal.export_text()) == told
+
+
+def test_the_probed_token_stands_between_brackets_and_one_that_holds_more_than_its_piece_is_told(tmp_path):
+    mine = [row | {"probe_at": "train"} for row in rows("train", 8)]
+    mine += [row | {"probe_at": "tes"} for row in rows("test", 4)] + rows("valid", 4)
+    lines = shown(tmp_path, mine)
+    said = "neurons are read at the token that probe_at names in 12 of 16 rows"
+    assert f"{said} (in 4 it holds characters behind that piece too); below it stands between [[ ]]" in lines
+    assert any(re.fullmatch(r"t\[\[est\]\] \d\? Answer:", line) for line in lines)
