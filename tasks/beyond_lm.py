@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from negcore.arrays import Ints
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.probing.paired import paired
 from negcore.store.files import n_bytes
+from negcore.targets import DEFAULT_TARGET
 from tasks.predictions import Predictions
 from tasks.rundir.tables import read_table
 

@@ -11,11 +11,11 @@ from negcore.analysis.certificates import Certificate, Sizes, certificates, miss
 from negcore.arrays import Floats, Ints
 from negcore.errors import RunError, ShardError
 from negcore.measure.sweeps import DEFAULT_SHIFTS, draw_neurons
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.store.identity import content_digest
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit
 from negcore.store.study import joined_sweep, read_study
+from negcore.targets import DEFAULT_TARGET
 from tasks.config.dataset_runs import SkillRun
 from tasks.measure.measurement import study_settings
 from tasks.measure.shard_set import ShardSet

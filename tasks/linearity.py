@@ -26,8 +26,8 @@ from negcore.analysis.linearity import (
 from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
-from negcore.measure.targets import ShiftUnit
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study, value_names
+from negcore.targets import ShiftUnit
 from tasks.config.linearity_run import LinearityRun
 from tasks.measure.references import ReferenceKind
 from tasks.measure.shard_set import ShardSet

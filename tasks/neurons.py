@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from negcore.analysis.neurons import N_TOP, described, top_neurons
 from negcore.datasets import Dataset
 from negcore.errors import RunError
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.rankings import Rankings
 from negcore.store.files import n_bytes
 from negcore.store.reader import NegSplit
+from negcore.targets import DEFAULT_TARGET
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.config.recipes import RECIPES
 from tasks.plan import SUMS, PlannedDataset

@@ -15,7 +15,6 @@ from negcore.datasets.splits import SPLIT_RULES
 from negcore.errors import DatasetError, LabelError, ModelError, NegError, PromptError, RunError
 from negcore.measure.forward import common_prefix_length
 from negcore.measure.random_weights import random_revision
-from negcore.measure.targets import DEFAULT_TARGET, Target, check_options
 from negcore.model.language_model import ModelCard, describe_model, refuse_experts
 from negcore.model.layer_shapes import shapes_json
 from negcore.model.tokenizer_file import tokenizer_warning
@@ -23,6 +22,7 @@ from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
 from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace
+from negcore.targets import DEFAULT_TARGET, Target, check_options
 from negcore.texts import row_text
 from tasks.certificates import plan_sweeps
 from tasks.config.dataset_runs import SkillRun

@@ -10,7 +10,6 @@ from urllib.parse import quote
 import numpy as np
 
 from negcore.arrays import Floats, Ints
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
@@ -19,6 +18,7 @@ from negcore.probing.probes import LMProbe
 from negcore.probing.rankings import Rankings
 from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit
+from negcore.targets import DEFAULT_TARGET
 from tasks.beyond_lm import BeyondRow, beyond_lm
 from tasks.certificates import CertificateRow, certificate_rows
 from tasks.config.dataset_runs import ProbeName, SkillRun

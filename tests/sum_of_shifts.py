@@ -24,9 +24,9 @@ from negcore.measure.interventions import InterventionResult, intervene, random_
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.spread import activation_spreads
-from negcore.measure.targets import ShiftUnit, checked_target
 from negcore.model.encoding import encode
 from negcore.model.language_model import LanguageModel
+from negcore.targets import ShiftUnit, checked_target
 
 _PROMPTS = 12
 _DRAWS = 3

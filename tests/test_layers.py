@@ -14,7 +14,7 @@ FORBIDDEN = {"pickle", "joblib", "dill", "cloudpickle"}
 STEPS = (
     {"negcore.orders", "negcore.texts"},
     {"negcore.arrays", "negcore.errors", "negcore.findings"},
-    {"negcore.measure.targets"},
+    {"negcore.targets"},
     {"negcore.hub", "negcore.store.buckets", "negcore.store.identity", "negcore.store.locks"},
     {"negcore.store.temporary"},
     {"negcore.store.files"},

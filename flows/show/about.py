@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from flows.show.text import duration
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.store.files import MOST_RECORD_BYTES, parse_json, read_bytes, small_files
+from negcore.targets import DEFAULT_TARGET
 from tasks.config.run_file import RUN_FILE
 from tasks.rundir.manifest import Shards
 

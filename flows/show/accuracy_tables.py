@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from flows.show.model_names import shown_model
 from flows.show.table import Block, Cell, Column, Number, Piece, Table, Words, by, interval, lines, numbers, texts
 from flows.show.text import share
-from negcore.measure.targets import DEFAULT_TARGET
+from negcore.targets import DEFAULT_TARGET
 from tasks.controls import Control, ControlRow
 from tasks.floors import FLOORS, SMALL_MASS, Floored, best_floor
 from tasks.probe import AccuracyRow, Confusion

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from flows.show.accuracy_tables import SHOTS, asked, short
 from flows.show.table import Cell, Number, Table, Words, by, numbers, texts
 from flows.show.text import bare, count
-from negcore.measure.targets import neg_unit
+from negcore.targets import neg_unit
 from tasks.certificates import CertificateRow
 
 _CAPTION = (

@@ -10,7 +10,7 @@ import yaml
 
 from flows.show.table import Cell, Number, Table, numbers, texts
 from negcore.errors import RunError
-from negcore.measure.targets import DEFAULT_TARGET
+from negcore.targets import DEFAULT_TARGET
 from negcore.texts import printable
 from tasks.publish import Publication, PublishedData
 

@@ -11,7 +11,7 @@ from flows.show.table import Cell, Number, Style, Table, by, interval, numbers, 
 from flows.show.text import correlation, count, printable
 from negcore.analysis.linearity import AgreementRow
 from negcore.measure.benchmark import Timing, TypeRow
-from negcore.measure.targets import DEFAULT_SHIFT_UNIT, TARGET_UNITS, neg_unit
+from negcore.targets import DEFAULT_SHIFT_UNIT, TARGET_UNITS, neg_unit
 from tasks.linearity import MEASURED, Findings
 
 ESTIMATOR_TITLES = MappingProxyType(

@@ -12,7 +12,7 @@ from negcore.analysis.logit_lens import LensTokens
 from negcore.analysis.neurons import N_BOOTSTRAP, N_TOP, Moved, NeuronRows
 from negcore.datasets import Example
 from negcore.measure.sweeps import SweepResult
-from negcore.measure.targets import DEFAULT_TARGET, neg_unit
+from negcore.targets import DEFAULT_TARGET, neg_unit
 from negcore.texts import private, quoted
 from tasks.neurons import NeuronRow
 from tasks.probe import AccuracyRow

@@ -22,9 +22,9 @@ from flows.view.runs import texts as texts_of
 from negcore.analysis.neurons import read_neuron
 from negcore.datasets import Example
 from negcore.errors import NegError, RunError
-from negcore.measure.targets import neg_unit
 from negcore.store.files import n_bytes, read_bytes
 from negcore.store.reader import NegSplit
+from negcore.targets import neg_unit
 from tasks.beyond_lm import compared_files, read_beyond
 from tasks.neurons import listed_neurons
 from tasks.predictions import PREDICTIONS_FILE

@@ -18,12 +18,12 @@ from negcore.measure.hooks import tapped, zero_shifts
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.question import asked
 from negcore.measure.sweeps import DEFAULT_SHIFTS, SweepResult, draw_neurons, measured, shift_grid, sweep
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.virtual_tokens import Method
 from negcore.model.architectures import Dtype
 from negcore.model.encoding import EncodedPrompts, encode
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import HALF_TYPES
+from negcore.targets import DEFAULT_TARGET
 
 N_SHIFTS = 20
 """Shifts of a neuron in the timed sweeps: -2 to 2 by 0.2."""

@@ -34,11 +34,11 @@ from negcore.measure.patching import (
 from negcore.measure.question import Question, checked_answers, row_gradients, score_gradients, score_replacement
 from negcore.measure.streams import Stream, streams
 from negcore.measure.sweeps import Neurons, choose_neurons
-from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.virtual_tokens import head_rows, label_log_probs
 from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_prompts
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.targets import DEFAULT_TARGET, Target, checked_target
 
 PATH_STEPS = 20
 """Steps of the path of integrated gradients."""

@@ -28,12 +28,12 @@ from negcore.measure.neurgrad import away_from_zero, neurgrad
 from negcore.measure.question import asked
 from negcore.measure.spread import checked_spreads
 from negcore.measure.sweeps import checked_shifts, choose_neurons
-from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target, target_values
 from negcore.measure.virtual_tokens import HookedAnswers
 from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target, target_values
 
 NeuronSet = Sequence[tuple[int, int]] | Ints
 

@@ -28,10 +28,10 @@ from negcore.measure.forward import (
 )
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
-from negcore.measure.targets import DEFAULT_TARGET, Target, check_options, checked_target, own_values, target_values
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
+from negcore.targets import DEFAULT_TARGET, Target, check_options, checked_target, own_values, target_values
 
 # Most bytes of the gradients of a batch's logits: options x rows x vocabulary.
 _LOGIT_BYTES = 2**28

@@ -15,11 +15,11 @@ from negcore.errors import LabelError
 from negcore.measure.forward import ProbedBatch, measure_batches
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
-from negcore.measure.targets import Target, check_options, target_values
 from negcore.measure.virtual_tokens import Shifts, label_log_probs, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_targets
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.targets import Target, check_options, target_values
 
 # Most bytes of the logits of a batch with gradients.
 _BATCH_LOGIT_BYTES = 2**28

@@ -17,11 +17,11 @@ from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.quadrature import NodeGrid, node_grid, range_masks, within_range
 from negcore.measure.question import Question, asked
 from negcore.measure.spread import checked_spreads
-from negcore.measure.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
+from negcore.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target
 
 Neurons = Literal["all"] | int | Sequence[tuple[int, int]] | Ints
 

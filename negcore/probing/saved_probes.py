@@ -19,7 +19,6 @@ from safetensors.numpy import load, save
 
 from negcore.arrays import Ints
 from negcore.errors import ProbeError, RunError
-from negcore.measure.targets import DEFAULT_TARGET
 from negcore.measure.votes import Vote, neuron_pairs
 from negcore.probing.arrow_probes import MAGIC, read_arrow
 from negcore.probing.fitted import FittedProbe, FittedVote
@@ -27,6 +26,7 @@ from negcore.probing.probe_parts import Arrays, ProbeParts, parts_of, probe_from
 from negcore.store.files import draft, location, read_bytes
 from negcore.store.identity import canonical_json, content_digest
 from negcore.store.reader import NegSplit
+from negcore.targets import DEFAULT_TARGET
 
 FORMAT = 2
 """Version of the files; `negcore.probing.arrow_probes` reads version 1."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import xxhash
 
-from negcore.measure.targets import DEFAULT_TARGET
+from negcore.targets import DEFAULT_TARGET
 
 NUMBER_FORMAT = 1
 """Version of what the stored numbers mean: raised when the same inputs would give other columns or values."""
@@ -55,7 +55,7 @@ class RunIdentity:
     """The router's part in a mixture of experts (``router``), and the counts of each layer's neurons
     (``layers``: dense ones, experts, experts of a token, neurons of an expert)."""
     target: str = DEFAULT_TARGET
-    """The number of each option whose slope NEGs are, see `negcore.measure.targets`."""
+    """The number of each option whose slope NEGs are, see `negcore.targets`."""
     versions: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Package versions. Informational: not part of the digest and not compared."""
 

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from negcore.errors import ShardError
-from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.votes import Vote
 from negcore.model.layer_shapes import LayerShape, LayerShapes, shapes_of
 from negcore.store.answers import AnswerView
@@ -33,6 +32,7 @@ from negcore.store.integrity import check_shards, complete_receipts, damaged_fil
 from negcore.store.levels import STORAGE_LEVELS, FloatArray, NeuronPlaces, StorageLevel, experts_of
 from negcore.store.publish import Receipt, SetAside, ShardPlace, shard_of
 from negcore.store.schema import ShardColumns, first_row
+from negcore.targets import DEFAULT_TARGET, Target, checked_target
 
 if TYPE_CHECKING:
     import pandas

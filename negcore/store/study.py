@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
-from negcore.measure.targets import DEFAULT_TARGET, checked_target
 from negcore.store.files import draft, parse_json, read_all
 from negcore.store.publish import Receipt
 from negcore.store.reader import ShardReader
 from negcore.store.schema import ROW_COLUMNS, StoredExample, column, record_batch
+from negcore.targets import DEFAULT_TARGET, checked_target
 
 Floats32 = NDArray[np.float32]
 Columns = Mapping[str, NDArray[Any]]

@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from negcore.datasets.base import PromptFormat, PromptSettings, SplitPolicy
 from negcore.datasets.load import is_own_file
 from negcore.datasets.mceval8k import SPECS
-from negcore.measure.targets import DEFAULT_TARGET, Target
 from negcore.model.prompt_ids import AnswerKind
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
+from negcore.targets import DEFAULT_TARGET, Target
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 from tasks.config.wordings import WordingChoice, check_wordings, wording_for
 

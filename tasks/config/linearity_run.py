@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from negcore.measure.targets import DEFAULT_SHIFT_UNIT, DEFAULT_TARGET, ShiftUnit, Target
+from negcore.targets import DEFAULT_SHIFT_UNIT, DEFAULT_TARGET, ShiftUnit, Target
 from tasks.config.run_file import CountOrAll, PositiveFloat, RunFile, Several
 
 EstimatorName = Literal[

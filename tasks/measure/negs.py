@@ -12,13 +12,13 @@ from negcore.arrays import count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.kept import keeping
 from negcore.measure.neurgrad import measure_negs
-from negcore.measure.targets import DEFAULT_TARGET, Target, checked_target
 from negcore.measure.votes import VOTES
 from negcore.model.language_model import LanguageModel
 from negcore.model.layer_shapes import LayerShapes, shapes_of
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, StorageName
 from negcore.store.levels import EXPERT_AXES, STORAGE_LEVELS, Routed, StorageLevel
 from negcore.store.schema import StoredExample
+from negcore.targets import DEFAULT_TARGET, Target, checked_target
 from tasks.measure.examples import EncodedExample, answers_of, encoded_prompts
 from tasks.measure.measurement import Columns, ColumnType, Measurement, Nonfinite
 

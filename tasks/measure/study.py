@@ -10,10 +10,10 @@ from negcore.arrays import Floats, Ints
 from negcore.measure.estimators import estimate
 from negcore.measure.interventions import intervene, random_sets
 from negcore.measure.sweeps import LARGEST_TAIL, sweep
-from negcore.measure.targets import DEFAULT_TARGET, Target
 from negcore.model.language_model import LanguageModel
 from negcore.store.identity import content_digest
 from negcore.store.study import intervention_columns, sweep_columns, value_names
+from negcore.targets import DEFAULT_TARGET, Target
 from tasks.measure.examples import EncodedExample, answers_of, encoded_prompts, without_labels
 from tasks.measure.measurement import Columns, ColumnType, Measurement
 from tasks.measure.references import References

@@ -13,8 +13,8 @@ from negcore.measure.forward import label_log_probabilities
 from negcore.measure.interventions import intervene
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.sweeps import fit_lines, sweep
-from negcore.measure.targets import checked_target, neg_unit, own_values, target_values
 from negcore.model.encoding import encode
+from negcore.targets import checked_target, neg_unit, own_values, target_values
 
 TARGETS = ["probability", "log-probability", "logit-difference"]
 OTHERS = TARGETS[1:]
