@@ -103,6 +103,8 @@ def measure(setting: Setting, console: Console, out: Path, only: list[str]) -> d
         for item in group.items(setting)
         if any(part in f"{title}: {item.name}" for part in only)
     ]
+    if not todo:
+        sys.exit(f"--only {' '.join(only)}: no row has this in its name; groups are {', '.join(GROUPS)}")
     about = machine(setting)
     earlier = json.loads(out.read_text()) if out.exists() and only != [""] else {"machine": about, "groups": {}}
     if earlier["machine"] != about:
