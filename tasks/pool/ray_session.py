@@ -61,7 +61,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     Raises
     ------
     RunError
-        If Ray does not start, the cluster cannot be reached, or Ray was imported before with unsafe settings.
+        If Ray does not start, the cluster cannot be reached, or Ray was imported before its first local session.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -84,16 +84,19 @@ _ENVIRONMENT = {
 }
 
 
+_IMPORTED_EARLY = (
+    "Ray was imported before its local session was opened, and knows neither the session's token nor that it must stay "
+    "off the network: import it inside the session"
+)
+
+
 @contextlib.contextmanager
 def _local_ray() -> Iterator[None]:
     with _short_directory() as home, environment(_ENVIRONMENT | _local_environment(home)):
         options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "_temp_dir": str(home / "r")}
         with _initialised(address="local", **options) as ray:
             if ray.util.get_node_ip_address() != "127.0.0.1":
-                raise RunError(
-                    "Ray was imported before its session was opened and would listen on the network: "
-                    "import it later, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 before Python starts"
-                )
+                raise RunError(_IMPORTED_EARLY)
             yield
 
 
@@ -212,6 +215,8 @@ def _initialised(**options: Any) -> Iterator[Any]:
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
     except Exception as error:  # Ray has no type for it
+        if "InvalidAuthToken" in str(error) and options["address"] == "local":
+            raise RunError(_IMPORTED_EARLY) from error
         raise RunError(f"Ray cannot start or be joined: {' '.join(str(error).split())}") from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
