@@ -90,7 +90,7 @@ class Matches(NamedTuple):
 
     @property
     def layers(self) -> Iterator[LayerMatches]:
-        """What layers have, and last all of them together."""
+        """Sums of the matches by layer, and last of all layers together."""
         known = [row for row in self.rows if row.p is not None]
         for layer in sorted({row.layer for row in known}):
             yield _layer_matches(layer, [row for row in known if row.layer == layer])

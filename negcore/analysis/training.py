@@ -44,7 +44,7 @@ class RevisionLayer:
 
 
 class _Layer(NamedTuple):
-    """What is kept of a layer of one revision."""
+    """Signs and means of the NEGs in one layer of one revision."""
 
     signs_PN: NDArray[np.int8]
     means_N: Floats
