@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -11,9 +12,13 @@ from negcore.errors import DatasetError, NegError
 from negcore.measure.spread import activation_spreads
 from negcore.model.encoding import encode_prompts
 from negcore.model.language_model import LanguageModel, ModelCard
+from negcore.store.identity import content_digest
 from tasks.measure.examples import EncodedExample
 
 ReferenceKind = Literal["counterfactual", "drawn", "all"]
+
+_SPREADS: WeakKeyDictionary[LanguageModel, dict[str, Floats]] = WeakKeyDictionary()
+"""Spreads that were read, of each model by what they are of."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,15 @@ class References:
         return list(self.ids.values()) if self.kind == "all" else [self.ids[example.id] for example in examples]
 
     def spreads(self, lm: LanguageModel, neurons_K2: Ints) -> Floats:
-        """Return the standard deviation of neurons' activations over these prompts: shape (K,)."""
-        return activation_spreads(lm, list(self.ids.values()), neurons_K2)
+        """Return the standard deviation of neurons' activations over these prompts: shape (K,).
+
+        Every shard needs the same, so they are kept as long as the model is.
+        """
+        kept = _SPREADS.setdefault(lm, {})
+        which = content_digest([list(self.ids.values()), neurons_K2.tolist()])
+        if which not in kept:
+            kept[which] = activation_spreads(lm, list(self.ids.values()), neurons_K2)
+        return kept[which]
 
 
 def all_prompts(examples: Sequence[EncodedExample]) -> References:

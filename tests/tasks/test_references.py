@@ -8,9 +8,11 @@ from support import PROMPTS, prompts_for, tiny_model
 
 from negcore.datasets import Example
 from negcore.errors import DatasetError, NegError
+from negcore.measure.spread import activation_spreads
 from negcore.model.encoding import encode_prompts
+from tasks.measure import references
 from tasks.measure.examples import encode_examples
-from tasks.measure.references import all_prompts, partners
+from tasks.measure.references import References, all_prompts, partners
 
 
 def examples_of(lm, counterfactuals=None):
@@ -77,3 +79,24 @@ def test_one_prompt_alone_has_nobody_to_draw_from():
     lm = tiny_model("llama")
     with pytest.raises(NegError, match="one prompt has no other from which activations could be drawn; measure more"):
         partners(lm.card, "rows", examples_of(lm)[:1], 0)
+
+
+def test_spreads_are_read_once_for_a_model_whatever_the_number_of_shards(monkeypatch):
+    read = []
+
+    def reading(lm, ids, neurons_K2):
+        read.append((lm, ids, neurons_K2.tolist()))
+        return activation_spreads(lm, ids, neurons_K2)
+
+    monkeypatch.setattr(references, "activation_spreads", reading)
+    two, other = np.array([[0, 1], [2, 5]]), np.array([[1, 1]])
+    of_all, of_some = References("all", {"a": [1, 2, 3], "b": [3, 2]}), References("all", {"a": [1, 2, 3], "b": [3, 4]})
+    asked = [
+        (lm, of, neurons)
+        for lm in (tiny_model("llama"), tiny_model("gpt2"))
+        for of in (of_all, of_some)
+        for neurons in (two, other)
+    ]
+    for lm, of, neurons in (*asked, *asked):
+        np.testing.assert_array_equal(of.spreads(lm, neurons), activation_spreads(lm, list(of.ids.values()), neurons))
+    assert len(read) == len(asked)
