@@ -108,7 +108,8 @@ def datasets(
         console.print(dataset_table(list_datasets()))
         return
     from negcore.model.language_model import describe_model
-    from tasks.plan import prompt_warnings, read_dataset
+    from tasks.plan import read_dataset
+    from tasks.prompt_warnings import prompt_warnings
 
     card = describe_model(model)
     for name in names:

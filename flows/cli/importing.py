@@ -124,7 +124,8 @@ def _show(target: Path, model: str) -> None:
     from negcore.datasets import PromptSettings
     from negcore.model.language_model import describe_model
     from tasks.audit import audit_dataset
-    from tasks.plan import prompt_warnings, read_dataset
+    from tasks.plan import read_dataset
+    from tasks.prompt_warnings import prompt_warnings
 
     settings = PromptSettings()
     with reading():

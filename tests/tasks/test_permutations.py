@@ -10,7 +10,8 @@ from negcore.texts import plain
 from tasks.config.dataset_runs import EvaluationRun, SkillRun
 from tasks.config.reading import read_run_file
 from tasks.measure.examples import unreadable
-from tasks.plan import plan, prompt_warnings, read_dataset
+from tasks.plan import plan, read_dataset
+from tasks.prompt_warnings import prompt_warnings
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_row_of_which_one_order_cannot_be_read_is_left_out_whole(run_of, monke
 
 
 def test_options_that_speak_of_others_are_counted_and_told(run_of, monkeypatch):
-    monkeypatch.setattr("tasks.plan.refers_to_options", lambda text: text == "Asia")
+    monkeypatch.setattr("tasks.prompt_warnings.refers_to_options", lambda text: text == "Asia")
     card = planned(run_of())[0].card
     dataset, _ = read_dataset(card, "mini/fact", run_of(permutations=2).prompts("mini/fact"))
     n_rows = len({split_id(one.id).row for rows in dataset.splits.values() for one in rows if "Asia" in one.options})
