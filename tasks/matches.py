@@ -17,7 +17,7 @@ from negcore.probing.rankings import rank_layers
 from negcore.store.identity import RunIdentity
 from negcore.store.reader import NegSplit
 from tasks.config.recipes import RECIPES
-from tasks.run_negs import StoredSplit, only_model, stored_splits
+from tasks.run_negs import StoredSplit, only_model, stored_splits, units_of
 
 SPLITS = ("train", "valid", "test")
 N_DRAWN = 1024
@@ -87,6 +87,10 @@ class Matches(NamedTuple):
     n_rows: int
     n_shuffles: int
     rows: list[MatchRow]
+    n_units: int | None = None
+    """Units that were shuffled, whose rows stayed together; None if no rows share one, or units are not known."""
+    units_missing: str = ""
+    """Why units are not known, so that rows were shuffled one by one; empty if they are."""
 
     @property
     def layers(self) -> Iterator[LayerMatches]:
@@ -189,12 +193,30 @@ def _match_dataset(
     chosen = _chosen(choice, splits, parts, probe, seed)
     identities = splits[0].identity, others[0].identity
     names = *_names(identities[0]), *_names(identities[1])
-    matches: list[NeuronMatch] = match_neurons(splits, others, chosen, n_shuffles=n_shuffles, seed=seed)
+    units, missing = _units([one[part] for part in parts], [other[part] for part in parts])
+    matches: list[NeuronMatch] = match_neurons(splits, others, chosen, units=units, n_shuffles=n_shuffles, seed=seed)
     if all(found.p is None for found in matches):
         raise NegError(f"{title}: no NEG of the chosen neurons varies over the rows, so that none has a match")
     n_rows = sum(split.n_rows for split in splits)
     rows = [MatchRow(title, *names, **asdict(found)) for found in matches]
-    return Matches(title, *identities, n_rows, n_shuffles, rows)
+    return Matches(title, *identities, n_rows, n_shuffles, rows, _n_units(units), missing)
+
+
+def _units(*sides: Sequence[StoredSplit]) -> tuple[list[str] | None, str]:
+    """Return the unit of each row, as the data of one of the runs tells, or else why none does."""
+    reasons = []
+    for splits in sides:
+        try:
+            return units_of(splits), ""
+        except NegError as error:
+            reasons.append(f"{error}")
+    return None, reasons[0]
+
+
+def _n_units(units: Sequence[str] | None) -> int | None:
+    """Return how many units rows are of, those of none counted singly; None if no rows share one."""
+    named = [unit for unit in units or () if unit]
+    return None if units is None or len(set(named)) == len(named) else len(set(named)) + len(units) - len(named)
 
 
 def _names(identity: RunIdentity) -> tuple[str, str]:

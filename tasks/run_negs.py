@@ -106,10 +106,14 @@ def card_of(split: StoredSplit) -> ModelCard:
     ModelError
         If it cannot be found or read.
     """
-    run = run_of(split)
-    if run.random_weights is not None:
+    if run_of(split).random_weights is not None:
         raise RunError(f"{str(split.root)!r}: its numbers are of random weights, not of {split.place.model!r} itself")
-    for ref, name in run.model_names.items():
+    return _described(split)
+
+
+def _described(split: StoredSplit) -> ModelCard:
+    """Describe the model of a split, or the one whose configuration and tokenizer it has with random weights."""
+    for ref, name in run_of(split).model_names.items():
         if name == split.place.model:
             return describe_model(ref, name)
     raise RunError(f"{str(split.root)!r}: its run file names no model {split.place.model!r}")
@@ -134,3 +138,22 @@ def examples_of(split: StoredSplit, card: ModelCard, negs: NegSplit) -> dict[str
             rows = loaded.splits[split.place.part]
             return {row.id: row for row in rows if hashes.get(row.id) == prompt_hash(row)}
     raise RunError(f"{str(split.root)!r}: its run file names no dataset {dataset!r}")
+
+
+def units_of(splits: Sequence[StoredSplit]) -> list[str]:
+    """Return the unit of every row of a run's splits, in their order; empty for a row of none.
+
+    Raises
+    ------
+    NegError
+        As of `describe_model` and `examples_of`; `RunError` also if the data no longer has a row as it was measured.
+    """
+    card = _described(splits[0])
+    found: list[str] = []
+    for split in splits:
+        negs = split.open()
+        examples = examples_of(split, card, negs)
+        if missing := [id_ for id_ in negs.ids if id_ not in examples]:
+            raise RunError(f"{split.title}: the data has no row {missing[0]!r} as it was measured")
+        found.extend(examples[id_].unit for id_ in negs.ids)
+    return found

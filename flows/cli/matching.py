@@ -9,7 +9,7 @@ from flows.cli.completion import complete_run
 from flows.cli.neurons import Datasets
 from flows.cli.tables import Format, Out, deliver, format_of, warn_of
 from flows.cli.terminal import doing, quiet_libraries
-from flows.show.console import console
+from flows.show.console import console, tell
 from negcore.errors import RunError
 from negcore.store.files import location
 
@@ -48,7 +48,8 @@ def match(
     Of every chosen neuron of RUN, the neuron of OTHER is found, among all, whose NEGs over all rows and options have
     the highest correlation with its own. Models may differ in architecture and tokenizer; rows, options and their order
     may not. The table has, by layer, the share of neurons whose match few shuffles of the rows reach, and the layer in
-    which matches lie. With --format, the single matches are written. What a match means is told in docs/analyses.md.
+    which matches lie. Rows of one unit, such as a sentence, stay together in a shuffle. With --format, the single
+    matches are written. What a match means is told in docs/analyses.md.
     """
     quiet_libraries()
     import pyarrow as pa
@@ -70,6 +71,8 @@ def match(
     with doing("matching neurons"):
         found = list(match_runs(roots[0], roots[1], choice, **options, n_shuffles=shuffles, seed=seed))
     for one in found:
+        if one.units_missing:
+            tell("warning", f"{one.title}: rows were shuffled one by one: {one.units_missing}", "yellow")
         tables.append(arrow_table(MatchRow, [asdict(row) for row in one.rows]))
         if name is None:
             with told_apart([one.identity.model, one.other_identity.model]):

@@ -21,11 +21,15 @@ def match_table(found: Matches) -> Table:
         columns=[*texts("layer"), *numbers("neurons", "r", "chance", *p, "mutual", "layer of\nmatch", "middle\nhalf")],
         blocks=[[_row(one, found.n_shuffles) for one in layers], [_row(whole, found.n_shuffles)]],
         caption=f"r: highest correlation of NEGs over {found.n_rows} rows and their options, median; chance: its 95 % "
-        f"quantile in {found.n_shuffles} shuffles of the rows, median. p <= .05: share of neurons whose r so few "
-        "shuffles reach; by chance .05 (.01). mutual: share that is so, and the best match of its match. Layer of "
-        f"match: of 0..{other.n_layers - 1}, median of the neurons with p <= .05; Spearman's correlation of the layers "
-        f"is {depth}.",
+        f"quantile in {found.n_shuffles} shuffles of {_shuffled(found)}, median. p <= .05: share of neurons whose r "
+        "so few shuffles reach; by chance .05 (.01). mutual: share that is so, and the best match of its match. Layer "
+        f"of match: of 0..{other.n_layers - 1}, median of the neurons with p <= .05; Spearman's correlation of the "
+        f"layers is {depth}.",
     )
+
+
+def _shuffled(found: Matches) -> str:
+    return "the rows" if found.n_units is None else f"the {found.n_units} units of rows, and of the rows of each"
 
 
 def _model(own: RunIdentity, other: RunIdentity) -> str:

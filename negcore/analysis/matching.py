@@ -4,7 +4,8 @@ A neuron's NEGs for every row and option are a vector that knows nothing of the 
 different models can be compared. Each neuron of the first model is matched with the neuron of the second whose vector
 has the highest correlation with its own (Pearson), after each option's mean over the rows was taken off: what a neuron
 does to a letter whatever is asked is no match. The best of tens of thousands is high by chance, so the same search is
-made after the rows of the first model were shuffled, many times: a match counts if few of the shuffles reach it.
+made after the rows of the first model were shuffled, many times: a match counts if few of the shuffles reach it. What
+belongs together stays together in a shuffle (`shuffled_rows`).
 
 Axes: P rows of all splits together, O options, D = P * O entries, K chosen neurons of the first model, N neurons of a
 block of the second, S shuffles.
@@ -12,7 +13,7 @@ block of the second, S shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from negcore.analysis.same_rows import row_order
+from negcore.analysis.shuffles import shuffled_rows
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.probing.rankings import chosen_effects
@@ -71,6 +73,7 @@ def match_neurons(
     second: Sequence[NegSplit],
     chosen: Ints | None = None,
     *,
+    units: Sequence[str] | None = None,
     n_shuffles: int = N_SHUFFLES,
     seed: int = 0,
 ) -> list[NeuronMatch]:
@@ -82,9 +85,13 @@ def match_neurons(
         Splits of two models, pair by pair of the same rows, with the same number of options.
     chosen : array of int, shape (K,), optional
         Flat indices of neurons of the first model. By default all.
+    units : sequence of str, length P, optional
+        Unit of each row of `first`, such as the sentence that several rows are about; empty for a row of its own. By
+        default all are.
     n_shuffles : int
         Shuffles of the rows. Each searches all neurons of the other model again, so p accounts for how many they are;
-        it is exact for rows that could have come in any order, and at least 1 / (n_shuffles + 1).
+        it is exact for units that could have come in any order, as the rows of each, and at least 1 / (n_shuffles + 1).
+        Units of which no other has as many rows stay where they are.
     seed : int
         Seed of the shuffles.
 
@@ -97,7 +104,7 @@ def match_neurons(
     ------
     NegError
         If the rows are not the same (see `row_order`), a neuron does not exist, the shards hold no values, a number is
-        NaN or infinite, or there are fewer than 2 rows or shuffles.
+        NaN or infinite, there are fewer than 2 rows or no shuffles, or not as many units as rows.
 
     Notes
     -----
@@ -108,7 +115,10 @@ def match_neurons(
     if n_rows < 2 or n_shuffles < 1:
         raise NegError(f"{n_rows} rows and {n_shuffles} shuffles tell nothing of a match: give 2 rows and 1 shuffle")
     flat_K = np.arange(_n_neurons(first)) if chosen is None else np.asarray(chosen, np.int64)
-    shuffles_SP = np.array([np.random.default_rng([seed, number]).permutation(n_rows) for number in range(n_shuffles)])
+    if units is not None and len(units) != n_rows:
+        raise NegError(f"{len(units)} units were given for {n_rows} rows: give each row its own")
+    rows = [(number, row) for number, split in enumerate(first) for row in split.answers.row_P.tolist()]
+    shuffles_SP = shuffled_rows(rows, _named(rows, units), n_shuffles=n_shuffles, seed=seed)
     return [
         match
         for block_K in _blocks(flat_K, n_rows * first[0].n_options)
@@ -126,6 +136,11 @@ def _parts(first: Sequence[NegSplit], second: Sequence[NegSplit]) -> tuple[list[
             )
     pairs = list(zip(first, second, strict=True))
     return [(split, None) for split in first], [(other, row_order(split, other)) for split, other in pairs]
+
+
+def _named(rows: Sequence[Hashable], units: Sequence[str] | None) -> list[Hashable]:
+    """Return the unit of each row: the row itself where it is of none."""
+    return [unit or row for row, unit in zip(rows, units or [""] * len(rows), strict=True)]
 
 
 def _n_neurons(splits: Sequence[NegSplit]) -> int:

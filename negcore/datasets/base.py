@@ -54,6 +54,8 @@ class Example:
     """The same prompt but for what it asks, for patching; empty if the dataset gives none."""
     probe_end: int | None = None
     """Characters of the prompt up to where neurons are read: the end of the row's `probe_at`; None for the prompt's."""
+    unit: str = field(default="", compare=False)
+    """Normalised text of the sentence, premise or other unit that rows may share; empty if there is none."""
 
     @property
     def located(self) -> str:

@@ -146,7 +146,9 @@ class Renderer:
         shown = row.options if self.wording else ()
         prompt = self._prompt(self._question(row))
         probe_end = self._probe_end(row, prompt) if row.probe_at else None
-        return Example(row.id, prompt, labels, row.answer, row.group, shown, row.place, probe_end=probe_end)
+        return Example(
+            row.id, prompt, labels, row.answer, row.group, shown, row.place, probe_end=probe_end, unit=row.unit
+        )
 
     def with_demonstrations(self, rows: Iterable[Row]) -> Renderer:
         """Return a renderer that puts these rows, solved, into every prompt."""

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import pytest
 from support import identity_of, save_tiny_model, write_questions
@@ -69,7 +70,7 @@ def test_models_of_one_run_are_matched_by_their_names(runs):
     models = [str(runs / family) for family in ("llama", "gpt_neox")]
     one = match(runs / "both", runs / "both", "--model", models[0], "--other-model", models[1], "--shuffles", 9)
     two = match(runs / "a", runs / "b", "--shuffles", 9)
-    assert (one.exit_code, one.output) == (0, two.output)
+    assert (one.exit_code, one.stdout) == (0, two.stdout)
     assert "has several models" in str(match(runs / "both", runs / "b").exception)
 
 
@@ -97,6 +98,60 @@ def test_neurons_that_are_not_there_are_refused(runs, options, says):
     found = match(runs / "a", runs / "b", *options)
     assert isinstance(found.exception, NegError)
     assert says in str(found.exception)
+
+
+@pytest.fixture(scope="module")
+def of_units(tmp_path_factory):
+    """A run on rows of which two at a time are of one unit, and the file that names the units."""
+    place = tmp_path_factory.mktemp("units")
+    rows = [
+        {
+            "prompt": f"{number}. Is {number % 30} even?",
+            "labels": [" A", " B"],
+            "answer": number % 2,
+            "id": f"r{number}",
+        }
+        | ({"unit": f"{number % 30}"} if number < 58 else {})
+        for number in range(60)
+    ]
+    file = place / "units.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    model = str(save_tiny_model("llama", place / "model"))
+    run = SkillRun(model=[model], dataset=[str(file)], backend="local", workers=1, out=place / "run")
+    assert run_extract(run, PlainSteps()).problems == []
+    return place / "run", file, rows
+
+
+def test_rows_of_a_unit_are_shuffled_together(of_units):
+    root, _, rows = of_units
+    found = match(root, root, "--shuffles", 9, "--neurons", 4, "--format", "csv")
+    assert found.exit_code == 0, found.output
+    splits = [next(s for s in open_negs(root) if s.place.part == part) for part in ("train", "valid", "test")]
+    units = {row["id"]: row.get("unit", "") for row in rows}
+    ids = [id_ for split in splits for id_ in split.ids]
+    expected = match_neurons(splits, splits, units=[units[id_] for id_ in ids], n_shuffles=9)
+    known = {(one.layer, one.neuron): (one.chance, one.p) for one in expected}
+    for row in csv.DictReader(io.StringIO(found.stdout)):
+        chance, p = known[int(row["layer"]), int(row["neuron"])]
+        assert (float(row["chance"]), float(row["p"])) == (pytest.approx(chance, abs=1e-6), p)
+    table = match(root, root, "--shuffles", 9, "--neurons", 4).output
+    n_units = len({units[id_] or id_ for id_ in ids})
+    assert n_units < len(ids)
+    assert f"9 shuffles of the {n_units} units of rows, and of the rows of each" in " ".join(table.split())
+
+
+def test_units_that_are_no_longer_known_are_told(of_units):
+    root, file, _ = of_units
+    text = file.read_text()
+    try:
+        file.write_text(text.replace("Is 7 even", "Is 8 even"))
+        found = match(root, root, "--shuffles", 9, "--neurons", 4)
+    finally:
+        file.write_text(text)
+    assert found.exit_code == 0, found.output
+    said = " ".join(found.output.split())
+    assert "rows were shuffled one by one: local/units: the data has no row" in said
+    assert "9 shuffles of the rows" in said
 
 
 def row(layer, neuron, other, p, mutual=True):

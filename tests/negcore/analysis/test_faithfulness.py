@@ -1,9 +1,11 @@
 """Curves, areas and circuits of a ranking: by pencil, against loops, and by simulation of what intervals claim."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support import CONFIGS, tiny_config
 
 from negcore.analysis.causal import CausalResult, matched_neurons
 from negcore.analysis.causal import Condition as Shifted
@@ -185,6 +187,51 @@ def test_the_difference_is_paired_by_prompt():
     own_P = result.probs_PMO[:, 0, 0] - result.probs_PMO[:, 1:, 0].mean(axis=1)
     assert row.prob_difference == pytest.approx(own_P.mean()) and row.n_draws == 3
     assert row.prob_high - row.prob_low < 0.03  # that of unpaired prompts, which vary by .05, is twice as wide
+
+
+def read_as_mib_does(circuit):
+    """Read a graph by the rules of `Graph.from_json`: unknown names and missing keys are errors; None is "no score"."""
+    assert circuit.keys() >= {"cfg", "nodes", "edges"}
+    cfg = circuit["cfg"]
+    assert {name: type(value) for name, value in cfg.items()} == {
+        "n_layers": int,
+        "n_heads": int,
+        "parallel_attn_mlp": bool,
+        "d_model": int,
+    }
+    scores = {"input": None}
+    for layer in range(cfg["n_layers"]):
+        scores |= {f"a{layer}.h{head}": None for head in range(cfg["n_heads"])} | {f"m{layer}": None}
+    for name, node in circuit["nodes"].items():
+        assert name in scores
+        assert isinstance(node["in_graph"], bool)
+        assert np.isfinite(node["score"])
+        assert node.keys() == {"in_graph", "score"}  # lists of "neurons" would be of dimensions of the node's output
+        scores[name] = node["score"]
+    assert circuit["edges"] == {}
+    return scores
+
+
+def kept_as_mib_does(scores, n):
+    """Keep the n nodes of highest score, and all that have none."""
+    scored = sorted((name for name in scores if scores[name] is not None), key=lambda name: -abs(scores[name]))
+    assert n <= len(scored)
+    return {name for name in scores if scores[name] is None} | set(scored[:n])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_circuit_of_every_family_is_read_by_mibs_rules(family):
+    config = tiny_config(family).get_text_config()
+    places = range(config.num_hidden_layers)
+    of_layers = np.arange(1.0, len(places) + 1)[::-1]
+    circuit = mib_circuit(np.repeat(of_layers, 4) * np.tile([1, -1], 2 * len(places)), places, config, family)
+    scores = read_as_mib_does(json.loads(json.dumps(circuit, allow_nan=False)))
+    assert len(scores) == 1 + len(places) * (1 + config.num_attention_heads)
+    for n in range(len(places) + 1):
+        layers = {name for name in kept_as_mib_does(scores, n) if name.startswith("m")}
+        assert layers == {f"m{layer}" for layer in range(n)}
+    heads = {name for name in kept_as_mib_does(scores, 0) if name.startswith("a")}
+    assert len(heads) == len(places) * config.num_attention_heads
 
 
 def test_a_circuit_is_what_mibs_graph_reads():

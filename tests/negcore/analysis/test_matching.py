@@ -124,6 +124,41 @@ def test_random_models_have_no_more_matches_than_the_stated_share(tmp_path):
     assert error < 0.02
 
 
+def of_units(rng, mix, n_units, n_rows):
+    """Neurons of a model that follow what the rows of a unit have in common, and hardly anything else."""
+    shared = np.repeat(rng.standard_normal((n_units, OPTION_COUNT, 4)), n_rows, axis=0)
+    values = (shared + 0.1 * rng.standard_normal(shared.shape)) @ mix
+    return values.reshape(*values.shape[:2], 2, 6)
+
+
+def test_units_hold_the_stated_share_where_single_rows_do_not(tmp_path):
+    """Two models with nothing in common but that rows of a unit are alike in each."""
+    rng, n_units, n_rows = np.random.default_rng(1), 12, 4
+    units = [f"u{number // n_rows}" for number in range(n_units * n_rows)]
+    by_unit, by_row = [], []
+    for number in range(40):
+        sides = [of_units(rng, rng.standard_normal((4, 12)), n_units, n_rows) for _ in range(2)]
+        splits = [[written(tmp_path / f"{side}{number}", values)] for side, values in enumerate(sides)]
+        for shares, given in ((by_unit, units), (by_row, None)):
+            p = np.array([one.p for one in match_neurons(*splits, units=given, n_shuffles=19, seed=number)])
+            shares.append((p <= 0.05).mean())
+    error = np.std(by_unit) / np.sqrt(len(by_unit))
+    assert np.mean(by_unit) <= 0.05 + 3 * error
+    assert error < 0.03
+    assert np.mean(by_row) > 0.3
+
+
+def test_units_are_given_for_every_row_or_refused(tmp_path):
+    split = written(tmp_path / "a", drawn(1, 1, 4))
+    with pytest.raises(NegError, match="3 units were given for 24 rows"):
+        match_neurons([split], [split], units=["a", "b", "c"])
+    alone = [match_neurons([split], [split], units=units, n_shuffles=19) for units in (None, [""] * ROWS)]
+    assert alone[0] == alone[1]
+    (one, *_) = match_neurons([split], [split], units=["a"] * (ROWS - 1) + ["b"], n_shuffles=3)
+    assert one.r == pytest.approx(1)
+    assert one.p == 0.25  # rows of a large unit still change places
+
+
 def test_options_that_neurons_prefer_whatever_is_asked_are_no_match(tmp_path):
     """Two models whose neurons all like option 0: only how they differ from row to row is compared."""
     letters = np.array([3.0, 0, 0])[None, :, None, None]
