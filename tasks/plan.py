@@ -23,7 +23,7 @@ from negcore.store.publish import ShardPlace
 from negcore.targets import DEFAULT_TARGET, Target, check_options
 from tasks.certificates import plan_sweeps
 from tasks.config.dataset_runs import SkillRun
-from tasks.config.recipes import RECIPES, n_stored, reads_training_values
+from tasks.config.recipes import n_stored, reads_training_values
 from tasks.config.run_file import RunFile
 from tasks.config.wordings import wording_for
 from tasks.measure.examples import EncodedExample, encode_examples, unreadable
@@ -166,10 +166,6 @@ def _check_experts(run: SkillRun, card: ModelCard) -> None:
         refuse_experts(card, f"shards of storage {run.storage!r}", f"set storage to one of {able}")
     if run.certify:
         refuse_experts(card, "certificates", "leave --certify out")
-    unable = [name for name in run.probe if not RECIPES[name].takes_experts]
-    if unable:
-        able = ", ".join(name for name, recipe in RECIPES.items() if recipe.takes_experts)
-        refuse_experts(card, f"probes {', '.join(unable)}", f"give --probe of {able}")
 
 
 def _plan_dataset(run: SkillRun, card: ModelCard, name: str, known: _Known) -> PlannedDataset:

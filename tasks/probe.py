@@ -248,7 +248,7 @@ class ProbeFitter:
         if kind == "tree":
             return fit_forest(train, Ranking.from_scores(scores_M).top(self._run.tree_neurons).order_K, seed=seed)
         if kind == "random":
-            return random_vote(self._voter(vote), scores_M, seed=seed)
+            return random_vote(self._voter(vote), scores_M, seed=seed, layer_shapes=train.layer_shapes)
         if kind == "logistic":
             return fit_logistic(vote, self._voter(vote).ranking.order_K, train)
         return self._voter(vote)

@@ -24,7 +24,9 @@ from negcore.measure.sweeps import checked_shifts
 from negcore.measure.votes import Numbers, Ranking, Signs, check_finite, check_gold
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import neuron_groups
 from negcore.model.precision import in_float32
+from negcore.probing.draws import matched_neurons
 from negcore.store.answers import AnswerView
 from negcore.store.reader import NegSplit
 
@@ -50,7 +52,7 @@ class ExpertNeurons(NamedTuple):
     """Which neurons of a mixture of experts prompts have together, and which they have at all: arrays of shape (M,)."""
 
     groups_M: Ints
-    """Rising number of the expert of each neuron, or of the neurons that every prompt has in its layer."""
+    """Number of each neuron's group: see `neuron_groups`."""
     in_training_M: NDArray[np.bool_]
     """True if a training prompt has it."""
 
@@ -59,13 +61,11 @@ class ExpertNeurons(NamedTuple):
         """Return those of a training split; None for a model without experts."""
         if train.layer_shapes is None:
             return None
-        groups, there = [], []
-        for layer, shape in enumerate(train.layer_shapes):
-            groups_N = np.minimum(np.arange(train.n_neurons) // max(shape.n_units, 1), shape.n_experts)
-            is_there_N = np.isin(groups_N, train.experts(layer)) | (groups_N == shape.n_experts)
-            groups.append(groups_N + sum(one.n_experts + 1 for one in train.layer_shapes[:layer]))
-            there.append(is_there_N & (np.arange(train.n_neurons) < shape.n_neurons))
-        return cls(np.concatenate(groups), np.concatenate(there))
+        groups_M, there = neuron_groups(train.layer_shapes), []
+        for layer, groups_N in enumerate(groups_M.reshape(train.n_layers, -1)):
+            own_N = groups_N - groups_N[0]
+            there.append(np.isin(own_N, train.experts(layer)) | (own_N == train.layer_shapes[layer].n_experts))
+        return cls(groups_M, np.concatenate(there))
 
 
 class Condition(NamedTuple):
@@ -269,16 +269,6 @@ def _sets_of_size(ranking: Ranking, size: int, groups_M: Ints, last_K: Ints, dra
         *(SkillSet("random", size, draw, one_K, polarity_M[one_K]) for draw, one_K in enumerate(drawn)),
         SkillSet("bottom", size, 0, bottom_K, polarity_M[bottom_K]),
     ]
-
-
-def matched_neurons(top_K: Ints, groups_M: Ints, random: np.random.Generator) -> Ints:
-    """Draw as many neurons of each group (its layer, say) as are in the top, and others before those of the top."""
-    drawn = []
-    for group, count in zip(*np.unique(groups_M[top_K], return_counts=True), strict=True):
-        shuffled_N = random.permutation(np.flatnonzero(groups_M == group))
-        others_first = np.argsort(np.isin(shuffled_N, top_K), kind="stable")
-        drawn.append(shuffled_N[others_first[:count]])
-    return np.concatenate(drawn)
 
 
 def _check_settings(lm: LanguageModel, sets: Sequence[SkillSet], shifts: Sequence[float]) -> None:

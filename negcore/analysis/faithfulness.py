@@ -26,13 +26,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from negcore.analysis.causal import matched_neurons
 from negcore.analysis.effects import paired_difference
 from negcore.analysis.linearity import bootstrap_weights
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.ablation import AblationResult
 from negcore.measure.votes import Ranking, check_finite
+from negcore.probing.draws import matched_neurons
 from negcore.store.answers import AnswerView
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -122,7 +122,8 @@ def accuracy_by_neurons(
         As `FittedVote.predict`; also if ``max_neurons`` is below 1.
     """
     best = FittedVote(vote, Ranking.from_scores(scores_M).top(max_neurons), test.n_options, len(scores_M))
-    voters: dict[Order, FittedVote] = {"best": best, "random": random_vote(best, scores_M, seed=seed)}
+    random = random_vote(best, scores_M, seed=seed, layer_shapes=test.layer_shapes)
+    voters: dict[Order, FittedVote] = {"best": best, "random": random}
     return [
         NeuronCountRow(vote.name, order, k, result.value, *result.interval)
         for order, voter in voters.items()

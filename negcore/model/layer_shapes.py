@@ -100,6 +100,22 @@ class LayerShape:
 LayerShapes = tuple[LayerShape, ...]
 
 
+def neuron_groups(shapes: LayerShapes) -> Ints:
+    """Number the groups of neurons that prompts have together, rising: that of each neuron, shape (M,).
+
+    A group is an expert, or the neurons of a layer that every prompt has. M counts as many neurons in each layer as the
+    widest has; numbers that a layer does not have are a group too.
+    """
+    width = max(shape.n_neurons for shape in shapes)
+    groups_LN = np.empty((len(shapes), width), np.int64)
+    first = 0
+    for groups_N, shape in zip(groups_LN, shapes, strict=True):
+        groups_N[:] = first + np.minimum(np.arange(width) // max(shape.n_units, 1), shape.n_experts)
+        groups_N[shape.n_neurons :] = first + shape.n_experts + 1
+        first += shape.n_experts + 2
+    return groups_LN.ravel()
+
+
 def shapes_json(shapes: LayerShapes) -> list[list[int]]:
     """Return the counts of all layers as JSON."""
     return [list(astuple(shape)) for shape in shapes]

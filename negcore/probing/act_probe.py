@@ -100,8 +100,8 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         activations_of : callable
-            Returns the activations of the neurons with the given flat indices (K,): array, shape (P, K). Called once
-            for every split.
+            Returns the activations of the neurons with the given flat indices (K,): array, shape (P, K), masked where a
+            prompt does not have the neuron, which then does not vote. Called once for every split.
         n_rows : int
             P.
         ks : sequence of int
@@ -133,9 +133,12 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _is_upper_by_k(self, at: int, activations_PK: Numbers, ks: Sequence[int]) -> NDArray[np.bool_]:
         """Tell whether most of the best k neurons of a split vote for its upper half; a draw is the lower half."""
-        check_finite(activations_PK, "activation", ("row", "neuron"), self.kept_[at])
+        values_PK, absent_PK = np.ma.getdata(activations_PK), np.ma.getmask(activations_PK)
+        check_finite(values_PK, "activation", ("row", "neuron"), self.kept_[at])
         polarity_K, threshold_K = self.polarity_[at, : ks[-1]], self.threshold_[at, : ks[-1]]
-        votes_PK = np.where(activations_PK[:, : ks[-1]] > threshold_K, polarity_K, -polarity_K)
+        votes_PK = np.where(values_PK[:, : ks[-1]] > threshold_K, polarity_K, -polarity_K)
+        if absent_PK is not np.ma.nomask:
+            votes_PK[absent_PK[:, : ks[-1]]] = 0
         gained_PJ = np.add.reduceat(votes_PK, [0, *ks[:-1]], axis=1, dtype=np.int64)
         return np.asarray(gained_PJ.cumsum(axis=1) > 0)
 
@@ -147,6 +150,9 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 def _scores(activations_PM: Numbers, class_P: Ints) -> ActScores:
     blocks = [(activations_PM[rows], class_P[rows]) for rows in row_blocks(activations_PM.shape)]
-    sums_CM = np.sum([class_sums(*block, class_P.max() + 1) for block in blocks], axis=0)
-    thresholds_SM = mean_thresholds(sums_CM, class_P)
-    return ActScores(np.sum([above_scores(*block, thresholds_SM) for block in blocks], axis=0), thresholds_SM)
+    every_P1 = np.ones((len(class_P), 1), np.bool_)
+    n_classes = class_P.max() + 1
+    sums_CM = np.sum([class_sums(*block, n_classes) for block in blocks], axis=0)
+    thresholds_SM = mean_thresholds(sums_CM, class_sums(every_P1, class_P, n_classes))
+    scored = [above_scores(values, every_P1[: len(classes)], classes, thresholds_SM) for values, classes in blocks]
+    return ActScores(np.sum(scored, axis=0), thresholds_SM)

@@ -1,5 +1,10 @@
 """The arithmetic of the Act-Probe: thresholds and scores of neurons by their activations, in numpy alone.
 
+In a mixture of experts a prompt lacks most neurons. A neuron then knows of the prompts that have it and of no others:
+its threshold is its mean over them, and its score counts their answers alone, so that at one accuracy a neuron that
+more prompts have scores higher. An array of those that are there goes beside the activations, which are 0 elsewhere; of
+other models it has the shape (P, 1) and is True.
+
 Shapes: P prompts, C classes (distinct gold options, sorted), S binary questions between classes, M neurons.
 """
 
@@ -20,9 +25,9 @@ class ActScores:
     """Numbers from which an Act-Probe chooses neurons, for every binary question in the order of `halvings`."""
 
     scores_SM: Ints
-    """2n * (accuracy - 0.5) of "above the threshold means the upper half": shape (S, M)."""
+    """2n * (accuracy - 0.5) of "above the threshold means the upper half", n prompts having the neuron: (S, M)."""
     thresholds_SM: NDArray[np.float64]
-    """Mean activation over the prompts of the question's classes: shape (S, M)."""
+    """Mean activation over the prompts of the question's classes that have the neuron, 0 without any: (S, M)."""
 
     @classmethod
     def joined(cls, blocks: Sequence[ActScores]) -> ActScores:
@@ -43,26 +48,33 @@ def halvings(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     yield from halvings(middle, stop)
 
 
-def class_sums(activations_PM: Numbers, class_P: Ints, n_classes: int) -> NDArray[np.float64]:
-    """Sum the activations of each class: shape (C, M); float64, so that the sum of equal float32 values is exact.
+def class_sums(values_PM: Numbers, class_P: Ints, n_classes: int) -> NDArray[np.float64]:
+    """Sum activations, or count those that are there, by class: (C, M); float64, so that equal float32 sum exactly.
 
     Sums of blocks of prompts add up.
     """
     is_class_CP = class_P == np.arange(n_classes)[:, None]
-    return np.stack([activations_PM[is_class_P].sum(axis=0, dtype=np.float64) for is_class_P in is_class_CP])
+    return np.stack([values_PM[is_class_P].sum(axis=0, dtype=np.float64) for is_class_P in is_class_CP])
 
 
-def mean_thresholds(sums_CM: NDArray[np.float64], class_P: Ints) -> NDArray[np.float64]:
-    """Return the mean activation over all prompts of each question's classes: shape (S, M)."""
-    n_C = np.bincount(class_P, minlength=len(sums_CM))
+def mean_thresholds(sums_CM: NDArray[np.float64], n_there_CM: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean activation over the prompts of each question's classes that have the neuron: shape (S, M).
+
+    Parameters
+    ----------
+    sums_CM, n_there_CM : array
+        From `class_sums`: of activations, and of those that are there, shape (C, M) or (C, 1).
+    """
     questions = list(halvings(0, len(sums_CM)))
     thresholds_SM = np.empty((len(questions), sums_CM.shape[1]))
     for at, (start, _, stop) in enumerate(questions):
-        thresholds_SM[at] = sums_CM[start:stop].sum(axis=0) / n_C[start:stop].sum()
+        thresholds_SM[at] = sums_CM[start:stop].sum(axis=0) / np.maximum(n_there_CM[start:stop].sum(axis=0), 1)
     return thresholds_SM
 
 
-def above_scores(activations_PM: Numbers, class_P: Ints, thresholds_SM: NDArray[np.float64]) -> Ints:
+def above_scores(
+    activations_PM: Numbers, there_PM: NDArray[np.bool_], class_P: Ints, thresholds_SM: NDArray[np.float64]
+) -> Ints:
     """Count right minus wrong answers of "above the threshold means the upper half": shape (S, M).
 
     This is 2n * (accuracy - 0.5) as an integer, so ties are exact. Counts of blocks of prompts add up.
@@ -70,7 +82,7 @@ def above_scores(activations_PM: Numbers, class_P: Ints, thresholds_SM: NDArray[
     scores_SM = np.empty(thresholds_SM.shape, np.int64)
     for at, (start, middle, stop) in enumerate(halvings(0, len(thresholds_SM) + 1)):
         # +1 in the upper half, -1 in the lower, 0 where the question does not arise.
-        side_P = np.where(class_P >= middle, 1, -1) * ((class_P >= start) & (class_P < stop))
-        above_PM = (activations_PM > thresholds_SM[at]).astype(np.float32)
-        scores_SM[at] = (2 * (side_P.astype(np.float32) @ above_PM) - side_P.sum()).astype(np.int64)
+        side_P = (np.where(class_P >= middle, 1, -1) * ((class_P >= start) & (class_P < stop))).astype(np.float32)
+        above_PM = (activations_PM > thresholds_SM[at]) & there_PM
+        scores_SM[at] = 2 * (side_P @ above_PM.astype(np.float32)) - side_P @ there_PM.astype(np.float32)
     return scores_SM

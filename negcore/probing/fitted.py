@@ -9,8 +9,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ from sklearn.linear_model import LogisticRegression
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.votes import Numbers, Ranking, Signs, Vote, argmax_features
+from negcore.model.layer_shapes import LayerShapes, neuron_groups
 from negcore.probing.act_probe import ActProbe
 from negcore.probing.act_scores import ActScores
+from negcore.probing.draws import random_neurons, random_of_experts
 from negcore.probing.evaluation import Accuracy, accuracy, choose_n_kept
 from negcore.probing.forest import Forest
 from negcore.probing.probes import MagnProbe, PolarProbe, TreeProbe, kept_counts
-from negcore.probing.rankings import chosen_effects, chosen_signed_ranks
+from negcore.probing.rankings import chosen_activations, chosen_effects, chosen_signed_ranks
 from negcore.store.reader import NegSplit
 
 VOTE_PROBES = MappingProxyType({"polar": PolarProbe, "magn": MagnProbe})
@@ -128,21 +131,25 @@ def fit_vote(vote: Vote, scores_M: Ints, valid: NegSplit, *, max_neurons: int) -
     return widest.cut(choose_n_kept(widest.accuracy_by_k(valid)))
 
 
-def random_vote(best: FittedVote, scores_M: Ints, *, seed: int) -> FittedVote:
-    """Return a baseline: as many neurons drawn at random, each with the polarity of its own score."""
-    order_K = random_neurons(len(scores_M), best.n_kept, seed=seed)
+def random_vote(
+    best: FittedVote, scores_M: Ints, *, seed: int, layer_shapes: LayerShapes | None = None
+) -> FittedVote:
+    """Return a baseline: as many neurons drawn at random, each with the polarity of its own score.
+
+    Of a mixture of experts, given by its `layer_shapes`, as many are drawn of each expert as the best neurons are of.
+    Of all neurons, most would be absent from most prompts, and the best ones would be ahead by being heard alone.
+    """
+    if layer_shapes is None:
+        order_K = random_neurons(len(scores_M), best.n_kept, seed=seed)
+    else:
+        order_K = random_of_experts(best.ranking.order_K, layer_shapes, seed=seed)
     polarity_K: Signs = np.sign(scores_M[order_K]).astype(np.int8)
     return FittedVote(best.vote, Ranking(order_K, polarity_K), best.n_options, best.n_all)
 
 
-def random_neurons(n_all: int, n_kept: int, *, seed: int) -> Ints:
-    """Draw neurons as `random_vote` does: flat indices, shape (K,)."""
-    return np.random.default_rng(seed).choice(n_all, size=n_kept, replace=False).astype(np.int64)
-
-
 @dataclass(frozen=True, eq=False)
 class FittedAct(FittedProbe):
-    """Activations against thresholds: `ActProbe`."""
+    """Activations against thresholds: `ActProbe`. Of a mixture of experts, a prompt hears the neurons that it has."""
 
     estimator: ActProbe
 
@@ -165,7 +172,8 @@ class FittedAct(FittedProbe):
     def _by_k(self, split: NegSplit, ks: Sequence[int]) -> Ints:
         predicted_PJ = np.empty((split.n_rows, len(ks)), np.int64)
         for shard in split.shards():
-            predicted_PJ[shard.rows] = self.estimator.predict_by_k(shard.activations, shard.n_rows, ks)
+            activations_of = partial(chosen_activations, shard)
+            predicted_PJ[shard.rows] = self.estimator.predict_by_k(activations_of, shard.n_rows, ks)
         return predicted_PJ
 
 
@@ -228,9 +236,23 @@ def forest_features(split: NegSplit, order_K: Ints) -> NDArray[np.uint8]:
     return features_PK
 
 
+class ExpertWeights(NamedTuple):
+    """What a logistic regression makes of the experts that a prompt was routed to."""
+
+    first_E: Ints
+    """Place, among the neurons that it reads, of the first one of each expert."""
+    coef_CE: NDArray[np.float32]
+    """Weight of each class for a prompt that has the expert; with two classes one row, as of the neurons."""
+
+
 @dataclass(frozen=True, eq=False)
 class FittedLogistic(FittedProbe):
-    """Baseline: logistic regression on the standardised values of some neurons for all options."""
+    """Baseline: logistic regression on the standardised values of some neurons for all options.
+
+    Of a mixture of experts, means and deviations are over the prompts that have a neuron, and a neuron that a prompt
+    does not have adds nothing to its logits. As being routed to an expert is a fact of its own, each expert of these
+    neurons that some and not all training prompts have is a feature too, 1 where a prompt has it and else 0.
+    """
 
     vote: Vote
     """The vote that chose the neurons; its signal is what the regression reads."""
@@ -243,6 +265,8 @@ class FittedLogistic(FittedProbe):
     coef_COK: NDArray[np.float32]
     """Weights of each class; with two classes one row, the second class against the first."""
     intercept_C: NDArray[np.float32]
+    experts: ExpertWeights | None = None
+    """None if no expert is a feature."""
 
     @property
     def kept_K(self) -> Ints:
@@ -266,7 +290,11 @@ class FittedLogistic(FittedProbe):
         logits_PC = np.empty((split.n_rows, len(self.intercept_C)))
         for shard in split.shards():
             values_POK = (chosen_effects(shard, self.vote.signal, self.order_K) - self.mean_OK) / self.scale_OK
+            if shard.layer_shapes is not None:
+                values_POK *= shard.active(self.order_K)[:, None]
             products_PC = np.einsum("pok,cok->pc", values_POK, self.coef_COK, optimize=True)
+            if self.experts is not None:
+                products_PC += shard.active(self.order_K[self.experts.first_E]) @ self.experts.coef_CE.T
             logits_PC[shard.rows] = products_PC + self.intercept_C
         return logits_PC
 
@@ -292,20 +320,52 @@ def fit_logistic(vote: Vote, order_K: Ints, train: NegSplit) -> FittedLogistic:
         values_POK[shard.rows] = chosen_effects(shard, vote.signal, order_K)
     if len(np.unique(train.gold_P)) < 2:
         raise NegError(f"all {train.n_rows} training prompts have gold option {train.gold_P[0]}: add other rows")
-    mean_OK, scale_OK = values_POK.mean(axis=0), values_POK.std(axis=0)
-    scale_OK[scale_OK == 0] = 1
-    values_POK -= mean_OK
-    values_POK /= scale_OK
-    model = _regress(values_POK.reshape(train.n_rows, -1), train.gold_P.astype(np.int64))
+    there_PK = None if train.layer_shapes is None else train.active(order_K)
+    mean_OK, scale_OK = _standardise(values_POK, there_PK)
+    features_PX, first_E = values_POK.reshape(train.n_rows, -1), np.empty(0, np.int64)
+    if train.layer_shapes is not None:
+        assert there_PK is not None
+        first_E = _telling_experts(neuron_groups(train.layer_shapes)[order_K], there_PK)
+        features_PX = np.hstack([features_PX, there_PK[:, first_E]])
+    model = _regress(features_PX, train.gold_P.astype(np.int64))
+    coef_CX = model.coef_.astype(np.float32)
     return FittedLogistic(
         vote=vote,
         order_K=order_K,
         classes_C=model.classes_,
         mean_OK=mean_OK,
         scale_OK=scale_OK,
-        coef_COK=model.coef_.astype(np.float32).reshape(-1, *mean_OK.shape),
+        coef_COK=coef_CX[:, : mean_OK.size].reshape(-1, *mean_OK.shape),
         intercept_C=model.intercept_.astype(np.float32),
+        experts=ExpertWeights(first_E, coef_CX[:, mean_OK.size :]) if len(first_E) else None,
     )
+
+
+def _standardise(values_POK: Numbers, there_PK: NDArray[np.bool_] | None) -> tuple[Numbers, Numbers]:
+    """Standardise values in place and return their means and deviations, each of shape (O, K).
+
+    Parameters
+    ----------
+    there_PK : bool array (P, K), optional
+        Of a mixture of experts, True where a prompt has the neuron: only these count, and all others become 0.
+    """
+    counted: Any = True
+    if there_PK is not None:
+        counted = (there_PK | ~there_PK.any(axis=0))[:, None]  # one that no prompt has is zero for all
+    mean_OK, scale_OK = values_POK.mean(axis=0, where=counted), values_POK.std(axis=0, where=counted)
+    scale_OK[scale_OK == 0] = 1
+    values_POK -= mean_OK
+    values_POK /= scale_OK
+    if there_PK is not None:
+        values_POK *= there_PK[:, None]
+    return mean_OK, scale_OK
+
+
+def _telling_experts(groups_K: Ints, there_PK: NDArray[np.bool_]) -> Ints:
+    """Return the place of the first neuron of each expert that some and not all prompts have: shape (E,)."""
+    _, first_E = np.unique(groups_K, return_index=True)
+    share_E = there_PK[:, first_E].mean(axis=0)
+    return np.asarray(first_E[(share_E > 0) & (share_E < 1)])
 
 
 def _regress(values_PX: Numbers, gold_P: Ints) -> Any:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.act_probe import ActProbe
-from negcore.probing.fitted import FittedAct, FittedForest, FittedLogistic, FittedProbe, FittedVote
+from negcore.probing.fitted import ExpertWeights, FittedAct, FittedForest, FittedLogistic, FittedProbe, FittedVote
 from negcore.probing.forest import Forest
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -112,7 +112,8 @@ _LOGISTIC = ("classes_C", "mean_OK", "scale_OK", "coef_COK", "intercept_C")
 
 
 def _logistic_parts(probe: FittedLogistic) -> tuple[Settings, Arrays]:
-    return {"vote": list(probe.vote)}, {"order": probe.order_K} | {name: getattr(probe, name) for name in _LOGISTIC}
+    arrays = {"order": probe.order_K} | {name: getattr(probe, name) for name in _LOGISTIC}
+    return {"vote": list(probe.vote)}, arrays | ({} if probe.experts is None else probe.experts._asdict())
 
 
 def _logistic_from(settings: Settings, arrays: Arrays, n_all: int, n_options: int) -> FittedLogistic:
@@ -127,7 +128,13 @@ def _logistic_from(settings: Settings, arrays: Arrays, n_all: int, n_options: in
         scale_OK=_typed(arrays, "scale_OK", "f", shape_OK),
         coef_COK=_typed(arrays, "coef_COK", "f", (n_rows, *shape_OK)),
         intercept_C=_typed(arrays, "intercept_C", "f", (n_rows,)),
+        experts=_expert_weights(arrays, len(order_K), n_rows) if "first_E" in arrays else None,
     )
+
+
+def _expert_weights(arrays: Arrays, n_kept: int, n_rows: int) -> ExpertWeights:
+    first_E = _indices(arrays["first_E"], n_kept)
+    return ExpertWeights(first_E, _typed(arrays, "coef_CE", "f", (n_rows, len(first_E))))
 
 
 _KINDS: Mapping[str, _Kind] = MappingProxyType(

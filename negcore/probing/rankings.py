@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negcore.arrays import Ints
 from negcore.errors import NegError
@@ -139,6 +140,15 @@ def chosen_signed_ranks(shard: Shard, signal: Signal, selection: Selection) -> N
     )
 
 
+def chosen_activations(shard: Shard, selection: Selection) -> Numbers:
+    """Return the activations of K chosen neurons of a shard, masked where a prompt does not have one: (P, K)."""
+    activations_PK = shard.activations(selection)
+    if shard.layer_shapes is None:
+        return activations_PK
+    masked: Numbers = np.ma.masked_array(activations_PK, ~shard.active(selection))
+    return masked
+
+
 def finite_numbers(shard: Shard, values: Numbers, what: str, selection: Selection) -> Numbers:
     """Return numbers of K chosen neurons, shape (P, ..., K); raise `NegError` for the first NaN or infinity."""
     finite = np.isfinite(values)
@@ -248,23 +258,34 @@ def act_scores(split: NegSplit, layers: range) -> ActScores:
     """Score the neurons of an Act-Probe in two passes over the shards: first means, then counts above the means."""
     classes, class_P = np.unique(split.gold_P, return_inverse=True)
     sums_CM = np.zeros((len(classes), len(layers) * split.n_neurons))
-    for rows, columns, activations_PN in _activations(split, layers):
+    n_there_CM = np.zeros_like(sums_CM)
+    for rows, columns, activations_PN, there_PN in _activations(split, layers):
         sums_CM[:, columns] += class_sums(activations_PN, class_P[rows], len(classes))
-    thresholds_SM = mean_thresholds(sums_CM, class_P)
+        n_there_CM[:, columns] += class_sums(there_PN, class_P[rows], len(classes))
+    thresholds_SM = mean_thresholds(sums_CM, n_there_CM)
     scores_SM = np.zeros(thresholds_SM.shape, np.int64)
-    for rows, columns, activations_PN in _activations(split, layers):
-        scores_SM[:, columns] += above_scores(activations_PN, class_P[rows], thresholds_SM[:, columns])
+    for rows, columns, activations_PN, there_PN in _activations(split, layers):
+        scores_SM[:, columns] += above_scores(activations_PN, there_PN, class_P[rows], thresholds_SM[:, columns])
     return ActScores(scores_SM, thresholds_SM)
 
 
-def _activations(split: NegSplit, layers: range) -> Iterator[tuple[slice, slice, Numbers]]:
-    """Yield the activations of every shard and layer, all finite: (rows, columns of the layer, (P, N))."""
+def _activations(split: NegSplit, layers: range) -> Iterator[tuple[slice, slice, Numbers, NDArray[np.bool_]]]:
+    """Yield the activations of every shard and layer, all finite, and which are there.
+
+    Yields
+    ------
+    tuple
+        Rows, columns of the layer, activations (P, N), and True where a prompt has the neuron: (P, N), or (P, 1) of a
+        model without experts.
+    """
     for shard in split.shards():
+        every_P1 = np.ones((shard.n_rows, 1), np.bool_)
         for at, layer in enumerate(layers):
             activations_PN = shard.activations_PN(layer)
             with _named(split, shard.rows.start, layer):
                 check_finite(activations_PN, "activation", ("row", "neuron"))
-            yield shard.rows, slice(at * split.n_neurons, (at + 1) * split.n_neurons), activations_PN
+            there_PN = every_P1 if shard.layer_shapes is None else shard.active_PN(layer)
+            yield shard.rows, slice(at * split.n_neurons, (at + 1) * split.n_neurons), activations_PN, there_PN
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 
 from negcore.arrays import Ints
 from negcore.measure.votes import Ranking, Vote
-from negcore.probing.fitted import random_neurons
+from negcore.probing.draws import random_neurons
 from negcore.probing.probes import kept_counts
 from negcore.probing.rankings import rank_layers
 from negcore.store.reader import NegSplit
@@ -21,11 +21,6 @@ class Recipe(NamedTuple):
     kind: Literal["vote", "act", "tree", "random", "logistic"]
     vote: Vote | None = None
     """The score that its neurons are chosen by."""
-
-    @property
-    def takes_experts(self) -> bool:
-        """True if it knows what to make of neurons that a prompt does not have."""
-        return self.kind in ("vote", "tree")
 
 
 RECIPES: Mapping[ProbeName, Recipe] = MappingProxyType(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import CONFIGS, tiny_config
 
-from negcore.analysis.causal import CausalResult, matched_neurons
+from negcore.analysis.causal import CausalResult
 from negcore.analysis.causal import Condition as Shifted
 from negcore.analysis.effects import causal_differences, paired_difference
 from negcore.analysis.faithfulness import (
@@ -24,6 +24,7 @@ from negcore.analysis.faithfulness import (
 from negcore.errors import NegError
 from negcore.measure.ablation import AblationResult
 from negcore.measure.votes import Ranking
+from negcore.probing.draws import matched_neurons
 
 N_ALL, WIDTH, DRAWS = 2000, 500, 2
 

@@ -10,7 +10,8 @@ from support import identity_of, negs_place
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import VOTES, Vote, vote_sums
-from negcore.probing.fitted import fit_forest, fit_logistic, fit_vote, random_neurons, random_vote
+from negcore.probing.draws import random_neurons
+from negcore.probing.fitted import fit_forest, fit_logistic, fit_vote, random_vote
 from negcore.probing.rankings import rank_layers, training_scores
 from negcore.store.identity import RunIdentity, choice_digest
 from negcore.store.integrity import finished_shards
