@@ -18,7 +18,6 @@ from negcore.model.language_model import ModelCard, describe_model, refuse_exper
 from negcore.model.layer_shapes import shapes_json
 from negcore.probing.fitted import check_forest_size
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, choice_digest
-from negcore.store.levels import STORAGE_LEVELS
 from negcore.store.publish import ShardPlace
 from negcore.targets import DEFAULT_TARGET, Target, check_options
 from tasks.certificates import plan_sweeps
@@ -161,9 +160,6 @@ def _check_experts(run: SkillRun, card: ModelCard) -> None:
             what = f"router {run.router!r} is for mixtures of experts"
             raise ModelError(f"model {card.name!r} has no experts, and {what}: leave it out")
         return
-    if not run.level.has_experts:
-        able = ", ".join(name for name, level in STORAGE_LEVELS.items() if level.has_experts)
-        refuse_experts(card, f"shards of storage {run.storage!r}", f"set storage to one of {able}")
     if run.certify:
         refuse_experts(card, "certificates", "leave --certify out")
 
@@ -288,7 +284,7 @@ def _passes(run: SkillRun, identity: RunIdentity, split: str) -> Iterator[tuple[
     if split == "train":
         yield SUMS, None
     if split != "train" or reads_training_values(run):
-        yield split, n_stored(run, identity.n_layers * identity.n_neurons)
+        yield split, n_stored(run, identity.n_layers * identity.n_neurons, has_experts=identity.experts is not None)
 
 
 def _shard_set(

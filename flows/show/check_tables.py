@@ -9,6 +9,7 @@ from flows.show.table import Cell, Number, Style, Table, Words, numbers, texts
 from negcore.model.architectures import WAYS
 from negcore.model.check import COMPARED, Comparison, ModelCheck, Verdict
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import experts_in_words
 from tasks.rundir.checks import NotedCheck
 
 _STYLES: Mapping[Verdict, Style] = MappingProxyType({"passed": "green", "failed": "red", "absent": "dim"})
@@ -41,19 +42,8 @@ def facts_table(lm: LanguageModel) -> Table:
         ["vocabulary", f"{card.vocab_size} tokens"],
     ]
     if lm.has_experts:
-        rows.insert(4, ["experts", _experts(lm)])
+        rows.insert(4, ["experts", experts_in_words(lm.layer_shapes)])
     return Table("model", shown_model(card.name), texts("", ""), [rows])
-
-
-def _experts(lm: LanguageModel) -> str:
-    """Return the counts of a model's layers of experts in words."""
-    kinds = {
-        f"{one.n_experts} of {one.n_units} neurons, {one.top_k} of them a token"
-        + f", beside {one.n_dense} neurons of every token" * bool(one.n_dense)
-        for one in lm.layer_shapes
-        if one.n_experts
-    }
-    return "; ".join(sorted(kinds))
 
 
 def check_section(noted: Sequence[NotedCheck]) -> Section:

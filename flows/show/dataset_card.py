@@ -10,6 +10,7 @@ import yaml
 
 from flows.show.table import Cell, Number, Table, numbers, texts
 from negcore.errors import RunError
+from negcore.model.layer_shapes import experts_in_words, shapes_of
 from negcore.targets import DEFAULT_TARGET
 from negcore.texts import printable
 from tasks.publish import Publication, PublishedData
@@ -208,10 +209,11 @@ def _licence(licence: str | None) -> str:
 
 
 def _models(publication: Publication) -> Table:
+    have_experts = any(one.identity.get("experts") for one in publication.data)
     columns = [
         *texts("model", "revision", "site", "number type"),
         *numbers("layers", "neurons a layer"),
-        *texts("storage", "target"),
+        *texts(*["experts"] * have_experts, "storage", "target"),
     ]
     rows = [
         (
@@ -221,6 +223,7 @@ def _models(publication: Publication) -> Table:
             str(one.identity.get("dtype", "")),
             str(one.identity.get("n_layers", "")),
             str(one.identity.get("n_neurons", "")),
+            *[_experts(one.identity.get("experts"))] * have_experts,
             str(one.identity.get("storage", "values")),
             str(one.identity.get("target", DEFAULT_TARGET)),
         )
@@ -232,7 +235,18 @@ def _models(publication: Publication) -> Table:
         "with xxh3: is a digest of local files. Target: the number of an option whose slope NEGs are, in place of the "
         "probability where it names another."
     )
+    if have_experts:
+        caption += (
+            " Of a mixture of experts, a row has the neurons of the experts that it was routed to in each layer, and "
+            "those of every row; unit u of expert e of U units has the number e * U + u, and those of every row follow."
+        )
     return Table("models", "Models", columns, [list(map(list, dict.fromkeys(rows)))], caption)
+
+
+def _experts(experts: Mapping[str, Any] | None) -> str:
+    """Return the experts of an identity in words, and what becomes of the router under a shift."""
+    shapes = shapes_of(experts)
+    return "" if experts is None or shapes is None else f"{experts_in_words(shapes)}; router: {experts['router']}"
 
 
 def _data(publication: Publication) -> Table:

@@ -107,14 +107,15 @@ def _best_caption(best: Sequence[NeuronRow]) -> str:
     what = (
         "score: positive favours the right option, negative disfavours it; random: mean size of the scores in its layer"
     )
+    rows = "training rows"
+    if _have_experts(best):
+        what += "; neurons are layer.expert.unit, and a row has those of the experts that it was routed to"
+        rows = "the training rows with it"
     means = (
-        f"mean NEG over training rows, by option{of_unit(best[0].target)}"
+        f"mean NEG over {rows}, by option{of_unit(best[0].target)}"
         if best[0].mean_negs
         else "NEGs: this storage level keeps none"
     )
-    if _have_experts(best):
-        what += "; neurons are layer.expert.unit, and a row has those of the experts that it was routed to"
-        means = f"mean NEG over the training rows with it, by option{of_unit(best[0].target)}"
     if best[0].agreement is None:
         return f"{what}; places: this storage level keeps no rows to sample; {means}."
     n_sure = sum(row.agreement is not None and row.agreement >= _SURE for row in best)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from negcore.arrays import Ints
 from negcore.measure.forward import on_device
-from negcore.measure.neurgrad import Kept, Negs, away_from_zero, contiguous
+from negcore.measure.neurgrad import Experts, Kept, Negs, away_from_zero, contiguous
 from negcore.measure.votes import Rule, Signal, Vote
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import chosen_places
 from negcore.store.identity import StorageName
 
 _NAN_BITS = 0x7FC0
@@ -54,7 +55,7 @@ def keeping(
         numbers of NaN and infinite NEGs and activations; rows with any of them enter no vote sum. Of a mixture of
         experts there are ``experts_PLK`` and ``router_weights_PLK`` too.
     """
-    keep = partial(_chosen, lm, neurons) if storage == "stats" and neurons is not None else _KEEPS[storage]
+    keep = partial(_KEEPS[storage], lm) if neurons is None or storage != "stats" else partial(_chosen, lm, neurons)
 
     def kept(negs: Negs, rows: Sequence[int]) -> Kept:
         nonfinite_BL = _nonfinite(negs)
@@ -80,30 +81,75 @@ def _count_nonfinite(values: Tensor, axes: tuple[int, ...]) -> Tensor:
     return prod(values.shape[axis] for axis in axes) - n_finite
 
 
-def _values(negs: Negs, rows: _Rows) -> Kept:
+def _values(lm: LanguageModel, negs: Negs, rows: _Rows) -> Kept:
     return Kept({"act": negs.activations_LBN, "neg": negs.negs_LOBN.transpose(1, 2)})
 
 
-def _bfloat16(negs: Negs, rows: _Rows) -> Kept:
-    return Kept({name: bfloat16_bits(values) for name, values in _values(negs, rows).by_layer.items()})
+def _bfloat16(lm: LanguageModel, negs: Negs, rows: _Rows) -> Kept:
+    return Kept({name: bfloat16_bits(values) for name, values in _values(lm, negs, rows).by_layer.items()})
 
 
-def _codes(negs: Negs, rows: _Rows) -> Kept:
+def _codes(lm: LanguageModel, negs: Negs, rows: _Rows) -> Kept:
     return Kept({"act": negs.activations_LBN, "code": codes(negs.negs_LOBN)})
 
 
-def _vote_sums(negs: Negs, rows: _Rows) -> Kept:
-    return Kept(sums={vote.column: sums_M for vote, sums_M in vote_sums(negs, rows.gold_B, rows.is_finite_B).items()})
+def _vote_sums(lm: LanguageModel, negs: Negs, rows: _Rows) -> Kept:
+    add_up: Callable[[Tensor], Tensor] = _sum_rows
+    if negs.experts is not None:
+        add_up = partial(_sum_active, lm, _active_numbers(lm, negs.experts))
+    sums = vote_sums(negs, rows.gold_B, rows.is_finite_B, add_up)
+    return Kept(sums={vote.column: sums_M for vote, sums_M in sums.items()})
+
+
+def _sum_rows(scores_LBN: Tensor) -> Tensor:
+    """Add up the rows' scores of every neuron: int64 (M,)."""
+    return scores_LBN.sum(1).flatten()
+
+
+def _sum_active(lm: LanguageModel, numbers_LBN: Tensor, scores_LBN: Tensor) -> Tensor:
+    """Add up each neuron's scores over the rows that have it: int64 (M,)."""
+    sums_LN = torch.zeros((lm.n_layers, lm.layer_width + 1), dtype=torch.int64, device=scores_LBN.device)
+    sums_LN.scatter_add_(1, numbers_LBN.flatten(1), scores_LBN.flatten(1).long())
+    return sums_LN[:, :-1].flatten()
+
+
+def _active_numbers(lm: LanguageModel, experts: Experts) -> Tensor:
+    """Return the number of each active neuron of each row in its layer: int64 (L, B, N).
+
+    Where a layer has fewer active neurons than others, the width of a layer stands behind them: no neuron's number.
+    """
+    experts_LBK, width = experts.numbers_BLK.transpose(0, 1).long(), max(one.n_active for one in lm.layer_shapes)
+    numbers_LBN = torch.full((*experts_LBK.shape[:2], width), lm.layer_width, device=lm.device)
+    for numbers_BN, shape, experts_BK in zip(numbers_LBN, lm.layer_shapes, experts_LBK, strict=True):
+        all_N = torch.arange(shape.n_neurons, device=lm.device)
+        units_BKU = experts_BK[:, : shape.top_k, None] * shape.n_units + all_N[: shape.n_units]
+        numbers_BN[:, : shape.n_routed] = units_BKU.flatten(1)
+        numbers_BN[:, shape.n_routed : shape.n_active] = all_N[shape.n_experts * shape.n_units :]
+    return numbers_LBN
 
 
 def _chosen(lm: LanguageModel, neurons: Sequence[int], negs: Negs, rows: _Rows) -> Kept:
+    if negs.experts is not None:
+        return _chosen_active(lm, neurons, negs, negs.experts)
     layers_K, neurons_K = (on_device(lm, places) for places in np.divmod(neurons, negs.negs_LOBN.shape[-1]))
     negs_KOB = negs.negs_LOBN[layers_K, :, :, neurons_K]
     activations_KB = negs.activations_LBN[layers_K, :, neurons_K]
     return Kept(by_row={"act": activations_KB.T, "neg": negs_KOB.permute(2, 1, 0)})
 
 
-_KEEPS: Mapping[StorageName, Callable[[Negs, _Rows], Kept]] = MappingProxyType(
+def _chosen_active(lm: LanguageModel, neurons: Sequence[int], negs: Negs, experts: Experts) -> Kept:
+    """Keep the numbers of chosen neurons, and 0 where a row does not have one."""
+    layers_K, neurons_K = np.divmod(neurons, lm.layer_width)
+    experts_LBK = experts.numbers_BLK.transpose(0, 1).cpu().numpy()
+    places_BK = on_device(lm, chosen_places(lm.layer_shapes, layers_K, neurons_K, experts_LBK.__getitem__))
+    rows_B1 = torch.arange(len(places_BK), device=lm.device)[:, None]
+    at_BK = on_device(lm, layers_K), rows_B1, places_BK.clamp(min=0)
+    negs_BKO = negs.negs_LOBN.permute(0, 2, 3, 1)[at_BK].masked_fill((places_BK < 0)[..., None], 0)
+    activations_BK = negs.activations_LBN[at_BK].masked_fill(places_BK < 0, 0)
+    return Kept(by_row={"act": activations_BK, "neg": negs_BKO.transpose(1, 2)})
+
+
+_KEEPS: Mapping[StorageName, Callable[[LanguageModel, Negs, _Rows], Kept]] = MappingProxyType(
     {"values": _values, "bfloat16": _bfloat16, "codes": _codes, "stats": _vote_sums}
 )
 
@@ -133,7 +179,9 @@ def codes(negs_LOBN: Tensor) -> Tensor:
     return codes_LBN.view(torch.uint16)
 
 
-def vote_sums(negs: Negs, gold_B: Tensor, is_counted_B: Tensor) -> dict[Vote, Tensor]:
+def vote_sums(
+    negs: Negs, gold_B: Tensor, is_counted_B: Tensor, add_up: Callable[[Tensor], Tensor]
+) -> dict[Vote, Tensor]:
     """Score every neuron by every vote over some of the rows, as `negcore.measure.votes.vote_sums` does.
 
     Within a prompt, the plain gradient is NEG times -1 or 1 and gradient x activation is NEG times a factor that is
@@ -143,6 +191,8 @@ def vote_sums(negs: Negs, gold_B: Tensor, is_counted_B: Tensor) -> dict[Vote, Te
     ----------
     gold_B : int Tensor (B,)
     is_counted_B : bool Tensor (B,)
+    add_up : callable
+        Takes the rows' scores (L, B, N), and returns their sums of every neuron (M,).
 
     Returns
     -------
@@ -156,7 +206,7 @@ def vote_sums(negs: Negs, gold_B: Tensor, is_counted_B: Tensor) -> dict[Vote, Te
         "gxa": (negs.activations_LBN != 0) & counted_B1,
     }
     return {
-        Vote(rule, signal): (scores[rule] * factors[signal]).sum(1).flatten()
+        Vote(rule, signal): add_up(scores[rule] * factors[signal])
         for rule in get_args(Rule)
         for signal in get_args(Signal)
     }

@@ -6,7 +6,7 @@ the order of their numbers; all others of the layer are absent for that token, w
 Shapes: P prompts, K routed experts of a token, A active neurons of a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -100,6 +100,17 @@ class LayerShape:
 LayerShapes = tuple[LayerShape, ...]
 
 
+def experts_in_words(shapes: LayerShapes) -> str:
+    """Return the counts of the layers that have experts in words."""
+    kinds = {
+        f"{one.n_experts} of {one.n_units} neurons, {one.top_k} of them a token"
+        + f", beside {one.n_dense} neurons of every token" * bool(one.n_dense)
+        for one in shapes
+        if one.n_experts
+    }
+    return "; ".join(sorted(kinds))
+
+
 def neuron_groups(shapes: LayerShapes) -> Ints:
     """Number the groups of neurons that prompts have together, rising: that of each neuron, shape (M,).
 
@@ -114,6 +125,21 @@ def neuron_groups(shapes: LayerShapes) -> Ints:
         groups_N[shape.n_neurons :] = first + shape.n_experts + 1
         first += shape.n_experts + 2
     return groups_LN.ravel()
+
+
+def chosen_places(shapes: LayerShapes, layers_J: Ints, neurons_J: Ints, experts_of: Callable[[int], Ints]) -> Ints:
+    """Return the place of J neurons of any layers among the active ones of every prompt, as `places_of`: (P, J).
+
+    Parameters
+    ----------
+    experts_of : callable
+        Returns the numbers of the routed experts of a layer: int array (P, K). Those behind its own count are ignored.
+    """
+    places_PJ = np.empty((len(experts_of(0)), len(layers_J)), np.int64)
+    for layer in np.unique(layers_J).tolist():
+        at, shape = layers_J == layer, shapes[layer]
+        places_PJ[:, at] = shape.places_of(neurons_J[at], experts_of(layer)[:, : shape.top_k])
+    return places_PJ
 
 
 def shapes_json(shapes: LayerShapes) -> list[list[int]]:

@@ -133,12 +133,11 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _is_upper_by_k(self, at: int, activations_PK: Numbers, ks: Sequence[int]) -> NDArray[np.bool_]:
         """Tell whether most of the best k neurons of a split vote for its upper half; a draw is the lower half."""
-        values_PK, absent_PK = np.ma.getdata(activations_PK), np.ma.getmask(activations_PK)
+        values_PK, absent_PK = np.ma.getdata(activations_PK), np.ma.getmaskarray(activations_PK)
         check_finite(values_PK, "activation", ("row", "neuron"), self.kept_[at])
         polarity_K, threshold_K = self.polarity_[at, : ks[-1]], self.threshold_[at, : ks[-1]]
         votes_PK = np.where(values_PK[:, : ks[-1]] > threshold_K, polarity_K, -polarity_K)
-        if absent_PK is not np.ma.nomask:
-            votes_PK[absent_PK[:, : ks[-1]]] = 0
+        votes_PK[absent_PK[:, : ks[-1]]] = 0
         gained_PJ = np.add.reduceat(votes_PK, [0, *ks[:-1]], axis=1, dtype=np.int64)
         return np.asarray(gained_PJ.cumsum(axis=1) > 0)
 

@@ -131,9 +131,7 @@ def fit_vote(vote: Vote, scores_M: Ints, valid: NegSplit, *, max_neurons: int) -
     return widest.cut(choose_n_kept(widest.accuracy_by_k(valid)))
 
 
-def random_vote(
-    best: FittedVote, scores_M: Ints, *, seed: int, layer_shapes: LayerShapes | None = None
-) -> FittedVote:
+def random_vote(best: FittedVote, scores_M: Ints, *, seed: int, layer_shapes: LayerShapes | None = None) -> FittedVote:
     """Return a baseline: as many neurons drawn at random, each with the polarity of its own score.
 
     Of a mixture of experts, given by its `layer_shapes`, as many are drawn of each expert as the best neurons are of.
@@ -328,16 +326,16 @@ def fit_logistic(vote: Vote, order_K: Ints, train: NegSplit) -> FittedLogistic:
         first_E = _telling_experts(neuron_groups(train.layer_shapes)[order_K], there_PK)
         features_PX = np.hstack([features_PX, there_PK[:, first_E]])
     model = _regress(features_PX, train.gold_P.astype(np.int64))
-    coef_CX = model.coef_.astype(np.float32)
+    coef_CX, expert_coef_CE = np.split(model.coef_.astype(np.float32), [mean_OK.size], axis=1)
     return FittedLogistic(
         vote=vote,
         order_K=order_K,
         classes_C=model.classes_,
         mean_OK=mean_OK,
         scale_OK=scale_OK,
-        coef_COK=coef_CX[:, : mean_OK.size].reshape(-1, *mean_OK.shape),
+        coef_COK=np.ascontiguousarray(coef_CX).reshape(-1, *mean_OK.shape),
         intercept_C=model.intercept_.astype(np.float32),
-        experts=ExpertWeights(first_E, coef_CX[:, mean_OK.size :]) if len(first_E) else None,
+        experts=ExpertWeights(first_E, np.ascontiguousarray(expert_coef_CE)) if len(first_E) else None,
     )
 
 

@@ -8,7 +8,7 @@ Axes: P prompts (rows), O options, L layers, N neurons a layer, M all neurons, K
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, get_args
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from negcore.errors import NegError, ShardError
 from negcore.measure.votes import VOTES, Numbers, vote_sums
-from negcore.model.layer_shapes import LayerShapes, shapes_of
+from negcore.model.layer_shapes import LayerShapes, chosen_places, shapes_of
 from negcore.store import codes
 from negcore.store.codes import SignedRanks
 from negcore.store.identity import DEFAULT_STORAGE, StorageName
@@ -67,14 +67,9 @@ _PROBS = "probability of each option's label, softmax over the vocabulary"
 _ACT = "layer LL: row p holds N activations"
 _NEG = "layer LL: row p holds O*N values, option o and neuron n at o*N + n; probability per activation"
 _CODE = "layer LL: row p holds N codes: order and signs of the options' NEGs, see negcore/codes.py"
-EXPERT_AXES: Mapping[str, str] = MappingProxyType(
-    {
-        "experts_LL": "layer LL: row p holds the numbers, rising, of the experts that it was routed to; in act_LL and "
-        "neg_LL, N then counts the units of these experts, in that order, and the neurons that every row has",
-        "router_LL": "layer LL: row p holds the router's weight of each of these experts",
-    }
-)
-"""Meaning of the columns of a mixture of experts, beside those of its level."""
+_EXPERTS = "layer LL: row p holds the numbers, rising, of the experts that it was routed to; "
+_OF_EXPERTS = "N then counts the units of these experts, in that order, and the neurons that every row has"
+_ROUTER = "layer LL: row p holds the router's weight of each of these experts"
 _BFLOAT16 = "; as bfloat16: the upper 16 bits of a float32"
 
 
@@ -91,6 +86,15 @@ class Routed(NamedTuple):
         """Return the experts of no row."""
         shape = 0, len(shapes), max(one.top_k for one in shapes)
         return cls(shapes, np.empty(shape, np.int32), np.empty(shape, np.float32))
+
+    def spread(self, values: FloatArray) -> FloatArray:
+        """Return numbers of all neurons, (P, ..., L, N), from those that the rows have: zeros for the others."""
+        width = max(shape.n_neurons for shape in self.shapes)
+        wide: FloatArray = np.empty((*values.shape[:-1], width), values.dtype)
+        for layer, shape in enumerate(self.shapes if len(values) else ()):
+            places_PN = shape.places_of(np.arange(width), self.experts_PLK[:, layer, : shape.top_k])
+            wide[..., layer, :] = _at_places(values[..., layer, :], places_PN)
+        return wide
 
     @property
     def columns(self) -> Columns:
@@ -109,6 +113,10 @@ class StorageLevel(ABC):
     name: ClassVar[StorageName]
     axes: ClassVar[Mapping[str, str]]
     """Meaning of the columns, as the metadata of every file says it."""
+    expert_axes: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"experts_LL": f"{_EXPERTS}in act_LL and neg_LL, {_OF_EXPERTS}", "router_LL": _ROUTER}
+    )
+    """Meaning of the columns that a mixture of experts has besides."""
     has_values: ClassVar[bool] = True
     """True if NEGs can be read, and not only their order and signs."""
     has_all_neurons: ClassVar[bool] = True
@@ -117,8 +125,6 @@ class StorageLevel(ABC):
     """True if a first pass keeps vote sums of training prompts, and a second the numbers of neurons they choose."""
     has_nonfinite: ClassVar[bool] = True
     """True if NaN and infinity can be stored."""
-    has_experts: ClassVar[bool] = True
-    """True if it can hold the neurons of routed experts alone."""
 
     def check_n_options(self, n_options: int) -> None:
         """Refuse a number of options that does not fit; most levels take any number.
@@ -163,7 +169,7 @@ class StorageLevel(ABC):
         """
         negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
         assert activations.shape == (len(negs), *negs.shape[2:]), (activations.shape, negs.shape)
-        kept = self.kept(negs, activations, _gold(examples), neurons)
+        kept = self.kept(negs, activations, _gold(examples), neurons, routed)
         return self.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=neurons, routed=routed)
 
     def packed(
@@ -190,7 +196,6 @@ class StorageLevel(ABC):
         assert ((gold_P >= 0) & (gold_P < probs.shape[1])).all(), gold_P
         shared = {"gold": column(gold_P), "label_ids": column(label_ids), "probs": column(probs)}
         if routed is not None:
-            assert self.has_experts, self.name
             shared |= routed.columns
         own = self._columns(kept, len(examples), neurons, routed and routed.shapes)
         # Lists come first, so that all columns of numbers stay aligned.
@@ -265,8 +270,21 @@ class StorageLevel(ABC):
         return np.full(places.flat_K.size, self.has_values)
 
     @abstractmethod
-    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+    def kept(
+        self,
+        negs_POLN: FloatArray,
+        activations_PLN: FloatArray,
+        gold_P: Numbers,
+        neurons: Chosen,
+        routed: Routed | None = None,
+    ) -> Kept:
         """Return what the level keeps of measured numbers; `negcore.measure.kept` computes the same on a device.
+
+        Parameters
+        ----------
+        negs_POLN, activations_PLN, neurons, routed
+            As for `batch`.
+        gold_P : int array (P,)
 
         Raises
         ------
@@ -289,7 +307,14 @@ class Values(StorageLevel):
     name: ClassVar[StorageName] = "values"
     axes: ClassVar[Mapping[str, str]] = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "neg_LL": _NEG})
 
-    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+    def kept(
+        self,
+        negs_POLN: FloatArray,
+        activations_PLN: FloatArray,
+        gold_P: Numbers,
+        neurons: Chosen,
+        routed: Routed | None = None,
+    ) -> Kept:
         return {"act": activations_PLN, "neg": negs_POLN}
 
     def _columns(self, kept: Kept, n_rows: int, neurons: Chosen, shapes: LayerShapes | None) -> Columns:
@@ -324,7 +349,14 @@ class Bfloat16(Values):
     name = "bfloat16"
     axes = MappingProxyType({"act_LL": _ACT + _BFLOAT16, "probs": _PROBS, "neg_LL": _NEG + _BFLOAT16})
 
-    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+    def kept(
+        self,
+        negs_POLN: FloatArray,
+        activations_PLN: FloatArray,
+        gold_P: Numbers,
+        neurons: Chosen,
+        routed: Routed | None = None,
+    ) -> Kept:
         return {"act": bfloat16_bits(activations_PLN), "neg": bfloat16_bits(negs_POLN)}
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
@@ -336,14 +368,23 @@ class Codes(Values):
 
     name = "codes"
     axes = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "code_LL": _CODE})
+    expert_axes = MappingProxyType(
+        {"experts_LL": f"{_EXPERTS}in act_LL and code_LL, {_OF_EXPERTS}", "router_LL": _ROUTER}
+    )
     has_values = False
     has_nonfinite = False
-    has_experts = False
 
     def check_n_options(self, n_options: int) -> None:
         codes.check_n_options(n_options)
 
-    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+    def kept(
+        self,
+        negs_POLN: FloatArray,
+        activations_PLN: FloatArray,
+        gold_P: Numbers,
+        neurons: Chosen,
+        routed: Routed | None = None,
+    ) -> Kept:
         codes_PLN: Numbers = np.empty(activations_PLN.shape, np.uint16)
         for layer in range(negs_POLN.shape[2]):
             try:
@@ -359,14 +400,17 @@ class Codes(Values):
         )
 
     def signed_ranks(self, shard: ShardColumns, neurons: Neurons) -> SignedRanks:
-        return codes.decode(self._numbers(shard, "code", neurons, shard.n_rows), shard.n_options)
+        ranks = codes.decode(self._numbers(shard, "code", neurons, shard.n_rows), shard.n_options)
+        if shard.layer_shapes is not None:  # code 0, which stands where a prompt lacks a neuron, is an order
+            ranks *= self.active(shard, neurons)[:, None]
+        return ranks
 
 
 class Stats(StorageLevel):
     """Vote sums of all neurons over a shard's rows, or the values of the K neurons that such sums chose.
 
     A shard with sums has a list of M sums for each vote; one with chosen neurons has the list of their flat indices,
-    rising, and their NEGs and activations in float32.
+    rising, and their NEGs and activations in float32: of a mixture of experts, zeros where a row does not have one.
     """
 
     name = "stats"
@@ -379,12 +423,23 @@ class Stats(StorageLevel):
             "neg": "row p holds O*K values, option o and chosen neuron k at o*K + k; probability per activation",
         }
     )
+    expert_axes = MappingProxyType(
+        {"experts_LL": f"{_EXPERTS}in act and neg, the neurons of others are 0", "router_LL": _ROUTER}
+    )
     has_all_neurons = False
     has_vote_sums = True
     has_nonfinite = False
-    has_experts = False
 
-    def kept(self, negs_POLN: FloatArray, activations_PLN: FloatArray, gold_P: Numbers, neurons: Chosen) -> Kept:
+    def kept(
+        self,
+        negs_POLN: FloatArray,
+        activations_PLN: FloatArray,
+        gold_P: Numbers,
+        neurons: Chosen,
+        routed: Routed | None = None,
+    ) -> Kept:
+        if routed is not None:
+            negs_POLN, activations_PLN = routed.spread(negs_POLN), routed.spread(activations_PLN)
         if neurons is None:
             sums = vote_sums(negs_POLN, activations_PLN, gold_P) if len(gold_P) else dict.fromkeys(VOTES, gold_P)
             return {vote.column: sums_M for vote, sums_M in sums.items()}
@@ -436,7 +491,7 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
         return False
     try:
         shapes = shapes_of(identity.get("experts"))
-        if shapes is not None and (len(shapes) != n_layers or not level.has_experts):
+        if shapes is not None and len(shapes) != n_layers:
             return False
         return bool(schema.equals(_schema(level.name, n_options, n_layers, n_neurons, n_chosen, shapes)))
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError):  # no shard has rows of this shape
@@ -470,11 +525,8 @@ def _places_in(shard: ShardColumns, neurons: Neurons) -> Numbers:
     if not isinstance(neurons, NeuronPlaces):
         width = max(shape.n_neurons for shape in shard.layer_shapes)
         return shard.layer_shapes[neurons].places_of(np.arange(width), experts_of(shard, neurons))
-    places_PK = np.empty((shard.n_rows, neurons.flat_K.size), np.int64)
-    for layer, at in _by_layer(neurons):
-        numbers = neurons.neurons_K[at].astype(np.int64)
-        places_PK[:, at] = shard.layer_shapes[layer].places_of(numbers, experts_of(shard, layer))
-    return places_PK
+    layers_K, neurons_K = neurons.layers_K.astype(np.int64), neurons.neurons_K.astype(np.int64)
+    return chosen_places(shard.layer_shapes, layers_K, neurons_K, partial(experts_of, shard))
 
 
 def _with_absent(shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
@@ -494,10 +546,15 @@ def _by_layer(neurons: NeuronPlaces) -> Iterator[tuple[int, npt.NDArray[np.intp]
 
 
 def _taken(shard: ShardColumns, kind: str, layer: int, places_PK: Numbers, *axes: int) -> Numbers:
-    stored = shard.numbers(f"{kind}_{layer:02d}").reshape(*axes, -1)
-    by_axis = places_PK.reshape(len(places_PK), *[1] * (len(axes) - 1), -1)
-    taken = np.take_along_axis(stored, np.broadcast_to(np.maximum(by_axis, 0), (*axes, places_PK.shape[1])), axis=-1)
-    return np.where(by_axis >= 0, taken, np.zeros((), stored.dtype))
+    return _at_places(shard.numbers(f"{kind}_{layer:02d}").reshape(*axes, -1), places_PK)
+
+
+def _at_places(values: Numbers, places_PK: Numbers) -> Numbers:
+    """Return the numbers at some places of each row's last axis, (P, ..., K), and zeros for places below 0."""
+    shape = *values.shape[:-1], places_PK.shape[1]
+    by_axis = places_PK.reshape(len(places_PK), *[1] * (values.ndim - 2), places_PK.shape[1])
+    taken = np.take_along_axis(values, np.broadcast_to(np.maximum(by_axis, 0), shape), axis=-1)
+    return np.where(by_axis >= 0, taken, np.zeros((), values.dtype))
 
 
 def bfloat16_bits(values: FloatArray) -> npt.NDArray[np.uint16]:

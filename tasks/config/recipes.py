@@ -8,7 +8,8 @@ import numpy as np
 
 from negcore.arrays import Ints
 from negcore.measure.votes import Ranking, Vote
-from negcore.probing.draws import random_neurons
+from negcore.model.layer_shapes import LayerShapes
+from negcore.probing.draws import random_neurons, random_of_experts
 from negcore.probing.probes import kept_counts
 from negcore.probing.rankings import rank_layers
 from negcore.store.reader import NegSplit
@@ -52,9 +53,10 @@ def votes_of(run: SkillRun) -> list[Vote]:
     return list(dict.fromkeys(vote for name in run.probe if (vote := RECIPES[name].vote)))
 
 
-def n_stored(run: SkillRun, n_all: int) -> int:
+def n_stored(run: SkillRun, n_all: int, *, has_experts: bool = False) -> int:
     """Return the number of neurons that `choose_neurons` returns: it is known before anything is measured."""
-    return min(n_all, sum(_depths(run, n_all).values()) + len(_draws(run, n_all)))
+    most_drawn = sum(_drawn_counts(run, n_all)) * len(_drawing_votes(run)) if has_experts else len(_draws(run, n_all))
+    return min(n_all, sum(_depths(run, n_all).values()) + most_drawn)
 
 
 def choose_neurons(run: SkillRun, sums: NegSplit) -> tuple[int, ...]:
@@ -75,12 +77,14 @@ def choose_neurons(run: SkillRun, sums: NegSplit) -> tuple[int, ...]:
     """
     votes_M = rank_layers(sums, range(sums.n_layers), votes_of(run), act=False).votes_M
     n_all = sums.n_layers * sums.n_neurons
+    orders = {vote: Ranking.from_scores(scores_M).order_K for vote, scores_M in votes_M.items()}
     need_M = np.full(n_all, np.inf)  # below 1: needed
     for vote, depth in _depths(run, n_all).items():
-        order = Ranking.from_scores(votes_M[vote]).order_K
+        order = orders[vote]
         need_M[order] = np.minimum(need_M[order], np.arange(n_all) / depth)
-    need_M[_draws(run, n_all)] = 0
-    chosen = np.argsort(need_M, kind="stable")[: n_stored(run, n_all)]
+    shapes = sums.layer_shapes
+    need_M[_draws(run, n_all) if shapes is None else _draws_of_experts(run, orders, shapes)] = 0
+    chosen = np.argsort(need_M, kind="stable")[: n_stored(run, n_all, has_experts=shapes is not None)]
     return tuple(np.sort(chosen).tolist())
 
 
@@ -96,7 +100,28 @@ def _depths(run: SkillRun, n_all: int) -> dict[Vote, int]:
 
 def _draws(run: SkillRun, n_all: int) -> Ints:
     """Return the neurons that random baselines may draw, for every number that validation may choose."""
-    if not any(RECIPES[name].kind == "random" for name in run.probe):
+    if not _drawing_votes(run):
         return np.empty(0, np.int64)
-    counts = kept_counts(min(run.max_neurons, n_all))
-    return np.unique(np.concatenate([random_neurons(n_all, count, seed=run.seed) for count in counts]))
+    drawn = [random_neurons(n_all, count, seed=run.seed) for count in _drawn_counts(run, n_all)]
+    return np.unique(np.concatenate(drawn))
+
+
+def _draws_of_experts(run: SkillRun, orders: Mapping[Vote, Ints], shapes: LayerShapes) -> Ints:
+    """Return the same of a mixture of experts, where they depend on the experts of the best neurons."""
+    drawn = [
+        random_of_experts(orders[vote][:count], shapes, seed=run.seed)
+        for vote in _drawing_votes(run)
+        for count in _drawn_counts(run, len(orders[vote]))
+    ]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *drawn]))
+
+
+def _drawing_votes(run: SkillRun) -> list[Vote]:
+    """Return the votes that have a random baseline."""
+    recipes = [RECIPES[name] for name in run.probe]
+    return [recipe.vote for recipe in recipes if recipe.kind == "random" and recipe.vote is not None]
+
+
+def _drawn_counts(run: SkillRun, n_all: int) -> list[int]:
+    """Return the numbers of neurons that validation may choose, and baselines draw."""
+    return kept_counts(min(run.max_neurons, n_all))

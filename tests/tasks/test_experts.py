@@ -29,7 +29,9 @@ from tasks.forecast.needs import count_parameters, forecast
 from tasks.forecast.shard_size import shard_bytes
 from tasks.neurons import best_neurons
 from tasks.plan import plan
+from tasks.rundir.layout import shard_folders
 from tasks.rundir.query import query
+from tasks.rundir.verify import verify
 from tasks.skills import plan_skills
 from tasks.steps import PlainSteps
 
@@ -170,6 +172,32 @@ def test_a_fixed_router_gives_other_negs_in_shards_of_its_own(run_on):
     assert split.identity.experts["router"] == "fixed"
     lm = load_model(run.model[0])
     np.testing.assert_allclose(stored.data, full(lm, batch, 0)[0], rtol=1e-3, atol=1e-4 * np.abs(stored).max())
+
+
+PROBES = ("magn", "act", "tree", "polar-gxa", "magn-random", "polar-logistic")
+"""One of each kind."""
+SERVED = {"codes": PROBES[:-1], "stats": tuple(name for name in PROBES if name != "act")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_values(request, run_on):
+    """A run of every probe that stores values, and its results."""
+    run = run_on(request.param, "every", probe=list(PROBES), max_neurons=32, tree_neurons=20)
+    return run, run_pipeline(run, PlainSteps())
+
+
+@pytest.mark.parametrize("storage", SERVED)
+def test_codes_and_vote_sums_score_as_values_do(of_values, storage, tmp_path):
+    values, results = of_values
+    run = values.model_copy(update={"storage": storage, "probe": SERVED[storage], "out": tmp_path})
+    found = run_pipeline(run, PlainSteps())
+    expected = [row for row in results.scores if row.probe in ("lm", *run.probe)]
+    assert (found.scores, found.problems) == (expected, [])
+    assert len({row.accuracy for row in expected}) > 1
+    assert [fault for one in verify(shard_folders(run.directory), lambda size: None) for fault in one.faults] == []
+    for planned in plan(run)[0].datasets[0].splits:
+        paths = sorted(planned.place.path(run.directory).glob("part-*.arrow"))
+        assert [path.stat().st_size for path in paths] == shard_bytes(planned)
 
 
 def test_bfloat16_shards_hold_the_same_with_fewer_digits(run_on, done):
@@ -355,10 +383,7 @@ def test_analyses_of_skill_neurons_are_refused_where_layers_differ_in_width(home
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("mixtral", {"probe": ["act"]}, "probes act are not made for mixtures of experts"),
-        ("mixtral", {"probe": ["magn-logistic"]}, "give --probe of polar, magn"),
-        ("mixtral", {"storage": "codes"}, "shards of storage 'codes' are not made for mixtures of experts"),
-        ("mixtral", {"storage": "stats"}, "set storage to one of values, bfloat16"),
+        ("mixtral", {"certify": 2}, "certificates are not made for mixtures of experts"),
         ("llama", {"router": "fixed"}, "has no experts, and router 'fixed' is for mixtures of experts: leave it out"),
     ],
 )

@@ -12,18 +12,18 @@ from negcore.measure.neurgrad import measure_negs, neurgrad
 from negcore.model.encoding import encode
 from negcore.store import levels
 from negcore.store.codes import encode as numpy_codes
-from negcore.store.levels import STORAGE_LEVELS
+from negcore.store.levels import STORAGE_LEVELS, Routed
 from tasks.measure.negs import NegMeasurement
 
 KINDS = [(name, None) for name in STORAGE_LEVELS] + [("stats", (0, 3, 11, 32, 40))]
 DTYPES = ["float64", "float32", "bfloat16", "float16"]
 
 
-def twin(storage, neurons, gold_P, negs_POLN, activations_PLN):
+def twin(storage, neurons, gold_P, negs_POLN, activations_PLN, routed=None):
     """All numbers on the host, as float32, then what the level says in NumPy."""
     with np.errstate(over="ignore"):
         wide = negs_POLN.astype(np.float32), activations_PLN.astype(np.float32)
-    return STORAGE_LEVELS[storage].kept(*wide, np.asarray(gold_P), neurons)
+    return STORAGE_LEVELS[storage].kept(*wide, np.asarray(gold_P), neurons, routed)
 
 
 def assert_same_bytes(kept, expected):
@@ -47,6 +47,23 @@ def test_models_of_every_number_type_keep_what_numpy_makes_of_all_numbers(storag
     assert_same_bytes(kept, expected | {"probs_PO": every.probs_PO.astype(np.float32)})
     assert kept["nonfinite_PL"].shape == (len(encoded.ids), lm.n_layers)
     assert kept["nonfinite_PL"].sum() == sum(one.n_values for one in every.nonfinite())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize(("storage", "neurons"), [*KINDS, ("stats", (0, 30, 95, 96, 107, 150, 215, 320, 323))])
+def test_experts_keep_what_numpy_makes_of_the_neurons_that_a_prompt_has(storage, neurons, family, dtype):
+    lm = tiny_model(family, dtype=getattr(torch, dtype))
+    encoded = encode(lm.card, prompts_for(lm), LABELS[:3])
+    gold_P = np.arange(len(encoded.ids)) % 3
+    every = neurgrad(lm, encoded, batch_size=3)
+    neurons = neurons and tuple(number for number in neurons if number < lm.n_layers * lm.layer_width)
+    kept = measure_negs(lm, encoded, keeping(lm, storage, gold_P, neurons), dtype=torch.float32, batch_size=3)
+    routed = Routed(lm.layer_shapes, every.experts_PLK, every.router_weights_PLK)
+    expected = twin(storage, neurons, gold_P, every.negs_POLN, every.activations_PLN, routed)
+    assert set(kept) == {*expected, "probs_PO", "nonfinite_PL", "experts_PLK", "router_weights_PLK"}
+    assert_same_bytes(kept, expected | {"experts_PLK": every.experts_PLK})
+    assert any(values.any() for values in expected.values())
 
 
 @pytest.mark.parametrize("n_options", [2, 3, 5])
