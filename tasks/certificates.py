@@ -11,6 +11,7 @@ from negcore.analysis.certificates import Certificate, Sizes, certificates, miss
 from negcore.arrays import Floats, Ints
 from negcore.errors import RunError, ShardError
 from negcore.measure.sweeps import DEFAULT_SHIFTS, draw_neurons
+from negcore.model.layer_shapes import LayerShape
 from negcore.store.identity import content_digest
 from negcore.store.publish import ShardPlace
 from negcore.store.reader import NegSplit
@@ -68,7 +69,7 @@ def plan_sweeps(run: SkillRun, split: ShardSet) -> ShardSet:
             f"{identity.n_neurons}, so give at most {identity.n_neurons - 1}"
         )
     n_chosen = run.certify * identity.n_layers
-    neurons_K2 = draw_neurons(identity.n_layers, identity.n_neurons, n_chosen, seed=run.seed)
+    neurons_K2 = draw_neurons((LayerShape(identity.n_neurons),) * identity.n_layers, n_chosen, seed=run.seed)
     sweeps = Sweeps(neurons_K2, DEFAULT_SHIFTS, NODES, (float(DEFAULT_SHIFTS.max()),), run.target)
     settings = sweeps.settings | {"option": "gold"}
     chosen = [split.examples[row] for row in rows]

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from negcore.analysis.linearity import (
     PER_ACTIVATION,
+    ActiveRow,
+    ActiveSetRow,
     AgreementRow,
     EffectRow,
     Facts,
@@ -16,6 +19,8 @@ from negcore.analysis.linearity import (
     RangeRow,
     SizeRow,
     StabilityRow,
+    active_sets_table,
+    active_table,
     agreement_table,
     effects_table,
     interventions_table,
@@ -23,7 +28,7 @@ from negcore.analysis.linearity import (
     sizes_table,
     stability_table,
 )
-from negcore.arrays import count_nonfinite
+from negcore.arrays import Ints, count_nonfinite
 from negcore.errors import NegError
 from negcore.measure.sweeps import SweepResult
 from negcore.store.study import StudyShards, joined_sweep, read_studies, read_study, value_names
@@ -46,6 +51,14 @@ class CostRow:
 
 
 @dataclass(frozen=True)
+class ActiveNeurons:
+    """Tables of how many of the drawn neurons prompts have, of a mixture of experts."""
+
+    active: list[ActiveRow]
+    active_sets: list[ActiveSetRow]
+
+
+@dataclass(frozen=True)
 class Findings:
     """The tables of a study of one model; their rows are those of `negcore.analysis.linearity`."""
 
@@ -62,7 +75,7 @@ class Findings:
     """Facts that were left out because their answer is not one token of the model."""
     sweep: SweepResult
     scores_PK: Mapping[str, NDArray[np.float32]]
-    """Scores by estimator."""
+    """Scores by estimator; of a mixture of experts masked where a prompt does not have the neuron."""
     ranges: list[RangeRow]
     sizes: list[SizeRow]
     stability: list[StabilityRow]
@@ -75,6 +88,8 @@ class Findings:
     n_without_spread: int
     """Neurons that were drawn and left out, as their activation is the same in all prompts: with the unit "sd"."""
     costs: list[CostRow]
+    active_neurons: ActiveNeurons | None = None
+    """None for a model without experts."""
 
 
 def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
@@ -85,7 +100,7 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
     ShardError
         If shards are missing or damaged.
     NegError
-        If they hold NaN or infinite values.
+        If they hold NaN or infinite values, or no prompt has any of the neurons.
     """
     sets = [*study.of_kind("sweeps"), *study.of_kind("estimates")]
     shards = dict(zip(sets, read_studies([one.place.path(run.directory) for one in sets]), strict=True))
@@ -95,7 +110,10 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
     estimates = {one.place.part: of_set for one, of_set in shards.items() if one.place.kind == "estimates"}
     whole = joined_sweep(blocks)
     sweep = whole.with_spread()
-    scores_PK = {name: _in_unit(name, of_set.columns["scores"], whole) for name, of_set in estimates.items()}
+    if sweep.active_PK is not None and not sweep.active_PK.any():
+        raise NegError(f"{study.card.name}: no swept neuron is one of an expert that a prompt is routed to; sweep more")
+    scores_PK = {name: _in_unit(name, _scores(of_set), whole) for name, of_set in estimates.items()}
+    interventions = _interventions(run, study)
     main_negs_PK = sweep.within(run.main_range).negs_PK
     ids = blocks[0].ids
     return Findings(
@@ -114,13 +132,29 @@ def analyse(run: LinearityRun, study: PlannedStudy) -> Findings:
         agreement=_agreement(run, sweep, scores_PK),
         effects=effects_table(scores_PK, n_bootstrap=run.bootstrap, seed=run.seed),
         references=None if study.partners is None else study.partners.kind,
-        interventions=_interventions(run, study),
+        interventions=interventions.rows,
         shift_unit=run.shift_unit,
         n_without_spread=len(whole.neurons_K2) - len(sweep.neurons_K2),
         costs=[
             CostRow(MEASURED, sum(block.seconds_per_prompt for block in blocks)),
             *(CostRow(name, of_set.seconds_per_prompt) for name, of_set in estimates.items()),
         ],
+        active_neurons=_active_neurons(sweep, interventions) if study.card.has_experts else None,
+    )
+
+
+def _scores(of_set: StudyShards) -> NDArray[np.float32]:
+    scores_PK = of_set.columns["scores"]
+    if "active" not in of_set.columns:
+        return scores_PK
+    return np.ma.masked_array(scores_PK, of_set.columns["active"] == 0)
+
+
+def _active_neurons(sweep: SweepResult, measured: "_Interventions") -> ActiveNeurons:
+    active_PK = np.ones(sweep.values_PKS.shape[:2], bool) if sweep.active_PK is None else sweep.active_PK
+    assert measured.n_shifted_PM is not None
+    return ActiveNeurons(
+        active_table(active_PK, sweep.neurons_K2), active_sets_table(measured.n_shifted_PM, measured.sizes_M)
     )
 
 
@@ -152,6 +186,9 @@ def write_findings(run: LinearityRun, findings: Sequence[Findings]) -> Path:
     """
     folder = run.directory / "linearity"
     write_tables(folder, Findings, [((one.model, one.dataset), one) for one in findings], names=("model", "dataset"))
+    of_experts = [((one.model, one.dataset), one.active_neurons) for one in findings if one.active_neurons]
+    if of_experts:
+        write_tables(folder, ActiveNeurons, of_experts, names=("model", "dataset"))
     return folder
 
 
@@ -168,21 +205,31 @@ def _agreement(
     return rows
 
 
-def _interventions(run: LinearityRun, study: PlannedStudy) -> list[InterventionRow]:
+class _Interventions(NamedTuple):
+    rows: list[InterventionRow]
+    sizes_M: Ints
+    n_shifted_PM: Ints | None
+    """Neurons of each set that a prompt has; None for a model without experts."""
+
+
+def _interventions(run: LinearityRun, study: PlannedStudy) -> _Interventions:
     (shard_set,) = study.of_kind("interventions")
     shards = read_study(shard_set.place.path(run.directory))
     _check_finite(shard_set, shards)
     shape = (len(shards.ids), len(shards.axes["shifts"]), len(shards.axes["sizes"]))
     names = value_names(run.target)
     values_PDM = shards.columns[names.shifted].reshape(shape).astype(np.float64)
-    return interventions_table(
-        shards.axes["shifts"],
-        np.array(shards.axes["sizes"]),
-        shards.columns["predicted"].reshape(shape),
-        values_PDM - shards.columns[names.base][:, None, None],
-        n_bootstrap=run.bootstrap,
-        seed=run.seed,
+    changes_PDM = values_PDM - shards.columns[names.base][:, None, None]
+    predicted_PDM, sizes_M = shards.columns["predicted"].reshape(shape), np.array(shards.axes["sizes"])
+    n_shifted_PM = None
+    if "n_shifted" in shards.columns:
+        n_shifted_PM = shards.columns["n_shifted"].astype(np.int64)
+        nothing_PDM = np.broadcast_to(n_shifted_PM[:, None] == 0, shape)
+        predicted_PDM, changes_PDM = (np.ma.masked_array(one, nothing_PDM) for one in (predicted_PDM, changes_PDM))
+    rows = interventions_table(
+        shards.axes["shifts"], sizes_M, predicted_PDM, changes_PDM, n_bootstrap=run.bootstrap, seed=run.seed
     )
+    return _Interventions(rows, sizes_M, n_shifted_PM)
 
 
 def _facts(study: PlannedStudy, ids: Sequence[str]) -> Facts:

@@ -14,6 +14,7 @@ from negcore.errors import NegError, RunError
 from negcore.measure.sweeps import draw_neurons
 from negcore.measure.votes import Ranking, Vote
 from negcore.probing.rankings import rank_layers
+from negcore.model.layer_shapes import LayerShape
 from negcore.store.identity import RunIdentity
 from negcore.store.reader import NegSplit
 from tasks.config.recipes import RECIPES
@@ -236,7 +237,7 @@ def _chosen(choice: Choice, splits: Sequence[NegSplit], parts: Collection[str], 
     count = N_DRAWN if choice.neurons is None else choice.neurons or n_all
     if count > n_all and choice.neurons is not None:
         raise RunError(f"{count} neurons cannot be drawn: {first.identity.model!r} has {n_all}")
-    pairs_K2 = draw_neurons(first.n_layers, first.n_neurons, min(count, n_all), seed=seed)
+    pairs_K2 = draw_neurons((LayerShape(first.n_neurons),) * first.n_layers, min(count, n_all), seed=seed)
     return np.asarray(pairs_K2[:, 0] * first.n_neurons + pairs_K2[:, 1])
 
 

@@ -148,6 +148,18 @@ def _plan_model(run: SkillRun, ref: str, tolerant: bool, known: _Known) -> Plann
     return PlannedModel(card, tuple(datasets), tuple(f"{error}" for error in errors))
 
 
+def check_router(run: RunFile, card: ModelCard) -> None:
+    """Refuse a choice of the router for a model that has none.
+
+    Raises
+    ------
+    ModelError
+    """
+    if run.router != "through" and not card.has_experts:
+        what = f"router {run.router!r} is for mixtures of experts"
+        raise ModelError(f"model {card.name!r} has no experts, and {what}: leave it out")
+
+
 def _check_experts(run: SkillRun, card: ModelCard) -> None:
     """Refuse what a run asks of a mixture of experts and is not made for it, or of another model and means nothing.
 
@@ -155,10 +167,8 @@ def _check_experts(run: SkillRun, card: ModelCard) -> None:
     ------
     ModelError
     """
+    check_router(run, card)
     if not card.has_experts:
-        if run.router != "through":
-            what = f"router {run.router!r} is for mixtures of experts"
-            raise ModelError(f"model {card.name!r} has no experts, and {what}: leave it out")
         return
     if run.certify:
         refuse_experts(card, "certificates", "leave --certify out")

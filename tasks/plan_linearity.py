@@ -9,7 +9,7 @@ from negcore.analysis.linearity import nested_grid
 from negcore.arrays import Ints
 from negcore.datasets import Example, FactSet, load_facts
 from negcore.errors import DatasetError, NegError
-from negcore.measure.estimators import WITH_REFERENCES
+from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES
 from negcore.measure.interventions import SET_SIZES
 from negcore.measure.sweeps import draw_neurons
 from negcore.model.language_model import ModelCard, describe_model, refuse_experts
@@ -23,7 +23,7 @@ from tasks.measure.shard_set import ShardSet
 from tasks.measure.study import Estimates, Interventions, Sweeps
 from tasks.model_plans import ModelPlans, plan_models
 from tasks.names import check_distinct
-from tasks.plan import run_identity
+from tasks.plan import check_router, run_identity
 
 
 @dataclass(frozen=True)
@@ -63,30 +63,48 @@ def plan_linearity(run: LinearityRun) -> ModelPlans[PlannedStudy]:
 
 def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
     card = describe_model(ref, run.model_names[ref])
-    refuse_experts(card, "studies of linearity")
+    _check_experts(run, card)
     facts = _whole_facts(load_facts(run.facts, card.tokenizer, seed=run.seed, masked=card.arch.masked), run.prompts)
     if run.target == "logit-difference":
         facts = _with_options(facts)
     examples = encode_examples(card, facts.name, facts.examples)
     neurons_K2 = _neurons(run, card)
-    sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, card.n_layers * card.layer_width))
+    sizes = tuple(size for size in SET_SIZES if size <= min(run.largest_set, _n_neurons(card)))
     grid_S = nested_grid(run.ranges, run.points)
     references = _references(run, card, facts, examples)
-    spread_over = _spread_over(run, examples)
+    spread_over, mixed = _spread_over(run, examples), card.has_experts
     measurements: list[tuple[str, str, Measurement]] = [
         *(
-            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges, run.target, spread_over))
+            ("sweeps", name, Sweeps(block_K2, grid_S, run.nodes, run.ranges, run.target, spread_over, mixed))
             for name, block_K2 in _blocks(neurons_K2, run.block_layers)
         ),
         *(
-            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target))
+            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target, mixed))
             for name in dict.fromkeys(run.estimator)
         ),
-        ("interventions", "nested", Interventions(sizes, run.draws, run.set_shift, run.seed, run.target, spread_over)),
+        (
+            "interventions",
+            "nested",
+            Interventions(sizes, run.draws, run.set_shift, run.seed, run.target, spread_over, mixed),
+        ),
     ]
     shard_sets = tuple(_shard_set(run, card, facts, examples, *one) for one in measurements)
     warning = tokenizer_warning(card, [example.prompt for example in examples])
     return PlannedStudy(card, facts, shard_sets, references.get("each"), warning)
+
+
+def _check_experts(run: LinearityRun, card: ModelCard) -> None:
+    """Refuse what a study asks of a mixture of experts and is not made for it, or of another model and means nothing.
+
+    Raises
+    ------
+    ModelError
+    """
+    check_router(run, card)
+    unable = [name for name in run.estimator if name in WITH_REFERENCES]
+    if unable:
+        able = ", ".join(name for name in ESTIMATORS if name not in WITH_REFERENCES)
+        refuse_experts(card, f"estimators that take activations from other prompts ({', '.join(unable)})", f"give --estimator of {able}")
 
 
 def _references(
@@ -162,11 +180,16 @@ def _among(example: Example, answers: Sequence[str]) -> Example:
 
 
 def _neurons(run: LinearityRun, card: ModelCard) -> Ints:
-    count = card.n_layers * card.layer_width if run.neurons == "all" else run.neurons
     try:
-        return draw_neurons(card.n_layers, card.layer_width, count, seed=run.seed)
+        return draw_neurons(
+            card.layer_shapes, _n_neurons(card) if run.neurons == "all" else run.neurons, seed=run.seed
+        )
     except NegError as error:
         raise NegError(f"{card.name}: {error}") from None
+
+
+def _n_neurons(card: ModelCard) -> int:
+    return sum(shape.n_neurons for shape in card.layer_shapes)
 
 
 def _blocks(neurons_K2: Ints, block_layers: int) -> list[tuple[str, Ints]]:

@@ -191,9 +191,6 @@ def plan_skills(run: SkillsRun) -> ModelPlans[PlannedSkills]:
             for split in (split for dataset in model.datasets for split in dataset.splits):
                 refuse_unusual(split.examples, "curves of rankings")
     usable = [models for models in of_each_model(planned) if len(models) == len(folders)]  # under every condition
-    for (_, model), *_ in usable:
-        if len({shape.n_neurons for shape in model.card.layer_shapes}) > 1:  # chance levels take layers for equal
-            refuse_experts(model.card, "analyses of skill neurons, where layers have different numbers of neurons,")
     return ModelPlans(
         tuple(
             PlannedSkills(models[0][1].card, dict(zip(folders, (model for _, model in models), strict=True)))
@@ -239,11 +236,20 @@ def rank_dataset(pool: Pool, run: SkillsRun, planned: PlannedDataset, step: Step
         train = open_negs(root).select(planned.model, planned.dataset.name, "train")
         sizes = _training_prompts(train) if condition.folder == "main" else ()
         ranked = rank_split(pool, root, train, votes, step, sizes=sizes, n_blocks=ranking_workers(run))
-        by_condition[condition.folder] = ranked[train.n_rows].votes_M
+        by_condition[condition.folder] = _of_neurons(train, ranked[train.n_rows].votes_M)
         if sizes:
-            by_size = {size: rankings.votes_M for size, rankings in ranked.items()}
+            by_size = {size: _of_neurons(train, rankings.votes_M) for size, rankings in ranked.items()}
             best = neuron_rows(condition.run, planned, train, train, ranked[train.n_rows], pool, step)
     return NeuronScores(by_size, by_condition, best)
+
+
+def _of_neurons(train: NegSplit, votes_M: Mapping[Vote, Ints]) -> Mapping[Vote, Ints]:
+    """Return scores with those masked that are of no neuron, where layers of experts differ in width."""
+    shapes = train.layer_shapes
+    if shapes is None or all(shape.n_neurons == train.n_neurons for shape in shapes):
+        return votes_M
+    absent_M = np.concatenate([np.arange(train.n_neurons) >= shape.n_neurons for shape in shapes])
+    return {vote: np.ma.masked_array(scores_M, absent_M) for vote, scores_M in votes_M.items()}
 
 
 def _training_prompts(train: NegSplit) -> list[int]:
@@ -276,7 +282,8 @@ def plan_checks(run: SkillsRun, planned: PlannedDataset, card: ModelCard, scores
 
 def tops(run: SkillsRun, card: ModelCard) -> list[int]:
     """Return the numbers of skill neurons in the run file, each cut to at most half of the model's neurons."""
-    return list(dict.fromkeys(min(top, card.n_layers * card.layer_width // 2) for top in run.top))
+    n_neurons = sum(shape.n_neurons for shape in card.layer_shapes)
+    return list(dict.fromkeys(min(top, n_neurons // 2) for top in run.top))
 
 
 def _shown_ranking(run: SkillsRun, dataset: str, scores_M: Ints) -> Ranking:
@@ -307,7 +314,7 @@ def analyse_dataset(
     dataset = planned.dataset.name
     main = {split: open_negs(run.conditions[0].run.directory).select(card.name, dataset, split) for split in _SPLITS}
     valid, test = main["valid"], main["test"]
-    votes = {probe: Vote(probe, "neg") for probe in run.probe}
+    votes, widths_L = {probe: Vote(probe, "neg") for probe in run.probe}, [one.n_neurons for one in card.layer_shapes]
     reference, measured = _reference(run, planned, main), _faithfulness(run, card, dataset, scores, curves or {})
     by_answer = None if run.permutations == 1 else CausalByAnswer()
     found = DatasetFindings(
@@ -329,7 +336,7 @@ def analyse_dataset(
         found.transfers.extend(_transfers(run, card.name, dataset, vote, scores))
         found.bands.extend(bands(vote, scores_M, test, width=run.band))
         ranking = _shown_ranking(run, dataset, scores_M)
-        found.layers.extend(layer_shares(probe, ranking, tops(run, card), n_layers=card.n_layers))
+        found.layers.extend(layer_shares(probe, ranking, tops(run, card), widths_L))
     if _FOREST in votes.values():
         order_K = Ranking.from_scores(scores.main[_FOREST]).top(run.tree_neurons).order_K
         found.forests.extend(forest_grid(main["train"], test, order_K, seed=run.seed))

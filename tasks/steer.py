@@ -14,7 +14,7 @@ from negcore.datasets import dataset_name
 from negcore.errors import DatasetError, ProbeError, RunError
 from negcore.measure.interventions import shift_together
 from negcore.measure.steering import Shift, joint_shift
-from negcore.model.language_model import LanguageModel
+from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.model.precision import in_float32
 from negcore.model.references import with_adapter
 from negcore.orders import split_id
@@ -33,7 +33,7 @@ from tasks.plan import SUMS, PlannedDataset, PlannedModel, plan
 from tasks.probe import probe_path
 
 _BOOTSTRAP = 1000
-_NEURON = re.compile(r"\s*(\d{1,9})\.(\d{1,9})\s*(?:=\s*(\S+?)\s*)?", re.ASCII)
+_NEURON = re.compile(r"\s*(\d{1,9})\.((?:(?:\d{1,9}|shared)\.)?\d{1,9})\s*(?:=\s*(\S+?)\s*)?", re.ASCII)
 _SAME = ("model", "model_revision", "site", "n_layers", "n_neurons")
 
 
@@ -132,8 +132,9 @@ def plan_steering(
         raise RunError("give either a probe, whose neurons are shifted, or a list of neurons")
     if k is not None and probe is None:
         raise RunError("a number of neurons (k) is for a probe: leave it out beside a list of neurons")
-    by_hand = parsed_neurons(neurons, size) if neurons is not None else []
+    named = parsed_neurons(neurons, size) if neurons is not None else []
     steered = read_steered_run(directory, model)
+    by_hand = [one.numbered(steered.planned.card) for one in named]
     of = steered.dataset(dataset) if probe or dataset or not prompts else None
     asked = [Asked(prompt) for prompt in prompts]
     if of is not None and not prompts:
@@ -187,8 +188,33 @@ def _has_run(place: Path) -> bool:
     return n_bytes(place / RUN_FILE) is not None
 
 
-def parsed_neurons(text: str, size: float) -> list[Shift]:
-    """Return the shifts that a text like ``10.901,3.17=-4`` lists: LAYER.NEURON, with a size of its own if it has one.
+class NamedShift(NamedTuple):
+    """A shift of a neuron by name."""
+
+    layer: int
+    name: str
+    """Name of the neuron in its layer: its number, or EXPERT.UNIT or ``shared``.UNIT of a mixture of experts."""
+    size: float
+
+    def numbered(self, card: ModelCard) -> Shift:
+        """Return the shift of the neuron by its number, which the model is asked for later.
+
+        Raises
+        ------
+        RunError
+            If the model has no such expert or unit.
+        """
+        layer, name, size = self
+        if name.isdecimal():
+            return layer, int(name), size
+        number = card.layer_shapes[layer].number_of(*name.split(".")) if layer < card.n_layers else None
+        if number is None:
+            raise RunError(f"{layer}.{name} is no neuron of {card.name!r}: `neg models` shows its layers and experts")
+        return layer, number, size
+
+
+def parsed_neurons(text: str, size: float) -> list[NamedShift]:
+    """Return the shifts that a text like ``10.901,3.17=-4`` lists: neurons by name, with a size of its own if it has one.
 
     Raises
     ------
@@ -204,7 +230,7 @@ def parsed_neurons(text: str, size: float) -> list[Shift]:
             match = None
         if match is None:
             raise RunError(f"{one!r:.80} is no neuron: give LAYER.NEURON or LAYER.NEURON=SIZE, as in 10.901,3.17=-4")
-        shifts.append((int(match[1]), int(match[2]), own))
+        shifts.append(NamedShift(int(match[1]), match[2], own))
     return shifts
 
 
@@ -213,7 +239,8 @@ def probed_shifts(
 ) -> list[Shift]:
     """Return shifts of a probe's best neurons, each in the direction of its polarity.
 
-    They are read from the saved probe. Where it keeps fewer than k, or was not saved, all neurons are ranked again.
+    They are read from the saved probe. Where it keeps fewer than k, or was not saved, all neurons are ranked again. Of a
+    mixture of experts, a flat index that is no neuron's (see `NegSplit.locate`) has no polarity, and is left out.
 
     Raises
     ------
@@ -227,14 +254,19 @@ def probed_shifts(
         saved = load_probe(path)
         _check_origin(saved, parts["test"])
         if k is None or kind != "vote" or k <= saved.probe.n_kept:
-            return saved.shifts(size, k)
+            return _of_neurons(steered, saved.shifts(size, k))
     assert vote is not None
     check_polarities(path, probe, vote)
     train = planned_negs(steered.run.directory, parts.get(SUMS) or parts["train"])
     n_total = train.n_layers * train.n_neurons
     if not 1 <= k <= n_total:
         raise RunError(f"the best {k} neurons cannot be shifted; {dataset.model} has 1 to {n_total}")
-    return rank(train, vote.rule, vote.signal).top(k).shifts(size, train.n_neurons)
+    return _of_neurons(steered, rank(train, vote.rule, vote.signal).top(k).shifts(size, train.n_neurons))
+
+
+def _of_neurons(steered: SteeredRun, shifts: Sequence[Shift]) -> list[Shift]:
+    shapes = steered.planned.card.layer_shapes
+    return [one for one in shifts if one[1] < shapes[one[0]].n_neurons]
 
 
 def _check_origin(saved: SavedProbe, split: ShardSet) -> None:

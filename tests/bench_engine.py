@@ -108,7 +108,7 @@ def sweeps(setting: Setting) -> Iterator[Item]:
 
     def works() -> tuple[Work, Work]:
         one = first(prompts(setting.lm, 1, 1, n_tokens), 1, 1)
-        chosen = draw_neurons(setting.lm.n_layers, setting.lm.layer_width, n_fast)
+        chosen = draw_neurons(setting.lm.layer_shapes, n_fast)
 
         def swept(method: Method, n_neurons: int) -> object:
             return sweep(setting.lm, one, neurons=chosen[:n_neurons], shifts=shift_grid(2), method=method)

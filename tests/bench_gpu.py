@@ -359,7 +359,7 @@ def sweeps(setting: Setting) -> Iterator[Figures]:
     lm = llama_7b(setting, "float32")
     work = random_prompts(lm, "sweep", 4, 16, (60, 86), n_options=1)
     n_neurons, n_plain = (32, 4) if setting.tiny else (512, 4)
-    chosen = draw_neurons(lm.n_layers, lm.layer_width, n_neurons)
+    chosen = draw_neurons(lm.layer_shapes, n_neurons)
     shifts = shift_grid(2)
     fast = timed(setting, lambda: sweep(lm, work.prompts, neurons=chosen, shifts=shifts), 1, warm=False)
     plain = timed(

@@ -48,7 +48,7 @@ def by_layers(ref, places):
 def compare(ref, a_layer, places):
     """Yield the rows of a model's table."""
     lm = load_model(ref)
-    neurons_K2 = draw_neurons(lm.n_layers, lm.layer_width, a_layer * lm.n_layers)
+    neurons_K2 = draw_neurons(lm.layer_shapes, a_layer * lm.n_layers)
     layers_K, chosen_K = neurons_K2.T
     for place in places:
         encoded = encoded_facts(lm, place)

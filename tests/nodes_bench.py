@@ -34,7 +34,7 @@ def main() -> None:
     lm = load_model(options.model)
     facts = load_facts("mini/facts", lm.tokenizer, seed=0).examples[: options.prompts]
     prompts, labels = [fact.prompt for fact in facts], [fact.labels[0] for fact in facts]
-    neurons_K2 = draw_neurons(lm.n_layers, lm.layer_width, options.neurons)
+    neurons_K2 = draw_neurons(lm.layer_shapes, options.neurons)
     rows: list[list[Cell]] = []
     for largest in options.range:
         shifts_S = shift_grid(largest)

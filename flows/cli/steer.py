@@ -30,7 +30,10 @@ def steer(
     ] = None,
     neurons: Annotated[
         str | None,
-        typer.Option(help="Neurons by hand in place of a probe's: LAYER.NEURON or LAYER.NEURON=SIZE, with commas."),
+        typer.Option(
+            help="Neurons by hand in place of a probe's: LAYER.NEURON or LAYER.NEURON=SIZE, with commas; with experts "
+            "LAYER.EXPERT.UNIT."
+        ),
     ] = None,
     size: Annotated[
         float, typer.Option(help="Size of the shift in units of activation, away from zero where it is positive.")

@@ -89,8 +89,9 @@ def linear_share(findings: Findings) -> Figure:
 def estimators(findings: Findings) -> Figure:
     """Draw measured NEG against each estimator, for prompts and neurons."""
     negs_PK = findings.sweep.within(findings.main_range).negs_PK
-    chosen = np.linspace(0, negs_PK.size - 1, min(negs_PK.size, _MOST_POINTS)).astype(int)
-    sampled = f" Points: {chosen.size} of {negs_PK.size}, evenly taken." if chosen.size < negs_PK.size else ""
+    there = np.flatnonzero(~np.ma.getmaskarray(negs_PK))  # of experts, what a prompt has
+    chosen = there[np.linspace(0, there.size - 1, min(there.size, _MOST_POINTS)).astype(int)]
+    sampled = f" Points: {chosen.size} of {there.size}, evenly taken." if chosen.size < there.size else ""
     return Figure(
         model=findings.model,
         name="estimators",
@@ -102,8 +103,8 @@ def estimators(findings: Findings) -> Figure:
 
 
 def _scatter(findings: Findings, row: AgreementRow, negs_PK: NDArray[Any], chosen: NDArray[Any]) -> Chart:
-    scores = findings.scores_PK[row.estimator].ravel()[chosen].astype(float)
-    negs = negs_PK.ravel()[chosen].astype(float)
+    scores = np.ma.getdata(findings.scores_PK[row.estimator]).ravel()[chosen].astype(float)
+    negs = np.ma.getdata(negs_PK).ravel()[chosen].astype(float)
     rows = [{"estimate": x, "measured": y} for x, y in zip(scores.tolist(), negs.tolist(), strict=True)]
     x = field("estimate:Q", title="estimate", scale=_both_signs(scores), axis=_SCIENTIFIC)
     y = field("measured:Q", title="measured NEG", scale=_both_signs(negs), axis=_SCIENTIFIC)

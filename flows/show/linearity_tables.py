@@ -37,10 +37,15 @@ def summary(findings: Findings) -> str:
     n_prompts, n_neurons, n_shifts = findings.sweep.values_PKS.shape
     left_out = f"{findings.n_multi_token} of {findings.n_facts} facts left out: their answer is not one token"
     names = f"{printable(shown_model(findings.model))} on {printable(findings.dataset)}"
-    by_nodes_PK = findings.sweep.by_nodes_PK
+    by_nodes_PK, active_PK = findings.sweep.by_nodes_PK, findings.sweep.active_PK
+    if by_nodes_PK is not None and active_PK is not None:
+        by_nodes_PK = by_nodes_PK[active_PK]
     nodes = "" if by_nodes_PK is None else f", {by_nodes_PK.mean():.1%} of the curves by nodes"
     if findings.n_without_spread:
         left_out += f"; {count(findings.n_without_spread, 'neuron')} left out: the same activation in all prompts"
+    if findings.active_neurons:
+        whole = findings.active_neurons.active[0]
+        left_out += f"; a prompt has {whole.n_active / whole.n:.1%} of the neurons: those of its routed experts"
     names += named_target(findings.sweep.target, ", ")
     return f"{names}: {n_prompts} prompts x {n_neurons} neurons x {n_shifts} shifts{nodes} ({left_out})"
 
@@ -183,11 +188,16 @@ def _stability(findings: Findings) -> Table:
 def _interventions(findings: Findings) -> Table:
     found = {(row.set_size, row.shift): Number(row.pearson, correlation) for row in findings.interventions}
     sizes, shifts = (list(by(findings.interventions, name)) for name in ("set_size", "shift"))
+    there: dict[int, list[Cell]] = {}
+    if findings.active_neurons:
+        there = {row.set_size: [Number(row.mean_shifted, "{:.1f}".format)] for row in findings.active_neurons.active_sets}
+    shown = ["of these\nshifted"] * bool(there)
     return Table(
         key=f"interventions-{findings.model}",
         title="Neurons shifted together: r between predicted and true change",
-        columns=numbers("neurons", *(f"shift {shift:g}{unit_name(findings)}" for shift in shifts)),
-        blocks=[[[Number(size), *(found[size, shift] for shift in shifts)] for size in sizes]],
+        columns=numbers("neurons", *shown, *(f"shift {shift:g}{unit_name(findings)}" for shift in shifts)),
+        blocks=[[[Number(size), *there.get(size, []), *(found[size, shift] for shift in shifts)] for size in sizes]],
+        caption="Shifted: neurons of a set that a prompt has, mean over the prompts with one or more." * bool(shown),
     )
 
 

@@ -132,7 +132,7 @@ def skill_sets(
     Parameters
     ----------
     ranking : Ranking
-        Ranking of all L*N neurons.
+        Ranking of all L*N neurons; where layers differ in width, of those that there are.
     sizes : sequence of int
         Numbers of neurons, each at most half of all, so that the best and the last share none.
     n_layers, layer_width : int
@@ -141,7 +141,7 @@ def skill_sets(
         Number of random sets of each size. A set depends only on the ranking, its size, its draw and the seed.
     experts : ExpertNeurons, optional
         Of a mixture of experts. Random sets then have as many neurons of each expert as the best have, so that every
-        prompt has as many of them, and the last are among the neurons that training prompts have.
+        prompt has as many of them, and the best and the last are among the neurons that training prompts have.
 
     Returns
     -------
@@ -155,18 +155,24 @@ def skill_sets(
         If the ranking leaves neurons out, a size or the number of draws is out of range.
     """
     n_total = n_layers * layer_width
-    if len(ranking.order_K) != n_total:
+    if experts is None and len(ranking.order_K) != n_total:
         raise NegError(f"the ranking holds {len(ranking.order_K)} neurons of {n_total}; give one of all neurons")
     if draws < 1:
         raise NegError(f"{draws} random draws leave nothing to compare the best neurons with; give at least 1")
-    groups_M, last_K = np.arange(n_total) // layer_width, ranking.order_K
+    groups_M, order_K = np.arange(n_total) // layer_width, ranking.order_K
     if experts is not None:
-        groups_M, last_K = experts.groups_M, last_K[experts.in_training_M[last_K]]
+        groups_M, order_K = experts.groups_M, order_K[experts.in_training_M[order_K]]
     for size in sizes:
-        if not 1 <= size <= len(last_K) // 2:
-            there = f"{len(last_K)} neurons" + " that training prompts have" * (experts is not None)
-            raise NegError(f"a set of {size} neurons cannot be checked; of {there} take 1 to {len(last_K) // 2}")
-    return [one for size in dict.fromkeys(sizes) for one in _sets_of_size(ranking, size, groups_M, last_K, draws, seed)]
+        if not 1 <= size <= len(order_K) // 2:
+            there = f"{len(order_K)} neurons" + " that training prompts have" * (experts is not None)
+            raise NegError(f"a set of {size} neurons cannot be checked; of {there} take 1 to {len(order_K) // 2}")
+    polarity_M = np.zeros(n_total, np.int8)
+    polarity_M[ranking.order_K] = ranking.polarity_K
+    return [
+        one
+        for size in dict.fromkeys(sizes)
+        for one in _sets_of_size(order_K, polarity_M, size, groups_M, draws, seed)
+    ]
 
 
 def chosen_neurons(sets: Sequence[SkillSet]) -> Ints:
@@ -259,10 +265,10 @@ def shift_sets(
     return result
 
 
-def _sets_of_size(ranking: Ranking, size: int, groups_M: Ints, last_K: Ints, draws: int, seed: int) -> list[SkillSet]:
-    top_K, bottom_K = ranking.order_K[:size], last_K[-size:]
-    polarity_M = np.empty_like(ranking.polarity_K)
-    polarity_M[ranking.order_K] = ranking.polarity_K
+def _sets_of_size(
+    order_K: Ints, polarity_M: Signs, size: int, groups_M: Ints, draws: int, seed: int
+) -> list[SkillSet]:
+    top_K, bottom_K = order_K[:size], order_K[-size:]
     drawn = [matched_neurons(top_K, groups_M, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
     return [
         SkillSet("top", size, 0, top_K, polarity_M[top_K]),

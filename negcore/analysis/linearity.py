@@ -1,16 +1,19 @@
 """Findings from sweeps: how many neurons are linear, how stable their NEG is, and which estimator predicts it.
 
-Every result is a list of plain rows, one for each line of a table; `layer` is None for the whole model.
+Every result is a list of plain rows, one for each line of a table; `layer` is None for the whole model. Of a mixture of
+experts, arrays (P, K) are masked where a prompt does not have a neuron: such pairs are in no number of any row.
 
 Shapes: P prompts, K chosen neurons, S shifts, B bootstrap samples (the first is the sample itself), M sets, D shifts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import combinations
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from negcore.arrays import Floats, Ints
@@ -39,7 +42,7 @@ class RangeRow:
     """Largest size of a shift, in units of activation."""
     layer: int | None
     n: int
-    """Prompts times neurons."""
+    """Prompts times neurons that they have."""
     n_constant: int
     """Number of these where the label's target never changes. They have no r and count as not linear."""
     linear_share: float
@@ -53,19 +56,19 @@ def ranges_table(sweep: SweepResult, ranges: Sequence[float]) -> list[RangeRow]:
     return [
         _range_row(sweep.within(largest), largest, layer, chosen_K)
         for largest in ranges
-        for layer, chosen_K in layers_of(sweep.neurons_K2)
+        for layer, chosen_K in layers_of(sweep.neurons_K2, sweep.active_PK)
     ]
 
 
 def _range_row(part: SweepResult, largest: float, layer: int | None, chosen_K: Numbers) -> RangeRow:
-    negs, pearson = part.negs_PK[:, chosen_K], part.pearson_PK[:, chosen_K]
-    moved = negs[negs != 0]
+    negs, pearson = there(part.negs_PK[:, chosen_K]), there(part.pearson_PK[:, chosen_K])
+    moved, linear = negs[negs != 0], part.linear_PK[:, chosen_K]
     return RangeRow(
         range=largest,
         layer=layer,
         n=negs.size,
         n_constant=int(np.isnan(pearson).sum()),
-        linear_share=float(part.linear_PK[:, chosen_K].mean()),
+        linear_share=float((linear if part.active_PK is None else linear[part.active_PK[:, chosen_K]]).mean()),
         positive_share=float((moved > 0).mean()) if moved.size else float("nan"),
     )
 
@@ -88,8 +91,8 @@ class SizeRow:
 def sizes_table(negs_PK: Numbers, neurons_K2: Ints) -> list[SizeRow]:
     """Describe the sizes of NEGs, in the model and each layer."""
     rows = []
-    for layer, chosen_K in layers_of(neurons_K2):
-        sizes = np.abs(negs_PK[:, chosen_K])
+    for layer, chosen_K in layers_of(neurons_K2, active_of(negs_PK)):
+        sizes = np.abs(there(negs_PK[:, chosen_K]))
         q05, q25, q50, q75, q95 = map(float, np.quantile(sizes, (0.05, 0.25, 0.5, 0.75, 0.95)))
         rows.append(SizeRow(layer, sizes.size, float(sizes.mean()), q05, q25, q50, q75, q95, float(sizes.max())))
     return rows
@@ -116,6 +119,7 @@ class StabilityRow:
 
     pairs: str
     n_pairs: int
+    """Pairs that are compared: with experts, by the neurons that both have, if two or more of these have NEGs."""
     sign_agreement: float
     """Share of neurons whose NEG has the same sign, mean over pairs; neurons with a NEG of zero are left out."""
     sign_agreement_sd: float
@@ -133,10 +137,10 @@ def stability_table(negs_PK: Numbers, facts: Facts) -> list[StabilityRow]:
     (the nearest substitute if a source words each fact once, as the released files of MyriadLAMA do); one wording,
     whatever the fact; different relations. A kind without a pair has no row. Every pair has equal weight.
     """
-    alike = _pairwise(negs_PK)
+    alike = _pairwise(negs_PK) if active_of(negs_PK) is None else _pairwise_in_common(negs_PK)
     rows = []
     for name, pairs_PP in _kinds_of_pairs(facts).items():
-        upper = np.triu(pairs_PP, 1)
+        upper = np.triu(pairs_PP & alike.comparable_PP, 1)
         if upper.any():
             signs = alike.signs_PP[upper]
             pearson, sizes = (float(np.nanmean(r_PP[upper])) for r_PP in (alike.pearson_PP, alike.sizes_PP))
@@ -164,6 +168,7 @@ class _Alike(NamedTuple):
     signs_PP: Floats
     pearson_PP: Floats
     sizes_PP: Floats
+    comparable_PP: NDArray[np.bool_]
 
 
 def _pairwise(negs_PK: Numbers) -> _Alike:
@@ -172,7 +177,20 @@ def _pairwise(negs_PK: Numbers) -> _Alike:
     with np.errstate(invalid="ignore", divide="ignore"):
         agreeing_PP = (signs_PK @ signs_PK.T / both_PP + 1) / 2
         sizes_PP = np.corrcoef(rankdata(np.abs(negs_PK), axis=1))
-        return _Alike(agreeing_PP, np.corrcoef(negs_PK), sizes_PP)
+        return _Alike(agreeing_PP, np.corrcoef(negs_PK), sizes_PP, np.ones_like(agreeing_PP, bool))
+
+
+def _pairwise_in_common(negs_PK: Numbers) -> _Alike:
+    """Compare two prompts by the neurons that both have; they are comparable if there are two with NEGs not zero."""
+    n_prompts, there_PK = len(negs_PK), ~np.ma.getmaskarray(negs_PK)
+    signs_PP, pearson_PP, sizes_PP = np.full((3, n_prompts, n_prompts), np.nan)
+    for one, other in combinations(range(n_prompts), 2):
+        pair = one, other
+        common_2J = np.asarray(negs_PK.data[pair, :][:, there_PK[one] & there_PK[other]])
+        if (common_2J != 0).all(axis=0).sum() > 1:
+            alike = _pairwise(common_2J)
+            signs_PP[pair], pearson_PP[pair], sizes_PP[pair] = alike.signs_PP[0, 1], alike[1][0, 1], alike[2][0, 1]
+    return _Alike(signs_PP, pearson_PP, sizes_PP, ~np.isnan(signs_PP))
 
 
 @dataclass(frozen=True)
@@ -184,7 +202,7 @@ class AgreementRow:
     """Range of shifts of the measured NEG."""
     layer: int | None
     n: int
-    """Prompts times neurons."""
+    """Prompts times neurons that they have."""
     pearson: float
     pearson_low: float
     pearson_high: float
@@ -221,25 +239,29 @@ def agreement_table(
     Rank correlations of the samples use the ranks in the whole sample.
     """
     weights_BP = bootstrap_weights(len(negs_PK), n_bootstrap, seed)
+    scores_PK, negs_PK = _in_both(scores_PK, negs_PK)
     rows = []
-    for layer, chosen_K in layers_of(neurons_K2):
+    for layer, chosen_K in layers_of(neurons_K2, active_of(negs_PK)):
         x_PK, y_PK = scores_PK[:, chosen_K].astype(np.float64), negs_PK[:, chosen_K].astype(np.float64)
         statistics = _agreement(x_PK, y_PK, weights_BP)
         if estimator not in PER_ACTIVATION:
             statistics |= dict.fromkeys(("mae", "mae_low", "mae_high"))
-        rows.append(AgreementRow(estimator=estimator, range=range_, layer=layer, n=x_PK.size, **statistics))
+        rows.append(AgreementRow(estimator=estimator, range=range_, layer=layer, n=there(x_PK).size, **statistics))
     return rows
 
 
 def _agreement(x_PK: Floats, y_PK: Floats, weights_BP: Floats) -> dict[str, Any]:
-    same_PK = (np.sign(x_PK) == np.sign(y_PK)) & (x_PK != 0)
-    either_PK = (x_PK != 0) & (y_PK != 0)
+    signs = [np.sign(np.ma.filled(values_PK, 0)) for values_PK in (x_PK, y_PK)]
+    same_PK = (signs[0] == signs[1]) & (signs[0] != 0)
+    either_PK = (signs[0] != 0) & (signs[1] != 0)
+    n_there_P = _n_there(x_PK)
+    of_pairs_BP, of_prompts_BP = weights_BP * (n_there_P / n_there_P.max()), weights_BP * (n_there_P > 0)
     samples = {
         "pearson": weighted_pearson(x_PK, y_PK, weights_BP),
         "spearman": weighted_pearson(_ranks(x_PK), _ranks(y_PK), weights_BP),
         "signs": _ratio(weights_BP @ same_PK.sum(1), weights_BP @ either_PK.sum(1)),
-        "mae": weights_BP @ np.abs(x_PK - y_PK).mean(1) / weights_BP.sum(1),
-        "top": weights_BP @ top_overlap(x_PK, y_PK) / weights_BP.sum(1),
+        "mae": _ratio(of_pairs_BP @ np.ma.filled(np.abs(x_PK - y_PK).mean(1), 0), of_pairs_BP.sum(1)),
+        "top": _ratio(of_prompts_BP @ top_overlap(x_PK, y_PK), of_prompts_BP.sum(1)),
     }
     return {key: value for name, values_B in samples.items() for key, value in _with_interval(name, values_B)}
 
@@ -292,14 +314,20 @@ def weighted_pearson(x_PK: Numbers, y_PK: Numbers, weights_BP: Floats) -> Floats
     """Compute Pearson r over all values of each sample of prompts: shape (B,); NaN if either is constant."""
     x, y = _standard(x_PK), _standard(y_PK)
     moments_P5 = np.stack([values.sum(1) for values in (x, y, x * x, y * y, x * y)], axis=1)
-    means_B5 = weights_BP @ moments_P5 / (weights_BP.sum(1, keepdims=True) * x.shape[1])
+    means_B5 = _ratio(weights_BP @ moments_P5, (weights_BP @ _n_there(x_PK))[:, None])
     mx, my, xx, yy, xy = means_B5.T
     spread = (xx - mx**2) * (yy - my**2)
     return _ratio(xy - mx * my, np.sqrt(np.maximum(spread, 0)))
 
 
 def top_overlap(x_PK: Numbers, y_PK: Numbers) -> Floats:
-    """Compute the share of each prompt's top neurons by |x| that are top by |y| too: (P,); ties go to the first."""
+    """Compute the share of each prompt's top neurons by |x| that are top by |y| too: (P,); ties go to the first.
+
+    It is zero for a prompt that has none of the neurons.
+    """
+    if (active_PK := active_of(x_PK)) is not None:
+        rows = zip(x_PK.data, y_PK.data, active_PK, strict=True)
+        return np.array([top_overlap(x_K[None, on_K], y_K[None, on_K])[0] if on_K.any() else 0 for x_K, y_K, on_K in rows])
     n_top = max(1, round(TOP_SHARE * x_PK.shape[1]))
     tops = [_top(values, n_top) for values in (x_PK, y_PK)]
     shares: Floats = (tops[0] & tops[1]).sum(1) / n_top
@@ -314,7 +342,7 @@ class InterventionRow:
     """Shift of each neuron in the direction of its NEG, in units of activation."""
     set_size: int
     n: int
-    """Prompts times sets."""
+    """Prompts times sets of which they have a neuron."""
     pearson: float
     """r between predicted and true change of the target."""
     pearson_low: float
@@ -334,24 +362,103 @@ def interventions_table(
     n_bootstrap: int,
     seed: int = 0,
 ) -> list[InterventionRow]:
-    """Correlate predicted and true changes by shift and set size, with bootstrap intervals over prompts."""
+    """Correlate predicted and true changes by shift and set size, with bootstrap intervals over prompts.
+
+    Changes are masked where a prompt has no neuron of the set.
+    """
     weights_BP = bootstrap_weights(len(predicted_PDM), n_bootstrap, seed)
     rows = []
     for index, shift in enumerate(shifts_D):
         for size in np.unique(sizes_M):
             predicted, true = (values[:, index, sizes_M == size] for values in (predicted_PDM, changes_PDM))
+            if not there(predicted).size:
+                continue
             pearson = dict(_with_interval("pearson", weighted_pearson(predicted, true, weights_BP)))
-            signs = float((np.sign(predicted) == np.sign(true)).mean())
+            signs = float((np.sign(there(predicted)) == np.sign(there(true))).mean())
             ratio = float(_ratio(true.sum(), predicted.sum()))
-            rows.append(InterventionRow(shift, int(size), predicted.size, **pearson, signs=signs, ratio=ratio))
+            rows.append(InterventionRow(shift, int(size), there(predicted).size, **pearson, signs=signs, ratio=ratio))
     return rows
 
 
-def layers_of(neurons_K2: Ints) -> Iterator[tuple[int | None, Numbers]]:
-    """Yield masks of the chosen neurons: all of them (layer None), then those of each layer."""
+@dataclass(frozen=True)
+class ActiveRow:
+    """Neurons of a mixture of experts that prompts have, among those that were drawn."""
+
+    layer: int | None
+    n: int
+    """Prompts times neurons that were drawn."""
+    n_active: int
+    """Number of these where the prompt has the neuron, as it is routed to its expert or every prompt has it."""
+
+
+def active_table(active_PK: NDArray[np.bool_], neurons_K2: Ints) -> list[ActiveRow]:
+    """Count the neurons that prompts have, in the model and each layer."""
+    return [
+        ActiveRow(layer, active_PK[:, chosen_K].size, int(active_PK[:, chosen_K].sum()))
+        for layer, chosen_K in layers_of(neurons_K2)
+    ]
+
+
+@dataclass(frozen=True)
+class ActiveSetRow:
+    """Neurons of random sets of a mixture of experts that prompts have: those that are shifted."""
+
+    set_size: int
+    n: int
+    """Prompts times sets."""
+    n_active: int
+    """Number of these where the prompt has a neuron of the set."""
+    mean_shifted: float
+    """Neurons of a set that a prompt has, mean over these."""
+
+
+def active_sets_table(n_shifted_PM: Ints, sizes_M: Ints) -> list[ActiveSetRow]:
+    """Count the neurons of sets that prompts have, by set size."""
+    rows = []
+    for size in np.unique(sizes_M).tolist():
+        counts = n_shifted_PM[:, sizes_M == size]
+        some = counts[counts > 0]
+        rows.append(ActiveSetRow(size, counts.size, some.size, float(some.mean()) if some.size else 0.0))
+    return rows
+
+
+def layers_of(
+    neurons_K2: Ints, active_PK: NDArray[np.bool_] | None = None
+) -> Iterator[tuple[int | None, Numbers]]:
+    """Yield masks of the chosen neurons: all of them (layer None), then those of each layer.
+
+    Layers of which no prompt has a neuron are left out.
+    """
     yield None, np.ones(len(neurons_K2), bool)
     for layer in np.unique(neurons_K2[:, 0]).tolist():
-        yield layer, neurons_K2[:, 0] == layer
+        chosen_K = neurons_K2[:, 0] == layer
+        if active_PK is None or active_PK[:, chosen_K].any():
+            yield layer, chosen_K
+
+
+def active_of(values_PK: Numbers) -> NDArray[np.bool_] | None:
+    """Return where prompts have neurons, from masked numbers of them; None for numbers of dense models."""
+    return ~np.ma.getmaskarray(values_PK) if np.ma.isMaskedArray(values_PK) else None
+
+
+def there(values: Numbers) -> Numbers:
+    """Return numbers without those that are masked: then one axis, else as they are."""
+    return values.compressed() if isinstance(values, np.ma.MaskedArray) else values
+
+
+def _in_both(x_PK: Numbers, y_PK: Numbers) -> tuple[Numbers, Numbers]:
+    """Mask what is masked in either; numbers of dense models stay as they are."""
+    masks = [~active_PK for values in (x_PK, y_PK) if (active_PK := active_of(values)) is not None]
+    if not masks:
+        return x_PK, y_PK
+    masked_PK = np.logical_or.reduce(masks)
+    return np.ma.masked_array(x_PK, masked_PK), np.ma.masked_array(y_PK, masked_PK)
+
+
+def _n_there(values_PK: Numbers) -> Ints:
+    """Return how many numbers of each prompt are not masked."""
+    active_PK = active_of(values_PK)
+    return np.full(len(values_PK), values_PK.shape[1]) if active_PK is None else active_PK.sum(1)
 
 
 def _with_interval(name: str, values_B: Floats) -> list[tuple[str, float]]:
@@ -361,16 +468,20 @@ def _with_interval(name: str, values_B: Floats) -> list[tuple[str, float]]:
 
 
 def _ranks(values_PK: Floats) -> Floats:
+    if (active_PK := active_of(values_PK)) is not None:
+        ranks_PK = np.zeros(values_PK.shape)
+        ranks_PK[active_PK] = rankdata(there(values_PK))
+        return np.ma.masked_array(ranks_PK, ~active_PK)
     ranks: Floats = rankdata(values_PK).reshape(values_PK.shape)
     return ranks
 
 
 def _standard(values: Numbers) -> Floats:
-    """Centre and scale: probabilities are so small that their squares would lose digits."""
-    if np.ptp(values) == 0:  # exactly: the mean of equal numbers may differ from them
+    """Centre and scale: probabilities are so small that their squares would lose digits. Masked ones become zero."""
+    if np.ptp(there(values)) == 0:  # exactly: the mean of equal numbers may differ from them
         return np.zeros(values.shape)
-    centred = values.astype(np.float64) - values.mean(dtype=np.float64)
-    standard: Floats = centred / np.abs(centred).max()
+    centred = values.astype(np.float64) - there(values).mean(dtype=np.float64)
+    standard: Floats = np.ma.filled(centred / np.abs(centred).max(), 0)
     return standard
 
 

@@ -66,7 +66,7 @@ class LayerShareRow:
     share: float
     """Number of top neurons in this layer over the number of all; adds up to 1 over the layers."""
     uniform: float
-    """Share of every layer if the neurons were spread evenly: 1/L."""
+    """Share of every layer if the neurons were spread evenly: 1/L, or its share of the model's neurons."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,18 @@ def genre_overlaps(rows: Sequence[OverlapRow]) -> list[GenreOverlapRow]:
     ]
 
 
-def layer_shares(probe: str, ranking: Ranking, tops: Sequence[int], *, n_layers: int) -> list[LayerShareRow]:
-    """Return the share of a dataset's top neurons in every layer, for each size of the top (at most all neurons)."""
-    layer_width = len(ranking.order_K) // n_layers
+def layer_shares(probe: str, ranking: Ranking, tops: Sequence[int], widths_L: Sequence[int]) -> list[LayerShareRow]:
+    """Return the share of a dataset's top neurons in every layer, for each size of the top (at most all neurons).
+
+    Parameters
+    ----------
+    widths_L : sequence of int
+        Neurons of each layer. Flat indices count as many in each as the widest has.
+    """
     return [
-        LayerShareRow(probe, top, layer, float(n / top), 1 / n_layers)
+        LayerShareRow(probe, top, layer, float(n / top), widths_L[layer] / sum(widths_L))
         for top, orders in _tops({"": ranking}, tops)
-        for layer, n in enumerate(np.bincount(orders[""] // layer_width, minlength=n_layers))
+        for layer, n in enumerate(np.bincount(orders[""] // max(widths_L), minlength=len(widths_L)))
     ]
 
 
@@ -186,8 +191,10 @@ def common_neurons(
     layer_width : int
         Neurons of a layer.
     """
-    rank_DM = np.array([np.argsort(ranking.order_K) for ranking in rankings.values()])
-    polarity_DM = np.array([one.polarity_K[rank_M] for one, rank_M in zip(rankings.values(), rank_DM, strict=True)])
+    n_flat = 1 + max(int(ranking.order_K.max()) for ranking in rankings.values())
+    rank_DM, polarity_DM = np.full((len(rankings), n_flat), n_flat), np.zeros((len(rankings), n_flat), np.int8)
+    for rank_M, polarity_M, ranking in zip(rank_DM, polarity_DM, rankings.values(), strict=True):
+        rank_M[ranking.order_K], polarity_M[ranking.order_K] = np.arange(len(ranking.order_K)), ranking.polarity_K
     worst_M = rank_DM.max(axis=0)
     n_same_M = np.maximum((polarity_DM > 0).sum(axis=0), (polarity_DM < 0).sum(axis=0))
     by_worst_M = np.argsort(worst_M, kind="stable")

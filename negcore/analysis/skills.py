@@ -121,8 +121,9 @@ def accuracy_by_neurons(
     NegError
         As `FittedVote.predict`; also if ``max_neurons`` is below 1.
     """
-    best = FittedVote(vote, Ranking.from_scores(scores_M).top(max_neurons), test.n_options, len(scores_M))
-    random = random_vote(best, scores_M, seed=seed, layer_shapes=test.layer_shapes)
+    ranking = Ranking.from_scores(scores_M)
+    best = FittedVote(vote, ranking.top(max_neurons), test.n_options, len(ranking.order_K))
+    random = random_vote(best, np.ma.getdata(scores_M), seed=seed, layer_shapes=test.layer_shapes)
     voters: dict[Order, FittedVote] = {"best": best, "random": random}
     return [
         NeuronCountRow(vote.name, order, k, result.value, *result.interval)
@@ -219,11 +220,11 @@ def bands(vote: Vote, scores_M: Ints, test: NegSplit, *, width: int = 64) -> lis
     """
     ranking = Ranking.from_scores(scores_M)
     width = len(ranking.top(width).order_K)
-    rows = []
-    for first in band_starts(len(scores_M), width):
+    rows, n_all = [], len(ranking.order_K)
+    for first in band_starts(n_all, width):
         end = first + width
         band = Ranking(ranking.order_K[first:end], ranking.polarity_K[first:end])
-        voter = FittedVote(vote, band, test.n_options, len(scores_M))
+        voter = FittedVote(vote, band, test.n_options, n_all)
         result = accuracy(test.gold_P, voter.predict(test), test.answers.row_P)
         rows.append(BandRow(vote.name, first, end, result.value, *result.interval))
     return rows

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from negcore.arrays import Floats
-from negcore.measure.forward import probed_position
+from negcore.arrays import Floats, Ints
+from negcore.measure.active import held_routings
+from negcore.measure.forward import probed_position, stacked_layers
 from negcore.measure.hooks import tapped, zero_shifts
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.question import asked
@@ -22,6 +23,7 @@ from negcore.measure.virtual_tokens import Method
 from negcore.model.architectures import Dtype
 from negcore.model.encoding import EncodedPrompts, encode
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import LayerShape
 from negcore.model.precision import HALF_TYPES
 from negcore.targets import DEFAULT_TARGET
 
@@ -67,13 +69,12 @@ def benchmark(
     labels : sequence of str
         The first is the sweep's target; gradients are taken for all.
     neurons : int
-        Neurons that are swept, the same both ways. The time includes the prompt's own pass, so each neuron costs the
-        fast path less the more there are.
+        Neurons that are swept, the same both ways; of a mixture of experts, some of those that the prompt has. The time
+        includes the prompt's own pass, so each neuron costs the fast path less the more there are.
     watch : callable
         Told what is timed, as it begins.
     """
-    lm.refuse_experts("benchmarks")
-    chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
+    chosen_K2 = _drawn_of(lm, prompt, labels, neurons)
     shifts = shift_grid(2)
     assert len(shifts) == N_SHIFTS
 
@@ -96,6 +97,17 @@ def benchmark(
             watch,
         ),
     ]
+
+
+def _drawn_of(lm: LanguageModel, prompt: str, labels: Sequence[str], count: int) -> Ints:
+    """Draw neurons, evenly from all layers, among those that a prompt has: shape (K, 2)."""
+    active_K2 = draw_neurons([LayerShape(shape.n_active) for shape in lm.layer_shapes], count)
+    if lm.has_experts:
+        experts = neurgrad(lm, [prompt], labels[:1]).experts(lm.layer_shapes)
+        for layer, experts_1K in experts.items():
+            at = active_K2[:, 0] == layer
+            active_K2[at, 1] = lm.layer_shapes[layer].active_neurons(experts_1K)[0][active_K2[at, 1]]
+    return active_K2
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ def _measured_in(
 ) -> Iterator[tuple[str, _Measured]]:
     lm.refuse_experts("comparisons of number types by sweeps")
     question = asked(lm, prompts, labels, None, DEFAULT_TARGET)
-    chosen_K2 = draw_neurons(lm.n_layers, lm.layer_width, neurons)
+    chosen_K2 = draw_neurons(lm.layer_shapes, neurons)
     sweeps: dict[str, Callable[[], SweepResult]] = {"sweep": lambda: sweep(lm, question.prompts, neurons=chosen_K2)}
     if lm.dtype in HALF_TYPES:
         sweeps["sweep, in the type itself"] = lambda: measured(lm, question, chosen_K2, DEFAULT_SHIFTS)
@@ -195,12 +207,17 @@ def plain_gradients(
     position = probed_position(lm, encoded.ids[0])
     ids_1T = torch.tensor(encoded.ids, device=lm.device)
     positions_1 = torch.tensor([position], device=lm.device)
-    gradients = []
+    gradients, routings = [], None
+    if lm.has_experts and lm.router == "fixed":
+        with torch.no_grad(), tapped(lm, positions_1) as unshifted:
+            lm.model(input_ids=ids_1T)
+        routings = held_routings(lm, unshifted, 1)
     for label_id in encoded.label_ids_PO[0].tolist():
         shifts = zero_shifts(lm, 1)
-        with torch.enable_grad(), tapped(lm, positions_1, shifts):
+        with torch.enable_grad(), tapped(lm, positions_1, shifts, routings=routings):
             probability = lm.model(input_ids=ids_1T).logits[0, position].softmax(0)[label_id]
-            gradients.append(torch.cat(torch.autograd.grad(probability, list(shifts.values()))))
+            by_layer = torch.autograd.grad(probability, list(shifts.values()))
+            gradients.append(stacked_layers(lm, [one[0] for one in by_layer], dim=0))
     return torch.stack(gradients)
 
 

@@ -8,7 +8,10 @@ NeurGrad and the plain gradient are in target per unit of activation. The others
 activation's contribution f(a) - f(0), which the ablation measures exactly, or f(a) - f(a'), see
 `negcore.measure.patching`.
 
-Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch, H hidden width.
+Of a mixture of experts, a score is that of a neuron that the prompt has; those of others are masked.
+
+Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer (with experts: those of a prompt),
+B rows of a batch, R rows of a head, H hidden width.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError, PromptError, first_line
+from negcore.measure.active import Chosen, active_places, empty_values, experts_of
 from negcore.measure.forward import ProbedBatch, measure_batches, probed_batches
 from negcore.measure.memory import BatchLimit, is_out_of_memory
 from negcore.measure.neurgrad import away_from_zero
@@ -82,7 +86,8 @@ def estimate(
     Returns
     -------
     float array of shape (P, L, N), or (P, K) where `neurons` is given
-        In target, or target per unit of activation; float32, or float64 from a float64 model.
+        In target, or target per unit of activation; float32, or float64 from a float64 model. Of a mixture of experts
+        N counts all neurons of the widest layer, and what a prompt does not have is masked.
 
     Raises
     ------
@@ -91,11 +96,13 @@ def estimate(
         PromptError if references do not fit.
     NegError
         If the estimator or target is unknown, a neuron does not exist, or references are missing or not wanted;
-        ModelError if the estimator needs gradients and the model's failed its check at load.
+        ModelError if the estimator needs gradients and the model's failed its check at load, or takes activations from
+        other prompts and the model has experts.
     """
     if estimator not in ESTIMATORS:
         raise NegError(f"estimator {estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
-    lm.refuse_experts("estimators other than `negcore.neurgrad`")
+    if estimator in WITH_REFERENCES:
+        lm.refuse_experts(f"{estimator} and other estimators that take activations from other prompts")
     target = checked_target(target)
     if (references is not None) != (estimator in WITH_REFERENCES):
         wants = "needs references, prompts that it takes activations from" if references is None else "takes none"
@@ -107,7 +114,16 @@ def estimate(
     reference_ids = () if references is None else _reference_ids(lm, references, estimator, len(encoded.ids))
     question = Question(encoded, answers_P, target, reference_ids)
     scores_PK = ESTIMATORS[estimator](lm, question, neurons_K2)
-    return scores_PK if neurons is not None else scores_PK.reshape(-1, lm.n_layers, lm.layer_width)
+    return scores_PK if neurons is not None else _by_layer(lm, scores_PK, neurons_K2)
+
+
+def _by_layer(lm: LanguageModel, scores_PM: Floats, neurons_M2: Ints) -> Floats:
+    """Return the scores of all neurons as an array of shape (P, L, N)."""
+    if not lm.has_experts:
+        return scores_PM.reshape(-1, lm.n_layers, lm.layer_width)
+    scores_PLN: Floats = np.ma.masked_all((len(scores_PM), lm.n_layers, lm.layer_width), scores_PM.dtype)
+    scores_PLN[:, *neurons_M2.T] = scores_PM
+    return scores_PLN
 
 
 def neurgrad_scores(lm: LanguageModel, question: Question, neurons_K2: Ints) -> Floats:
@@ -144,10 +160,10 @@ def integrated_gradients_scores(lm: LanguageModel, question: Question, neurons_K
     Source: Sundararajan et al., arXiv 1703.01365, along the scaled activation of Dai et al., arXiv 2104.08696.
     Cost: 20 forward and backward passes a layer.
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
-    layers, limit = np.unique(neurons_K2[:, 0]).tolist(), BatchLimit("steps of a path")
+    result_PK = empty_values(lm, len(question.ids), len(neurons_K2))
+    limit = BatchLimit("steps of a path")
     for prompt in range(len(question.ids)):
-        result_PK[prompt] = _path_scores(lm, question, prompt, layers, limit)[tuple(neurons_K2.T)]
+        result_PK[prompt] = _path_scores(lm, question, prompt, neurons_K2, limit)
     return result_PK
 
 
@@ -157,7 +173,7 @@ def log_probability_increase_scores(lm: LanguageModel, question: Question, neuro
     `h` is the residual stream that the feed-forward's output joins: its layer's input plus its attention output, also
     where attention runs beside the feed-forward (GPT-NeoX, Phi). `a` is the activation that enters the down projection
     (whatever the model's site), `v` the neuron's row of that projection, and `unembed` the model's own final
-    normalisation and head.
+    normalisation and head. In a layer of experts, `v` is times the router's weight, or the gate of shared experts.
 
     Normalisations: where a family normalises the feed-forward's output before adding it (Gemma 2, OLMo 2), that one is
     frozen: a * v is scaled as it scaled the whole output. Where a layer normalises the sum (BERT), this is computed
@@ -175,17 +191,19 @@ def log_probability_increase_scores(lm: LanguageModel, question: Question, neuro
         If the model has no such stream (Gemma 3n has several), or its head takes no rows that are not tokens (GPT
         BigCode).
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    result_PK = empty_values(lm, len(question.ids), len(neurons_K2))
     limit = BatchLimit("neurons")
     with torch.no_grad(), in_float32(lm):
         for batch in probed_batches(lm, question.ids, batch_size=1):
             (prompt,) = batch.rows
             of_layers = _known_streams(batch, question.ids[prompt])
-            for layer in np.unique(neurons_K2[:, 0]).tolist():
-                chosen_K = neurons_K2[:, 0] == layer
-                neurons = torch.from_numpy(neurons_K2[chosen_K, 1]).to(lm.device)
-                increases_K = _increases(lm, question, prompt, layer, neurons, of_layers[layer], limit)
-                result_PK[prompt, chosen_K] = increases_K.cpu()
+            experts = experts_of(batch.predict().routings) if lm.has_experts else {}
+            (places_K,) = active_places(lm, experts, *neurons_K2.T)
+            for layer in np.unique(neurons_K2[places_K >= 0, 0]).tolist():
+                chosen_K = (neurons_K2[:, 0] == layer) & (places_K >= 0)
+                places = torch.from_numpy(places_K[chosen_K]).to(lm.device)
+                increases_K = _increases(lm, question, prompt, layer, places, of_layers[layer], limit)
+                result_PK[prompt, chosen_K] = increases_K.cpu().numpy()
     return result_PK
 
 
@@ -271,33 +289,36 @@ def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
 
 
 def _path_scores(
-    lm: LanguageModel, question: Question, prompt: int, layers: Sequence[int], limit: BatchLimit
-) -> Tensor:
-    """Return the integrated gradients of one prompt: shape (L, N)."""
-    parts: list[Tensor] = []
+    lm: LanguageModel, question: Question, prompt: int, neurons_K2: Ints, limit: BatchLimit
+) -> Floats:
+    """Return the integrated gradients of one prompt: shape (K,)."""
+    parts: list[Floats] = []
 
     def measure(batch: ProbedBatch, steps: list[int]) -> None:
-        parts.append(_path_part(batch, steps, question, prompt, layers))
+        parts.append(_path_part(batch, steps, question, prompt, neurons_K2))
 
     # Every row is the same prompt, so a causal model runs all its tokens but the last once.
     measure_batches(lm, [question.ids[prompt]] * PATH_STEPS, measure, limit, max_rows=PATH_STEPS)
-    return sum(parts, start=torch.zeros(()))
+    return sum(parts, start=np.zeros(len(neurons_K2)))
 
 
 def _path_part(
-    batch: ProbedBatch, steps: Sequence[int], question: Question, prompt: int, layers: Sequence[int]
-) -> Tensor:
-    """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (L, N)."""
+    batch: ProbedBatch, steps: Sequence[int], question: Question, prompt: int, neurons_K2: Ints
+) -> Floats:
+    """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (K,)."""
     lm = batch.lm
-    scores_LN = torch.zeros(lm.n_layers, lm.layer_width, dtype=torch.float64)
+    scores_1LN = torch.zeros(1, lm.n_layers, lm.active_width, dtype=torch.float64)
     scales_B1 = (torch.tensor(steps, dtype=torch.float64, device=lm.device)[:, None] + 0.5) / PATH_STEPS
     with torch.no_grad():
-        activations_LN = batch.predict().activations_BLN[0]
-    for layer in layers:
-        shift_BN = ((scales_B1 - 1) * activations_LN[layer]).to(lm.model.dtype).requires_grad_()
-        (gradient_BN,), _ = row_gradients(batch, question, [prompt] * len(steps), {layer: shift_BN})
-        scores_LN[layer] = (gradient_BN.sum(0) * activations_LN[layer] / PATH_STEPS).double().cpu()
-    return scores_LN
+        _, activations_BLN, routings = batch.predict()
+    for layer in np.unique(neurons_K2[:, 0]).tolist():
+        activations_N = activations_BLN[0, layer, : lm.layer_shapes[layer].n_active]
+        shift_BN = ((scales_B1 - 1) * activations_N).to(lm.model.dtype).requires_grad_()
+        (gradient_BN,), *_ = row_gradients(batch, question, [prompt] * len(steps), {layer: shift_BN})
+        scores_1LN[0, layer, : len(activations_N)] = (gradient_BN.sum(0) * activations_N / PATH_STEPS).double().cpu()
+    first = {layer: routing.rows(slice(1)) for layer, routing in routings.items()}
+    chosen = Chosen.of(lm, experts_of(first), neurons_K2, 1)
+    return chosen.masked(chosen.values(scores_1LN).numpy())[0]
 
 
 def _increases(
@@ -305,20 +326,20 @@ def _increases(
     question: Question,
     prompt: int,
     layer: int,
-    neurons_K: Tensor,
+    places_K: Tensor,
     stream: Stream,
     limit: BatchLimit,
 ) -> Tensor:
     """Return the log-probability increases of some neurons of one layer: shape (K,)."""
-    rows_NH = lm.down_rows(layer).to(stream.acts_N)
-    neurons_K = neurons_K.to(rows_NH.device)  # a layer may be on another device
+    rows_NH = (lm.down_rows(layer) if stream.rows_NH is None else stream.rows_NH).to(stream.acts_N)
+    places_K = places_K.to(rows_NH.device)  # a layer may be on another device
 
     def part_increases(indices: list[int]) -> Tensor:
-        part = neurons_K[indices]
+        part = places_K[indices]
         written_RH = stream.acts_N[part, None] * rows_NH[part]
         logits_RV = unembed(lm, stream.join(nn.functional.pad(written_RH, (0, 0, 1, 0))))  # row 0 writes nothing
         log_probs_RO = label_log_probs(logits_RV, question.labels([prompt] * len(logits_RV), lm))
         targets_R = question.values(log_probs_RO, [prompt] * len(logits_RV))
         return targets_R[1:] - targets_R[0]
 
-    return torch.cat(limit.compute(len(neurons_K), head_rows(lm), part_increases))
+    return torch.cat(limit.compute(len(places_K), head_rows(lm), part_increases))

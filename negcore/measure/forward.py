@@ -70,12 +70,16 @@ class ProbedBatch(ABC):
     def __init__(self, lm: LanguageModel, rows: Sequence[int]) -> None:
         self.lm, self.rows = lm, list(rows)
 
-    def predict(self, shifts: Mapping[int, Tensor] | None = None) -> Prediction:
+    def predict(
+        self, shifts: Mapping[int, Tensor] | None = None, shifted: Mapping[int, Routing] | None = None
+    ) -> Prediction:
         """Predict from the probed tokens with their neurons shifted.
 
         Parameters
         ----------
         shifts : mapping of layer to Tensor of shape (B, N), in units of activation, optional
+        shifted : mapping of layer to Routing, optional
+            Experts whose neurons the shifts are of: see `tapped`.
 
         Returns
         -------
@@ -83,7 +87,7 @@ class ProbedBatch(ABC):
             With a graph from the shifts to the logits where gradients are enabled.
         """
         routings = self._routings() if shifts and self.lm.has_experts and self.lm.router == "fixed" else None
-        with tapped(self.lm, self.positions_B, shifts, routings=routings) as activations:
+        with tapped(self.lm, self.positions_B, shifts, routings=routings, shifted=shifted) as activations:
             logits_BV = self._logits()
         stacked = stacked_layers(self.lm, [activations[layer] for layer in range(self.lm.n_layers)], dim=1)
         return Prediction(logits_BV, stacked, activations.probed)

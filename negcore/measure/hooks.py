@@ -53,6 +53,7 @@ def tapped(
     *,
     rows_B: Tensor | None = None,
     routings: Mapping[int, Routing] | None = None,
+    shifted: Mapping[int, Routing] | None = None,
 ) -> Iterator[Readings]:
     """Tap the site of every layer at some tokens; no hook remains on leaving, even after an exception.
 
@@ -68,6 +69,9 @@ def tapped(
         Rising row of each probed token in the batch, up to the last row; by default every row has one.
     routings : mapping of layer to Routing, optional
         Of all tokens of the pass, to go by in place of the router's.
+    shifted : mapping of layer to Routing, optional
+        Of the probed tokens: the experts whose neurons the shifts are of; by default those that the pass routes to.
+        Where it routes a token away from one of them, that one's neurons do not run, and their shifts do nothing.
 
     Yields
     ------
@@ -90,6 +94,8 @@ def tapped(
         if layer not in shifts:
             return values
         shift = shifts[layer][:, columns].to(values)
+        if shifted is not None and columns.start == 0 and layer in shifted:
+            shift = _realigned(shift, shifted[layer].experts_TK, readings.probed[layer].experts_TK)
         shift = nn.functional.pad(shift, (first, 0)) if first else shift
         if not has_others:  # the same sum, for which a GPU needs one step instead of twenty
             return values + shift.view_as(values)
@@ -113,6 +119,14 @@ def tapped(
                 hooks.callback(hook_site(lm, layer, change).remove)
         hooks.enter_context(_at_experts(lm, route, tap))
         yield readings
+
+
+def _realigned(shift_BN: Tensor, from_BK: Tensor, to_BK: Tensor) -> Tensor:
+    """Return shifts of the neurons of some experts as those of others: of experts in both, and zero of the rest."""
+    same_BKK = to_BK[:, :, None] == from_BK[:, None].to(to_BK.device)
+    shift_BKU = shift_BN.view(len(shift_BN), from_BK.shape[1], -1)
+    slots_BKU = same_BKK.int().argmax(-1)[..., None].expand_as(shift_BKU)
+    return shift_BKU.gather(1, slots_BKU).masked_fill(~same_BKK.any(-1, keepdim=True), 0).view_as(shift_BN)
 
 
 def _at_experts(

@@ -1,7 +1,7 @@
 """Interventions on many neurons at once, to compare the true change with the sum of single predictions.
 
 Shapes: P prompts, O options (labels), D shifts of sets, M sets of neurons, K neurons of a set, R shifted rows,
-L layers, N neurons a layer, V vocabulary.
+L layers, N neurons a layer (with experts: those of a prompt), V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
-from negcore.measure.active import active_places
+from negcore.measure.active import Chosen, Experts, active_places, experts_of
 from negcore.measure.forward import (
     TOKEN_BUDGET,
     ProbedBatch,
@@ -25,9 +25,9 @@ from negcore.measure.forward import (
 )
 from negcore.measure.memory import BatchLimit
 from negcore.measure.neurgrad import away_from_zero, neurgrad
-from negcore.measure.question import asked
+from negcore.measure.question import Question, asked
 from negcore.measure.spread import checked_spreads
-from negcore.measure.sweeps import checked_shifts, choose_neurons
+from negcore.measure.sweeps import checked_shifts, choose_neurons, every_neuron
 from negcore.measure.virtual_tokens import HookedAnswers
 from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.experts import Routing
@@ -62,6 +62,8 @@ class InterventionResult:
     """Token id that each label became."""
     target: Target = DEFAULT_TARGET
     """The number that the values are."""
+    n_shifted_PM: Ints | None = None
+    """Neurons of each set that a prompt has, of a mixture of experts: only they are shifted. None for other models."""
 
     @property
     def base_probs_P(self) -> Floats:
@@ -89,12 +91,12 @@ def random_sets(lm: LanguageModel, sizes: Sequence[int] = SET_SIZES, *, seed: in
     NegError
         If a size is not positive or the model has fewer neurons.
     """
-    n_total = lm.n_layers * lm.layer_width
+    n_total = sum(shape.n_neurons for shape in lm.layer_shapes)
     for size in sizes:
         if not 1 <= size <= n_total:
             raise NegError(f"a set of {size} neurons cannot be drawn; {lm.card.name} has 1 to {n_total}")
-    order = np.random.default_rng(seed).permutation(n_total)
-    return [np.stack(np.divmod(order[:size], lm.layer_width), axis=1) for size in sizes]
+    every_K2 = every_neuron(lm.layer_shapes)[np.random.default_rng(seed).permutation(n_total)]
+    return [every_K2[:size] for size in sizes]
 
 
 def intervene(
@@ -128,7 +130,7 @@ def intervene(
         Units of activation in a shift of 1, for each neuron of each set; by default 1. Neurons with a spread of zero do
         not move.
     negs_PLN : float array of shape (P, L, N), optional
-        NEG in target per unit of activation; by default NeurGrad's estimate.
+        NEG in target per unit of activation; by default NeurGrad's estimate, and of a mixture of experts always.
 
     Raises
     ------
@@ -141,47 +143,74 @@ def intervene(
     ----------
     Zhao, Jiang, Yoshinaga (ACL 2025), arXiv 2412.18053: multi-neuron intervention.
     """
-    lm.refuse_experts("interventions on sets of neurons")
     shifts_D = checked_shifts(shifts)
     chosen = [choose_neurons(lm, np.asarray(neurons)) for neurons in sets]
-    places = [(neurons_K2[:, 0], neurons_K2[:, 1]) for neurons_K2 in chosen]
-    if not places:
+    if not chosen:
         raise NegError("no sets were given; at least one is needed")
     question = asked(lm, prompts, labels, answers, checked_target(target))
-    n_prompts, expected = len(question.ids), (len(question.ids), lm.n_layers, lm.layer_width)
-    if negs_PLN is None:
-        negs_POLN = neurgrad(lm, question.prompts, target=question.target).negs_POLN
-        negs_PLN = negs_POLN[np.arange(n_prompts), question.answers_P]
-    negs_PLN = np.asarray(negs_PLN)
-    if negs_PLN.shape != expected:
-        raise NegError(f"NEGs of shape {negs_PLN.shape} do not fit; these prompts and {lm.card.name} need {expected}")
+    n_prompts = len(question.ids)
+    negs, n_there_PM = _negs_of_sets(lm, question, chosen, None if negs_PLN is None else np.asarray(negs_PLN))
     units = _units(spreads, chosen)
-    by_set = (np.abs(negs_PLN[:, *place]) * unit_K for place, unit_K in zip(places, units, strict=True))
+    by_set = (np.abs(negs_PK) * unit_K for negs_PK, unit_K in zip(negs, units, strict=True))
     sums_PM = np.stack([of_set_PK.sum(1, dtype=np.float64) for of_set_PK in by_set], axis=1)
     result = InterventionResult(
         sizes_M=np.array([len(neurons_K2) for neurons_K2 in chosen]),
         shifts_D=shifts_D,
         base_P=np.empty(n_prompts, lm.result_type),
-        values_PDM=np.empty((n_prompts, len(shifts_D), len(places)), lm.result_type),
+        values_PDM=np.empty((n_prompts, len(shifts_D), len(chosen)), lm.result_type),
         predicted_PDM=shifts_D[:, None] * sums_PM[:, None],
         label_ids_P=question.answer_ids_P,
         target=question.target,
+        n_shifted_PM=n_there_PM,
     )
 
     def rows_of(prompt: int) -> list[JointShift]:
-        sizes = [np.sign(negs_PLN[prompt, *place]) * unit_K for place, unit_K in zip(places, units, strict=True)]
+        sizes = [np.sign(negs_PK[prompt]) * unit_K for negs_PK, unit_K in zip(negs, units, strict=True)]
         return [
-            JointShift(*place, shift * sizes_K)
+            JointShift(neurons_K2[:, 0], neurons_K2[:, 1], shift * sizes_K)
             for shift in shifts_D.tolist()
-            for place, sizes_K in zip(places, sizes, strict=True)
+            for neurons_K2, sizes_K in zip(chosen, sizes, strict=True)
         ]
 
     with in_float32(lm):
         for prompt, base_O, values_RO in shift_together(lm, question.prompts, rows_of, question.target):
             answer = question.answers_P[prompt]
             result.base_P[prompt] = base_O[answer]
-            result.values_PDM[prompt] = values_RO[:, answer].reshape(len(shifts_D), len(places))
+            result.values_PDM[prompt] = values_RO[:, answer].reshape(len(shifts_D), len(chosen))
     return result
+
+
+class _SetNegs(NamedTuple):
+    """NEGs of the neurons of each set, (P, K), zero where a prompt does not have the neuron; and how many it has."""
+
+    negs: list[Floats]
+    n_there_PM: Ints | None
+
+
+def _negs_of_sets(
+    lm: LanguageModel, question: Question, sets: Sequence[Ints], negs_PLN: Floats | None
+) -> _SetNegs:
+    """Return the NEGs of sets, checked if they were given.
+
+    Raises
+    ------
+    NegError
+        If they do not fit; ModelError if they are given of a mixture of experts.
+    """
+    n_prompts = len(question.ids)
+    if negs_PLN is not None:
+        lm.refuse_experts("interventions by NEGs that are given")
+        if negs_PLN.shape != (expected := (n_prompts, lm.n_layers, lm.layer_width)):
+            raise NegError(
+                f"NEGs of shape {negs_PLN.shape} do not fit; these prompts and {lm.card.name} need {expected}"
+            )
+        return _SetNegs([negs_PLN[:, *neurons_K2.T] for neurons_K2 in sets], None)
+    batch = neurgrad(lm, question.prompts, target=question.target)
+    negs_PLN = batch.negs_POLN[np.arange(n_prompts), question.answers_P]
+    placed = [Chosen.of(lm, batch.experts(lm.layer_shapes), neurons_K2, n_prompts) for neurons_K2 in sets]
+    negs = [one.values(torch.from_numpy(negs_PLN)).numpy() for one in placed]
+    there_PM = np.stack([one.there_BK.sum(1) for one in placed], axis=1) if lm.has_experts else None
+    return _SetNegs(negs, there_PM)
 
 
 def _units(spreads: Sequence[ArrayLike] | None, chosen: Sequence[Ints]) -> Sequence[Floats | int]:
@@ -207,9 +236,9 @@ class JointShift(NamedTuple):
     sizes_K: Floats
     """In units of activation; positive is away from zero."""
 
-    def among_active(self, lm: LanguageModel, probed: Mapping[int, Routing]) -> "JointShift":
+    def among_active(self, lm: LanguageModel, experts: Experts) -> "JointShift":
         """Return the shift of the neurons that a prompt has, by their places among those: see `active_places`."""
-        places_K = active_places(lm, probed, self.layers_K, self.neurons_K)
+        (places_K,) = active_places(lm, experts, self.layers_K, self.neurons_K)
         there_K = places_K >= 0
         return JointShift(self.layers_K[there_K], places_K[there_K], self.sizes_K[there_K])
 
@@ -235,7 +264,8 @@ def shift_together(
     """Shift sets of neurons at the probed token, one prompt at a time; its rows share what comes before that token.
 
     Of a mixture of experts, the neurons of a set that the prompt has are shifted: those of the experts of its unshifted
-    pass.
+    pass. Where the shifts of earlier layers lead the router away from such an expert, its neurons do not run, and there
+    is nothing to shift.
 
     Activations, and so the directions away from zero, are those of the unshifted pass.
 
@@ -279,12 +309,13 @@ def _shift_prompt(
     lm = batch.lm
     with torch.no_grad():
         logits_1V, activations_1LN, probed = batch.predict()
-        rows = [row.among_active(lm, probed) for row in rows]
+        experts = experts_of(probed)
+        rows = [row.among_active(lm, experts) for row in rows]
         directions_LN = away_from_zero(activations_1LN[0])
         parts = limit.compute(
             len(rows),
             rows_of_a_pass(lm, len(tokens)),
-            lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, read),
+            lambda chosen: _shifted(batch, tokens, [rows[row] for row in chosen], directions_LN, probed, read),
         )
     base_1O = read.values(logits_1V).cpu()
     values_RO = (base_1O.double() + torch.cat(parts)).to(base_1O.dtype)
@@ -320,11 +351,12 @@ def _shifted(
     tokens: Sequence[int],
     rows: Sequence[JointShift],
     directions_LN: Tensor,
+    probed: Mapping[int, Routing],
     read: _Read,
 ) -> Tensor:
     """Return the changes p(d) - p(0) of some rows: shape (R, O), on the CPU; an unshifted row runs in the same pass."""
     n_rows, steps_LRN = 1 + len(rows), _steps(rows, directions_LN)
-    logits_RV = copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN))).logits_BV
+    logits_RV = copies(prompt, tokens, n_rows).predict(dict(enumerate(steps_LRN)), probed).logits_BV
     values_RO = read.values(logits_RV).double()
     return (values_RO[1:] - values_RO[:1]).cpu()
 

@@ -144,10 +144,8 @@ def settled(lm: LanguageModel) -> LanguageModel:
 
 
 def _faster_ways(lm: LanguageModel) -> tuple[Way, ...]:
-    """Return the ways to try before whole prompts; no shifted expert runs as a virtual token."""
-    if not lm.arch.discovered or lm.arch.masked:
-        return ()
-    return tuple(way for way in FASTER if way != "virtual" or not lm.has_experts)
+    """Return the ways to try before whole prompts."""
+    return FASTER if lm.arch.discovered and not lm.arch.masked else ()
 
 
 def _with_own_attention(lm: LanguageModel) -> LanguageModel:

@@ -265,7 +265,7 @@ def _prefix_differs(trial: _Trial) -> float:
 def _virtual_differs(trial: _Trial) -> float:
     """Compare the labels' log-probabilities under shifts, relative to what the shifts change; as sweeps, in float32."""
     label_ids_O = trial.plain.label_ids_O.cpu().numpy()
-    limit, shifts = BatchLimit("shifted rows"), _telling_shifts(trial.plain.gradients)
+    limit, shifts = BatchLimit("shifted rows"), _telling_shifts(trial.lm, trial.plain.gradients)
     with in_float32(trial.lm):
         batch = trial.batch([0])
         assert isinstance(batch, CausalBatch)
@@ -275,18 +275,17 @@ def _virtual_differs(trial: _Trial) -> float:
     return _difference((virtual_RO - hooked_RO)[None], (hooked_RO - unshifted_RO)[None])
 
 
-def _telling_shifts(plain: _Gradients) -> Shifts:
+def _telling_shifts(lm: LanguageModel, plain: _Gradients) -> Shifts:
     """Shift the strongest neuron up and a middling one down, in the first, the middle and the last layer.
 
     A shift is so large that the label's log-probability changes by about one, or less where that asks for more than a
     thousand units.
     """
     slopes_LN = (plain.grads_OLN[0] / plain.probs_O[0]).abs().double().cpu()
-    n_layers, width = slopes_LN.shape
     rows = []
-    for layer in sorted({0, n_layers // 2, n_layers - 1}):
-        order_N = slopes_LN[layer].argsort(descending=True, stable=True)
-        for neuron, sign in ((int(order_N[0]), 1), (int(order_N[width // 2]), -1)):
+    for layer in sorted({0, lm.n_layers // 2, lm.n_layers - 1}):
+        order_N = slopes_LN[layer, : lm.layer_shapes[layer].n_active].argsort(descending=True, stable=True)
+        for neuron, sign in ((int(order_N[0]), 1), (int(order_N[len(order_N) // 2]), -1)):
             rows.append((layer, neuron, sign / max(float(slopes_LN[layer, neuron]), 1e-3)))
     layers, neurons, sizes = zip(*rows, strict=True)
     return Shifts(np.array(layers), np.array(neurons), np.array(sizes))

@@ -31,6 +31,7 @@ from negcore.measure.memory import BatchLimit
 from negcore.model.encoding import EncodedPrompts, Labels, encode
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import LayerShape
 from negcore.targets import DEFAULT_TARGET, Target, check_options, checked_target, own_values, target_values
 
 # Most bytes of the gradients of a batch's logits: options x rows x vocabulary.
@@ -71,6 +72,18 @@ class NeurGradBatch:
     """The router's weight of each of them; 0 where there is none."""
     target: Target = DEFAULT_TARGET
     """The number of each label that NEGs are slopes of."""
+
+    def experts(self, shapes: Sequence[LayerShape]) -> dict[int, Ints]:
+        """Return the experts of the prompts, (P, K), by layer of experts.
+
+        Parameters
+        ----------
+        shapes : sequence of LayerShape
+            Of the model's layers.
+        """
+        if self.experts_PLK is None:
+            return {}
+        return {n: self.experts_PLK[:, n, : shape.top_k] for n, shape in enumerate(shapes) if shape.n_experts}
 
     def nonfinite(self) -> list[Nonfinite]:
         """Count each prompt's NaN and infinite values as float32, which shards hold; list affected prompts."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from negcore.arrays import Floats, Ints
 from negcore.errors import NegError
 from negcore.measure.dropped_layers import dropping, n_blocks
-from negcore.measure.forward import ProbedBatch, measure_batches
+from negcore.measure.forward import ProbedBatch, measure_batches, stacked_layers
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
-from negcore.measure.question import Question, chosen, read_activations, row_gradients, score_replacement, score_rows
+from negcore.measure.question import Question, read_activations, row_gradients, score_replacement, score_rows
 from negcore.measure.relevance import propagation_rules
 from negcore.model.language_model import LanguageModel
 
@@ -118,9 +118,10 @@ def _dropped_gradients(
     def measure(batch: ProbedBatch, rows: list[int]) -> None:
         shifts = zero_shifts(lm, len(rows))
         with dropping(lm, rows):
-            gradients, activations_BLN = row_gradients(batch, question, [prompt] * len(rows), shifts)
-        gradients_RK[rows] = chosen(torch.stack(gradients, dim=1), neurons_K2).double().cpu().numpy()
-        activations_RK[rows] = chosen(activations_BLN, neurons_K2).double().cpu().numpy()
+            found = row_gradients(batch, question, [prompt] * len(rows), shifts)
+        chosen = found.chosen(lm, neurons_K2)
+        gradients_RK[rows] = chosen.values(stacked_layers(lm, found.gradients, dim=1)).double().cpu().numpy()
+        activations_RK[rows] = chosen.values(found.activations_BLN).double().cpu().numpy()
 
     # Every row is the same prompt, so a causal model runs all its tokens but the last once.
     measure_batches(lm, [question.ids[prompt]] * n_rows, measure, limit, max_rows=n_rows)

@@ -1,10 +1,12 @@
 """The question that estimators answer: prompts, a target, and the prompts from which neurons take another value.
 
-Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer, B rows of a batch.
+Shapes: P prompts, O options (labels), K chosen neurons, L layers, N neurons a layer (with experts: those of a prompt),
+B rows of a batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import LabelError
-from negcore.measure.forward import ProbedBatch, measure_batches
+from negcore.measure.active import Chosen, empty_values, experts_of
+from negcore.measure.forward import ProbedBatch, measure_batches, stacked_layers
 from negcore.measure.hooks import zero_shifts
 from negcore.measure.memory import BatchLimit
 from negcore.measure.virtual_tokens import Shifts, label_log_probs, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels, encode, encode_targets
+from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 from negcore.model.precision import in_float32
 from negcore.targets import Target, check_options, target_values
@@ -108,10 +112,23 @@ def checked_answers(answers: Sequence[int] | Ints | None, label_ids_PO: Ints, ta
     return answers_P.astype(np.int64)
 
 
+class RowGradients(NamedTuple):
+    """Gradient of each row's target by each layer's shift, with activations and experts."""
+
+    gradients: tuple[Tensor, ...]
+    """One tensor (B, N) for each layer that was shifted."""
+    activations_BLN: Tensor
+    routings: Mapping[int, Routing]
+
+    def chosen(self, lm: LanguageModel, neurons_K2: Ints) -> Chosen:
+        """Find neurons in the rows."""
+        return Chosen.of(lm, experts_of(self.routings), neurons_K2, len(self.activations_BLN))
+
+
 def row_gradients(
     batch: ProbedBatch, question: Question, prompts: Sequence[int], shifts: dict[int, Tensor]
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the gradient of each row's target by each layer's shift, and the activations: shape (B, L, N).
+) -> RowGradients:
+    """Differentiate each row's target by each layer's shift.
 
     `prompts` names the prompt of each row.
 
@@ -122,11 +139,11 @@ def row_gradients(
     """
     batch.lm.require("neurgrad")
     with torch.enable_grad():
-        logits_BV, activations_BLN, _ = batch.predict(shifts)
+        logits_BV, activations_BLN, routings = batch.predict(shifts)
         log_probs_BO = label_log_probs(logits_BV, question.labels(prompts, batch.lm))
         # Rows do not see each other, so the gradient of their sum is each row's own.
         total = question.values(log_probs_BO, prompts).sum()
-        return torch.autograd.grad(total, list(shifts.values())), activations_BLN
+        return RowGradients(torch.autograd.grad(total, list(shifts.values())), activations_BLN, routings)
 
 
 def score_gradients(
@@ -139,31 +156,35 @@ def score_gradients(
 def score_rows(
     lm: LanguageModel, question: Question, neurons_K2: Ints, score: Callable[[Tensor, Tensor, list[int]], Tensor]
 ) -> Floats:
-    """Score neurons by a function of gradient, activation and the prompts of their rows."""
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
+    """Score neurons by a function of gradient, activation and the prompts of their rows.
+
+    Of a mixture of experts, the scores of neurons that a prompt does not have are masked.
+    """
+    result_PK = empty_values(lm, len(question.ids), len(neurons_K2))
 
     def measure(batch: ProbedBatch, prompts: list[int]) -> None:
-        gradients, activations_BLN = row_gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
-        gradient_BK = chosen(torch.stack(gradients, dim=1), neurons_K2)
-        scores_BK = score(gradient_BK, chosen(activations_BLN, neurons_K2), prompts)
-        result_PK[prompts] = scores_BK.double().cpu().numpy()
+        found = row_gradients(batch, question, prompts, zero_shifts(lm, len(prompts)))
+        chosen = found.chosen(lm, neurons_K2)
+        gradient_BK = chosen.values(stacked_layers(lm, found.gradients, dim=1))
+        scores_BK = score(gradient_BK, chosen.values(found.activations_BLN), prompts)
+        result_PK[prompts] = chosen.masked(scores_BK.double().cpu().numpy())
 
     max_rows = _BATCH_LOGIT_BYTES // (4 * lm.card.vocab_size)
     measure_batches(lm, question.ids, measure, BatchLimit("prompts"), max_rows=max_rows)
     return result_PK
 
 
-def chosen(values_BLN: Tensor, neurons_K2: Ints) -> Tensor:
-    """Return the values of some neurons: shape (B, K)."""
-    return values_BLN[:, neurons_K2[:, 0], neurons_K2[:, 1]]
-
-
 def read_activations(lm: LanguageModel, ids: Sequence[list[int]], neurons_K2: Ints) -> Floats:
-    """Return some neurons' activations at the probed token of some prompts: shape (P, K), float64."""
-    result_PK = np.empty((len(ids), len(neurons_K2)))
+    """Return some neurons' activations at the probed token of some prompts: shape (P, K), float64.
+
+    Of a mixture of experts, those that a prompt does not have are masked.
+    """
+    result_PK = empty_values(lm, len(ids), len(neurons_K2), np.float64)
 
     def measure(batch: ProbedBatch, prompts: list[int]) -> None:
-        result_PK[prompts] = chosen(batch.predict().activations_BLN, neurons_K2).double().cpu().numpy()
+        _, activations_BLN, routings = batch.predict()
+        chosen = Chosen.of(lm, experts_of(routings), neurons_K2, len(prompts))
+        result_PK[prompts] = chosen.masked(chosen.values(activations_BLN).double().cpu().numpy())
 
     with torch.no_grad():
         measure_batches(lm, ids, measure, BatchLimit("prompts"), max_rows=_READ_ROWS)
@@ -180,13 +201,17 @@ def score_replacement(
     replace : callable
         Returns a', of shape (P, K) or for all; called while half types compute in float32, as the measurement does.
     """
-    result_PK = np.empty((len(question.ids), len(neurons_K2)), lm.result_type)
-    layers_K, chosen_K = neurons_K2.T
+    result_PK = empty_values(lm, len(question.ids), len(neurons_K2))
     with in_float32(lm):
         replaced_PK = np.broadcast_to(np.float64(replace()), result_PK.shape)
         for index, prompt in shifted_prompts(lm, question.prompts):
-            sizes_K = replaced_PK[index] - prompt.activations_LN[layers_K, chosen_K].double().cpu().numpy()
-            measured = prompt.measure(Shifts(layers_K, chosen_K, sizes_K))
+            layers_K, places_K = neurons_K2[:, 0], prompt.places_of(*neurons_K2.T)
+            there_K = np.flatnonzero(places_K >= 0)
+            if not there_K.size:
+                continue
+            layers_K, places_K = layers_K[there_K], places_K[there_K]
+            sizes_K = replaced_PK[index, there_K] - prompt.activations_LN[layers_K, places_K].double().cpu().numpy()
+            measured = prompt.measure(Shifts(layers_K, places_K, sizes_K))
             with_K, whole_K = (question.values(log_probs_KO, [index] * len(sizes_K)) for log_probs_KO in measured)
-            result_PK[index] = whole_K - with_K
+            result_PK[index, there_K] = whole_K - with_K
     return result_PK

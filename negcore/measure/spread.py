@@ -4,6 +4,7 @@ Shapes: P prompts, K chosen neurons.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,7 +19,8 @@ from negcore.model.precision import in_float32
 def activation_spreads(lm: LanguageModel, ids: Sequence[list[int]], neurons_K2: Ints) -> Floats:
     """Return the standard deviation of neurons' activations at the probed tokens of prompts: shape (K,), float64.
 
-    It is that of these very prompts (the mean square is over P), and exactly zero where all activations are equal.
+    It is that of these very prompts (the mean square is over P), and exactly zero where all activations are equal. Of a
+    mixture of experts, it is that of the prompts that have the neuron, and zero if none does.
 
     Parameters
     ----------
@@ -33,8 +35,9 @@ def activation_spreads(lm: LanguageModel, ids: Sequence[list[int]], neurons_K2: 
         raise NegError("one prompt has no spread of activations; give two or more, or shifts in units of activation")
     with in_float32(lm):
         activations_PK = read_activations(lm, ids, neurons_K2)
-    varies_K = np.ptp(activations_PK, axis=0) > 0  # exact, while the mean of equal numbers may be rounded
-    return np.where(varies_K, activations_PK.std(axis=0), 0.0)
+    ptp: Any = np.ma.ptp if np.ma.isMaskedArray(activations_PK) else np.ptp
+    varies_K = np.ma.filled(ptp(activations_PK, axis=0) > 0, False)  # exact, while a mean of equal numbers is rounded
+    return np.where(varies_K, np.ma.filled(activations_PK.std(axis=0), 0.0), 0.0)
 
 
 def checked_spreads(spreads: ArrayLike, n_neurons: int) -> Floats:

@@ -6,26 +6,31 @@ tokens of the prompt before its last one are left alone. Activations, and so the
 of the unshifted model reading the same tokens: its first token is the one that interventions and causal checks
 predict, and shifts of earlier layers turn no direction round.
 
-Shapes: L layers, N neurons a layer, K shifted neurons, S steered tokens, V vocabulary.
+Of a mixture of experts, those of the chosen neurons are shifted that a token has, unshifted: those of the experts that
+it is routed to. Where shifts lead the router away from one of these, there is nothing of it to shift.
+
+Shapes: L layers, N neurons a layer (with experts: those of a token), K shifted neurons, S steered tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from negcore.errors import ModelError, NegError, PromptError
-from negcore.measure.forward import CausalBatch, run_prefix
+from negcore.measure.active import experts_of
+from negcore.measure.forward import CausalBatch, run_prefix, stacked_layers
 from negcore.measure.hooks import Readings, tapped
 from negcore.measure.interventions import JointShift
 from negcore.measure.neurgrad import away_from_zero
 from negcore.measure.sweeps import choose_neurons
 from negcore.model.encoding import encode_prompts
+from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel
 
 Shift = tuple[int, int, float]
@@ -111,7 +116,6 @@ def steered_answers(
     """
     if lm.arch.masked:
         raise ModelError(f"{lm.card.name} fills in masks and writes no answers: steer a model of the next token")
-    lm.refuse_experts("steered answers")
     if max_tokens < 1:
         raise NegError(f"max_tokens {max_tokens} leaves no answer; give at least 1")
     joint = joint_shift(lm, shifts)
@@ -163,10 +167,10 @@ def _answer(before: "_Reading", tokens: Sequence[int], joint: JointShift | None,
     ids: list[int] = []
     probs: list[float] = []
     while len(ids) < max_tokens:
-        logits_V, activations_LN = plain.read(newest)
+        seen = plain.read(newest)
         if joint is not None:
-            logits_V, _ = shifted.read(newest, _steps(joint, activations_LN))
-        newest, prob = _likeliest(logits_V)
+            seen = shifted.read(newest, _Steps.of(lm, joint, seen))
+        newest, prob = _likeliest(seen.logits_V)
         if newest in ends:
             break
         ids.append(newest)
@@ -174,12 +178,35 @@ def _answer(before: "_Reading", tokens: Sequence[int], joint: JointShift | None,
     return Answer(_text(lm, tokens, ids), ids, probs, is_ended=len(ids) < max_tokens)
 
 
-def _steps(joint: JointShift, activations_LN: Tensor) -> Tensor:
-    layers_K, neurons_K = (torch.from_numpy(places).to(activations_LN.device) for places in joint[:2])
-    sizes_K = torch.from_numpy(joint.sizes_K).to(activations_LN)
-    steps_LN = torch.zeros_like(activations_LN)
-    steps_LN[layers_K, neurons_K] = sizes_K * away_from_zero(activations_LN[layers_K, neurons_K])
-    return steps_LN
+class _Seen(NamedTuple):
+    """The newest token of a text that was read."""
+
+    logits_V: Tensor
+    activations_LN: Tensor
+    """Before a shift."""
+    probed: Mapping[int, Routing]
+    """Its experts, (1, K), by layer of experts."""
+    routings: Mapping[int, Routing]
+    """Of all tokens that ran."""
+
+
+class _Steps(NamedTuple):
+    """What is added to the neurons that a token has, unshifted."""
+
+    steps_LN: Tensor
+    probed: Mapping[int, Routing]
+    """Experts of these neurons, (1, K)."""
+    held: Mapping[int, Routing] | None
+    """Routing to go by, of all tokens that run; None if the router is to see the shifts."""
+
+    @classmethod
+    def of(cls, lm: LanguageModel, joint: JointShift, seen: _Seen) -> Self:
+        """Return the steps of a shift, from the token as it was read unshifted."""
+        own, steps_LN = joint.among_active(lm, experts_of(seen.probed)), torch.zeros_like(seen.activations_LN)
+        layers_K, places_K = (torch.from_numpy(places).to(steps_LN.device) for places in own[:2])
+        sizes_K = torch.from_numpy(own.sizes_K).to(steps_LN)
+        steps_LN[layers_K, places_K] = sizes_K * away_from_zero(seen.activations_LN[layers_K, places_K])
+        return cls(steps_LN, seen.probed, seen.routings if lm.router == "fixed" else None)
 
 
 def _likeliest(logits_V: Tensor) -> tuple[int, float]:
@@ -215,11 +242,13 @@ class _Reading(ABC):
         self.lm, self._tokens = lm, list(tokens)
 
     @abstractmethod
-    def read(self, token: int, steps_LN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Read one more token with its neurons shifted: its logits (V,), and its activations before the shift (L, N).
+    def read(self, token: int, steps: _Steps | None = None) -> _Seen:
+        """Read one more token with its neurons shifted; it stays so for the tokens behind it."""
 
-        A shifted token stays so for the tokens behind it.
-        """
+    def _seen(self, output: Any, readings: Readings) -> _Seen:
+        newest = [readings[layer][-1] for layer in range(self.lm.n_layers)]
+        probed = {layer: routing.rows(slice(-1, None)) for layer, routing in readings.probed.items()}
+        return _Seen(output.logits[0, -1], stacked_layers(self.lm, newest, dim=0), probed, readings.routings)
 
 
 class _CachedReading(_Reading):
@@ -229,14 +258,15 @@ class _CachedReading(_Reading):
         super().__init__(lm, tokens)
         self._before = run_prefix(lm, self._tokens)
 
-    def read(self, token: int, steps_LN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, token: int, steps: _Steps | None = None) -> _Seen:
         self._tokens = [*self._tokens, token]
         batch = CausalBatch(self.lm, [0], [self._tokens], self._before)
-        steps = {} if steps_LN is None else dict(enumerate(steps_LN[:, None]))
-        with tapped(self.lm, batch.positions_B, steps) as activations:
+        shifts = {} if steps is None else dict(enumerate(steps.steps_LN[:, None]))
+        held, probed = (None, None) if steps is None else (steps.held, steps.probed)
+        with tapped(self.lm, batch.positions_B, shifts, routings=held, shifted=probed) as readings:
             output = batch.run_last(self.lm.model)
         self._before = output.past_key_values.grown()
-        return output.logits[0, -1], _newest(activations)
+        return self._seen(output, readings)
 
 
 class _WholeReading(_Reading):
@@ -245,18 +275,21 @@ class _WholeReading(_Reading):
     def __init__(self, lm: LanguageModel, tokens: Sequence[int]) -> None:
         super().__init__(lm, tokens)
         self._n_unshifted = len(self._tokens)
-        self._steps: list[Tensor] = []
+        self._steps: list[_Steps] = []
 
-    def read(self, token: int, steps_LN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, token: int, steps: _Steps | None = None) -> _Seen:
         self._tokens = [*self._tokens, token]
-        self._steps = [*self._steps, *([] if steps_LN is None else [steps_LN])]
-        steps = dict(enumerate(torch.stack(self._steps, dim=1))) if self._steps else {}
+        self._steps = [*self._steps, *([] if steps is None else [steps])]
+        shifts = dict(enumerate(torch.stack([one.steps_LN for one in self._steps], dim=1))) if self._steps else {}
         positions_S = torch.arange(self._n_unshifted, len(self._tokens), device=self.lm.device)
-        with tapped(self.lm, positions_S, steps, rows_B=torch.zeros_like(positions_S)) as activations:
+        held, rows_S = steps.held if steps else None, torch.zeros_like(positions_S)
+        with tapped(self.lm, positions_S, shifts, rows_B=rows_S, routings=held, shifted=self._shifted()) as readings:
             ids_1T = torch.tensor([self._tokens], device=self.lm.device)
             output: Any = self.lm.model(input_ids=ids_1T, use_cache=False)
-        return output.logits[0, -1], _newest(activations)
+        return self._seen(output, readings)
 
-
-def _newest(activations: Readings) -> Tensor:
-    return torch.stack([activations[layer][-1] for layer in range(len(activations))])
+    def _shifted(self) -> dict[int, Routing]:
+        """Return the experts of all steered tokens whose neurons are shifted."""
+        layers = self._steps[0].probed if self._steps else ()
+        parts = {layer: [one.probed[layer] for one in self._steps] for layer in layers}
+        return {layer: Routing(*map(torch.cat, zip(*of, strict=True))) for layer, of in parts.items()}

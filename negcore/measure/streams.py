@@ -4,18 +4,25 @@ No family is named here: with nothing written, what comes out of a layer is what
 been added to. That is the layer's input plus its attention output, whether attention runs before the feed-forward or
 beside it. Layers that normalise the sum (BERT) are told by their result, which is the output of a normalisation.
 
-Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, H hidden width.
+In a layer of experts, the router's weights and the gates of shared experts decide how much of a neuron is written. All
+that happens behind the neurons is linear, so its derivatives by them are what each writes.
+
+Shapes: B rows of a batch, T tokens, L layers, N neurons a layer (with experts: those of a prompt), H hidden width.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from negcore.errors import ModelError
 from negcore.measure.forward import ProbedBatch, copies
+from negcore.model.experts import stacked_experts
 from negcore.model.language_model import LanguageModel
 from negcore.model.placement import with_weights
 
@@ -31,6 +38,9 @@ class Stream(NamedTuple):
     """Factor of each coordinate of the down projection's output on its way there."""
     norm: nn.Module | None
     """Normalisation of the sum, in layers that end with one."""
+    rows_NH: Tensor | None = None
+    """What one unit of each input adds to the feed-forward's output, in layers of experts; else the down projection's
+    rows."""
 
     def join(self, written_RH: Tensor) -> Tensor:
         """Return what leaves the layer if the down projection writes these rows: shape (R, H)."""
@@ -46,8 +56,9 @@ class Stream(NamedTuple):
 def streams(prompt: ProbedBatch, tokens: Sequence[int]) -> list[Stream]:
     """Record the stream of every layer for the one prompt of a batch."""
     lm = prompt.lm
-    downs, writers = [lm.down(layer) for layer in range(lm.n_layers)], [_writer(layer, lm) for layer in lm.layers]
-    with _recorded(prompt, {*downs, *writers}) as whole:
+    written, writers = _of_experts(prompt), [_writer(layer, lm) for layer in lm.layers]
+    downs = {number: lm.down(number) for number in range(lm.n_layers) if number not in written}
+    with _recorded(prompt, {*downs.values(), *writers}) as whole:
         prompt.predict()
     norms = [_norms(layer) for layer in lm.layers]
     silent = copies(prompt, tokens, lm.n_layers)
@@ -59,9 +70,62 @@ def streams(prompt: ProbedBatch, tokens: Sequence[int]) -> list[Stream]:
         ran = (norm for norm in norms[row] if norm in values)  # that of a cross attention does not
         last = next((norm for norm in ran if torch.equal(values[norm].made_BH[row], left_H)), None)
         joined_H = left_H if last is None else values[last].given_BH[row]
-        scale_H = _scale(layer, whole[writers[row]] if writers[row] is not downs[row] else None, left_H)
-        result.append(Stream(whole[downs[row]].given_BH[0], joined_H, scale_H, last))
+        scale_H = _scale(layer, whole[writers[row]] if writers[row] is _post_norm(layer, lm) else None, left_H)
+        acts_N, rows_NH = written[row] if row in written else (whole[downs[row]].given_BH[0], None)
+        result.append(Stream(acts_N, joined_H, scale_H, last, rows_NH))
     return result
+
+
+class _Written(NamedTuple):
+    """A layer of experts at one prompt's probed token."""
+
+    acts_N: Tensor
+    """Inputs of its down projections."""
+    rows_NH: Tensor
+    """What one unit of each adds to its output."""
+
+
+def _of_experts(prompt: ProbedBatch) -> dict[int, _Written]:
+    """Return what the neurons of every layer of experts write.
+
+    Raises
+    ------
+    ModelError
+        If experts normalise what they return, each for itself.
+    """
+    found = {layer: _expert_block(module, prompt.lm) for layer, module in enumerate(prompt.lm.layers)}
+    blocks = {layer: block for layer, block in found.items() if block is not None}
+    if any(prompt.lm.experts(layer).has_post_expert_norm for layer in blocks):
+        raise ModelError("its experts normalise what each of them returns")
+    before = copy(prompt)
+    before.lm = lm = replace(prompt.lm, site="act")
+    dtype = lm.model.get_input_embeddings().weight.dtype  # of half types that compute in float32 it is this
+    shifts = {layer: torch.zeros(1, lm.layer_shapes[layer].n_active, dtype=dtype, device=lm.device) for layer in blocks}
+    rows: dict[int, Tensor] = {}
+
+    def derive(layer: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """Differentiate a layer's output, while its weights are as they computed it, and cut the graph behind it."""
+        made, *others = output if isinstance(output, tuple) else (output,)
+        made_H = _at_probed(before, made)[0]
+        if made_H.requires_grad:  # not in a pass that finds the routing of another
+            unit_HH = torch.eye(len(made_H), dtype=made_H.dtype, device=made_H.device)
+            (rows_H1N,) = torch.autograd.grad(made_H, shifts[layer], unit_HH, is_grads_batched=True)
+            rows[layer] = rows_H1N[:, 0].T
+        return (made.detach(), *others) if others else made.detach()
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for layer, block in blocks.items():
+            shifts[layer].requires_grad_()
+            hooks.callback(block.register_forward_hook(partial(derive, layer)).remove)
+        activations_LN = before.predict(shifts).activations_BLN[0] if blocks else torch.empty(0)
+    return {layer: _Written(activations_LN[layer, : len(of)], of) for layer, of in rows.items()}
+
+
+def _expert_block(layer: nn.Module, lm: LanguageModel) -> nn.Module | None:
+    """Return the whole feed-forward of a layer of experts; None for a dense layer."""
+    if lm.arch.experts is None or stacked_experts(layer, lm.arch) is None:
+        return None
+    return layer.get_submodule(lm.arch.experts.rpartition(".")[0])
 
 
 class _Values(NamedTuple):
@@ -72,10 +136,13 @@ class _Values(NamedTuple):
 
 
 def _writer(layer: nn.Module, lm: LanguageModel) -> nn.Module:
-    """Return the module whose output joins the stream: the down projection, or the normalisation behind it."""
-    norm = lm.arch.post_norm
-    has_norm = norm is not None and any(path == norm for path, _ in layer.named_modules())  # some layers have none
-    return layer.get_submodule(norm if norm and has_norm else lm.arch.down)
+    """Return the module whose output joins the stream: the down projection or experts, or the norm behind them."""
+    return _post_norm(layer, lm) or _expert_block(layer, lm) or layer.get_submodule(lm.arch.down)
+
+
+def _post_norm(layer: nn.Module, lm: LanguageModel) -> nn.Module | None:
+    """Return the normalisation of the feed-forward's output; some layers of a family have none."""
+    return next((module for path, module in layer.named_modules() if path == lm.arch.post_norm), None)
 
 
 def _norms(layer: nn.Module) -> list[nn.Module]:
@@ -98,7 +165,7 @@ def _recorded(batch: ProbedBatch, modules: set[nn.Module]) -> Iterator[dict[nn.M
     values: dict[nn.Module, _Values] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        values[module] = _Values(*(_at_probed(batch, one) for one in (args[0], output)))
+        values[module] = _Values(*(_at_probed(batch, one).detach() for one in (args[0], output)))
 
     with ExitStack() as hooks:
         for module in modules:
@@ -110,10 +177,11 @@ def _recorded(batch: ProbedBatch, modules: set[nn.Module]) -> Iterator[dict[nn.M
 def _silenced(batch: ProbedBatch, writers: Sequence[nn.Module]) -> Iterator[None]:
     """Let the feed-forward of layer l write nothing at the probed token of row l."""
 
-    def silence(row: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        rows_BTH = output.reshape(len(batch.rows), -1, output.shape[-1]).clone()
+    def silence(row: int, module: nn.Module, args: Any, output: Any) -> Any:
+        made, *others = output if isinstance(output, tuple) else (output,)  # experts may return their router's scores
+        rows_BTH = made.reshape(len(batch.rows), -1, made.shape[-1]).clone()
         rows_BTH[row, int(batch.positions_B[row])] = 0
-        return rows_BTH.view_as(output)
+        return (rows_BTH.view_as(made), *others) if others else rows_BTH.view_as(made)
 
     with ExitStack() as hooks:
         for row, module in enumerate(writers):
@@ -124,4 +192,4 @@ def _silenced(batch: ProbedBatch, writers: Sequence[nn.Module]) -> Iterator[None
 def _at_probed(batch: ProbedBatch, values: Any) -> Tensor:
     tensor: Tensor = values[0] if isinstance(values, tuple | list) else values
     rows = torch.arange(len(batch.rows), device=tensor.device)
-    return tensor.reshape(len(rows), -1, tensor.shape[-1])[rows, batch.positions_B.to(rows.device)].detach()
+    return tensor.reshape(len(rows), -1, tensor.shape[-1])[rows, batch.positions_B.to(rows.device)]

@@ -20,6 +20,7 @@ from negcore.measure.spread import checked_spreads
 from negcore.measure.virtual_tokens import Method, ShiftedPrompt, Shifts, shifted_prompts
 from negcore.model.encoding import EncodedPrompts, Labels
 from negcore.model.language_model import LanguageModel
+from negcore.model.layer_shapes import LayerShape
 from negcore.model.precision import in_float32
 from negcore.targets import DEFAULT_TARGET, Target, check_probabilities, checked_target
 
@@ -340,8 +341,7 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Int
     if isinstance(neurons, str):
         if neurons != "all":
             raise NegError(f"neurons {neurons!r} is not known; give 'all', a number a layer or (layer, neuron) pairs")
-        widths = enumerate(shape.n_neurons for shape in lm.layer_shapes)
-        return np.array([(layer, neuron) for layer, width in widths for neuron in range(width)], np.int64)
+        return every_neuron(lm.layer_shapes)
     if isinstance(neurons, int):
         if not 1 <= neurons <= layer_width:
             raise NegError(f"{neurons} neurons a layer cannot be chosen; {lm.card.name} has 1 to {layer_width}")
@@ -351,21 +351,42 @@ def choose_neurons(lm: LanguageModel, neurons: Neurons, *, seed: int = 0) -> Int
     return _checked_neurons(lm, np.asarray(neurons))
 
 
-def draw_neurons(n_layers: int, layer_width: int, n_chosen: int, *, seed: int = 0) -> Ints:
-    """Draw neurons at random without repetition, evenly from all layers (up to one neuron): shape (K, 2).
+def every_neuron(shapes: Sequence[LayerShape]) -> Ints:
+    """Return layer and neuron of all neurons of a model's layers, in their order: shape (K, 2)."""
+    widths_L = [shape.n_neurons for shape in shapes]
+    return np.stack([np.repeat(np.arange(len(shapes)), widths_L), np.concatenate([*map(np.arange, widths_L)])], axis=1)
+
+
+def draw_neurons(shapes: Sequence[LayerShape], n_chosen: int, *, seed: int = 0) -> Ints:
+    """Draw neurons at random without repetition: shape (K, 2).
+
+    They are evenly from all layers, up to one neuron; all of a layer with fewer, and then more of the others.
+
+    Parameters
+    ----------
+    shapes : sequence of LayerShape
+        Of all layers.
 
     Raises
     ------
     NegError
         If ``n_chosen`` is below 1, or the model has fewer neurons.
     """
-    if not 1 <= n_chosen <= n_layers * layer_width:
-        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {n_layers * layer_width}")
+    widths_L = [shape.n_neurons for shape in shapes]
+    if not 1 <= n_chosen <= sum(widths_L):
+        raise NegError(f"{n_chosen} neurons cannot be drawn; the model has 1 to {sum(widths_L)}")
     random = np.random.default_rng(seed)
-    counts_L = np.full(n_layers, n_chosen // n_layers)
-    counts_L[random.choice(n_layers, n_chosen % n_layers, replace=False)] += 1
-    drawn = [np.sort(random.choice(layer_width, count, replace=False)) for count in counts_L]
-    return np.stack([np.repeat(np.arange(n_layers), counts_L), np.concatenate(drawn)], axis=1)
+    counts_L = np.zeros(len(widths_L), np.int64)
+    while n_missing := n_chosen - int(counts_L.sum()):
+        (open_J,) = np.nonzero(counts_L < widths_L)
+        if n_missing < len(open_J):
+            counts_L[random.choice(open_J, n_missing, replace=False)] += 1
+        else:
+            counts_L[open_J] = np.minimum(counts_L + n_missing // len(open_J), widths_L)[open_J]
+    drawn = [
+        np.sort(random.choice(width, count, replace=False)) for width, count in zip(widths_L, counts_L, strict=True)
+    ]
+    return np.stack([np.repeat(np.arange(len(widths_L)), counts_L), np.concatenate(drawn)], axis=1)
 
 
 def checked_shifts(shifts: ArrayLike) -> Floats:

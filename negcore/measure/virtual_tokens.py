@@ -16,18 +16,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from negcore.arrays import Floats, Ints
 from negcore.errors import ModelError
-from negcore.measure.active import active_places, held_routings
+from negcore.measure.active import active_places, experts_of, held_routings
 from negcore.measure.answers import AnswerPrediction, AnswerRow, WholeAnswers, answer_rows, refuse_unfit
 from negcore.measure.forward import CausalBatch, probed_batches, probed_position, stacked_layers
 from negcore.measure.hooks import Readings, hook_site, tapped
 from negcore.measure.memory import BatchLimit
 from negcore.model.attention import side_by_side
 from negcore.model.encoding import EncodedPrompts
+from negcore.model.experts import Routing, Tap, tapped_experts
 from negcore.model.language_model import LanguageModel
 from negcore.model.placement import running
 
@@ -149,6 +151,11 @@ class VirtualPrompt(ShiftedPrompt):
             predicted = batch.predict()
         self.activations_LN = predicted.activations_BLN[0]
         self.log_probs_O = self._log_probs(predicted.logits_BV)[0]
+        self._experts = experts_of(predicted.routings)
+
+    def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
+        (places_K,) = active_places(self.lm, self._experts, layers_K, neurons_K)
+        return places_K
 
     def _measure(self, shifts: Shifts) -> Measured:
         with _joining(self.lm, shifts), side_by_side():
@@ -174,7 +181,8 @@ class HookedPrompt(ShiftedPrompt):
         self.activations_LN = stacked_layers(lm, [self._unshifted[layer][0] for layer in range(lm.n_layers)], dim=0)
 
     def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
-        return active_places(self.lm, self._unshifted.probed, layers_K, neurons_K)
+        (places_K,) = active_places(self.lm, experts_of(self._unshifted.probed), layers_K, neurons_K)
+        return places_K
 
     def _measure(self, shifts: Shifts) -> Measured:
         return self._compared(self._run(1 + len(shifts.layers_R), _steps(self.lm, shifts))[0])
@@ -289,34 +297,77 @@ def shifted_prompts(
 @contextmanager
 def _joining(lm: LanguageModel, shifts: Shifts) -> Iterator[None]:
     """Let each row join the unshifted token, which stays row 0, at the layer where the row is shifted."""
+    joinings = {}
+    for layer in np.unique(shifts.layers_R).tolist():
+        first_row = 1 + int(np.searchsorted(shifts.layers_R, layer))
+        joinings[layer] = _Joining(lm, layer, first_row, shifts.rows(shifts.layers_R == layer))
     with ExitStack() as hooks:
-        for layer in np.unique(shifts.layers_R).tolist():
-            first_row = 1 + int(np.searchsorted(shifts.layers_R, layer))
-            joining = _Joining(lm, first_row, shifts.rows(shifts.layers_R == layer))
-            for handle in joining.attach(layer):
+        for joining in joinings.values():
+            for handle in joining.attach():
                 hooks.callback(handle.remove)
+        hooks.enter_context(tapped_experts(_taps(lm, joinings)))
         yield
 
 
+def _taps(lm: LanguageModel, joinings: Mapping[int, "_Joining"]) -> dict[nn.Module, Tap]:
+    """Return the part of rows at the experts of every layer."""
+
+    def route(routing: Routing) -> Routing:
+        """Let all rows go where the unshifted one does, if the router is not to see shifts."""
+        return routing if lm.router == "through" else Routing(*(one[:1].expand_as(one) for one in routing))
+
+    modules = ((layer, lm.experts(layer)) for layer in range(lm.n_layers))
+    return {
+        module: Tap(lm.site, route, joinings[layer].shift_routed if layer in joinings else _unchanged)
+        for layer, module in modules
+        if module is not None
+    }
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values
+
+
+class _Shifted(NamedTuple):
+    """Rows whose neuron is at one site of a layer: its experts', or its dense one."""
+
+    rows_R: Tensor
+    neurons_R: Tensor
+    sizes_R: Tensor
+
+    def added_to(self, values_RN: Tensor, first: int) -> Tensor:
+        """Shift the rows' neurons, which begin at a column."""
+        places = self.rows_R.to(values_RN.device), self.neurons_R.to(values_RN.device) + first
+        return values_RN.index_put(places, self.sizes_R.to(values_RN), accumulate=True)
+
+
 class _Joining:
-    """Hooks of one layer: rows join at its input and are shifted at its site."""
+    """Hooks of one layer: rows join at its input and are shifted at its sites."""
 
-    def __init__(self, lm: LanguageModel, first_row: int, shifts: Shifts) -> None:
-        self.lm = lm
-        self.rows = torch.arange(first_row, first_row + len(shifts.neurons_R), device=lm.device)
-        self.neurons = torch.from_numpy(shifts.neurons_R).to(lm.device)
-        self.sizes = torch.from_numpy(shifts.sizes_R.astype(lm.result_type)).to(lm.device)
+    def __init__(self, lm: LanguageModel, layer: int, first_row: int, shifts: Shifts) -> None:
+        self.lm, self.layer, self.shape, self.n_rows = lm, layer, lm.layer_shapes[layer], len(shifts.neurons_R)
 
-    def attach(self, layer: int) -> list[RemovableHandle]:
-        at_input = self.lm.layers[layer].register_forward_pre_hook(self._join)
-        return [at_input, hook_site(self.lm, layer, self._shift)]
+        def part(is_chosen_R: NDArray[np.bool_]) -> _Shifted:
+            rows_R, sizes_R = first_row + np.flatnonzero(is_chosen_R), shifts.sizes_R[is_chosen_R]
+            arrays = rows_R, shifts.neurons_R[is_chosen_R], sizes_R.astype(lm.result_type)
+            return _Shifted(*(torch.from_numpy(array).to(lm.device) for array in arrays))
+
+        is_routed_R = shifts.neurons_R < self.shape.n_routed
+        self._routed, self._dense = part(is_routed_R), part(~is_routed_R)
+
+    def attach(self) -> list[RemovableHandle]:
+        handles = [self.lm.layers[self.layer].register_forward_pre_hook(self._join)]
+        return [*handles, *([hook_site(self.lm, self.layer, self._shift_dense)] if self.shape.n_dense else [])]
+
+    def shift_routed(self, values_RN: Tensor) -> Tensor:
+        """Shift the neurons of routed experts."""
+        return self._routed.added_to(values_RN, 0)
 
     def _join(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_1RH = args[0]
-        return (torch.cat([hidden_1RH, hidden_1RH[:, :1].expand(-1, len(self.rows), -1)], dim=1), *args[1:])
+        return (torch.cat([hidden_1RH, hidden_1RH[:, :1].expand(-1, self.n_rows, -1)], dim=1), *args[1:])
 
-    def _shift(self, values: Tensor) -> Tensor:
+    def _shift_dense(self, values: Tensor) -> Tensor:
         flat_RN = values.reshape(-1, values.shape[-1])  # some layers (OPT) drop the batch axis
-        columns = self.neurons + (flat_RN.shape[1] - self.lm.layer_width)  # a fused projection holds `up` last
-        places = self.rows.to(values.device), columns.to(values.device)  # a layer may be on another device
-        return flat_RN.index_put(places, self.sizes.to(values), accumulate=True).view_as(values)
+        first = flat_RN.shape[1] - self.shape.n_active  # a fused projection holds `up` last, and experts come before
+        return self._dense.added_to(flat_RN, first).view_as(values)

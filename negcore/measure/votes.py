@@ -271,11 +271,16 @@ class Ranking:
 
     @classmethod
     def from_scores(cls, scores_M: ArrayLike) -> Self:
-        """Rank all neurons by their scores, array of int, shape (M,); raise `NegError` for any other array."""
-        scores = np.asarray(scores_M)
+        """Rank all neurons by their scores, array of int, shape (M,); raise `NegError` for any other array.
+
+        Masked scores are not ranked: where layers differ in width, they stand for neurons that there are not.
+        """
+        scores, absent_M = np.asarray(scores_M), np.ma.getmask(scores_M)
         if scores.ndim != 1 or scores.dtype.kind != "i":
             raise NegError(f"scores have shape {scores.shape} and type {scores.dtype}: give one integer a neuron")
         order = np.argsort(-np.abs(scores.astype(np.int64)), kind="stable")
+        if absent_M is not np.ma.nomask:
+            order = order[~absent_M[order]]
         return cls(order, np.sign(scores[order]).astype(np.int8))
 
     def top(self, n_kept: int) -> Ranking:

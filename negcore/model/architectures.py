@@ -134,9 +134,8 @@ _EXPERTS = Architecture(
     up="mlp.experts.gate_up_proj",
     down="mlp.experts.down_proj",
     experts="mlp.experts",
-    way="cached",
 )
-_EXPERTS_OR_DENSE = replace(_GATED, experts="mlp.experts", way="cached")
+_EXPERTS_OR_DENSE = replace(_GATED, experts="mlp.experts")
 _SHARED_EXPERTS = replace(_EXPERTS_OR_DENSE, shared="mlp.shared_experts")
 _ROBERTA = Architecture(layers="roberta.encoder.layer", down="output.dense", masked=True)
 

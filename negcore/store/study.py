@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from negcore.arrays import Floats
 from negcore.errors import ShardError
 from negcore.measure.interventions import InterventionResult
 from negcore.measure.sweeps import SweepResult
@@ -58,7 +59,9 @@ def sweep_columns(result: SweepResult) -> Columns:
 def intervention_columns(result: InterventionResult) -> Columns:
     """Return the stored columns of interventions."""
     names = value_names(result.target)
-    return {names.base: result.base_P, "predicted": result.predicted_PDM, names.shifted: result.values_PDM}
+    columns = {names.base: result.base_P, "predicted": result.predicted_PDM, names.shifted: result.values_PDM}
+    n_shifted_PM = result.n_shifted_PM
+    return columns | ({} if n_shifted_PM is None else {"n_shifted": n_shifted_PM.astype(np.int32)})
 
 
 def study_batch(examples: Sequence[StoredExample], columns: Columns) -> pa.RecordBatch:
@@ -156,8 +159,15 @@ def joined_sweep(blocks: Sequence[StudyShards]) -> SweepResult:
         ranges=tuple(axes.get("ranges", ())),
         target=target,
         spreads_K=spreads_K,
-        active_PK=None if spreads_K is None else np.tile(spreads_K > 0, (n_prompts, 1)),
+        active_PK=_active(blocks, spreads_K),
     )
+
+
+def _active(blocks: Sequence[StudyShards], spreads_K: Floats | None) -> NDArray[np.bool_] | None:
+    """Return which neurons of a sweep were shifted: those that a prompt has, and that have a spread; None if all."""
+    if "active" in blocks[0].columns:  # of a mixture of experts
+        return np.concatenate([block.columns["active"].astype(bool) for block in blocks], axis=1)
+    return None if spreads_K is None else np.tile(spreads_K > 0, (len(blocks[0].ids), 1))
 
 
 def write_seconds(folder: Path, index: int, seconds: float) -> None:

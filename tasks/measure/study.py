@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from negcore.arrays import Floats, Ints
 from negcore.measure.estimators import estimate
@@ -37,6 +38,8 @@ class Sweeps(Measurement):
     target: Target = DEFAULT_TARGET
     spread_over: References | None = None
     """Prompts whose activations' spread is the unit of shifts; None if that is one unit of activation."""
+    has_experts: bool = False
+    """True if a prompt has some of the neurons alone: which, a column tells."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -67,7 +70,8 @@ class Sweeps(Measurement):
             names.shifted: ColumnType(np.float32, (n_neurons, n_shifts)),
         }
         types |= {"by_nodes": ColumnType(np.uint8, (n_neurons,))} if self.nodes else {}
-        return types | ({"spreads": ColumnType(np.float32, (n_neurons,))} if self.spread_over else {})
+        types |= {"spreads": ColumnType(np.float32, (n_neurons,))} if self.spread_over else {}
+        return types | _active_type(self.has_experts, n_neurons)
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         result = sweep(
@@ -81,7 +85,7 @@ class Sweeps(Measurement):
             nodes=self.nodes,
             ranges=self.ranges,
         )
-        return sweep_columns(result)
+        return sweep_columns(result) | _active_column(self.has_experts, result.active_PK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +100,8 @@ class Estimates(Measurement):
     """Prompts from which activations are taken, for estimators that do that."""
     run_target: Target = DEFAULT_TARGET
     """Target of the run."""
+    has_experts: bool = False
+    """As of `Sweeps`."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,7 +122,8 @@ class Estimates(Measurement):
         return "log-probability" if is_named else self.run_target
 
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
-        return {"scores": ColumnType(np.float32, (len(self.neurons_K2),))}
+        n_neurons = len(self.neurons_K2)
+        return {"scores": ColumnType(np.float32, (n_neurons,))} | _active_type(self.has_experts, n_neurons)
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         scores_PK = estimate(
@@ -128,7 +135,7 @@ class Estimates(Measurement):
             neurons=self.neurons_K2,
             references=None if self.references is None else without_labels(self.references.of(examples)),
         )
-        return {"scores": np.asarray(scores_PK)}
+        return {"scores": np.ma.filled(scores_PK, 0)} | _active_column(self.has_experts, ~np.ma.getmaskarray(scores_PK))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +151,8 @@ class Interventions(Measurement):
     target: Target = DEFAULT_TARGET
     spread_over: References | None = None
     """As of `Sweeps`."""
+    has_experts: bool = False
+    """True if a prompt has some neurons of a set alone: how many, a column tells."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -158,7 +167,9 @@ class Interventions(Measurement):
     def column_types(self, n_options: int) -> Mapping[str, ColumnType]:
         of_sets = ColumnType(np.float32, (len(self.shifts), len(self.sizes) * self.draws))
         names = value_names(self.target)
-        return {names.base: ColumnType(np.float32), "predicted": of_sets, names.shifted: of_sets}
+        types = {names.base: ColumnType(np.float32), "predicted": of_sets, names.shifted: of_sets}
+        n_sets = len(self.sizes) * self.draws
+        return types | ({"n_shifted": ColumnType(np.int32, (n_sets,))} if self.has_experts else {})
 
     def measure(self, lm: LanguageModel, examples: Sequence[EncodedExample]) -> Columns:
         sets = [neurons for draw in range(self.draws) for neurons in random_sets(lm, self.sizes, seed=self.seed + draw)]
@@ -172,6 +183,15 @@ class Interventions(Measurement):
             shifts=self.shifts,
         )
         return intervention_columns(result)
+
+
+def _active_type(has_experts: bool, n_neurons: int) -> dict[str, ColumnType]:
+    return {"active": ColumnType(np.uint8, (n_neurons,))} if has_experts else {}
+
+
+def _active_column(has_experts: bool, active_PK: NDArray[np.bool_] | None) -> dict[str, NDArray[np.uint8]]:
+    """Return the column that says which neurons a prompt has, of a mixture of experts."""
+    return {"active": active_PK.astype(np.uint8)} if has_experts and active_PK is not None else {}
 
 
 def _spreads_of_sets(lm: LanguageModel, over: References, sets: Sequence[Ints]) -> list[Floats]:

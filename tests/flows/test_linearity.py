@@ -14,6 +14,7 @@ import pytest
 from support import neg, save_tiny_model
 
 from flows.linearity import run_linearity
+from flows.show.linearity_figures import linearity_figures
 from flows.show.linearity_tables import linearity_tables, summary
 from negcore.errors import DatasetError, NegError
 from negcore.measure.estimators import ESTIMATORS, WITH_REFERENCES, estimate
@@ -433,3 +434,84 @@ def test_a_sweep_in_a_half_type_is_stored_as_the_same_weights_give_it_in_float32
     for name in ("ranges", "sizes"):
         in_half, in_float32 = ([row | {"model": ""} for row in table(one, name)] for one in (run, wide))
         assert in_half == in_float32
+
+
+# Mixtures of experts
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixtures")
+    return {family: str(save_tiny_model(family, folder / f"tiny-{family}")) for family in ("mixtral", "qwen2_moe")}
+
+
+def on_experts(run, model, **changes):
+    values = {"model": (model,), "neurons": 40, "estimator": LinearityRun.model_fields["estimator"].default}
+    return run.model_copy(update=values | changes)
+
+
+@pytest.mark.parametrize(("family", "router"), [("mixtral", "through"), ("qwen2_moe", "fixed")])
+def test_a_study_of_experts_counts_the_neurons_that_prompts_have(run, mixtures, family, router, undrawn):
+    run = on_experts(run, mixtures[family], router=router)
+    results = run_linearity(run, PlainSteps())
+    assert results.problems == []
+    (findings,), (study,) = results.findings, plan_linearity(run)
+    lm = load_model(mixtures[family], router=router)
+    prompts, labels = zip(*((one.prompt, one.labels[0]) for one in study.facts.examples), strict=True)
+    neurons = findings.sweep.neurons_K2
+    assert np.ptp(np.bincount(neurons[:, 0])) <= 1 and len(neurons) == 40
+    expected = sweep(lm, prompts, labels, neurons=neurons, shifts=findings.sweep.shifts_S)
+    active = findings.sweep.active_PK
+    assert (active == expected.active_PK).all() and 0 < active.mean() < 1
+    scale = np.abs(expected.changes_PKS).max()
+    np.testing.assert_allclose(findings.sweep.changes_PKS, expected.changes_PKS, atol=1e-4 * scale)
+    for name, scores in findings.scores_PK.items():
+        assert (scores.mask == ~active).all()
+        target = "log-probability" if name == "log_probability_increase" else "probability"
+        own = estimate(lm, prompts, [[one] for one in labels], estimator=name, neurons=neurons, target=target)
+        np.testing.assert_allclose(scores[active].data, own[active].data, atol=1e-4 * np.abs(own).max())
+    assert {row["n"] for row in table(run, "agreement") if row["layer"] is None} == {active.sum()}
+    whole, *by_layer = table(run, "active")
+    assert (whole["n"], whole["n_active"]) == (active.size, active.sum())
+    assert [row["n_active"] for row in by_layer] == [active[:, neurons[:, 0] == layer].sum() for layer in range(3)]
+    agreement = {row.estimator: row.pearson for row in findings.agreement if row.layer is None and row.range == 1}
+    assert agreement["neurgrad"] == max(agreement.values()) > 0.9
+    assert f"a prompt has {active.mean():.1%} of the neurons" in summary(findings)
+    assert linearity_figures(findings)
+
+
+def test_sets_of_experts_are_told_with_the_neurons_that_were_shifted(run, mixtures, undrawn):
+    run = on_experts(run, mixtures["mixtral"], estimator=("neurgrad",))
+    results = run_linearity(run, PlainSteps())
+    assert results.problems == []
+    sets = {row["set_size"]: row for row in table(run, "active_sets")}
+    assert sets[1]["mean_shifted"] == 1 and sets[1]["n_active"] < sets[1]["n"] == 12
+    assert sets[256]["n_active"] == 12 and sets[256]["mean_shifted"] == pytest.approx(128, abs=8)
+    assert {row["n"] for row in table(run, "interventions") if row["set_size"] == 1} == {sets[1]["n_active"]}
+    text = linearity_tables(results.findings[0])[-1].markdown
+    assert "of these" in text and "Shifted: neurons of a set that a prompt has" in text
+
+
+def test_a_study_of_experts_may_shift_by_their_own_spread(run, mixtures, undrawn):
+    run = on_experts(run, mixtures["mixtral"], estimator=("neurgrad",), shift_unit="sd", neurons=60)
+    results = run_linearity(run, PlainSteps())
+    assert results.problems == []
+    (findings,) = results.findings
+    assert findings.n_without_spread > 0 and len(findings.sweep.neurons_K2) == 60 - findings.n_without_spread
+    assert findings.sweep.active_PK.any(axis=0).all()
+    assert next(row.pearson for row in findings.agreement if row.range == 1) > 0.9
+
+
+def test_what_a_study_cannot_ask_of_experts_or_of_another_model_is_refused(run, mixtures, models):
+    with pytest.raises(NegError, match=r"estimators that take activations from other prompts \(relp\) are not made for"):
+        plan_linearity(on_experts(run, mixtures["mixtral"], estimator=("neurgrad", "relp")))
+    with pytest.raises(NegError, match="has no experts, and router 'fixed' is for mixtures of experts: leave it out"):
+        plan_linearity(run.model_copy(update={"router": "fixed"}))
+
+
+def test_a_study_of_two_choices_of_the_router_has_shards_of_two_identities(run, mixtures):
+    through, fixed = (
+        plan_linearity(on_experts(run, mixtures["mixtral"], router=one))[0].shard_sets[0].identity.comparable()
+        for one in ("through", "fixed")
+    )
+    assert through["experts"]["router"] == "through" and fixed["experts"]["router"] == "fixed"

@@ -32,7 +32,6 @@ from tasks.plan import plan
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.query import query
 from tasks.rundir.verify import verify
-from tasks.skills import plan_skills
 from tasks.steps import PlainSteps
 
 # One kind of layers alone, and dense layers beside layers with shared experts, whose widths differ.
@@ -371,13 +370,6 @@ def test_the_command_line_runs_a_mixture_of_experts_from_shards_to_the_curve_of_
 
 
 # What is refused
-
-
-def test_analyses_of_skill_neurons_are_refused_where_layers_differ_in_width(home):
-    folder, questions = home
-    values = {"model": [str(folder / "qwen2_moe")], "dataset": [questions], "out": folder / "refused"}
-    with pytest.raises(ModelError, match="analyses of skill neurons, where layers have different numbers of neurons"):
-        plan_skills(read_run_file(SkillsRun, None, values))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """Analyses of sweeps on numbers that fit on paper, and against slower ways of saying the same."""
 
+from dataclasses import replace
+from itertools import combinations
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from negcore.analysis.linearity import (
     Facts,
+    active_sets_table,
+    active_table,
     agreement_table,
     bootstrap_weights,
     interventions_table,
@@ -174,3 +179,106 @@ def test_interventions_are_correlated_by_shift_and_size():
     assert one.pearson == pytest.approx(1)
     assert (two.set_size, two.n, two.signs, two.ratio) == (2, 2, 0.5, -0.5)
     assert two.pearson == pytest.approx(-1)
+
+
+# Mixtures of experts: numbers of neurons that a prompt does not have are masked
+
+
+@pytest.fixture
+def mixed():
+    """NEGs and estimates of 6 prompts and 8 neurons of 3 layers, some of them absent; no prompt has a neuron of the last."""
+    rng = np.random.default_rng(0)
+    negs = rng.normal(size=(6, 8))
+    there = rng.random((6, 8)) < 0.6
+    there[:, 7] = False
+    there[5, :3] = False  # of the first layer, the last prompt has nothing
+    neurons = np.array([(0, 1), (0, 4), (0, 5), (1, 0), (1, 2), (1, 3), (1, 9), (2, 0)])
+    scores = negs + 0.5 * rng.normal(size=negs.shape)
+    return np.ma.masked_array(negs, ~there), np.ma.masked_array(scores, ~there), neurons
+
+
+def test_ranges_count_the_neurons_that_prompts_have(mixed):
+    there = ~mixed[0].mask
+    changes = mixed[0].data[:, :, None] * np.array([-2, -1, 1, 2]) ** np.where(np.arange(8) % 2, 1, 2)[:, None]
+    sweep = replace(a_sweep(changes * there[:, :, None], [-2, -1, 1, 2], mixed[2]), active_PK=there)
+    rows = ranges_table(sweep, [2])
+    assert [row.layer for row in rows] == [None, 0, 1]
+    assert rows[0].n == there.sum() and rows[1].n == there[:, :3].sum()
+    assert rows[0].n_constant == 0
+    assert rows[0].linear_share == pytest.approx(there[:, 1::2].sum() / there.sum())
+
+
+def test_sizes_and_agreement_are_those_of_the_neurons_that_prompts_have(mixed):
+    negs, scores, neurons = mixed
+    sizes = sizes_table(negs, neurons)
+    rows = agreement_table("neurgrad", 2, negs, scores, neurons, n_bootstrap=20)
+    assert [row.layer for row in sizes] == [row.layer for row in rows] == [None, 0, 1]
+    for size, row in zip(sizes, rows, strict=True):
+        chosen = np.full(8, True) if row.layer is None else neurons[:, 0] == row.layer
+        pairs = [(p, k) for p in range(6) for k in np.flatnonzero(chosen) if not negs.mask[p, k]]
+        x, y = (np.array([values.data[pair] for pair in pairs]) for values in (scores, negs))
+        assert size.n == row.n == len(pairs)
+        assert (size.mean, size.q75) == pytest.approx((np.abs(y).mean(), np.quantile(np.abs(y), 0.75)))
+        assert row.pearson == pytest.approx(np.corrcoef(x, y)[0, 1])
+        assert row.spearman == pytest.approx(scipy.stats.spearmanr(x, y)[0])
+        assert row.signs == pytest.approx((np.sign(x) == np.sign(y)).mean())
+        assert row.mae == pytest.approx(np.abs(x - y).mean())
+        best = []
+        for p in {p for p, _ in pairs}:
+            own = [k for q, k in pairs if q == p]
+            best.append(max(own, key=lambda k: abs(negs.data[p, k])) == max(own, key=lambda k: abs(scores.data[p, k])))
+        assert row.top == pytest.approx(np.mean(best))
+        assert row.pearson_low < row.pearson < row.pearson_high
+
+
+def test_an_estimate_is_compared_where_both_it_and_the_neg_are_there(mixed):
+    negs, scores, neurons = mixed
+    more = np.ma.masked_array(scores.data, scores.mask & (np.arange(8) > 5))
+    rows, expected = (agreement_table("gradient", 2, negs, one, neurons, n_bootstrap=20) for one in (more, scores))
+    assert rows == expected
+
+
+def test_two_prompts_are_compared_by_the_neurons_that_both_have(mixed):
+    negs, _, _ = mixed
+    facts = Facts(facts=list("abcdef"), wordings=["P1-x"] * 6, answers=["A"] * 6)
+    (row,) = [row for row in stability_table(negs, facts) if row.pairs == "all"]
+    found = []
+    for one, other in combinations(range(6), 2):
+        both = np.flatnonzero(~negs.mask[one] & ~negs.mask[other])
+        if len(both) > 1:
+            x, y = negs.data[one, both], negs.data[other, both]
+            found.append(((np.sign(x) == np.sign(y)).mean(), np.corrcoef(x, y)[0, 1], scipy.stats.spearmanr(abs(x), abs(y))[0]))
+    assert row.n_pairs == len(found) < 15
+    assert (row.sign_agreement, row.pearson, row.size_spearman) == pytest.approx(np.nanmean(found, axis=0))
+
+
+def test_sets_of_which_a_prompt_has_nothing_are_in_no_correlation():
+    rng = np.random.default_rng(1)
+    predicted, noise = rng.normal(size=(2, 5, 1, 4))
+    sizes, n_shifted = np.array([1, 4, 1, 4]), np.array([[0, 2, 1, 4]] * 4 + [[1, 0, 0, 3]])
+    nothing = n_shifted[:, None] == 0
+    true = predicted + noise
+    rows = interventions_table(
+        [1.0], sizes, np.ma.masked_array(predicted, nothing), np.ma.masked_array(true, nothing), n_bootstrap=20
+    )
+    for row in rows:
+        pairs = [(p, 0, m) for p in range(5) for m in np.flatnonzero(sizes == row.set_size) if n_shifted[p, m]]
+        x, y = (np.array([values[pair] for pair in pairs]) for values in (predicted, true))
+        assert row.n == len(pairs)
+        assert row.pearson == pytest.approx(np.corrcoef(x, y)[0, 1])
+        assert row.signs == pytest.approx((np.sign(x) == np.sign(y)).mean())
+        assert row.ratio == pytest.approx(y.sum() / x.sum())
+    first, second = active_sets_table(n_shifted, sizes)
+    assert (first.set_size, first.n, first.n_active, first.mean_shifted) == (1, 10, 5, 1.0)
+    assert (second.n, second.n_active, second.mean_shifted) == (10, 9, pytest.approx((8 + 16 + 3) / 9))
+
+
+def test_neurons_that_prompts_have_are_counted_by_layer(mixed):
+    negs, _, neurons = mixed
+    rows = active_table(~negs.mask, neurons)
+    assert [(row.layer, row.n, row.n_active) for row in rows] == [
+        (None, 48, (~negs.mask).sum()),
+        (0, 18, (~negs.mask[:, :3]).sum()),
+        (1, 24, (~negs.mask[:, 3:7]).sum()),
+        (2, 6, 0),
+    ]

@@ -336,7 +336,7 @@ def test_neurons_that_are_equal_in_two_datasets_are_not_shared_more_than_by_chan
 
 def test_equal_neurons_do_not_look_like_a_preference_for_early_layers():
     (ranking,) = rank_with_random_ties({"a": np.ones(3000, np.int64)}, seed=0).values()
-    shares = [row.share for row in layer_shares("magn", ranking, [600], n_layers=3)]
+    shares = [row.share for row in layer_shares("magn", ranking, [600], [1000] * 3)]
     assert min(shares) > 0.25
 
 
@@ -387,7 +387,7 @@ def test_genres_get_the_mean_of_their_pairs_and_one_with_itself_only_if_it_has_t
 def test_layer_shares_by_pencil():
     # Two layers of three neurons; the best are 4, 0 and 5.
     ranking = Ranking.from_scores(np.array([-8, 1, 0, 2, 9, -7]))
-    rows = layer_shares("magn", ranking, [1, 3, 50], n_layers=2)
+    rows = layer_shares("magn", ranking, [1, 3, 50], [3] * 2)
     assert [(row.top, row.layer, row.share) for row in rows] == [
         (1, 0, 0.0),
         (1, 1, 1.0),

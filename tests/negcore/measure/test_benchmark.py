@@ -7,9 +7,12 @@ from negcore.measure.neurgrad import neurgrad
 from negcore.model.language_model import DTYPES
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "opt"])
-def test_the_plain_gradients_are_those_of_neurgrad_but_for_the_direction(family):
-    lm = tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [("llama", "through"), ("bert", "through"), ("opt", "through"), ("qwen2_moe", "through"), ("qwen2_moe", "fixed")],
+)
+def test_the_plain_gradients_are_those_of_neurgrad_but_for_the_direction(family, router):
+    lm = tiny_model(family, router=router)
     prompt = prompts_for(lm)[3]
     batch = neurgrad(lm, [prompt], LABELS)
     signs_LN = np.where(batch.activations_PLN[0] > 0, 1, -1)
@@ -22,8 +25,9 @@ def test_the_ratio_is_that_of_the_medians():
     assert Timing("it", [1.0, 2.0, 9.0], [8.0, 6.0, 90.0]).ratio == 4.0
 
 
-def test_every_repeat_of_both_ways_is_timed():
-    lm = tiny_model("gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "qwen2_moe"])
+def test_every_repeat_of_both_ways_is_timed(family):
+    lm = tiny_model(family)
     told = []
     compared = benchmark(lm, prompts_for(lm)[0], LABELS, neurons=2, repeats=2, watch=told.append)
     assert [line.partition(": ")[2] for line in told] == ["the first call", "repeat 1 of 2", "repeat 2 of 2"] * 2

@@ -23,6 +23,7 @@ from negcore.measure.sweeps import (
     sweep,
 )
 from negcore.model.encoding import encode, encode_prompts
+from negcore.model.layer_shapes import LayerShape
 
 FEW = [-2.0, -0.2, 0.2, 2.0]
 # Of different lengths, with and without a common beginning, one of them a single token.
@@ -278,18 +279,18 @@ def test_neurons_are_chosen_once_for_all_prompts_and_again_by_the_same_seed():
 
 
 def test_neurons_are_drawn_from_all_layers_alike_and_never_twice():
-    drawn = draw_neurons(4, 10, 11, seed=3)
+    drawn = draw_neurons((LayerShape(10),) * 4, 11, seed=3)
     assert sorted(np.bincount(drawn[:, 0])) == [2, 3, 3, 3]
     assert len(np.unique(drawn, axis=0)) == 11
     assert drawn.tolist() == sorted(drawn.tolist())
-    assert np.array_equal(drawn, draw_neurons(4, 10, 11, seed=3))
-    assert not np.array_equal(drawn, draw_neurons(4, 10, 11, seed=4))
+    assert np.array_equal(drawn, draw_neurons((LayerShape(10),) * 4, 11, seed=3))
+    assert not np.array_equal(drawn, draw_neurons((LayerShape(10),) * 4, 11, seed=4))
 
 
 def test_all_neurons_can_be_drawn_and_not_one_more():
-    assert draw_neurons(2, 2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert draw_neurons((LayerShape(2),) * 2, 4).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     with pytest.raises(NegError, match="5 neurons cannot be drawn; the model has 1 to 4"):
-        draw_neurons(2, 2, 5)
+        draw_neurons((LayerShape(2),) * 2, 5)
 
 
 def test_listed_neurons_keep_their_order():
