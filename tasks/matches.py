@@ -13,8 +13,8 @@ from negcore.arrays import Floats, Ints
 from negcore.errors import NegError, RunError
 from negcore.measure.sweeps import draw_neurons
 from negcore.measure.votes import Ranking, Vote
-from negcore.probing.rankings import rank_layers
 from negcore.model.layer_shapes import LayerShape
+from negcore.probing.rankings import rank_layers
 from negcore.store.identity import RunIdentity
 from negcore.store.reader import NegSplit
 from tasks.config.recipes import RECIPES

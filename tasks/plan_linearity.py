@@ -79,7 +79,11 @@ def _plan_study(run: LinearityRun, ref: str) -> PlannedStudy:
             for name, block_K2 in _blocks(neurons_K2, run.block_layers)
         ),
         *(
-            ("estimates", name, Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target, mixed))
+            (
+                "estimates",
+                name,
+                Estimates(name, neurons_K2, references.get(WITH_REFERENCES.get(name)), run.target, mixed),
+            )
             for name in dict.fromkeys(run.estimator)
         ),
         (
@@ -104,7 +108,11 @@ def _check_experts(run: LinearityRun, card: ModelCard) -> None:
     unable = [name for name in run.estimator if name in WITH_REFERENCES]
     if unable:
         able = ", ".join(name for name in ESTIMATORS if name not in WITH_REFERENCES)
-        refuse_experts(card, f"estimators that take activations from other prompts ({', '.join(unable)})", f"give --estimator of {able}")
+        refuse_experts(
+            card,
+            f"estimators that take activations from other prompts ({', '.join(unable)})",
+            f"give --estimator of {able}",
+        )
 
 
 def _references(
@@ -181,9 +189,7 @@ def _among(example: Example, answers: Sequence[str]) -> Example:
 
 def _neurons(run: LinearityRun, card: ModelCard) -> Ints:
     try:
-        return draw_neurons(
-            card.layer_shapes, _n_neurons(card) if run.neurons == "all" else run.neurons, seed=run.seed
-        )
+        return draw_neurons(card.layer_shapes, _n_neurons(card) if run.neurons == "all" else run.neurons, seed=run.seed)
     except NegError as error:
         raise NegError(f"{card.name}: {error}") from None
 

@@ -214,7 +214,7 @@ class NamedShift(NamedTuple):
 
 
 def parsed_neurons(text: str, size: float) -> list[NamedShift]:
-    """Return the shifts that a text like ``10.901,3.17=-4`` lists: neurons by name, with a size of its own if it has one.
+    """Return the shifts that a text like ``10.901,3.17=-4`` lists: neurons by name, some with a size of their own.
 
     Raises
     ------
@@ -239,8 +239,8 @@ def probed_shifts(
 ) -> list[Shift]:
     """Return shifts of a probe's best neurons, each in the direction of its polarity.
 
-    They are read from the saved probe. Where it keeps fewer than k, or was not saved, all neurons are ranked again. Of a
-    mixture of experts, a flat index that is no neuron's (see `NegSplit.locate`) has no polarity, and is left out.
+    They are read from the saved probe. Where it keeps fewer than k, or was not saved, all neurons are ranked again.
+    Of a mixture of experts, a flat index that is no neuron's (see `NegSplit.locate`) has no polarity, and is left out.
 
     Raises
     ------

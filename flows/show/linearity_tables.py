@@ -190,7 +190,9 @@ def _interventions(findings: Findings) -> Table:
     sizes, shifts = (list(by(findings.interventions, name)) for name in ("set_size", "shift"))
     there: dict[int, list[Cell]] = {}
     if findings.active_neurons:
-        there = {row.set_size: [Number(row.mean_shifted, "{:.1f}".format)] for row in findings.active_neurons.active_sets}
+        there = {
+            row.set_size: [Number(row.mean_shifted, "{:.1f}".format)] for row in findings.active_neurons.active_sets
+        }
     shown = ["of these\nshifted"] * bool(there)
     return Table(
         key=f"interventions-{findings.model}",

@@ -169,9 +169,7 @@ def skill_sets(
     polarity_M = np.zeros(n_total, np.int8)
     polarity_M[ranking.order_K] = ranking.polarity_K
     return [
-        one
-        for size in dict.fromkeys(sizes)
-        for one in _sets_of_size(order_K, polarity_M, size, groups_M, draws, seed)
+        one for size in dict.fromkeys(sizes) for one in _sets_of_size(order_K, polarity_M, size, groups_M, draws, seed)
     ]
 
 
@@ -265,9 +263,7 @@ def shift_sets(
     return result
 
 
-def _sets_of_size(
-    order_K: Ints, polarity_M: Signs, size: int, groups_M: Ints, draws: int, seed: int
-) -> list[SkillSet]:
+def _sets_of_size(order_K: Ints, polarity_M: Signs, size: int, groups_M: Ints, draws: int, seed: int) -> list[SkillSet]:
     top_K, bottom_K = order_K[:size], order_K[-size:]
     drawn = [matched_neurons(top_K, groups_M, np.random.default_rng((seed, size, draw))) for draw in range(draws)]
     return [

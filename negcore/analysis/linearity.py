@@ -182,11 +182,11 @@ def _pairwise(negs_PK: Numbers) -> _Alike:
 
 def _pairwise_in_common(negs_PK: Numbers) -> _Alike:
     """Compare two prompts by the neurons that both have; they are comparable if there are two with NEGs not zero."""
-    n_prompts, there_PK = len(negs_PK), ~np.ma.getmaskarray(negs_PK)
+    n_prompts, values_PK, there_PK = len(negs_PK), np.ma.getdata(negs_PK), ~np.ma.getmaskarray(negs_PK)
     signs_PP, pearson_PP, sizes_PP = np.full((3, n_prompts, n_prompts), np.nan)
     for one, other in combinations(range(n_prompts), 2):
         pair = one, other
-        common_2J = np.asarray(negs_PK.data[pair, :][:, there_PK[one] & there_PK[other]])
+        common_2J = values_PK[pair, :][:, there_PK[one] & there_PK[other]]
         if (common_2J != 0).all(axis=0).sum() > 1:
             alike = _pairwise(common_2J)
             signs_PP[pair], pearson_PP[pair], sizes_PP[pair] = alike.signs_PP[0, 1], alike[1][0, 1], alike[2][0, 1]
@@ -326,8 +326,9 @@ def top_overlap(x_PK: Numbers, y_PK: Numbers) -> Floats:
     It is zero for a prompt that has none of the neurons.
     """
     if (active_PK := active_of(x_PK)) is not None:
-        rows = zip(x_PK.data, y_PK.data, active_PK, strict=True)
-        return np.array([top_overlap(x_K[None, on_K], y_K[None, on_K])[0] if on_K.any() else 0 for x_K, y_K, on_K in rows])
+        rows = zip(np.ma.getdata(x_PK), np.ma.getdata(y_PK), active_PK, strict=True)
+        own = [top_overlap(x_K[None, on_K], y_K[None, on_K]) if on_K.any() else np.zeros(1) for x_K, y_K, on_K in rows]
+        return np.concatenate(own)
     n_top = max(1, round(TOP_SHARE * x_PK.shape[1]))
     tops = [_top(values, n_top) for values in (x_PK, y_PK)]
     shares: Floats = (tops[0] & tops[1]).sum(1) / n_top
@@ -422,9 +423,7 @@ def active_sets_table(n_shifted_PM: Ints, sizes_M: Ints) -> list[ActiveSetRow]:
     return rows
 
 
-def layers_of(
-    neurons_K2: Ints, active_PK: NDArray[np.bool_] | None = None
-) -> Iterator[tuple[int | None, Numbers]]:
+def layers_of(neurons_K2: Ints, active_PK: NDArray[np.bool_] | None = None) -> Iterator[tuple[int | None, Numbers]]:
     """Yield masks of the chosen neurons: all of them (layer None), then those of each layer.
 
     Layers of which no prompt has a neuron are left out.

@@ -1,6 +1,6 @@
 """Places of neurons among those that a prompt has: in a mixture of experts, those of the experts that it is routed to.
 
-Shapes: K neurons, B rows of a pass, L layers, N neurons a layer (with experts: those of a prompt), R copies of a prompt.
+Shapes: K neurons, B rows of a pass, L layers, N neurons a layer (with experts: those of a prompt).
 """
 
 from collections.abc import Mapping
@@ -39,10 +39,10 @@ def active_places(lm: LanguageModel, experts: Experts, layers_K: Ints, neurons_K
     Returns
     -------
     int array (B, K)
-        Without experts, the neurons' own numbers.
+        Without experts one row stands for all: the neurons' own numbers.
     """
     if not lm.has_experts:
-        return np.broadcast_to(neurons_K, (n_rows, len(neurons_K)))
+        return neurons_K[None]
     places_BK = np.empty((n_rows, len(neurons_K)), np.int64)
     none = np.empty((n_rows, 0), np.int64)
     for layer in np.unique(layers_K).tolist():
@@ -85,9 +85,11 @@ class Chosen(NamedTuple):
         return np.ma.masked_array(values_BK, ~self.there_BK) if self.has_experts else values_BK
 
 
-def empty_values(lm: LanguageModel, n_prompts: int, n_chosen: int, dtype: type[np.floating[Any]] | None = None) -> Floats:
+def empty_values(
+    lm: LanguageModel, n_prompts: int, n_chosen: int, dtype: type[np.floating[Any]] | None = None
+) -> Floats:
     """Return an array (P, K) to fill with values of neurons; of a mixture of experts, a masked one."""
-    make = np.ma.masked_all if lm.has_experts else np.empty
+    make: Any = np.ma.masked_all if lm.has_experts else np.empty
     values_PK: Floats = make((n_prompts, n_chosen), dtype or lm.result_type)
     return values_PK
 

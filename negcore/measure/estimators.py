@@ -121,7 +121,8 @@ def _by_layer(lm: LanguageModel, scores_PM: Floats, neurons_M2: Ints) -> Floats:
     """Return the scores of all neurons as an array of shape (P, L, N)."""
     if not lm.has_experts:
         return scores_PM.reshape(-1, lm.n_layers, lm.layer_width)
-    scores_PLN: Floats = np.ma.masked_all((len(scores_PM), lm.n_layers, lm.layer_width), scores_PM.dtype)
+    shape = len(scores_PM), lm.n_layers, lm.layer_width
+    scores_PLN: Floats = np.ma.masked_array(np.zeros(shape, scores_PM.dtype), np.ones(shape, np.bool_))
     scores_PLN[:, *neurons_M2.T] = scores_PM
     return scores_PLN
 
@@ -288,9 +289,7 @@ def unembed(lm: LanguageModel, hidden_RH: Tensor) -> Tensor:
     return output.logits.reshape(len(hidden_RH), -1)  # type: ignore[no-any-return]
 
 
-def _path_scores(
-    lm: LanguageModel, question: Question, prompt: int, neurons_K2: Ints, limit: BatchLimit
-) -> Floats:
+def _path_scores(lm: LanguageModel, question: Question, prompt: int, neurons_K2: Ints, limit: BatchLimit) -> Floats:
     """Return the integrated gradients of one prompt: shape (K,)."""
     parts: list[Floats] = []
 
@@ -302,9 +301,7 @@ def _path_scores(
     return sum(parts, start=np.zeros(len(neurons_K2)))
 
 
-def _path_part(
-    batch: ProbedBatch, steps: Sequence[int], question: Question, prompt: int, neurons_K2: Ints
-) -> Floats:
+def _path_part(batch: ProbedBatch, steps: Sequence[int], question: Question, prompt: int, neurons_K2: Ints) -> Floats:
     """Sum the terms of the integrated gradients over some steps of one prompt's path: shape (K,)."""
     lm = batch.lm
     scores_1LN = torch.zeros(1, lm.n_layers, lm.active_width, dtype=torch.float64)
@@ -318,7 +315,8 @@ def _path_part(
         scores_1LN[0, layer, : len(activations_N)] = (gradient_BN.sum(0) * activations_N / PATH_STEPS).double().cpu()
     first = {layer: routing.rows(slice(1)) for layer, routing in routings.items()}
     chosen = Chosen.of(lm, experts_of(first), neurons_K2, 1)
-    return chosen.masked(chosen.values(scores_1LN).numpy())[0]
+    scores_K: Floats = chosen.masked(chosen.values(scores_1LN).numpy())[0]
+    return scores_K
 
 
 def _increases(

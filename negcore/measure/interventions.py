@@ -187,9 +187,7 @@ class _SetNegs(NamedTuple):
     n_there_PM: Ints | None
 
 
-def _negs_of_sets(
-    lm: LanguageModel, question: Question, sets: Sequence[Ints], negs_PLN: Floats | None
-) -> _SetNegs:
+def _negs_of_sets(lm: LanguageModel, question: Question, sets: Sequence[Ints], negs_PLN: Floats | None) -> _SetNegs:
     """Return the NEGs of sets, checked if they were given.
 
     Raises

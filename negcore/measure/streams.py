@@ -95,7 +95,7 @@ def _of_experts(prompt: ProbedBatch) -> dict[int, _Written]:
     """
     found = {layer: _expert_block(module, prompt.lm) for layer, module in enumerate(prompt.lm.layers)}
     blocks = {layer: block for layer, block in found.items() if block is not None}
-    if any(prompt.lm.experts(layer).has_post_expert_norm for layer in blocks):
+    if any(getattr(prompt.lm.experts(layer), "has_post_expert_norm", False) for layer in blocks):
         raise ModelError("its experts normalise what each of them returns")
     before = copy(prompt)
     before.lm = lm = replace(prompt.lm, site="act")

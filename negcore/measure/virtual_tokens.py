@@ -154,8 +154,8 @@ class VirtualPrompt(ShiftedPrompt):
         self._experts = experts_of(predicted.routings)
 
     def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
-        (places_K,) = active_places(self.lm, self._experts, layers_K, neurons_K)
-        return places_K
+        places_1K = active_places(self.lm, self._experts, layers_K, neurons_K)
+        return np.asarray(places_1K[0])
 
     def _measure(self, shifts: Shifts) -> Measured:
         with _joining(self.lm, shifts), side_by_side():
@@ -181,8 +181,8 @@ class HookedPrompt(ShiftedPrompt):
         self.activations_LN = stacked_layers(lm, [self._unshifted[layer][0] for layer in range(lm.n_layers)], dim=0)
 
     def places_of(self, layers_K: Ints, neurons_K: Ints) -> Ints:
-        (places_K,) = active_places(self.lm, experts_of(self._unshifted.probed), layers_K, neurons_K)
-        return places_K
+        places_1K = active_places(self.lm, experts_of(self._unshifted.probed), layers_K, neurons_K)
+        return np.asarray(places_1K[0])
 
     def _measure(self, shifts: Shifts) -> Measured:
         return self._compared(self._run(1 + len(shifts.layers_R), _steps(self.lm, shifts))[0])

@@ -275,12 +275,12 @@ class Ranking:
 
         Masked scores are not ranked: where layers differ in width, they stand for neurons that there are not.
         """
-        scores, absent_M = np.asarray(scores_M), np.ma.getmask(scores_M)
+        scores, is_masked = np.asarray(scores_M), np.ma.isMaskedArray(scores_M)
         if scores.ndim != 1 or scores.dtype.kind != "i":
             raise NegError(f"scores have shape {scores.shape} and type {scores.dtype}: give one integer a neuron")
         order = np.argsort(-np.abs(scores.astype(np.int64)), kind="stable")
-        if absent_M is not np.ma.nomask:
-            order = order[~absent_M[order]]
+        if is_masked:
+            order = order[~np.ma.getmaskarray(scores_M)[order]]
         return cls(order, np.sign(scores[order]).astype(np.int8))
 
     def top(self, n_kept: int) -> Ranking:

@@ -85,7 +85,7 @@ class Sweeps(Measurement):
             nodes=self.nodes,
             ranges=self.ranges,
         )
-        return sweep_columns(result) | _active_column(self.has_experts, result.active_PK)
+        return {**sweep_columns(result), **_active_column(self.has_experts, result.active_PK)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -503,7 +503,9 @@ def test_a_study_of_experts_may_shift_by_their_own_spread(run, mixtures, undrawn
 
 
 def test_what_a_study_cannot_ask_of_experts_or_of_another_model_is_refused(run, mixtures, models):
-    with pytest.raises(NegError, match=r"estimators that take activations from other prompts \(relp\) are not made for"):
+    with pytest.raises(
+        NegError, match=r"estimators that take activations from other prompts \(relp\) are not made for"
+    ):
         plan_linearity(on_experts(run, mixtures["mixtral"], estimator=("neurgrad", "relp")))
     with pytest.raises(NegError, match="has no experts, and router 'fixed' is for mixtures of experts: leave it out"):
         plan_linearity(run.model_copy(update={"router": "fixed"}))

@@ -85,7 +85,10 @@ def test_masked_scores_are_not_ranked():
 def test_shares_and_common_neurons_of_layers_of_two_widths_by_pencil():
     # A layer of three neurons and one of a single neuron, whose two other places are none.
     absent = [False, False, False, False, True, True]
-    scores = {"a": np.ma.masked_array([1, 5, 0, -7, 0, 0], absent), "b": np.ma.masked_array([2, 6, 0, -8, 0, 0], absent)}
+    scores = {
+        "a": np.ma.masked_array([1, 5, 0, -7, 0, 0], absent),
+        "b": np.ma.masked_array([2, 6, 0, -8, 0, 0], absent),
+    }
     ranked = {name: Ranking.from_scores(scores_M) for name, scores_M in scores.items()}
     rows = layer_shares("magn", ranked["a"], [2, 50], [3, 1])
     assert [(row.top, row.layer, row.share, row.uniform) for row in rows] == [

@@ -40,10 +40,11 @@ def away(activation):
     return 1.0 if activation > 0 else -1.0
 
 
-def assert_close(actual, expected, lm):
+def assert_close(actual, expected, lm, scale=0.0):
+    """Compare numbers to rounding: of the largest, or of those that they are differences of."""
     coarse = 1e-6 if lm.card.config.model_type.startswith("deepseek") else 1e-9  # float32 in their own code
     expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=coarse, atol=coarse * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=coarse, atol=coarse * max(scale, np.abs(expected).max()))
 
 
 @torch.no_grad()
@@ -124,9 +125,12 @@ def test_a_set_is_shifted_where_a_prompt_has_its_neurons(family, router):
                 held = unshifted.twin.routings if router == "fixed" else None
                 shifted_V, ran = probs_of(lm, tokens, shifts, held)
                 n_rerouted += any(
-                    ran.twin.experts[module, last] != unshifted.twin.experts[module, last] for module in ran.twin.routings
+                    ran.twin.experts[module, last] != unshifted.twin.experts[module, last]
+                    for module in ran.twin.routings
                 )
-                assert_close(result.changes_PDM[row, at, number], shifted_V[answer] - base_V[answer], lm)
+                assert_close(
+                    result.changes_PDM[row, at, number], shifted_V[answer] - base_V[answer], lm, float(base_V[answer])
+                )
                 assert_close(result.predicted_PDM[row, at, number], size * np.abs(slopes).sum(), lm)
     assert (n_rerouted > 0) == (router == "through")
 
@@ -134,7 +138,9 @@ def test_a_set_is_shifted_where_a_prompt_has_its_neurons(family, router):
 def neg_of(lm, batch, row, layer, neuron):
     """The NEG of a neuron for the first label, looked up by its number."""
     shape = lm.layer_shapes[layer]
-    numbers = [e * shape.n_units + u for e in batch.experts_PLK[row, layer, : shape.top_k] for u in range(shape.n_units)]
+    numbers = [
+        e * shape.n_units + u for e in batch.experts_PLK[row, layer, : shape.top_k] for u in range(shape.n_units)
+    ]
     numbers += range(shape.n_experts * shape.n_units, shape.n_neurons)
     return batch.negs_POLN[row, 0, layer, numbers.index(neuron)]
 
@@ -237,8 +243,11 @@ def test_gradient_estimators_have_the_negs_of_the_neurons_that_a_prompt_has(fami
     negs = neurgrad(lm, PROMPTS[:2], LABELS[:1])  # itself plain autograd: see test_experts
     directed, plain = scored(lm, "neurgrad"), scored(lm, "gradient")
     times = scored(lm, "gradient_x_activation")
+    assert plain.mask.any()
     for row in range(2):
-        expected = by_number(lm, row, lambda tokens, seen, layer, neuron, a, row=row: neg_of(lm, negs, row, layer, neuron))
+        expected = by_number(
+            lm, row, lambda tokens, seen, layer, neuron, a, row=row: neg_of(lm, negs, row, layer, neuron)
+        )
         acts = by_number(lm, row, lambda tokens, seen, layer, neuron, a: a)
         assert_scores(lm, directed[row], expected)
         assert_scores(lm, plain[row], expected * np.where(acts > 0, 1, -1))
@@ -246,7 +255,7 @@ def test_gradient_estimators_have_the_negs_of_the_neurons_that_a_prompt_has(fami
 
 
 def assert_scores(lm, actual, expected):
-    assert (actual.mask == np.isnan(expected)).all() and actual.mask.any()
+    assert (actual.mask == np.isnan(expected)).all()
     there = ~actual.mask
     assert_close(actual.data[there], expected[there], lm)
 
@@ -265,13 +274,13 @@ def test_an_ablation_sets_each_neuron_that_a_prompt_has_to_zero(family, router):
             without_V, _ = probs_of(lm, tokens, {(layer, len(tokens) - 1, neuron): -a}, held)
             return float(seen.logits_TV[-1].softmax(0)[answer] - without_V[answer])
 
-        chosen = set(map(tuple, neurons.tolist()))
-        expected = by_number(lm, row, lambda *of: loss(*of) if of[2:4] in chosen else 0.0)
+        expected = by_number(lm, row, lambda *of, loss=loss: loss(*of) if list(of[2:4]) in neurons.tolist() else 0.0)
         assert_scores(lm, scores[row], expected[*neurons.T])
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize(
+    ("family", "router"), [("mixtral", "through"), ("qwen2_moe", "fixed"), ("deepseek_v3", "through")]
+)
 def test_integrated_gradients_scale_the_neurons_that_a_prompt_has(family, router):
     lm = model(family, router)
     scores = scored(lm, "integrated_gradients")[0]
@@ -303,57 +312,54 @@ def slopes_at(lm, tokens, answer, shifts, held, pairs):
     lm.model.requires_grad_(True)
     try:
         ran = run(lm, tokens, shifts, held)
-        prob, last = ran.logits_TV[-1].softmax(0)[answer], len(tokens) - 1
-        slopes = []
+        places = []
         for layer, neuron in pairs:
             shape, module = lm.layer_shapes[layer], lm.experts(layer)
             first_dense = shape.n_experts * shape.n_units
             if neuron >= first_dense:
-                (of_layer,) = torch.autograd.grad(prob, ran.dense[layer], retain_graph=True)
-                slopes.append(float(of_layer[last, neuron - first_dense]))
+                places.append((ran.dense[layer], (len(tokens) - 1, neuron - first_dense)))
             else:
-                leaf = ran.twin.leaves[module, last, neuron // shape.n_units]
-                (of_expert,) = torch.autograd.grad(prob, leaf, retain_graph=True)
-                slopes.append(float(of_expert[neuron % shape.n_units]))
+                leaf = ran.twin.leaves[module, len(tokens) - 1, neuron // shape.n_units]
+                places.append((leaf, (neuron % shape.n_units,)))
+        slopes = torch.autograd.grad(ran.logits_TV[-1].softmax(0)[answer], [leaf for leaf, _ in places])
     finally:
         lm.model.requires_grad_(False)
-    return np.array(slopes)
+    return np.array([float(slope[at]) for slope, (_, at) in zip(slopes, places, strict=True)])
 
 
-@pytest.mark.parametrize("site", ["up", "act"])
-@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_log_probability_increase_writes_what_the_router_lets_a_neuron_write(family, router, site):
-    lm, at_act = model(family, router, site), model(family, router, "act")
-    scores = scored(lm, "log_probability_increase", target="log-probability")[0]
-    tokens, answer = tokens_of(lm, PROMPTS[0]), label_id(lm, PROMPTS[0], LABELS[0])
-    last, unit = len(tokens) - 1, 0.5
-    # What a neuron writes is found from two passes in which it is `unit` apart; h, from one in which all are zero.
+def test_a_log_probability_increase_writes_what_the_router_lets_a_neuron_write(family):
+    lm = model(family, "fixed" if family == "olmoe" else "through", "act" if family == "mixtral" else "paper")
+    neurons = mixed_set(lm, 20)
+    scores = scored(lm, "log_probability_increase", target="log-probability", neurons=neurons)[0]
+    at_act, tokens = model(family, "through", "act"), tokens_of(lm, PROMPTS[0])
+    last, answer, expected = len(tokens) - 1, label_id(lm, PROMPTS[0], LABELS[0]), []
     with torch.no_grad():
         seen = run(at_act, tokens)
-        every = [
-            (layer, neuron, a)
-            for layer, neuron in choose_neurons(lm, "all").tolist()
-            if (a := seen.activation(layer, last, neuron)) is not None
-        ]
-        expected = np.full(scores.shape, np.nan)
-        for layer in range(lm.n_layers):
-            of_layer = [(neuron, a) for one, neuron, a in every if one == layer]
-            whole_H = left(at_act, tokens, layer, {})
-            written = [
-                (left(at_act, tokens, layer, {(layer, last, neuron): unit}) - whole_H) / unit * a for neuron, a in of_layer
-            ]
-            # The feed-forward is linear behind its neurons but for the biases, which are no neuron's.
-            biases_H = left(at_act, tokens, layer, {(layer, last, neuron): -a for neuron, a in of_layer})
-            without_H = biases_H - bias_of(at_act, seen, layer, last)
-            base = head(lm, without_H)[answer]
-            for (neuron, _), written_H in zip(of_layer, written, strict=True):
-                expected[layer, neuron] = head(lm, without_H + written_H)[answer] - base
+        whole_LH = [left(at_act, tokens, layer, {}) for layer in range(lm.n_layers)]
+        stream_LH = [without_neurons(at_act, tokens, seen, layer) for layer in range(lm.n_layers)]
+        for layer, neuron in neurons.tolist():
+            if (a := seen.activation(layer, last, neuron)) is None:
+                expected.append(np.nan)
+                continue
+            # The feed-forward is linear behind its neurons: one unit more of a neuron is what its unit writes.
+            written_H = a * (left(at_act, tokens, layer, {(layer, last, neuron): 1.0}) - whole_LH[layer])
+            stream_H = stream_LH[layer]
+            expected.append(float(head(lm, stream_H + written_H)[answer] - head(lm, stream_H)[answer]))
+    assert np.nanmax(np.abs(expected)) > 1e-4
     assert (scores.mask == np.isnan(expected)).all()
     there = ~scores.mask
-    scale = np.abs(expected[there]).max()
-    assert scale > 1e-4
-    np.testing.assert_allclose(scores.data[there], expected[there], atol=1e-5 * scale)
+    scale = 1e-5 * np.nanmax(np.abs(expected))
+    np.testing.assert_allclose(scores.data[there], np.array(expected)[there], atol=scale)
+
+
+def without_neurons(lm, tokens, seen, layer):
+    """What leaves a layer at the last token if its feed-forward writes nothing: no neuron, and no bias either."""
+    last, there = len(tokens) - 1, {}
+    for neuron in range(lm.layer_shapes[layer].n_neurons):
+        if (a := seen.activation(layer, last, neuron)) is not None:
+            there[layer, last, neuron] = -a
+    return left(lm, tokens, layer, there) - bias_of(lm, seen, layer, last)
 
 
 def left(lm, tokens, layer, shifts):
@@ -391,9 +397,10 @@ def test_a_spread_is_that_of_the_prompts_that_have_a_neuron():
     neurons = mixed_set(lm, 50)
     ids = encode_prompts(lm.card, PROMPTS)
     spreads = activation_spreads(lm, ids, neurons)
+    with torch.no_grad():
+        passes = [(run(lm, tokens), len(tokens) - 1) for tokens in ids]
     for (layer, neuron), spread in zip(neurons.tolist(), spreads, strict=True):
-        with torch.no_grad():
-            acts = [a for tokens in ids if (a := run(lm, tokens).activation(layer, len(tokens) - 1, neuron)) is not None]
+        acts = [a for ran, last in passes if (a := ran.activation(layer, last, neuron)) is not None]
         assert spread == pytest.approx(np.std(acts) if len(acts) > 1 else 0.0, abs=1e-12)
     swept = sweep(lm, PROMPTS, LABELS[0], neurons=neurons, shifts=[0.5, 1.0], spreads=spreads)
     kept = swept.with_spread()
