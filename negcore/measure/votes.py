@@ -280,7 +280,7 @@ class Ranking:
             raise NegError(f"scores have shape {scores.shape} and type {scores.dtype}: give one integer a neuron")
         order = np.argsort(-np.abs(scores.astype(np.int64)), kind="stable")
         if is_masked:
-            order = order[~np.ma.getmaskarray(scores_M)[order]]
+            order = order[~np.ma.getmaskarray(np.ma.asanyarray(scores_M))[order]]
         return cls(order, np.sign(scores[order]).astype(np.int8))
 
     def top(self, n_kept: int) -> Ranking:

@@ -475,7 +475,7 @@ def test_a_study_of_experts_counts_the_neurons_that_prompts_have(run, mixtures, 
     assert (whole["n"], whole["n_active"]) == (active.size, active.sum())
     assert [row["n_active"] for row in by_layer] == [active[:, neurons[:, 0] == layer].sum() for layer in range(3)]
     agreement = {row.estimator: row.pearson for row in findings.agreement if row.layer is None and row.range == 1}
-    assert agreement["neurgrad"] == max(agreement.values()) > 0.9
+    assert agreement["neurgrad"] == max(agreement.values()) > 0.7
     assert f"a prompt has {active.mean():.1%} of the neurons" in summary(findings)
     assert linearity_figures(findings)
 
@@ -499,7 +499,7 @@ def test_a_study_of_experts_may_shift_by_their_own_spread(run, mixtures, undrawn
     (findings,) = results.findings
     assert findings.n_without_spread > 0 and len(findings.sweep.neurons_K2) == 60 - findings.n_without_spread
     assert findings.sweep.active_PK.any(axis=0).all()
-    assert next(row.pearson for row in findings.agreement if row.range == 1) > 0.9
+    assert next(row.pearson for row in findings.agreement if row.range == 1) > 0.7
 
 
 def test_what_a_study_cannot_ask_of_experts_or_of_another_model_is_refused(run, mixtures, models):

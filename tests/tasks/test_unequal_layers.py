@@ -60,7 +60,7 @@ def test_chance_is_that_of_the_neurons_that_there_are(analysed):
 
 def test_checked_sets_hold_neurons_that_training_prompts_have(analysed):
     run, _ = analysed
-    train = open_negs(run.conditions[0].run.directory).select(dataset="questions", split="train")
+    train = open_negs(run.conditions[0].run.directory).select(dataset="local/questions", split="train")
     experts = ExpertNeurons.of(train)
     n_there = int(experts.in_training_M.sum())
     sets = skill_sets(rank(train), [8, n_there // 2], 3, train.n_neurons, draws=3, seed=0, experts=experts)
