@@ -9,6 +9,7 @@ from support import neg, save_tiny_model, tiny_model, write_questions
 
 from flows.pipeline import run_extract, run_pipeline
 from flows.show.check_tables import facts_table
+from flows.show.dataset_card import dataset_card
 from flows.skills import run_skills
 from negcore.analysis.causal import ExpertNeurons, skill_sets
 from negcore.analysis.neurons import neuron_means, read_neuron, top_neurons
@@ -16,7 +17,7 @@ from negcore.errors import ModelError, NegError, ShardError
 from negcore.measure.loading import load_model
 from negcore.measure.neurgrad import neurgrad
 from negcore.measure.votes import Vote
-from negcore.probing.fitted import FittedVote, forest_features
+from negcore.probing.fitted import FittedVote, fit_vote, forest_features
 from negcore.probing.rankings import rank
 from negcore.probing.saved_probes import load_probe
 from negcore.store.integrity import shard_faults
@@ -25,10 +26,13 @@ from negcore.store.publish import receipts
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillRun, SkillsRun
 from tasks.config.reading import read_run_file
+from tasks.controls import with_permuted_gold
 from tasks.forecast.needs import count_parameters, forecast
 from tasks.forecast.shard_size import shard_bytes
 from tasks.neurons import best_neurons
 from tasks.plan import plan
+from tasks.publish import read_publication
+from tasks.resamples import sample_counts
 from tasks.rundir.layout import shard_folders
 from tasks.rundir.query import query
 from tasks.rundir.verify import verify
@@ -182,7 +186,7 @@ SERVED = {"codes": PROBES[:-1], "stats": tuple(name for name in PROBES if name !
 def of_values(request, run_on):
     """A run of every probe that stores values, and its results."""
     run = run_on(request.param, "every", probe=list(PROBES), max_neurons=32, tree_neurons=20)
-    return run, run_pipeline(run, PlainSteps())
+    return run, run_pipeline(run.model_copy(update={"controls": 1, "train_samples": 2}), PlainSteps())
 
 
 @pytest.mark.parametrize("storage", SERVED)
@@ -199,6 +203,30 @@ def test_codes_and_vote_sums_score_as_values_do(of_values, storage, tmp_path):
         assert [path.stat().st_size for path in paths] == shard_bytes(planned)
 
 
+def test_controls_fit_every_probe_on_permuted_answers_and_random_weights(of_values):
+    run, results = of_values
+    assert {(row.control, row.probe) for row in results.controls} == {
+        *(("permuted answers", probe) for probe in PROBES),
+        *(("random weights", probe) for probe in ("lm", *PROBES)),
+    }
+    train, valid, test = (open_negs(run.directory).select(split=split) for split in ("train", "valid", "test"))
+    permuted = with_permuted_gold(train, run.seed, 0)
+    scores_M = slow_row_scores(permuted, "magn").sum(axis=0)
+    probe = fit_vote(Vote("magn", "neg"), scores_M, with_permuted_gold(valid, run.seed, 0), max_neurons=32)
+    (row,) = (row for row in results.controls if (row.control, row.probe) == ("permuted answers", "magn"))
+    assert (row.n_neurons, row.n_correct) == (probe.n_kept, (probe.predict(test) == test.gold_P).sum())
+
+
+def test_probes_fitted_on_samples_of_rows_count_the_prompts_that_have_a_neuron(of_values):
+    run, results = of_values
+    train, valid, test = (open_negs(run.directory).select(split=split) for split in ("train", "valid", "test"))
+    rows = [row for row in results.resamples if row.probe == "magn"]
+    counts_BP = sample_counts(run.model_copy(update={"train_samples": 2}), "q", train)
+    for row, scores_M in zip(rows, counts_BP @ slow_row_scores(train, "magn"), strict=True):
+        probe = fit_vote(Vote("magn", "neg"), scores_M, valid, max_neurons=32)
+        assert (row.n_neurons, row.n_correct) == (probe.n_kept, (probe.predict(test) == test.gold_P).sum())
+
+
 def test_bfloat16_shards_hold_the_same_with_fewer_digits(run_on, done):
     family = done.model[0].rsplit("/", 1)[-1]
     run = run_on(family, "bfloat16", storage="bfloat16", probe=["magn"])
@@ -212,24 +240,24 @@ def test_bfloat16_shards_hold_the_same_with_fewer_digits(run_on, done):
 # Rankings and probes
 
 
-def slow_scores(split, rule):
-    """Scores with a vote for every prompt and neuron that the prompt has, one by one."""
-    scores = np.zeros(split.n_layers * split.n_neurons, int)
-    for flat in range(len(scores)):
+def slow_row_scores(split, rule):
+    """The vote of every prompt and neuron that the prompt has, one by one: (P, M)."""
+    scores = np.zeros((split.n_rows, split.n_layers * split.n_neurons), int)
+    for flat in range(scores.shape[1]):
         negs, there = split.neurons([flat]).data[:, :, 0], split.active([flat])[:, 0]
         for row in np.flatnonzero(there):
             gold = split.gold_P[row]
             if rule == "polar":
-                scores[flat] += 2 * np.sign(negs[row, gold]) - np.sign(negs[row]).sum()
+                scores[row, flat] = 2 * np.sign(negs[row, gold]) - np.sign(negs[row]).sum()
             else:
-                scores[flat] += np.sign(negs[row, gold] - negs[row]).sum()
+                scores[row, flat] = np.sign(negs[row, gold] - negs[row]).sum()
     return scores
 
 
 @pytest.mark.parametrize("rule", ["polar", "magn"])
 def test_a_ranking_counts_the_votes_of_prompts_that_have_the_neuron(done, rule):
     split = train_of(done)
-    ranking, expected = rank(split, rule), slow_scores(split, rule)
+    ranking, expected = rank(split, rule), slow_row_scores(split, rule).sum(axis=0)
     assert (ranking.scores_K == expected[ranking.order_K]).all()
     assert np.abs(expected).max() > 0
 
@@ -307,6 +335,14 @@ def test_numbers_that_a_prompt_does_not_have_are_missing_in_frames_and_no_rows_i
     assert (frame[columns].notna().to_numpy() == there).all()
     (counted,) = query(done.directory, "select count(*) as n from negs(0) where split = 'train'").to_pylist()
     assert counted["n"] == there.sum() * split.n_options
+
+
+def test_the_card_of_published_shards_says_what_experts_a_row_has(done):
+    publication = read_publication(done.directory)
+    card = dataset_card(publication, None)
+    assert ("beside 12 neurons of every token" in card) == ("qwen2_moe" in done.model[0])
+    assert "2 of them a token" in card and "router: through" in card
+    assert all(column.meaning for one in publication.data for column in one.columns if column.name.endswith("_LL"))
 
 
 # Analyses and the command line

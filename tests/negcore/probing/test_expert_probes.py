@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from stored_negs import N_LAYERS, N_NEURONS, numbers, write_split
 from support import Row, identity_of, negs_place, write_negs
 
 from negcore.measure.votes import Ranking, Vote
@@ -12,6 +13,7 @@ from negcore.model.layer_shapes import LayerShape, neuron_groups, shapes_json
 from negcore.probing.act_scores import halvings
 from negcore.probing.draws import random_of_experts
 from negcore.probing.fitted import fit_act, fit_logistic, fit_vote, random_vote
+from negcore.probing.probe_parts import parts_of
 from negcore.probing.rankings import act_scores, rank_layers
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.levels import Routed
@@ -189,6 +191,48 @@ def test_an_expert_that_no_training_prompt_has_changes_no_answer(tmp_path):
     assert probe.experts is None and np.isfinite(probe.coef_COK).all()
     assert not probe.coef_COK[:, :, [2, 4]].any()
     np.testing.assert_allclose(probe.scores(test), alone.scores(test), rtol=1e-3)
+
+
+# Experts that every prompt has
+
+
+def as_experts(root, split, data):
+    """Write the numbers of a model without experts as those of one that routes every prompt to all of its experts."""
+    shapes = (LayerShape(1, 2, 2, 2),) * N_LAYERS
+    identity = identity_of(N_LAYERS, N_NEURONS, experts={"router": "through", "layers": shapes_json(shapes)})
+    n_rows, n_options = data.negs_POM.shape[:2]
+    write_negs(
+        root,
+        negs_place("m", "d", split),
+        0,
+        1,
+        identity=identity,
+        examples=[Row(f"{split}/{row}", answer=int(gold)) for row, gold in enumerate(data.gold_P)],
+        label_ids_PO=np.tile(np.arange(n_options), (n_rows, 1)),
+        negs_POLN=data.negs_POM.reshape(n_rows, n_options, N_LAYERS, N_NEURONS),
+        activations_PLN=data.activations_PM.reshape(n_rows, N_LAYERS, N_NEURONS),
+        probs_PO=np.full((n_rows, n_options), 0.1),
+        routed=Routed(shapes, np.tile([0, 1], (n_rows, N_LAYERS, 1)), np.ones((n_rows, N_LAYERS, 2))),
+    )
+    return open_negs(root).select("m", "d", split)
+
+
+def test_experts_that_every_prompt_has_give_the_probes_of_a_model_without_experts(tmp_path):
+    data = {split: numbers(split) for split in ("train", "valid")}
+    dense = {split: write_split(tmp_path / "dense", split, one) for split, one in data.items()}
+    routed = {split: as_experts(tmp_path / "routed", split, one) for split, one in data.items()}
+    order_K = np.arange(15)[::-1]
+    for one, other in [
+        (fit_logistic(MAGN, order_K, dense["train"]), fit_logistic(MAGN, order_K, routed["train"])),
+        tuple(
+            fit_act(act_scores(splits["train"], range(3)), splits["train"].gold_P, splits["valid"], max_neurons=8)
+            for splits in (dense, routed)
+        ),
+    ]:
+        arrays, others = parts_of(one).arrays, parts_of(other).arrays
+        assert {name: values.tobytes() for name, values in arrays.items()} == {
+            name: values.tobytes() for name, values in others.items()
+        }
 
 
 # Random neurons
