@@ -1,7 +1,7 @@
 """Train a series of revisions for real, and print how accuracies and skill neurons move over it.
 
-Run it from the repository: `python -m tests.train_series FOLDER` fine-tunes SmolLM2-135M for 32 steps on those training
-rows of `mini/linguistic` that a run with `--limit 60` leaves, and saves folders of weights at steps 0, 4, 8, 16 and 32
+Run it from the repository: `python -m tests.train_series FOLDER` fine-tunes SmolLM2-135M for 16 steps on those training
+rows of `mini/linguistic` that a run with `--limit 60` leaves, and saves folders of weights at steps 0, 2, 4, 8 and 16
 (2.7 GB, a few minutes of a core). `python -m tests.train_series --compare RUN`, of a campaign with these folders and
 stage `mceval8k`, prints a row for each dataset and revision.
 """
@@ -27,9 +27,9 @@ from tasks.rundir.tables import read_arrow
 _MODEL, _DATASET = "smollm2-135m", "mini/linguistic"
 _LIMIT = 60
 """Rows of each split that the campaign measures; no row of these is trained on."""
-_SAVED = (0, 4, 8, 16, 32)
+_SAVED = (0, 2, 4, 8, 16)
 _BATCH = 8
-_RATE = 2e-5
+_RATE = 5e-5
 _TOP = 256
 """Neurons of a revision that count as skill neurons."""
 _PROBES = ("lm", "polar", "magn")
