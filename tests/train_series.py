@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch.nn.functional import cross_entropy
 
 from negcore.analysis.shared_neurons import rank_with_random_ties
+from negcore.arrays import Ints
 from negcore.datasets import PromptSettings, load_dataset
 from negcore.measure.loading import load_model
 from negcore.measure.votes import Vote
@@ -34,8 +36,8 @@ _TOP = 256
 """Neurons of a revision that count as skill neurons."""
 _PROBES = ("lm", "polar", "magn")
 _HEAD = (
-    "| dataset | revision | LM-Prob | Polar | Magn | p of the right option | skill neurons of the one before "
-    "| of the first | of the last |"
+    "| dataset | revision | LM-Prob | p of the right option | Polar | Magn | skill neurons as before | as last "
+    "| order as before | as last | in test rows |"
 )
 
 
@@ -85,35 +87,40 @@ def compare(campaign: Path) -> None:
     runs = sorted(path.parent for path in campaign.glob("*/mceval8k/accuracy.arrow"))
     splits = [{part: _by_dataset(run, part) for part in ("train", "test")} for run in runs]
     for dataset in splits[0]["test"]:
-        tops = [_skill_neurons(of_run["train"][dataset], str(at)) for at, of_run in enumerate(splits)]
+        scores, of_test = ([_scores(of_run[part][dataset]) for of_run in splits] for part in ("train", "test"))
+        tops = [_skill_neurons(scores_M, str(at)) for at, scores_M in enumerate(scores)]
         for at, run in enumerate(runs):
             test = splits[at]["test"][dataset]
-            right_P = test.probs_PO[np.arange(test.n_rows), test.gold_P]
-            before = f"{_shared(tops[at], tops[at - 1])}" if at else "-"
-            ends = [_shared(tops[at], tops[end]) for end in (0, -1)]
-            cells = [dataset, run.parent.name, *_accuracies(run, dataset), f"{right_P.mean():.3f}", before, *ends]
-            print(f"| {' | '.join(cells)} |")
+            p_P = test.probs_PO[np.arange(test.n_rows), test.gold_P]
+            lm, *probes = _accuracies(run, dataset)
+            others = (at - 1, len(runs) - 1)
+            shared = [len(tops[at] & tops[other]) / _TOP if other >= 0 else np.nan for other in others]
+            orders = [spearmanr(scores[at], scores[other]).statistic if other >= 0 else np.nan for other in others]
+            same = spearmanr(scores[at], of_test[at]).statistic
+            numbers = (lm, p_P.mean(), *probes, *shared, *orders, same)
+            shown = " | ".join("-" if np.isnan(number) else f"{number:.3f}" for number in numbers)
+            print(f"| {dataset} | {run.parent.name} | {shown} |")
 
 
 def _by_dataset(run: Path, part: str) -> dict[str, NegSplit]:
     return {stored.place.dataset: stored.open() for stored in stored_splits(run, (part,))}
 
 
-def _shared(first: set[int], second: set[int]) -> str:
-    return f"{len(first & second) / _TOP:.3f}"
-
-
-def _skill_neurons(split: NegSplit, name: str) -> set[int]:
-    """Return the best neurons of Magn on the training rows; those of equal score in an order of the revision's own."""
+def _scores(split: NegSplit) -> Ints:
+    """Return Magn's scores of all neurons."""
     vote = Vote("magn", "neg")
-    scores_M = rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote]
+    return rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote]
+
+
+def _skill_neurons(scores_M: Ints, name: str) -> set[int]:
+    """Return the best neurons; those of equal score in an order of the revision's own."""
     return set(rank_with_random_ties({name: scores_M}, seed=0)[name].order_K[:_TOP].tolist())
 
 
-def _accuracies(run: Path, dataset: str) -> list[str]:
+def _accuracies(run: Path, dataset: str) -> list[float]:
     rows = [row for row in read_arrow(run / "accuracy.arrow").to_pylist() if not row["group"]]
     found = {row["probe"]: row["accuracy"] for row in rows if row["dataset"] == dataset}
-    return [f"{found[probe]:.3f}" for probe in _PROBES]
+    return [found[probe] for probe in _PROBES]
 
 
 if __name__ == "__main__":
