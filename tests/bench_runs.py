@@ -2,16 +2,22 @@
 
 import json
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pool_bench
 import torch
+from anonymous_memory import Peak
 from bench_rows import Goal, Item, Row, Setting, seconds
-from pool_bench import Figures, in_own_process, peak_bytes
+from pool_bench import Figures, in_own_process
 from support import save_tiny_model
 
 from flows.pipeline import run_extract
@@ -26,6 +32,7 @@ from tasks.pool.ray_session import ray_session
 from tasks.steps import PlainSteps
 
 WORDS = ("best", "times", "worst", "season", "light", "capital", "France", "river", "which", "one", "two", "three")
+HERE = ("--backend", "local", "--orchestrator", "none")
 
 
 def a_run(setting: Setting, name: str, n_prompts: int, n_words: int, **settings: Any) -> SkillRun:
@@ -131,15 +138,58 @@ def _large_rows(n_workers: int, n_shards: int) -> list[Row]:
 def _resumed_rows(n_finished: int) -> list[Row]:
     figures = _figures(pool_bench.resumed, n_finished)
     name = f"run of {2 * n_finished:,} shards, half of them finished: to the first job"
+    ours, files = (
+        1000 * figures[f"s {what}"] / n_finished
+        for what in ("to the first job", "for reading, hashing and parsing the same files")
+    )
     goal = Goal(0.12, "ours")  # a minute for half a million
-    return [Row(name, "ms a finished shard", 1000 * figures["s to the first job"] / n_finished, goal=goal)]
+    return [Row(name, "ms a finished shard", ours, "files read, hashed and parsed, nothing compared", files, goal=goal)]
+
+
+# Starting
+
+
+def start(setting: Setting) -> Iterator[Item]:
+    """Time the commands' first words and first shards beside the start of their packages alone."""
+    if setting.tiny:
+        run = a_run(setting, "start", 12, 2)
+        small = ("pipeline", "--model", *run.model, "--dataset", *run.dataset, *HERE)
+        yield Item("a small run in this process", partial(_start_rows, "a small run", small, False))
+        return
+    yield Item("the demo", partial(_start_rows, "demo", ("demo",), True))
+    small = ("pipeline", "--model", "smollm2-135m", "--dataset", "mini/fact", "--limit", "60", *HERE)
+    yield Item("a small run in this process", partial(_start_rows, "60 rows in this process, no Prefect", small, False))
+
+
+def _start_rows(name: str, command: tuple[str, ...], beside_packages: bool) -> list[Row]:
+    figures: list[Figures] = []
+    packages_s: list[float] = []
+    for _ in range(3):
+        figures.append(pool_bench.start(*command))
+        packages_s += [_packages_start_s()] * beside_packages
+    line_s, shard_s = (median(one[f"s to the first {what}"] for one in figures) for what in ("line", "shard"))
+    beside = ("start of its packages alone", median(packages_s)) if packages_s else ("", None)
+    return [
+        Row(f"{name}: first line", "s", line_s, goal=Goal(1, "ours")),
+        Row(f"{name}: first shard", "s", shard_s, *beside, goal=Goal(15, "ours")),
+    ]
+
+
+def _packages_start_s() -> float:
+    """Return how long it takes until all packages are there that the demo starts."""
+    began = time.perf_counter()
+    script = Path(__file__).with_name("packages_start.py")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return time.perf_counter() - began
 
 
 # Memory
 
 
 def memory(setting: Setting) -> Iterator[Item]:
-    """Compare the most memory that a worker had with what the plan says."""
+    """Compare the most anonymous memory that a worker had with what the plan says."""
     for name, n_words, shard_rows in (("short", 20, 32), ("long", 300, 32), ("large shards", 20, 128)):
         n_prompts = shard_rows + 8
         if setting.tiny:
@@ -158,6 +208,7 @@ def _memory_of(run: SkillRun) -> tuple[int, int]:
     """Return the bytes that the plan says a worker needs, and the most that a process with one had."""
     models = plan(run)
     (needs,) = forecast([(run, models)])
+    peak = Peak()
     results = run_extract(run, PlainSteps())
     assert not results.problems, results.problems
-    return needs.host_bytes + needs.device_bytes, peak_bytes()
+    return needs.host_bytes + needs.device_bytes, peak.end()

@@ -7,45 +7,17 @@ weights' files, which the system drops where memory is short, are not counted. T
 
 import argparse
 import json
-import re
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from anonymous_memory import Peak, anonymous_bytes
 
 from negcore import load_model, neurgrad
 from negcore.model.language_model import describe_model
 from negcore.model.skeleton import skeleton
 
 _SETTLED = "Which of these is a town? A. Paris B. bread C. seven D. green Answer:"
-
-
-def anonymous_bytes() -> int:
-    """Return the anonymous memory of this process."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-class Peak(threading.Thread):
-    """Looks at the memory every few milliseconds."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.before_bytes = self.peak_bytes = anonymous_bytes()
-        self._ended = threading.Event()
-
-    def run(self) -> None:
-        while not self._ended.wait(0.002):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
-
-    def end(self) -> int:
-        """Return the most memory above that at the start."""
-        self._ended.set()
-        self.join()
-        return self.peak_bytes - self.before_bytes
 
 
 def main() -> None:
@@ -57,15 +29,14 @@ def main() -> None:
     card = describe_model(args.model)
     shapes = skeleton(card.config, masked=card.arch.masked)
     prompts = [f"{number}. {_SETTLED}" for number in range(args.prompts)]
-    peak = Peak()
-    peak.start()
+    before_bytes, peak = anonymous_bytes(), Peak()
     lm = load_model(card, device="cpu", device_map="disk" if args.weights == "disk" else None)
     started = time.perf_counter()
     negs = neurgrad(lm, prompts, [" A", " B", " C", " D"])
     figures = {
         "weights": args.weights,
         "weight_bytes": sum(4 * one.numel() for one in shapes.parameters()),
-        "peak_bytes": peak.end(),
+        "peak_bytes": peak.end() - before_bytes,
         "seconds": time.perf_counter() - started,
         "check_passed": lm.check is not None and lm.check.passed,
         "norm": float(np.linalg.norm(negs.negs_POLN)),

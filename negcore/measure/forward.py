@@ -9,7 +9,7 @@ Shapes: B rows of a batch, T tokens, L layers, N neurons a layer, V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from types import MappingProxyType
@@ -27,7 +27,8 @@ from negcore.measure.passing import passes, recorded, replayed
 from negcore.model.experts import Routing
 from negcore.model.language_model import LanguageModel, ModelCard
 from negcore.model.masks import Layout, laid_out
-from negcore.model.past import KeysValues, PartsCache, PromptTokens
+from negcore.model.past import Filled, KeysValues, PartsCache, PromptTokens
+from negcore.model.placement import weights_pass
 
 TOKEN_BUDGET = 8192
 """Most tokens of a batch that runs whole: 16 prompts of 512 tokens."""
@@ -155,17 +156,19 @@ class CausalBatch(ProbedBatch):
         return batch
 
     def _run_own(self, own: Sequence[Sequence[int]], rows: slice) -> None:
-        """Run the own tokens of some rows side by side."""
+        """Run the own tokens of some rows side by side, up to the keys and values of the last layer."""
         chosen, n_shared = own[rows], self._tokens.n_shared
         n_slots = max(map(len, chosen))
         slots_K = torch.arange(n_shared + n_slots, device=self.lm.device)
-        with torch.no_grad():
+        # Weights that pass are to leave the device again, and all blocks are to be recorded.
+        last_layer = None if weights_pass(self.lm.model) else self.lm.card.text_config.num_hidden_layers - 1
+        with torch.no_grad(), suppress(Filled):
             self._run(
                 self.lm.body,
                 on_device(self.lm, [[*tokens, *[0] * (n_slots - len(tokens))] for tokens in chosen]),
                 slots_K[n_shared:].expand(len(chosen), -1),
                 slots_K < self._lengths_B[rows, None],
-                PartsCache(self._tokens, rows, joined=self.lm.joined),
+                PartsCache(self._tokens, rows, joined=self.lm.joined, last_layer=last_layer),
             )
 
     def run_last(self, module: nn.Module) -> Any:

@@ -118,6 +118,10 @@ class Prefixes:
         return kept[key]
 
 
+class Filled(Exception):  # noqa: N818
+    """Ends a pass: the keys and values of its last layer are there."""
+
+
 class PartsCache(DynamicCache):  # type: ignore[misc]
     """Cache of one pass, as a model of transformers knows it.
 
@@ -129,11 +133,15 @@ class PartsCache(DynamicCache):  # type: ignore[misc]
         Rows for whose own tokens the newest are kept; without it, they come behind the own tokens of all rows.
     joined : bool
         Give the model all keys and values at once, for code that works on them before its attention does.
+    last_layer : int, optional
+        Layer whose keys and values are the last that a pass is run for: it ends there, with `Filled`.
     """
 
-    def __init__(self, tokens: PromptTokens, rows: slice | None = None, *, joined: bool = False) -> None:
+    def __init__(
+        self, tokens: PromptTokens, rows: slice | None = None, *, joined: bool = False, last_layer: int | None = None
+    ) -> None:
         super().__init__()
-        self._tokens, self._rows, self._joined = tokens, rows, joined
+        self._tokens, self._rows, self._joined, self._last_layer = tokens, rows, joined, last_layer
         self._newest: dict[int, KeysValues] = {}
 
     def update(
@@ -143,6 +151,8 @@ class PartsCache(DynamicCache):  # type: ignore[misc]
         tokens, newest, past = self._tokens, KeysValues(key_states, value_states), self._past(layer_idx)
         if self._rows is not None:
             tokens.write(layer_idx, self._rows, newest)
+        if layer_idx == self._last_layer:
+            raise Filled
         self._newest[layer_idx] = newest
         if self._joined:
             return past.joined(newest)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from negcore.errors import RunError
@@ -27,7 +28,7 @@ from negcore.model.layer_shapes import LayerShape
 from negcore.model.past import Prefixes
 from negcore.model.placement import even_map, map_bytes, named_map, passing_map, with_weights
 from negcore.model.skeleton import feed_forwards, skeleton
-from negcore.store.publish import receipts
+from negcore.store.receipt_columns import read_columns
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.run_file import RunFile
 from tasks.forecast.shard_size import shard_bytes
@@ -300,9 +301,10 @@ def count_parameters(card: ModelCard) -> ParameterCounts:
 
 def missing_shards(run: SkillRun, split: ShardSet) -> list[int]:
     """Return the indices of the shards that are not there yet."""
-    there = receipts(split.place.path(run.directory))
-    done = {receipt.index for receipt in there if receipt.planned_digest == split.identity.digest}
-    return [index for index in range(len(split.shards)) if index not in done]
+    columns = read_columns(split.place.path(run.directory))
+    of_this_run = [number for number, (digest, _) in enumerate(columns.runs) if digest == split.identity.digest]
+    is_there = columns.rows["is_listed"] & np.isin(columns.rows["run"], of_this_run)
+    return np.setdiff1d(np.arange(len(split.shards)), columns.rows["index"][is_there]).tolist()
 
 
 def splits_of(model: PlannedModel) -> list[ShardSet]:
