@@ -72,9 +72,8 @@ GROUPS: Mapping[str, Group] = {
     ),
     "Start": Group(
         bench_runs.start,
-        "From the command to its first line and its first shard on the disk, files in the system's memory. Its packages "
-        "alone are a Prefect server that answers, Ray, and two actors that have imported torch and transformers: where "
-        "they alone miss the goal, no code of ours can meet it.",
+        "From the command to its first line and its first shard on the disk. Its packages alone are a Prefect server "
+        "that answers, Ray, and two actors that have imported torch and transformers, with nothing of ours.",
     ),
     "Memory": Group(
         bench_runs.memory,

@@ -11,9 +11,11 @@ import tempfile
 import time
 import urllib.request
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 N_ACTORS = 2
+NEEDED = ("torch", "transformers.modeling_utils")
 
 
 def main() -> None:
@@ -44,15 +46,13 @@ def _ray_with_torch() -> None:
 
     class Actor:
         def import_all(self) -> None:
-            import torch  # noqa: F401
-            import transformers.modeling_utils  # noqa: F401
+            for name in NEEDED:
+                import_module(name)
 
     actors = [ray.remote(num_cpus=1)(Actor).remote() for _ in range(N_ACTORS)]
     there = [actor.import_all.remote() for actor in actors]
-    import prefect  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
-
+    for name in ("prefect", *NEEDED):
+        import_module(name)
     ray.get(there)
 
 

@@ -35,6 +35,7 @@ from negcore.errors import RunError, ShardError
 from negcore.store.buckets import create, objects, remove, replace, upload
 from negcore.store.files import (
     LONGEST_NAME,
+    MOST_RECORD_BYTES,
     hidden,
     is_remote,
     location,
@@ -273,6 +274,15 @@ def _sharing(receipt: Receipt, shared: dict[str, Any]) -> Receipt:
 def receipts(folder: Path) -> list[Receipt]:
     """Return the undamaged receipts of a directory of shards, of whichever run, in order of index."""
     return read_receipts(folder).whole
+
+
+def read_receipt(folder: Path, index: int) -> Receipt | None:
+    """Return the receipt of one shard, of whichever run; None if it is damaged or there is none."""
+    path = receipt_path(folder, index)
+    try:
+        return parsed_receipt(path.name, read_bytes(path, MOST_RECORD_BYTES))
+    except FileNotFoundError:
+        return None
 
 
 def index_of(name: str) -> int:

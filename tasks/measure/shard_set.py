@@ -12,7 +12,8 @@ from negcore.arrays import Ints
 from negcore.errors import NegError
 from negcore.model.check import ModelCheck
 from negcore.store.identity import RunIdentity
-from negcore.store.publish import Receipt, SetAside, ShardPlace, publish_shard
+from negcore.store.integrity import shard_fault
+from negcore.store.publish import Receipt, SetAside, ShardPlace, publish_shard, read_receipt
 from tasks.measure.examples import EncodedExample
 from tasks.measure.measurement import Columns, Measurement, Nonfinite
 
@@ -88,8 +89,7 @@ class ShardSet:
 
     def accepts(self, receipt: Receipt) -> bool:
         """Tell whether a finished shard is what it would be under this set's policy for NaN and infinity."""
-        has_skipped = any(row.cause == "nonfinite" for row in receipt.set_aside)
-        return (self.nonfinite == "keep" or not receipt.n_nonfinite) and (self.nonfinite == "skip" or not has_skipped)
+        return _follows(receipt, self.nonfinite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,12 @@ class ShardJob:
     set_aside: tuple[SetAside, ...] = ()
     """Rows among `examples` that are not to be measured."""
     is_trial: bool = False
+    was_tried: bool = False
+    """True if a worker had it before, which may have published it and was lost before anybody knew."""
+
+    def again(self) -> "ShardJob":
+        """Return the job for another worker, after one was lost with it."""
+        return replace(self, was_tried=True)
 
     def trial(self, examples: Sequence[EncodedExample]) -> "ShardJob":
         """Return the job of measuring some of the rows and publishing nothing."""
@@ -120,6 +126,15 @@ class ShardJob:
     def n_options(self) -> int:
         """Options of every example."""
         return len(self.examples[0].labels)
+
+    def published(self) -> Receipt | None:
+        """Return the receipt of this very shard if it is there, whole and as the policy wants it."""
+        folder = self.place.path(self.root)
+        receipt = read_receipt(folder, self.index)
+        if receipt is None or (receipt.digest, receipt.n_shards) != (self.identity.digest, self.n_shards):
+            return None
+        is_whole = shard_fault(folder, receipt, rows=self.examples) is None
+        return receipt if is_whole and _follows(receipt, self.nonfinite) else None
 
     def publish(self, columns: Columns, set_aside: Sequence[SetAside], check: ModelCheck | None = None) -> Receipt:
         """Publish what was measured, as the policy for numbers that are not finite wants it.
@@ -160,6 +175,12 @@ class ShardJob:
             set_aside=[by_id[example.id] for example in self.examples if example.id in by_id],
             n_nonfinite=sum(one.n_values for one in found if one.row not in skipped),
         )
+
+
+def _follows(receipt: Receipt, nonfinite: NonfinitePolicy) -> bool:
+    """Tell whether a shard is what it would be under a policy for NaN and infinity."""
+    has_skipped = any(row.cause == "nonfinite" for row in receipt.set_aside)
+    return (nonfinite == "keep" or not receipt.n_nonfinite) and (nonfinite == "skip" or not has_skipped)
 
 
 def _not_finite(examples: Sequence[EncodedExample], found: Sequence[Nonfinite]) -> NegError:

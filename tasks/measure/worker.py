@@ -62,11 +62,15 @@ class ModelWorker:
     def run(self, job: ShardJob) -> Receipt | int:
         """Measure one shard, publish it and return its receipt; of a trial, return the number of its rows.
 
+        A shard that another worker published before it was lost is not measured again.
+
         Raises
         ------
         NegError
             If numbers are not finite and the job's policy is "fail".
         """
+        if job.was_tried and not job.is_trial and (receipt := job.published()) is not None:
+            return receipt
         set_aside = [*job.set_aside, *job.measurement.left_out(job.examples)]
         left_out = {row.id for row in set_aside}
         chosen = [example for example in job.examples if example.id not in left_out]

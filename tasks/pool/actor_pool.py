@@ -414,7 +414,7 @@ class ActorPool(Pool):
     def _run(self, actor: Actor, attempt: Attempt) -> None:
         """Give a job to an actor."""
         was_idle = actor.phase == "idle"
-        self._start(actor, "run", attempt.job, attempt=attempt)
+        self._start(actor, "run", attempt.to_run, attempt=attempt)
         if was_idle:
             self._idle.remove(actor)
         actor.is_fresh = False

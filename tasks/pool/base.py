@@ -177,10 +177,20 @@ class Attempt:
         """True if it was lost together with another job of its worker, perhaps by the other's fault."""
 
     @property
+    def was_tried(self) -> bool:
+        """True if a worker had it already."""
+        return bool(self.number > 1 or self.nodes_lost or self.is_alone or self.was_shared)
+
+    @property
     def may_share(self) -> bool:
         """True if its worker may have another job: it has cost nothing yet, and nobody expects it to fail."""
-        has_cost = self.number > 1 or self.nodes_lost or self.is_alone or self.was_shared
-        return not (has_cost or self.batch.suspect)
+        return not (self.was_tried or self.batch.suspect)
+
+    @property
+    def to_run(self) -> Any:
+        """The job as a worker gets it; one that was tried before as its method ``again`` returns it, if it has one."""
+        again = getattr(self.job, "again", None)
+        return again() if self.was_tried and again is not None else self.job
 
 
 class Batch:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from support import neg, save_tiny_model, tiny_model
 
 from flows.pipeline import run_extract, run_pipeline, run_probe
 from negcore.errors import ShardError
-from negcore.store.publish import receipts
+from negcore.store.publish import receipt_path, receipts, shard_path
 from negcore.store.reader import open_negs
 from tasks.config.dataset_runs import SkillRun
 from tasks.config.reading import read_run_file
@@ -329,3 +330,69 @@ def test_a_run_without_the_rows_set_aside_has_an_exit_code_of_its_own(nan_comman
     (line,) = (line for line in skipped.stderr.splitlines() if line.startswith("set aside: "))
     assert line.endswith(" NaN or infinite values, in layers 0, 1, 2")
     assert "~" not in skipped.stderr
+
+
+# A shard whose worker was lost before it could tell
+
+
+@pytest.fixture
+def published(run_with):
+    """A worker, and the job of a shard that it published."""
+    run = run_with()
+    worker = ModelWorker(plan(run)[0].card.ref, dtype="float32", device="cpu", site="paper", threads=run.cpus)
+    job = split_of(run).job(run.directory, 1)
+    return worker, job, worker.run(job)
+
+
+def refuse_to_measure(worker, monkeypatch):
+    def refused(*args):
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(worker, "_measure", refused)
+
+
+def test_a_shard_that_a_lost_worker_published_is_not_measured_again(published, monkeypatch):
+    worker, job, receipt = published
+    before = {path: path.stat().st_mtime_ns for path in job.root.rglob("part-*")}
+    refuse_to_measure(worker, monkeypatch)
+    assert worker.run(job.again()) == receipt
+    assert {path: path.stat().st_mtime_ns for path in job.root.rglob("part-*")} == before
+    with pytest.raises(AssertionError, match="it was measured"):
+        worker.run(job)
+
+
+def test_a_trial_is_measured_whatever_is_published(published):
+    worker, job, _ = published
+    assert worker.run(job.trial(job.examples[:1]).again()) == 1
+
+
+def test_a_shard_that_is_damaged_another_or_not_there_is_measured_again(published, run_with, monkeypatch):
+    worker, job, _ = published
+    refuse_to_measure(worker, monkeypatch)
+
+    def is_measured(one):
+        with pytest.raises(AssertionError, match="it was measured"):
+            worker.run(one.again())
+
+    is_measured(split_of(run_with()).job(job.root, 0))
+    is_measured(replace(job, identity=replace(job.identity, model_revision="other")))
+    is_measured(replace(job, examples=[replace(one, answer=1 - one.answer) for one in job.examples]))
+    folder = job.place.path(job.root)
+    shard = shard_path(folder, job.index)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    is_measured(job)
+    receipt_path(folder, job.index).write_text("{")
+    is_measured(job)
+
+
+def test_a_shard_that_was_published_under_another_policy_is_measured_again(run_with, monkeypatch):
+    run = run_with({0: "!nan"}, nonfinite="keep")
+    monkeypatch.setattr("tasks.measure.worker.ModelWorker", FaultyWorker)
+    assert not run_extract(run, PlainSteps()).problems
+    worker = ModelWorker(plan(run)[0].card.ref, dtype="float32", device="cpu", site="paper", threads=run.cpus)
+    ((split, index, _),) = places(run, "!nan")
+    job = split_of(run, split).job(run.directory, index)
+    assert worker.run(job.again()).n_nonfinite > 0
+    assert worker.run(replace(job, nonfinite="skip").again()).n_nonfinite == 0

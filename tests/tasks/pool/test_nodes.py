@@ -110,6 +110,23 @@ def test_a_job_may_lose_five_nodes_before_they_count_as_attempts():
     assert jobs.failed_once(one, NodeLost("gone")).attempts == 2
 
 
+@pytest.mark.parametrize("fault", [NodeLost("gone"), WorkerLost("killed"), OutOfMemory("full"), OSError("slow")])
+def test_a_worker_is_told_that_another_had_the_job_before(fault):
+    class Job:
+        def again(self):
+            return "again"
+
+    jobs, job = batch(), Job()
+    one = Attempt(job, jobs)
+    assert one.to_run is job
+    assert jobs.failed_once(one, fault) is None
+    assert (one.to_run, one.job) == ("again", job)
+    plain, beside = Attempt("plain", jobs), Attempt(job, jobs)
+    for attempt in (plain, beside):
+        jobs.lost_beside(attempt, fault)
+    assert (plain.to_run, beside.to_run) == ("plain", "again")
+
+
 def test_a_lost_node_is_no_fault_of_a_suspect_either():
     jobs = batch(max_attempts=1, suspect=True)
     one = Attempt("job", jobs)
