@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -36,11 +36,16 @@ _AT_ONCE = 4
 """Files that are read at the same time."""
 _TOGETHER = 16
 """Files that a thread reads one after the other: to hand one over costs as much as to check a small one."""
+_WAITS = 4
+"""Work that takes so many times as long as its processor's time waits for files."""
 _SETTLED_NS = 2_000_000_000
 """Age, in nanoseconds, from which on the time of change tells: file systems count it in steps of up to 2 s."""
 _SMALL_BYTES = 2**20
 """A shard of so few bytes is read as a whole: to map it costs more."""
 _OTHER_CHECKSUM = "its checksum is not the one in its receipt"
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _KnownRow = tuple[str, str, str, int]
 """Id, hash of the prompt, group and answer of a row."""
@@ -175,18 +180,36 @@ def shard_faults(
     def faults_of(some: Sequence[tuple[Receipt, Sequence[StoredExample] | None]]) -> list[tuple[Receipt, str | None]]:
         return [(receipt, directory.fault(receipt, file_of(folder, receipt), rows=rows)) for receipt, rows in some]
 
-    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
     todo = zip(known, rows if rows is not None else repeat(None), strict=False)
-    under_way: deque[Future[list[tuple[Receipt, str | None]]]] = deque()
+    together = iter(lambda: list(islice(todo, _TOGETHER)), [])
+    are_large = any(receipt.n_bytes > _SMALL_BYTES for receipt in known)
+    for found in _mapped(faults_of, together, waits=are_large or is_remote(folder)):
+        for receipt, fault in found:
+            checked(receipt.n_bytes)
+            yield receipt, fault
+
+
+def _mapped(work: Callable[[T], R], given: Iterator[T], *, waits: bool) -> Iterator[R]:
+    """Do some work on files in order: in this thread, and from when it waits for them on in several.
+
+    Where files are small and in memory, threads would only wait for each other.
+    """
+    while not waits:
+        began, began_cpu = time.perf_counter(), time.thread_time()
+        try:
+            result = work(next(given))
+        except StopIteration:
+            return
+        waits = time.perf_counter() - began > _WAITS * (time.thread_time() - began_cpu)
+        yield result
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
+    under_way: deque[Future[R]] = deque()
     try:
         while True:
-            while len(under_way) < 2 * _AT_ONCE and (some := list(islice(todo, _TOGETHER))):
-                under_way.append(pool.submit(faults_of, some))
+            under_way += [pool.submit(work, one) for one in islice(given, 2 * _AT_ONCE - len(under_way))]
             if not under_way:
                 return
-            for receipt, fault in under_way.popleft().result():
-                checked(receipt.n_bytes)
-                yield receipt, fault
+            yield under_way.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
