@@ -6,6 +6,7 @@ it knows.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def _in_words(card: ModelCard, ids: list[int]) -> str:
 
 
 def _json_reader(file: Path) -> Reader:
+    status = file.stat()
+    return _json_reader_of(file, (status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _json_reader_of(file: Path, stamp: tuple[int, int]) -> Reader:
+    """Return a reader of a tokenizer.json, made once for all datasets of a model: large ones take a second."""
     own = Tokenizer.from_file(str(file))
     own.no_truncation()
     own.no_padding()

@@ -304,7 +304,8 @@ def missing_shards(run: SkillRun, split: ShardSet) -> list[int]:
     columns = read_columns(split.place.path(run.directory))
     of_this_run = [number for number, (digest, _) in enumerate(columns.runs) if digest == split.identity.digest]
     is_there = columns.rows["is_listed"] & np.isin(columns.rows["run"], of_this_run)
-    return np.setdiff1d(np.arange(len(split.shards)), columns.rows["index"][is_there]).tolist()
+    missing: list[int] = np.setdiff1d(np.arange(len(split.shards)), columns.rows["index"][is_there]).tolist()
+    return missing
 
 
 def splits_of(model: PlannedModel) -> list[ShardSet]:
