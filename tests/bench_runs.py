@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from tasks.pool.ray_session import ray_session
 from tasks.steps import PlainSteps
 
 WORDS = ("best", "times", "worst", "season", "light", "capital", "France", "river", "which", "one", "two", "three")
+_STARTS = 3
 HERE = ("--backend", "local", "--orchestrator", "none")
 
 
@@ -150,28 +151,31 @@ def _resumed_rows(n_finished: int) -> list[Row]:
 
 
 def start(setting: Setting) -> Iterator[Item]:
-    """Time the commands' first words and first shards beside the start of their packages alone."""
+    """Time what commands do until their first shard is there, the demo beside the start of its packages alone."""
+    small: tuple[str, ...] = ("--model", "smollm2-135m", "--dataset", "mini/fact", "--limit", "60")
     if setting.tiny:
         run = a_run(setting, "start", 12, 2)
-        small = ("pipeline", "--model", *run.model, "--dataset", *run.dataset, *HERE)
-        yield Item("a small run in this process", partial(_start_rows, "a small run", small, False))
-        return
-    yield Item("the demo", partial(_start_rows, "demo", ("demo",), True))
-    small = ("pipeline", "--model", "smollm2-135m", "--dataset", "mini/fact", "--limit", "60", *HERE)
-    yield Item("a small run in this process", partial(_start_rows, "60 rows in this process, no Prefect", small, False))
+        small = ("--model", *run.model, "--dataset", *run.dataset)
+    else:
+        yield Item("the demo", _demo_rows)
+    name = "60 rows in this process, no Prefect"
+    yield Item("a small run", partial(_start_rows, name, ("pipeline", *small, *HERE), {}))
 
 
-def _start_rows(name: str, command: tuple[str, ...], beside_packages: bool) -> list[Row]:
-    figures: list[Figures] = []
-    packages_s: list[float] = []
-    for _ in range(3):
-        figures.append(pool_bench.start(*command))
-        packages_s += [_packages_start_s()] * beside_packages
-    line_s, shard_s = (median(one[f"s to the first {what}"] for one in figures) for what in ("line", "shard"))
-    beside = ("start of its packages alone", median(packages_s)) if packages_s else ("", None)
+def _demo_rows() -> list[Row]:
+    goals = {"first line": Goal(1, "ours"), "first shard": Goal(15, "ours")}
+    *before, first_shard = _start_rows("demo", ("demo",), goals)
+    packages_s = median(_packages_start_s() for _ in range(_STARTS))
+    return [*before, first_shard._replace(against="start of its packages alone", other=packages_s)]
+
+
+def _start_rows(name: str, command: tuple[str, ...], goals: Mapping[str, Goal]) -> list[Row]:
+    figures = [pool_bench.start(*command) for _ in range(_STARTS)]
+    events = [event for event in figures[0] if event.startswith("s to the ")]
     return [
-        Row(f"{name}: first line", "s", line_s, goal=Goal(1, "ours")),
-        Row(f"{name}: first shard", "s", shard_s, *beside, goal=Goal(15, "ours")),
+        Row(f"{name}: {what}", "s", median(one[event] for one in figures), goal=goals.get(what))
+        for event in events
+        for what in [event.removeprefix("s to the ")]
     ]
 
 

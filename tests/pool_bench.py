@@ -192,8 +192,10 @@ def start(*command: str) -> Figures:
         events: dict[str, Callable[[], bool]] = {
             "s to the first line": lambda: log.stat().st_size > 0,
             "s to the plan": lambda: "run directory" in log.read_text(),
-            "s to the first shard": lambda: any(out.rglob("_receipts/part-*.json")),
         }
+        if "--orchestrator" not in command:
+            events["s to the Prefect server and Ray"] = lambda: "watch it at" in log.read_text()
+        events["s to the first shard"] = lambda: any(out.rglob("_receipts/part-*.json"))
         with log.open("w") as lines:
             began = time.perf_counter()
             arguments = [sys.executable, "-m", "flows.cli", *command, "--out", str(out)]
