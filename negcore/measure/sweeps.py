@@ -411,8 +411,8 @@ def _checked_neurons(lm: LanguageModel, neurons: NDArray[Any]) -> Ints:
     widths_L = np.array([shape.n_neurons for shape in lm.layer_shapes])
     widths_K = widths_L[np.clip(neurons[:, 0], 0, lm.n_layers - 1)]
     inside = (neurons >= 0).all(axis=1) & (neurons[:, 0] < lm.n_layers) & (neurons[:, 1] < widths_K)
-    for layer, neuron in neurons[~inside].tolist():
-        allowed = f"layers 0 to {lm.n_layers - 1} and neurons 0 to {lm.layer_width - 1}"
+    for (layer, neuron), width in zip(neurons[~inside].tolist(), widths_K[~inside], strict=True):
+        allowed = f"layers 0 to {lm.n_layers - 1} and neurons 0 to {width - 1}"
         raise NegError(f"neuron {neuron} of layer {layer} does not exist; {lm.card.name} has {allowed}")
     if len(np.unique(neurons, axis=0)) != len(neurons):
         raise NegError("a (layer, neuron) pair is given twice; name each neuron once")
