@@ -9,7 +9,7 @@ from negcore.analysis.neurons import N_TOP, described, top_neurons
 from negcore.datasets import Dataset
 from negcore.errors import RunError
 from negcore.measure.votes import Ranking, Vote
-from negcore.probing.rankings import Rankings
+from negcore.probing.rankings import Rankings, of_neurons
 from negcore.store.files import n_bytes
 from negcore.store.reader import NegSplit
 from negcore.targets import DEFAULT_TARGET
@@ -91,7 +91,8 @@ def neuron_rows(
     Stopped
         If the step is to stop.
     """
-    tops = {vote: Ranking.from_scores(rankings.votes_M[vote]).top(N_TOP).order_K for vote in vote_probes(run).values()}
+    scores = {vote: of_neurons(ranked, rankings.votes_M[vote]) for vote in vote_probes(run).values()}
+    tops = {vote: Ranking.from_scores(scores_M).top(N_TOP).order_K for vote, scores_M in scores.items()}
     if not tops:
         return []
     ahead = count_ahead(pool, run.directory, ranked, tops, step, seed=run.seed, n_blocks=ranking_workers(run))

@@ -15,7 +15,7 @@ from negcore.probing.evaluation import Accuracy, accuracy, confusion_counts
 from negcore.probing.fitted import FittedProbe, FittedVote, fit_act, fit_forest, fit_logistic, fit_vote, random_vote
 from negcore.probing.letter_bias import LetterBias, letter_bias
 from negcore.probing.probes import LMProbe
-from negcore.probing.rankings import Rankings
+from negcore.probing.rankings import Rankings, of_neurons
 from negcore.probing.saved_probes import save_probe
 from negcore.store.reader import NegSplit
 from negcore.targets import DEFAULT_TARGET
@@ -233,7 +233,8 @@ class ProbeFitter:
     """A dataset's probes, fitted one by one from the scores of its neurons."""
 
     def __init__(self, run: SkillRun, splits: Splits, rankings: Rankings) -> None:
-        self._run, self._splits, self._rankings = run, splits, rankings
+        self._run, self._splits, self._act = run, splits, rankings.act
+        self._scores = {vote: of_neurons(splits.train, scores_M) for vote, scores_M in rankings.votes_M.items()}
         self._voters: dict[Vote, FittedVote] = {}
 
     def fit(self, name: ProbeName) -> FittedProbe:
@@ -241,10 +242,10 @@ class ProbeFitter:
         kind, vote = RECIPES[name]
         train, seed = self._splits.train, self._run.seed
         if kind == "act":
-            assert self._rankings.act is not None
-            return fit_act(self._rankings.act, train.gold_P, self._splits.valid, max_neurons=self._run.max_neurons)
+            assert self._act is not None
+            return fit_act(self._act, train.gold_P, self._splits.valid, max_neurons=self._run.max_neurons)
         assert vote is not None
-        scores_M = self._rankings.votes_M[vote]
+        scores_M = self._scores[vote]
         if kind == "tree":
             return fit_forest(train, Ranking.from_scores(scores_M).top(self._run.tree_neurons).order_K, seed=seed)
         if kind == "random":
@@ -256,8 +257,9 @@ class ProbeFitter:
     def _voter(self, vote: Vote) -> FittedVote:
         """Return the vote probe, fitted once: its baselines take its number of neurons."""
         if vote not in self._voters:
-            scores_M = self._rankings.votes_M[vote]
-            self._voters[vote] = fit_vote(vote, scores_M, self._splits.valid, max_neurons=self._run.max_neurons)
+            self._voters[vote] = fit_vote(
+                vote, self._scores[vote], self._splits.valid, max_neurons=self._run.max_neurons
+            )
         return self._voters[vote]
 
 

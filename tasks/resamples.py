@@ -12,6 +12,7 @@ from negcore.arrays import Ints
 from negcore.datasets.splits import stratified_sample
 from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
+from negcore.probing.rankings import of_neurons
 from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
 from tasks.neurons import vote_probes
@@ -111,7 +112,7 @@ def resample_rows(
         pool, run.directory, train, vote, step, counts_BP=counts_BP, n_blocks=ranking_workers(run)
     )
     rows = []
-    for sample, scores_M in enumerate(scores_BM):
+    for sample, scores_M in enumerate(of_neurons(train, scores_BM)):
         step.check_stop()
         fitted = fit_vote(vote, scores_M.astype(np.int64), valid, max_neurons=run.max_neurons)
         right = accuracy(test.gold_P, fitted.predict(test))

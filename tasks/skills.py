@@ -53,6 +53,7 @@ from negcore.model.language_model import ModelCard, refuse_experts
 from negcore.probing.evaluation import accuracy
 from negcore.probing.fitted import fit_vote
 from negcore.probing.probes import LMProbe
+from negcore.probing.rankings import of_neurons
 from negcore.store.files import output
 from negcore.store.reader import NegSplit, open_negs
 from tasks.config.dataset_runs import SkillsRun
@@ -244,12 +245,8 @@ def rank_dataset(pool: Pool, run: SkillsRun, planned: PlannedDataset, step: Step
 
 
 def _of_neurons(train: NegSplit, votes_M: Mapping[Vote, Ints]) -> Mapping[Vote, Ints]:
-    """Return scores with those masked that are of no neuron, where layers of experts differ in width."""
-    shapes = train.layer_shapes
-    if shapes is None or all(shape.n_neurons == train.n_neurons for shape in shapes):
-        return votes_M
-    absent_M = np.concatenate([np.arange(train.n_neurons) >= shape.n_neurons for shape in shapes])
-    return {vote: np.ma.masked_array(scores_M, absent_M) for vote, scores_M in votes_M.items()}
+    """Return scores with those masked that are of no neuron."""
+    return {vote: of_neurons(train, scores_M) for vote, scores_M in votes_M.items()}
 
 
 def _training_prompts(train: NegSplit) -> list[int]:

@@ -31,7 +31,7 @@ from negcore.measure.votes import (
     row_scores,
     signed_rank_effect,
 )
-from negcore.probing.rankings import chosen_effects, chosen_signed_ranks, finite_numbers, rank_layers
+from negcore.probing.rankings import chosen_effects, chosen_signed_ranks, finite_numbers, of_neurons, rank_layers
 from negcore.store.levels import FloatArray
 from negcore.store.reader import NegSplit, Selection
 
@@ -116,7 +116,7 @@ def top_neurons(
         raise NegError(f"{n_bootstrap} bootstrap samples tell nothing of a place; give at least 1")
     vote, layers = Vote(rule, signal), range(split.n_layers)
     scores_M = rank_layers(split, layers, [vote], act=False).votes_M[vote]
-    order_K = Ranking.from_scores(scores_M).top(top).order_K
+    order_K = Ranking.from_scores(of_neurons(split, scores_M)).top(top).order_K
     ahead = neurons_ahead(split, layers, {vote: order_K}, n_bootstrap=n_bootstrap, seed=seed)
     return described(scores_M, order_K, ahead.get(vote), split)
 
@@ -349,8 +349,9 @@ def neurons_ahead(
     for block in _layer_blocks(layers, 4 * n_bootstrap * split.n_neurons * len(tops)):
         for vote, scores_LBN in _sampled_scores(split, block, list(tops), weights_BP).items():
             for layer, scores_BN in zip(block, scores_LBN, strict=True):
-                flat_N = layer * split.n_neurons + np.arange(split.n_neurons)
-                ahead[vote] += _count_above(_keys(scores_BN, flat_N, n_all), keys[vote])
+                n_own = split.n_neurons if split.layer_shapes is None else split.layer_shapes[layer].n_neurons
+                flat_N = layer * split.n_neurons + np.arange(n_own)
+                ahead[vote] += _count_above(_keys(scores_BN[:, :n_own], flat_N, n_all), keys[vote])
     return ahead
 
 

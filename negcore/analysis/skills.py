@@ -123,7 +123,7 @@ def accuracy_by_neurons(
     """
     ranking = Ranking.from_scores(scores_M)
     best = FittedVote(vote, ranking.top(max_neurons), test.n_options, len(ranking.order_K))
-    random = random_vote(best, np.ma.getdata(scores_M), seed=seed, layer_shapes=test.layer_shapes)
+    random = random_vote(best, scores_M, seed=seed, layer_shapes=test.layer_shapes)
     voters: dict[Order, FittedVote] = {"best": best, "random": random}
     return [
         NeuronCountRow(vote.name, order, k, result.value, *result.interval)

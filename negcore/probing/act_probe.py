@@ -125,7 +125,8 @@ class ActProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _keep(self, act: ActScores) -> Self:
         rankings = [Ranking.from_scores(scores_M).top(self.n_kept) for scores_M in act.scores_SM]
-        shape = (len(rankings), min(self.n_kept, self.n_features_in_))
+        n_kept = len(rankings[0].order_K) if rankings else min(self.n_kept, self.n_features_in_)
+        shape = (len(rankings), n_kept)
         self.kept_ = np.array([ranking.order_K for ranking in rankings], np.int64).reshape(shape)
         self.polarity_ = np.array([ranking.polarity_K for ranking in rankings], np.int8).reshape(shape)
         self.threshold_ = np.take_along_axis(act.thresholds_SM, self.kept_, axis=1)

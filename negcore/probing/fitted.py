@@ -29,7 +29,7 @@ from negcore.probing.draws import random_neurons, random_of_experts
 from negcore.probing.evaluation import Accuracy, accuracy, choose_n_kept
 from negcore.probing.forest import Forest
 from negcore.probing.probes import MagnProbe, PolarProbe, TreeProbe, kept_counts
-from negcore.probing.rankings import chosen_activations, chosen_effects, chosen_signed_ranks
+from negcore.probing.rankings import chosen_activations, chosen_effects, chosen_signed_ranks, of_neurons
 from negcore.store.reader import NegSplit
 
 VOTE_PROBES = MappingProxyType({"polar": PolarProbe, "magn": MagnProbe})
@@ -141,7 +141,7 @@ def random_vote(best: FittedVote, scores_M: Ints, *, seed: int, layer_shapes: La
         order_K = random_neurons(len(scores_M), best.n_kept, seed=seed)
     else:
         order_K = random_of_experts(best.ranking.order_K, layer_shapes, seed=seed)
-    polarity_K: Signs = np.sign(scores_M[order_K]).astype(np.int8)
+    polarity_K: Signs = np.sign(np.ma.getdata(scores_M)[order_K]).astype(np.int8)
     return FittedVote(best.vote, Ranking(order_K, polarity_K), best.n_options, best.n_all)
 
 
@@ -177,6 +177,7 @@ class FittedAct(FittedProbe):
 
 def fit_act(act: ActScores, gold_train_P: Numbers, valid: NegSplit, *, max_neurons: int) -> FittedAct:
     """Keep the best neurons of every binary question, in the number that answers `valid` best."""
+    act = ActScores(of_neurons(valid, act.scores_SM), act.thresholds_SM)
     classes = np.unique(gold_train_P)
     widest = FittedAct(ActProbe.from_scores(act, classes, n_kept=max_neurons))
     n_kept = choose_n_kept(widest.accuracy_by_k(valid))

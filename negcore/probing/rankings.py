@@ -100,8 +100,21 @@ def rank(split: NegSplit, rule: Rule = "magn", signal: Signal = "neg") -> Ranked
     """
     vote = Vote(rule, signal)
     scores_M = rank_layers(split, range(split.n_layers), [vote], act=False).votes_M[vote]
-    ranking = Ranking.from_scores(scores_M)
+    ranking = Ranking.from_scores(of_neurons(split, scores_M))
     return RankedNeurons(ranking.order_K, ranking.polarity_K, scores_M[ranking.order_K], split.n_neurons)
+
+
+def of_neurons(split: NegSplit, scores_M: Ints) -> Ints:
+    """Return scores of all layers with those masked that are of no neuron, where layers of experts differ in width.
+
+    Axes before the last stay as they are. `Ranking.from_scores` leaves masked ones out.
+    """
+    shapes = split.layer_shapes
+    if shapes is None or all(shape.n_neurons == split.n_neurons for shape in shapes):
+        return scores_M
+    absent_M = np.concatenate([np.arange(split.n_neurons) >= shape.n_neurons for shape in shapes])
+    masked_M: Ints = np.ma.masked_array(scores_M, np.broadcast_to(absent_M, scores_M.shape))
+    return masked_M
 
 
 def chosen_effects(shard: Shard, signal: Signal, selection: Selection) -> Numbers:

@@ -11,7 +11,7 @@ from negcore.measure.votes import Ranking, Vote
 from negcore.model.layer_shapes import LayerShapes
 from negcore.probing.draws import random_neurons, random_of_experts
 from negcore.probing.probes import kept_counts
-from negcore.probing.rankings import rank_layers
+from negcore.probing.rankings import of_neurons, rank_layers
 from negcore.store.reader import NegSplit
 from tasks.config.dataset_runs import ProbeName, SkillRun
 
@@ -77,11 +77,11 @@ def choose_neurons(run: SkillRun, sums: NegSplit) -> tuple[int, ...]:
     """
     votes_M = rank_layers(sums, range(sums.n_layers), votes_of(run), act=False).votes_M
     n_all = sums.n_layers * sums.n_neurons
-    orders = {vote: Ranking.from_scores(scores_M).order_K for vote, scores_M in votes_M.items()}
+    orders = {vote: Ranking.from_scores(of_neurons(sums, scores_M)).order_K for vote, scores_M in votes_M.items()}
     need_M = np.full(n_all, np.inf)  # below 1: needed
     for vote, depth in _depths(run, n_all).items():
         order = orders[vote]
-        need_M[order] = np.minimum(need_M[order], np.arange(n_all) / depth)
+        need_M[order] = np.minimum(need_M[order], np.arange(len(order)) / depth)
     shapes = sums.layer_shapes
     need_M[_draws(run, n_all) if shapes is None else _draws_of_experts(run, orders, shapes)] = 0
     chosen = np.argsort(need_M, kind="stable")[: n_stored(run, n_all, has_experts=shapes is not None)]

@@ -70,6 +70,12 @@ def test_a_neuron_is_a_line_with_its_name_score_and_sureness():
     assert "A B" in text
 
 
+def test_a_level_that_keeps_no_values_is_named_of_experts_too():
+    text = printed(best_table([row(name="10.3.5", active=0.5, mean_negs=None)], "best"))
+    assert "1 10.3.5 " in text and "NEGs: this storage level keeps none." in text and "layer.expert.unit" in text
+    assert "mean NEG over the training rows with it" in printed(best_table([row(name="10.3.5", active=0.5)], "best"))
+
+
 def test_a_place_that_half_of_the_samples_do_not_give_is_marked():
     sure, unsure = (best_table([row(agreement=share)], "best").pieces[0][0][4][0].style for share in (0.5, 0.49))
     assert (sure, unsure) == ("", "yellow")

@@ -8,13 +8,14 @@ from sklearn.linear_model import LogisticRegression
 from stored_negs import N_LAYERS, N_NEURONS, numbers, write_split
 from support import Row, identity_of, negs_place, write_negs
 
-from negcore.measure.votes import Ranking, Vote
+from negcore.analysis.neurons import top_neurons
+from negcore.measure.votes import Ranking, Vote, neuron_pairs
 from negcore.model.layer_shapes import LayerShape, neuron_groups, shapes_json
 from negcore.probing.act_scores import halvings
 from negcore.probing.draws import random_of_experts
-from negcore.probing.fitted import fit_act, fit_logistic, fit_vote, random_vote
+from negcore.probing.fitted import FittedVote, fit_act, fit_logistic, fit_vote, random_vote
 from negcore.probing.probe_parts import parts_of
-from negcore.probing.rankings import act_scores, rank_layers
+from negcore.probing.rankings import act_scores, of_neurons, rank, rank_layers
 from negcore.probing.saved_probes import load_probe, save_probe
 from negcore.store.levels import Routed
 from negcore.store.reader import open_negs
@@ -255,6 +256,20 @@ def test_a_random_probe_has_the_polarities_of_its_neurons_own_scores(splits):
     assert drawn.ranking.polarity_K.tolist() == np.sign(scores_M[drawn.kept_K]).tolist()
     assert drawn.kept_K.tolist() == random_of_experts(best.kept_K, SHAPES, seed=1).tolist()
     assert not (neuron_groups(SHAPES)[Ranking.from_scores(scores_M).order_K[:8]] == 1).any()  # numbers of no neuron
+
+
+def test_numbers_that_a_layer_does_not_have_are_in_no_ranking_and_no_probe(splits):
+    train, valid = splits["train"], splits["valid"]
+    there = [(layer, number) for layer, shape in enumerate(SHAPES) for number in range(shape.n_neurons)]
+    assert sorted(map(tuple, rank(train).neurons_K2.tolist())) == there
+    assert sorted((one.layer, one.neuron) for one in top_neurons(train, top=N_ALL)) == there
+    probe = fit_act(act_scores(train, range(3)), train.gold_P, valid, max_neurons=64)
+    assert {*map(tuple, neuron_pairs(probe.kept_K, WIDTH).tolist())} <= {*there}
+    scores_M = of_neurons(train, rank_layers(train, range(3), [MAGN], act=False).votes_M[MAGN])
+    widest = fit_vote(MAGN, scores_M, valid, max_neurons=64)
+    wider = FittedVote(MAGN, Ranking.from_scores(scores_M), train.n_options, N_ALL)
+    assert max(wider.accuracy_by_k(valid)) == 32 == len(there)
+    assert widest.n_kept <= 32
 
 
 @pytest.mark.parametrize("kind", ["act", "logistic"])
