@@ -194,13 +194,16 @@ def _mapped(work: Callable[[T], R], given: Iterator[T], *, waits: bool) -> Itera
 
     Where files are small and in memory, threads would only wait for each other.
     """
+    spent_s = computed_s = 0.0
     while not waits:
         began, began_cpu = time.perf_counter(), time.thread_time()
         try:
             result = work(next(given))
         except StopIteration:
             return
-        waits = time.perf_counter() - began > _WAITS * (time.thread_time() - began_cpu)
+        spent_s += time.perf_counter() - began
+        computed_s += time.thread_time() - began_cpu
+        waits = spent_s > _WAITS * computed_s
         yield result
     pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="checks")
     under_way: deque[Future[R]] = deque()
