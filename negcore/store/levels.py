@@ -494,7 +494,7 @@ def has_columns_of(identity: Mapping[str, Any], schema: pa.Schema) -> bool:
         if shapes is not None and len(shapes) != n_layers:
             return False
         return bool(schema.equals(_schema(level.name, n_options, n_layers, n_neurons, n_chosen, shapes)))
-    except (ValueError, TypeError, KeyError, OverflowError, MemoryError):  # no shard has rows of this shape
+    except (ValueError, TypeError, LookupError, OverflowError, MemoryError):  # no shard has rows of this shape
         return False
 
 
