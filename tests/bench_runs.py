@@ -102,7 +102,7 @@ def queue(setting: Setting) -> Iterator[Item]:
     for n_actors in () if tiny else (1, 2):
         yield Item(f"{n_actors} Ray actors with nothing to do", partial(_actor_rows, n_actors))
     yield Item("64 workers, 22 x 3 splits", partial(_busy_rows, 2 if tiny else 64))
-    yield Item("1,000 workers, 100,000 shards", partial(_large_rows, *((10, 200) if tiny else (1000, 100_000))))
+    yield Item("1,000 workers, a million shards", partial(_large_rows, *((10, 200) if tiny else (1000, 1_000_000))))
     yield Item("resuming a run", partial(_resumed_rows, 50 if tiny else 20_000))
 
 
