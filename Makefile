@@ -36,7 +36,7 @@ test: $(VENV)/.developing
 faults: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/fault_suite.py
 
-# Engine, shards, probes and queue beside their plain twins, in about twenty minutes; figures go to docs.
+# Engine, shards, probes and queue beside their plain twins, in about half an hour; figures go to docs.
 bench: $(VENV)/.developing
 	PYTHONPATH="$(CURDIR)" $(BIN)/python tests/bench.py
 

@@ -15,7 +15,7 @@ INTRODUCTION = """# Benchmarks
 make bench
 ```
 
-measures all rows below in some twenty minutes on two quiet cores and writes them here; the raw figures, with the ratio
+measures all rows below in some half an hour on two quiet cores and writes them here; the raw figures, with the ratio
 of every repeat, are in [bench.json](bench.json). `PYTHONPATH=. python tests/bench.py --only NAME` measures some rows
 again and leaves the others as they are.
 

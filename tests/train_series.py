@@ -2,8 +2,8 @@
 
 Run it from the repository: `python -m tests.train_series FOLDER` fine-tunes SmolLM2-135M for 16 steps on those training
 rows of `mini/linguistic` that a run with `--limit 60` leaves, and saves folders of weights at steps 0, 2, 4, 8 and 16
-(2.7 GB, a few minutes of a core). `python -m tests.train_series --compare RUN`, of a campaign with these folders and
-stage `mceval8k`, prints a row for each dataset and revision.
+(2.7 GB, a few minutes of a core); another model can be named behind it. `python -m tests.train_series --compare RUN`,
+of a campaign with these folders and stage `mceval8k`, prints a row for each dataset and revision.
 """
 
 import sys
@@ -26,7 +26,7 @@ from negcore.store.reader import NegSplit
 from tasks.run_negs import stored_splits
 from tasks.rundir.tables import read_arrow
 
-_MODEL, _DATASET = "smollm2-135m", "mini/linguistic"
+_DATASET = "mini/linguistic"
 _LIMIT = 60
 """Rows of each split that the campaign measures; no row of these is trained on."""
 _SAVED = (0, 2, 4, 8, 16)
@@ -41,10 +41,10 @@ _HEAD = (
 )
 
 
-def train(folder: Path) -> None:
-    """Save the revisions, and print the loss of each step."""
+def train(folder: Path, model: str = "smollm2-135m") -> None:
+    """Save the revisions of a model, and print the loss of each step."""
     torch.manual_seed(0)
-    lm = load_model(_MODEL)
+    lm = load_model(model)
     ids, label_ids_P = _rows(lm)
     random = np.random.default_rng(0)
     lm.model.requires_grad_(True)
@@ -124,5 +124,7 @@ def _accuracies(run: Path, dataset: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    *flag, path = sys.argv[1:]
-    (compare if flag == ["--compare"] else train)(Path(path))
+    if sys.argv[1] == "--compare":
+        compare(Path(sys.argv[2]))
+    else:
+        train(Path(sys.argv[1]), *sys.argv[2:])
