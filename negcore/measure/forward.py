@@ -136,8 +136,10 @@ class CausalBatch(ProbedBatch):
         self._last_B1 = on_device(lm, [[tokens[-1]] for tokens in ids])
         self._lengths_B = on_device(lm, [len(tokens) - 1 for tokens in ids])
         self._tokens = PromptTokens(shared, len(own), max(map(len, own)))
+        # Weights that pass are to leave the device again: then a pass runs to its end.
+        last_layer = None if weights_pass(lm.model) else lm.card.text_config.num_hidden_layers - 1
         for part in _runs(list(map(len, own)), lm.device.type):
-            self._run_own(own, part)
+            self._run_own(own, part, last_layer)
 
     @property
     def positions_B(self) -> Tensor:
@@ -155,13 +157,11 @@ class CausalBatch(ProbedBatch):
         batch._lengths_B = self._lengths_B.repeat_interleave(count)
         return batch
 
-    def _run_own(self, own: Sequence[Sequence[int]], rows: slice) -> None:
-        """Run the own tokens of some rows side by side, up to the keys and values of the last layer."""
+    def _run_own(self, own: Sequence[Sequence[int]], rows: slice, last_layer: int | None = None) -> None:
+        """Run the own tokens of some rows side by side, up to the keys and values of a last layer if one is given."""
         chosen, n_shared = own[rows], self._tokens.n_shared
         n_slots = max(map(len, chosen))
         slots_K = torch.arange(n_shared + n_slots, device=self.lm.device)
-        # Weights that pass are to leave the device again, and all blocks are to be recorded.
-        last_layer = None if weights_pass(self.lm.model) else self.lm.card.text_config.num_hidden_layers - 1
         with torch.no_grad(), suppress(Filled):
             self._run(
                 self.lm.body,

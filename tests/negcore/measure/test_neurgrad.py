@@ -317,3 +317,16 @@ def test_numbers_that_are_not_finite_are_counted_by_prompt_and_located_by_layer(
     batch.activations_PLN[0, 3, 0] = -np.inf
     batch.probs_PO[2, 1] = np.nan
     assert batch.nonfinite() == [Nonfinite(0, (0, 2, 3), 4), Nonfinite(2, (), 1)]
+
+
+def test_earlier_tokens_do_not_run_through_the_last_feed_forward(monkeypatch):
+    lm, n_tokens = tiny_model("llama"), []
+    lm.layers[-1].mlp.register_forward_hook(lambda module, args, output: n_tokens.append(output.shape[1]))
+    short = neurgrad(lm, PROMPTS, OPTIONS)
+    assert set(n_tokens) == {1}
+    n_tokens.clear()
+    monkeypatch.setattr(forward, "weights_pass", lambda model: True)
+    whole = neurgrad(lm, PROMPTS, OPTIONS)
+    assert max(n_tokens) > 1
+    np.testing.assert_array_equal(short.negs_POLN, whole.negs_POLN)
+    np.testing.assert_array_equal(short.probs_PO, whole.probs_PO)

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -218,6 +219,26 @@ def test_a_file_is_read_once_in_a_process_whoever_asks(tmp_path, split, hashed):
     read_all(tmp_path)
     read_all(tmp_path)
     assert sorted(hashed) == ["part-00000.arrow", "part-00001.arrow"]
+
+
+@pytest.mark.parametrize(("waits", "begins_at"), [(False, 1), (True, 0)])
+def test_files_that_have_to_be_waited_for_are_read_by_several_threads(waits, begins_at):
+    threads = []
+
+    def work(number):
+        time.sleep(0.02)
+        threads.append(threading.current_thread())
+        return number
+
+    assert list(integrity._mapped(work, iter(range(40)), waits=waits)) == list(range(40))
+    assert [one is threading.main_thread() for one in threads] == [True] * begins_at + [False] * (40 - begins_at)
+    assert len(set(threads[begins_at:])) == integrity._AT_ONCE
+
+
+def test_files_in_memory_are_read_in_this_thread(monkeypatch):
+    monkeypatch.setattr(integrity, "ThreadPoolExecutor", None)  # nobody makes one
+    monkeypatch.setattr(integrity, "_WAITS", float("inf"))  # on a busy machine, computing waits too
+    assert list(integrity._mapped(str, iter(range(40)), waits=False)) == list(map(str, range(40)))
 
 
 @pytest.mark.parametrize("changed", ["time", "inode", "receipt"])
