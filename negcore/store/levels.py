@@ -107,6 +107,16 @@ class Routed(NamedTuple):
         return columns
 
 
+class Measured(NamedTuple):
+    """Measured numbers of some prompts, and what of them a level may be asked to keep."""
+
+    negs_POLN: FloatArray
+    activations_PLN: FloatArray
+    gold_P: Numbers
+    neurons: Chosen = None
+    routed: Routed | None = None
+
+
 class StorageLevel(ABC):
     """A way to keep NEGs and activations in the columns of shards."""
 
@@ -169,7 +179,7 @@ class StorageLevel(ABC):
         """
         negs, activations = np.asarray(negs_POLN, np.float32), np.asarray(activations_PLN, np.float32)
         assert activations.shape == (len(negs), *negs.shape[2:]), (activations.shape, negs.shape)
-        kept = self.kept(negs, activations, _gold(examples), neurons, routed)
+        kept = self.kept(Measured(negs, activations, _gold(examples), neurons, routed))
         return self.packed(examples, kept, label_ids_PO=label_ids_PO, probs_PO=probs_PO, neurons=neurons, routed=routed)
 
     def packed(
@@ -270,21 +280,8 @@ class StorageLevel(ABC):
         return np.full(places.flat_K.size, self.has_values)
 
     @abstractmethod
-    def kept(
-        self,
-        negs_POLN: FloatArray,
-        activations_PLN: FloatArray,
-        gold_P: Numbers,
-        neurons: Chosen,
-        routed: Routed | None = None,
-    ) -> Kept:
+    def kept(self, measured: Measured) -> Kept:
         """Return what the level keeps of measured numbers; `negcore.measure.kept` computes the same on a device.
-
-        Parameters
-        ----------
-        negs_POLN, activations_PLN, neurons, routed
-            As for `batch`.
-        gold_P : int array (P,)
 
         Raises
         ------
@@ -307,15 +304,8 @@ class Values(StorageLevel):
     name: ClassVar[StorageName] = "values"
     axes: ClassVar[Mapping[str, str]] = MappingProxyType({"act_LL": _ACT, "probs": _PROBS, "neg_LL": _NEG})
 
-    def kept(
-        self,
-        negs_POLN: FloatArray,
-        activations_PLN: FloatArray,
-        gold_P: Numbers,
-        neurons: Chosen,
-        routed: Routed | None = None,
-    ) -> Kept:
-        return {"act": activations_PLN, "neg": negs_POLN}
+    def kept(self, measured: Measured) -> Kept:
+        return {"act": measured.activations_PLN, "neg": measured.negs_POLN}
 
     def _columns(self, kept: Kept, n_rows: int, neurons: Chosen, shapes: LayerShapes | None) -> Columns:
         _, n_layers, n_neurons = kept["act"].shape
@@ -349,15 +339,8 @@ class Bfloat16(Values):
     name = "bfloat16"
     axes = MappingProxyType({"act_LL": _ACT + _BFLOAT16, "probs": _PROBS, "neg_LL": _NEG + _BFLOAT16})
 
-    def kept(
-        self,
-        negs_POLN: FloatArray,
-        activations_PLN: FloatArray,
-        gold_P: Numbers,
-        neurons: Chosen,
-        routed: Routed | None = None,
-    ) -> Kept:
-        return {"act": bfloat16_bits(activations_PLN), "neg": bfloat16_bits(negs_POLN)}
+    def kept(self, measured: Measured) -> Kept:
+        return {"act": bfloat16_bits(measured.activations_PLN), "neg": bfloat16_bits(measured.negs_POLN)}
 
     def _numbers(self, shard: ShardColumns, kind: str, neurons: Neurons, *axes: int) -> Numbers:
         return bfloat16_values(super()._numbers(shard, kind, neurons, *axes))
@@ -377,21 +360,14 @@ class Codes(Values):
     def check_n_options(self, n_options: int) -> None:
         codes.check_n_options(n_options)
 
-    def kept(
-        self,
-        negs_POLN: FloatArray,
-        activations_PLN: FloatArray,
-        gold_P: Numbers,
-        neurons: Chosen,
-        routed: Routed | None = None,
-    ) -> Kept:
-        codes_PLN: Numbers = np.empty(activations_PLN.shape, np.uint16)
-        for layer in range(negs_POLN.shape[2]):
+    def kept(self, measured: Measured) -> Kept:
+        codes_PLN: Numbers = np.empty(measured.activations_PLN.shape, np.uint16)
+        for layer in range(measured.negs_POLN.shape[2]):
             try:
-                codes_PLN[:, layer] = codes.encode(negs_POLN[:, :, layer])
+                codes_PLN[:, layer] = codes.encode(measured.negs_POLN[:, :, layer])
             except NegError as error:
                 raise NegError(f"layer {layer}: {error}") from None
-        return {"act": activations_PLN, "code": codes_PLN}
+        return {"act": measured.activations_PLN, "code": codes_PLN}
 
     def negs(self, shard: ShardColumns, neurons: Neurons) -> FloatArray:
         raise ShardError(
@@ -430,14 +406,8 @@ class Stats(StorageLevel):
     has_vote_sums = True
     has_nonfinite = False
 
-    def kept(
-        self,
-        negs_POLN: FloatArray,
-        activations_PLN: FloatArray,
-        gold_P: Numbers,
-        neurons: Chosen,
-        routed: Routed | None = None,
-    ) -> Kept:
+    def kept(self, measured: Measured) -> Kept:
+        negs_POLN, activations_PLN, gold_P, neurons, routed = measured
         if routed is not None:
             negs_POLN, activations_PLN = routed.spread(negs_POLN), routed.spread(activations_PLN)
         if neurons is None:

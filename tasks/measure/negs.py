@@ -16,7 +16,7 @@ from negcore.measure.votes import VOTES
 from negcore.model.language_model import LanguageModel
 from negcore.model.layer_shapes import LayerShapes, shapes_of
 from negcore.store.identity import DEFAULT_STORAGE, RunIdentity, StorageName
-from negcore.store.levels import STORAGE_LEVELS, Routed, StorageLevel
+from negcore.store.levels import STORAGE_LEVELS, Measured, Routed, StorageLevel
 from negcore.store.schema import StoredExample
 from negcore.targets import DEFAULT_TARGET, Target, checked_target
 from tasks.measure.examples import EncodedExample, answers_of, encoded_prompts
@@ -75,7 +75,7 @@ class NegMeasurement(Measurement):
         n_layers, width = self.n_layers, self.layer_width
         no_numbers = np.empty((0, n_options, n_layers, width), np.float32), np.empty((0, n_layers, width), np.float32)
         routed = Routed.of_none(self.shapes) if self.shapes else None
-        kept = self._level.kept(*no_numbers, np.empty(0, np.int16), self.neurons, routed)
+        kept = self._level.kept(Measured(*no_numbers, np.empty(0, np.int16), self.neurons, routed))
         types = {name: ColumnType(values.dtype, values.shape[1:]) for name, values in kept.items()} | {
             "probs_PO": ColumnType(np.float32, (n_options,)),
             "nonfinite_PL": ColumnType(np.int32, (n_layers,)),

@@ -12,7 +12,7 @@ from negcore.measure.neurgrad import measure_negs, neurgrad
 from negcore.model.encoding import encode
 from negcore.store import levels
 from negcore.store.codes import encode as numpy_codes
-from negcore.store.levels import STORAGE_LEVELS, Routed
+from negcore.store.levels import STORAGE_LEVELS, Measured, Routed
 from tasks.measure.negs import NegMeasurement
 
 KINDS = [(name, None) for name in STORAGE_LEVELS] + [("stats", (0, 3, 11, 32, 40))]
@@ -23,7 +23,7 @@ def twin(storage, neurons, gold_P, negs_POLN, activations_PLN, routed=None):
     """All numbers on the host, as float32, then what the level says in NumPy."""
     with np.errstate(over="ignore"):
         wide = negs_POLN.astype(np.float32), activations_PLN.astype(np.float32)
-    return STORAGE_LEVELS[storage].kept(*wide, np.asarray(gold_P), neurons, routed)
+    return STORAGE_LEVELS[storage].kept(Measured(*wide, np.asarray(gold_P), neurons, routed))
 
 
 def assert_same_bytes(kept, expected):
